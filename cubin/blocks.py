@@ -1,0 +1,73 @@
+"""Work on NumPy arrays in blocks that fit the cache, over threads where it pays.
+
+NumPy releases the GIL inside its loops. How an array is cut depends on its shape alone, never on
+the number of threads, so that results are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+BLOCK = 1 << 16
+"""Elements of a block: 256 KB of float32."""
+
+THREADED = 1 << 22
+"""Elements from which on threads pay: 16 MB of float32."""
+
+Block = tuple[slice, ...]
+
+
+def tile(shape: Sequence[int], size: int = BLOCK) -> Iterator[Block]:
+    """Slices that tile an array of shape `shape` in C order, at most `size` elements each."""
+    shape = tuple(shape)
+    if 0 in shape:
+        return
+    # The axes after `axis` are taken whole, `axis` in runs, those before it one index at a time.
+    axis, inner = len(shape), 1
+    while axis > 0 and inner * shape[axis - 1] <= size:
+        axis -= 1
+        inner *= shape[axis]
+    if axis == 0:
+        yield (slice(None),) * len(shape)
+        return
+    axis -= 1
+    step = max(1, size // inner)
+    whole = (slice(None),) * (len(shape) - axis - 1)
+    for outer in np.ndindex(*shape[:axis]):
+        fixed = tuple(slice(index, index + 1) for index in outer)
+        for start in range(0, shape[axis], step):
+            yield (*fixed, slice(start, min(start + step, shape[axis])), *whole)
+
+
+def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
+    """Run `task` on every block; `size` is the number of elements of all of them."""
+    workers = min(_processors(), len(blocks)) if size >= THREADED else 1
+
+    def share(worker: int) -> None:
+        with np.errstate(all="ignore"):
+            for block in blocks[worker::workers]:
+                task(block)
+
+    if workers <= 1:
+        share(0)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(share, range(workers)):
+            pass
+
+
+def extent(block: Block, shape: Sequence[int]) -> int:
+    """The number of elements of `block` in an array of shape `shape`."""
+    return math.prod(len(range(*cut.indices(n))) for cut, n in zip(block, shape, strict=True))
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

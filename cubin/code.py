@@ -1,0 +1,384 @@
+"""BinaryCode: an array as scales and signs, and what it costs to store."""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import json
+import math
+import os
+import tempfile
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from cubin import arrays
+from cubin.arrays import Array
+from cubin.kernels import elementwise
+from cubin.signs import where
+
+# ---------------------------------------------------------------- primitives
+
+
+@elementwise(
+    "uint16 code, uint8 bits, uint8 level",
+    "int8 sign",
+    "sign = level < bits ? (code >> level & 1) * 2 - 1 : 0",
+    types=({},),
+)
+def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: np.ndarray) -> None:
+    """The sign at a level of packed codes: bit `level` as -1 or +1, 0 where there is no code."""
+    np.right_shift(code, level, out=sign, casting="unsafe")
+    np.bitwise_and(sign, 1, out=sign)
+    np.subtract(sign + sign, 1, out=sign)
+    np.multiply(sign, np.greater(bits, level), out=sign)
+
+
+@elementwise(
+    "W y, W scale, int8 sign",
+    "W total",
+    "total = sign == 0 ? y : y + W(sign) * scale",
+    types=({"W": "float32"}, {"W": "float64"}),
+)
+def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.ndarray) -> None:
+    """``y + scale * sign``; where the sign is 0 the scale, which may be NaN, does not count."""
+    step = np.multiply(scale, sign, dtype=y.dtype)
+    where(sign != 0, step, out=step)
+    np.add(y, step, out=total)
+
+
+# ---------------------------------------------------------------- storage
+
+
+def payload_bits(bits: Array, shape: tuple[int, ...]) -> float:
+    """The mean of the bit map `bits` over an array of shape `shape`; 0 for an empty array."""
+    if math.prod(shape) == 0:
+        return 0.0
+    # Every entry of a map stands for equally many elements.
+    return float(bits) if np.ndim(bits) == 0 else float(_host(bits).mean(dtype=np.float64))
+
+
+def map_entropy(bits: Array, shape: tuple[int, ...]) -> float:
+    """The empirical entropy of the bit map `bits`, in bits per element of the array.
+
+    A map of fewer entries than the array has elements (one per channel, say) is stored once per
+    entry.
+    """
+    if np.ndim(bits) == 0 or math.prod(shape) == 0:
+        return 0.0
+    counts = np.bincount(_host(bits).ravel())
+    share = counts[counts > 0] / counts.sum()
+    return abs(float(-(share * np.log2(share)).sum())) * bits.size / math.prod(shape)
+
+
+def effective_bits(bits: Array, rows: arrays.Rows, dtype: Any) -> float:
+    """Payload bits, entropy of the map and storage of the scales, per element.
+
+    A scale is stored for every level of a row at which some element of the row has a code, with
+    the width of `dtype`.
+    """
+    size = math.prod(rows.shape)
+    if size == 0:
+        return 0.0
+    if np.ndim(bits) == 0:
+        scales = int(bits) * rows.count
+    else:
+        spread = np.broadcast_to(_host(bits), rows.shape)
+        inner = tuple(range(len(rows.scale_shape), len(rows.order)))
+        scales = int(rows.view(spread).max(axis=inner).sum(dtype=np.int64))
+    width = 8 * np.dtype(dtype).itemsize
+    return payload_bits(bits, rows.shape) + map_entropy(bits, rows.shape) + scales * width / size
+
+
+def _host(array: Array) -> np.ndarray:
+    return array.get() if arrays.on_device(array) else np.asarray(array)
+
+
+class BinaryCode:
+    """An array as levels of scales and signs: ``x ~ sum_i scales[i] * signs[i]``.
+
+    `cubin.quantize` makes them.
+
+    Parameters
+    ----------
+    scales : float array, shape (k, \\*scale shape)
+        The scale shape is () per tensor, the lengths of the channel axes in the order given per
+        channel, and ``x.shape[:-1] + (n_groups,)`` per group.
+    signs : int8 array, shape (k, \\*x.shape)
+        -1 or +1, and 0 where an element has no code at that level.
+    bits : int or integer array that broadcasts to x's shape
+        The number of levels of each element; at most k.
+    channel_axis : int or tuple of int, optional
+    group_size : int, optional
+
+    Attributes
+    ----------
+    scales, signs, bits, channel_axis, group_size
+        As above.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type, or NumPy and CuPy arrays are mixed.
+    ValueError
+        If the shapes do not fit together.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> code = cubin.quantize(np.array([-1.0, 3.0]), 2)
+    >>> code.scales, code.signs.tolist()
+    (array([2., 1.]), [[-1, 1], [1, 1]])
+    >>> code.dequantize()
+    array([-1.,  3.])
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        scales: Array,
+        signs: Array,
+        bits: Array,
+        channel_axis: int | tuple[int, ...] | None = None,
+        group_size: int | None = None,
+    ) -> None:
+        scales = arrays.as_floats("scales", scales)
+        xp = arrays.library(scales, signs)
+        signs = signs if arrays.on_device(signs) else np.asarray(signs)
+        if signs.dtype != np.int8:
+            raise TypeError(f"signs must be int8, got {signs.dtype}")
+        if signs.ndim == 0 or scales.ndim == 0 or len(signs) != len(scales):
+            raise ValueError(
+                f"scales of shape {scales.shape} and signs of shape {signs.shape} must both have "
+                "the levels as their first axis"
+            )
+        self._rows = arrays.rows_of(signs.shape[1:], channel_axis, group_size)
+        if scales.shape[1:] != self._rows.scale_shape:
+            raise ValueError(
+                f"scales have shape {scales.shape}, but signs of shape {signs.shape} with "
+                f"channel_axis={channel_axis} and group_size={group_size} need "
+                f"{(len(signs), *self._rows.scale_shape)}"
+            )
+        limits, levels = arrays.as_bits(bits, xp.empty(self._rows.shape, np.int8), look=True)
+        if levels > len(signs):
+            raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
+        self.scales = scales
+        self.signs = signs
+        self.bits: Any = int(limits) if isinstance(limits, np.generic) else limits
+        self.channel_axis = channel_axis
+        self.group_size = group_size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self._rows.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the scales and of the array."""
+        return self.scales.dtype
+
+    @property
+    def payload_bits(self) -> float:
+        """The mean of the bit map: bits per element of the codes alone."""
+        return payload_bits(self.bits, self.shape)
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per element in all: the codes, the entropy of the bit map and the scales."""
+        return effective_bits(self.bits, self._rows, self.dtype)
+
+    def dequantize(self) -> Array:
+        """The approximation ``sum_i scales[i] * signs[i]``, in the shape and dtype of x."""
+        xp = arrays.library(self.scales)
+        work = arrays.work_dtype(self.dtype)
+        with arrays.current_device(self.scales):
+            total = xp.zeros(self._rows.split, work)
+            for scale, sign in zip(self.scales, self.signs, strict=True):
+                step = self._rows.aligned(scale.astype(work, copy=False))
+                add_level(total, step, sign.reshape(self._rows.split), total=total)
+            return total.astype(self.dtype, copy=False).reshape(self.shape)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all of shape, dtype, granularity, bits, scales and signs are the same."""
+        if not isinstance(other, BinaryCode):
+            return NotImplemented
+        if arrays.on_device(self.scales) != arrays.on_device(other.scales):
+            return False
+        xp = arrays.library(self.scales)
+        return (
+            self.dtype == other.dtype
+            and self._rows == other._rows
+            and np.shape(self.bits) == np.shape(other.bits)
+            and bool((self.bits == other.bits) if np.ndim(self.bits) == 0
+                     else xp.array_equal(self.bits, other.bits))
+            and self.scales.shape == other.scales.shape
+            and bool(xp.array_equal(self.scales, other.scales, equal_nan=True))
+            and bool(xp.array_equal(self.signs, other.signs))
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ display
+
+    def _facts(self) -> list[tuple[str, str]]:
+        granularity = "per tensor"
+        if self.channel_axis not in (None, ()):
+            granularity = f"per channel, axis {self.channel_axis}"
+        elif self.group_size is not None:
+            granularity = f"per group of {self.group_size}"
+        mapped = np.ndim(self.bits) > 0
+        facts = [
+            ("shape", str(self.shape)),
+            ("dtype", str(self.dtype)),
+            ("levels", str(len(self.scales))),
+            ("bits", f"map of shape {self.bits.shape}" if mapped else str(self.bits)),
+            ("scales", f"{granularity}, {self._rows.count:,} per level"),
+        ]
+        # Looking at a map on a device would wait for it: a display must not.
+        if not (mapped and arrays.on_device(self.bits)):
+            facts += [
+                ("payload bits", f"{self.payload_bits:.4g} per element"),
+                ("effective bits", f"{self.effective_bits:.4g} per element"),
+            ]
+        return facts
+
+    def __repr__(self) -> str:
+        return f"BinaryCode({', '.join(f'{name}: {value}' for name, value in self._facts())})"
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in self._facts()
+        )
+        return f"<table><caption>BinaryCode</caption>{cells}</table>"
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the code to a file, one bit per sign.
+
+        The file is an uncompressed ``.npz`` archive of the arrays ``scales``, ``signs`` (bits
+        packed along the last of two axes, levels by elements in C order), ``bits`` (int or
+        uint8 map) and ``layout`` (JSON); nothing in it is pickled. A file that exists is replaced
+        only once the new one is complete.
+
+        Parameters
+        ----------
+        path : str or path
+        """
+        layout = {
+            "format": _FORMAT,
+            "shape": list(self.shape),
+            "channel_axis": self.channel_axis,
+            "group_size": self.group_size,
+        }
+        members = {
+            "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
+            "scales": _host(self.scales),
+            "bits": np.asarray(_host(self.bits), np.uint8),
+            "signs": np.packbits(_host(self.signs).reshape(len(self.signs), -1) > 0, axis=1)
+            if self.signs.size
+            else np.zeros((len(self.signs), 0), np.uint8),
+        }
+        path = os.fspath(path)
+        handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, allow_pickle=False, **members)
+            os.replace(unfinished, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(unfinished)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BinaryCode:
+        """Read a code that `save` wrote, as NumPy arrays.
+
+        Parameters
+        ----------
+        path : str or path
+
+        Returns
+        -------
+        BinaryCode
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is damaged, truncated or no BinaryCode. Sizes are checked against the
+            file's own length before anything is allocated, and nothing is unpickled.
+        """
+        with open(path, "rb") as file:
+            try:
+                members = _read_members(file)
+                return _decode(cls, members)
+            except (
+                ValueError, KeyError, TypeError, EOFError, OverflowError, NotImplementedError,
+                RuntimeError, zipfile.BadZipFile, UnicodeDecodeError, OSError,
+            ) as error:  # fmt: skip
+                raise ValueError(f"{os.fspath(path)!r} is no intact BinaryCode: {error}") from error
+
+
+_FORMAT = "cubin.BinaryCode/1"
+_DTYPES = {"layout": "B", "scales": "efd", "bits": "B", "signs": "B"}
+
+
+def _read_members(file: Any) -> dict[str, np.ndarray]:
+    members = {}
+    with zipfile.ZipFile(file) as archive:
+        for name, dtypes in _DTYPES.items():
+            info = archive.getinfo(f"{name}.npy")
+            # Stored members cannot be larger than the file: no bomb, no false size.
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise ValueError(f"{name} is compressed")
+            with archive.open(info) as member:
+                version = np.lib.format.read_magic(member)
+                if version != (1, 0):
+                    raise ValueError(f"{name} has format version {version}")
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+                if dtype.char not in dtypes or fortran:
+                    raise ValueError(f"{name} has an unexpected dtype or order")
+                expected = math.prod(shape) * dtype.itemsize
+                if member.tell() + expected != info.file_size:
+                    raise ValueError(
+                        f"{name} of shape {shape} does not fit its {info.file_size} bytes"
+                    )
+                content = member.read()
+            if len(content) != expected:
+                raise ValueError(f"{name} is truncated")
+            members[name] = np.frombuffer(content, dtype).reshape(shape).copy()
+    return members
+
+
+def _decode(cls: type[BinaryCode], members: dict[str, np.ndarray]) -> BinaryCode:
+    layout = json.loads(members["layout"].tobytes())
+    if not isinstance(layout, dict) or layout.get("format") != _FORMAT:
+        raise ValueError("its layout is of another format")
+    shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
+    axis, group_size = layout["channel_axis"], layout["group_size"]
+    axis = tuple(axis) if isinstance(axis, list) else axis
+    bits = members["bits"]
+    scales, packed = members["scales"], members["signs"]
+    size = math.prod(shape)
+    if len(shape) > 64 or min(shape, default=0) < 0 or scales.ndim == 0:
+        raise ValueError(f"shape {shape} is no shape of an array")
+    levels = len(scales)
+    if levels > arrays.MAX_BITS or packed.shape != (levels, -(-size // 8)):
+        raise ValueError(
+            f"signs of shape {packed.shape} do not hold {levels} levels of {size} elements"
+        )
+    rows = arrays.rows_of(shape, axis, group_size)
+    if scales.shape != (levels, *rows.scale_shape):
+        raise ValueError(f"scales of shape {scales.shape} do not fit the shape {shape}")
+    limits, _ = arrays.as_bits(bits, np.broadcast_to(np.int8(0), shape))
+    positive = np.unpackbits(packed, axis=1, count=size).reshape(levels, *shape)
+    signs = positive.view(np.int8)
+    np.subtract(signs + signs, 1, out=signs)
+    for level, sign in enumerate(signs):
+        np.multiply(sign, np.greater(limits, level), out=sign)
+    return cls(scales, signs, int(bits) if bits.ndim == 0 else bits, axis, group_size)

@@ -1,0 +1,239 @@
+"""Errors of an approximation, per tensor or along axes. All sums are taken in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cubin import arrays, passes
+from cubin.arrays import Array
+from cubin.kernels import FLOATS, reduction
+
+_CUDA = """
+struct Moments {
+  double error, power, power_of_approx, product, worst;
+  __device__ Moments() : error(0), power(0), power_of_approx(0), product(0), worst(0) {}
+  __device__ Moments(double x, double y)
+      : error((x - y) * (x - y)), power(x * x), power_of_approx(y * y), product(x * y),
+        worst(fabs(x - y)) {}
+};
+__device__ Moments operator+(const Moments& a, const Moments& b) {
+  Moments sum;
+  sum.error = a.error + b.error;
+  sum.power = a.power + b.power;
+  sum.power_of_approx = a.power_of_approx + b.power_of_approx;
+  sum.product = a.product + b.product;
+  // fmax would drop a NaN.
+  sum.worst = a.worst > b.worst || a.worst != a.worst ? a.worst : b.worst;
+  return sum;
+}
+"""
+
+
+@reduction(
+    "T x, T approx",
+    "float64 error, float64 power, float64 power_of_approx, float64 product, float64 worst",
+    map="Moments(double(Work<T>::type(x)), double(Work<T>::type(approx)))",
+    reduce="a + b",
+    post_map="error = a.error; power = a.power; power_of_approx = a.power_of_approx; "
+    "product = a.product; worst = a.worst",
+    identity="Moments()",
+    reduce_type="Moments",
+    types=FLOATS,
+    preamble=_CUDA,
+)
+def moments(
+    x: np.ndarray,
+    approx: np.ndarray,
+    *,
+    error: np.ndarray,
+    power: np.ndarray,
+    power_of_approx: np.ndarray,
+    product: np.ndarray,
+    worst: np.ndarray,
+) -> None:
+    """Sums of (x - y)^2, x^2, y^2 and x y over the last axis, and the largest |x - y|."""
+    x = x.astype(np.float64)
+    y = approx.astype(np.float64)
+    power[..., 0] = np.einsum("...i,...i->...", x, x)
+    power_of_approx[..., 0] = np.einsum("...i,...i->...", y, y)
+    product[..., 0] = np.einsum("...i,...i->...", x, y)
+    np.subtract(x, y, out=x)
+    error[..., 0] = np.einsum("...i,...i->...", x, x)
+    np.max(np.abs(x, out=x), axis=-1, keepdims=True, initial=0, out=worst)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What all errors follow from, per tensor (0-d) or for every index of the axes kept."""
+
+    error: Array
+    power: Array
+    power_of_approx: Array
+    product: Array
+    worst: Array
+
+    def relative_mse(self) -> Array:
+        """The squared error over the power; 0 where both are 0."""
+        return _ratio(self.error, self.power)
+
+    def sqnr_db(self) -> Array:
+        """-10 log10 of the relative MSE, in dB."""
+        xp = arrays.library(self.error)
+        with np.errstate(divide="ignore"):
+            return -10 * xp.log10(self.relative_mse())
+
+    def cosine_similarity(self) -> Array:
+        """The cosine; 1 where both are 0, 0 where one is."""
+        xp = arrays.library(self.error)
+        both = xp.sqrt(self.power) * xp.sqrt(self.power_of_approx)
+        same = (self.power == 0) & (self.power_of_approx == 0)
+        return xp.where(same, 1.0, self.product / xp.where(both == 0, 1.0, both))
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    xp = arrays.library(part)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return xp.where(part == 0, xp.where(whole == whole, 0.0, whole), part / whole)
+
+
+def measure(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Moments:
+    """The moments of `x` and `approx` over `axis` (default: all axes), in one pass."""
+    x = arrays.as_floats("x", x)
+    approx = arrays.like("approx", approx, x)
+    every = tuple(range(x.ndim))
+    reduced = every if axis is None else arrays.axes_of("axis", axis, x.shape)
+    rows = arrays.rows_of(x.shape, tuple(a for a in every if a not in reduced))
+    with arrays.current_device(x):
+        sums = passes.partial_results(moments, rows, (x, approx), [])
+        *totals, worst = (part.reshape(*rows.scale_shape, -1) for part in sums)
+        return Moments(*(total.sum(axis=-1) for total in totals), worst.max(axis=-1))
+
+
+def relative_mse(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """The relative mean squared error of an approximation.
+
+    .. math:: \\frac{\\sum (x - y)^2}{\\sum x^2}
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, any shape
+    approx : array of x's shape
+        The approximation y; cast to x's dtype.
+    axis : int or tuple of int, optional
+        The axes to sum over. Default: all of them.
+
+    Returns
+    -------
+    array of float64
+        0-d, or with the axes summed over removed. No unit; 0 where `x` and `approx` are both 0.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not floating point, or NumPy and CuPy are mixed.
+    ValueError
+        If the shapes differ, or an axis is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> float(cubin.errors.relative_mse(np.array([3.0, 4.0]), np.array([3.0, 3.0])))
+    0.04
+    """
+    return measure(x, approx, axis).relative_mse()
+
+
+def sqnr_db(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """The signal to quantization noise ratio of an approximation.
+
+    .. math:: 10 \\log_{10} \\frac{\\sum x^2}{\\sum (x - y)^2}
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, any shape
+    approx : array of x's shape
+        The approximation y; cast to x's dtype.
+    axis : int or tuple of int, optional
+        The axes to sum over. Default: all of them.
+
+    Returns
+    -------
+    array of float64
+        In dB; infinite where the approximation is exact.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `relative_mse`.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> float(cubin.errors.sqnr_db(np.array([6.0, 8.0]), np.array([6.0, 7.0])))
+    20.0
+    """
+    return measure(x, approx, axis).sqnr_db()
+
+
+def cosine_similarity(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """The cosine of the angle between an array and its approximation.
+
+    .. math:: \\frac{\\sum x y}{\\sqrt{\\sum x^2 \\sum y^2}}
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, any shape
+    approx : array of x's shape
+        The approximation y; cast to x's dtype.
+    axis : int or tuple of int, optional
+        The axes to sum over. Default: all of them.
+
+    Returns
+    -------
+    array of float64
+        From -1 to 1; 1 where both are 0, and 0 where only one is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `relative_mse`.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> float(cubin.errors.cosine_similarity(np.array([3.0, 4.0]), np.array([4.0, 3.0])))
+    0.96
+    """
+    return measure(x, approx, axis).cosine_similarity()
+
+
+def max_abs_error(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """The largest absolute error, ``max |x - y|``.
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, any shape
+    approx : array of x's shape
+        The approximation y; cast to x's dtype.
+    axis : int or tuple of int, optional
+        The axes to go over. Default: all of them.
+
+    Returns
+    -------
+    array of float64
+        In the unit of `x`; 0 for an empty array, NaN if an error is NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `relative_mse`.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> float(cubin.errors.max_abs_error(np.array([3.0, 4.0]), np.array([3.0, 2.5])))
+    1.5
+    """
+    return measure(x, approx, axis).worst

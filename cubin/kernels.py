@@ -1,0 +1,274 @@
+"""Primitives: a NumPy expression and its CUDA source, side by side, in one registry.
+
+A primitive is one function. Its body is the NumPy expression; the decorator right above it holds
+the CUDA source that CuPy compiles for device arrays::
+
+    @elementwise("T x, T a", "T y", "y = x - a", types=FLOATS)
+    def difference(x, a, *, y):
+        np.subtract(x, a, out=y)
+
+Its positional parameters are the kernel's inputs and its keyword-only parameters the outputs,
+which the caller allocates; the decorator checks that the two agree. Which of the two runs follows
+from the type of the outputs. The last input may be variadic (``*W scales``): one kernel is built
+for each number of arguments, and in the source ``{scales}`` stands for them, each after a comma,
+and ``{count}`` for their number.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cubin import arrays, blocks
+from cubin.arrays import Array
+
+REGISTRY: dict[str, Primitive] = {}
+"""Every primitive by its name."""
+
+FLOATS: tuple[Mapping[str, str], ...] = tuple(
+    {"T": dtype, "W": work}
+    for dtype, work in (("float16", "float32"), ("float32", "float32"), ("float64", "float64"))
+)
+"""The types T of an array and W of the work on it that the kernels are used with."""
+
+# Work<T>::type is W. CuPy defines float16 in every kernel.
+PREAMBLE = """
+template<class T> struct Work { typedef T type; };
+template<> struct Work<float16> { typedef float type; };
+"""
+
+
+def source(module_file: str) -> str:
+    """The CUDA source beside a module: the ``.cu`` file of the same stem."""
+    return Path(module_file).with_suffix(".cu").read_text(encoding="utf-8")
+
+
+class Primitive:
+    """A function on arrays with a NumPy expression and a CUDA kernel.
+
+    Attributes
+    ----------
+    name : str
+        The function's name; the kernel is called ``cubin_<name>``.
+    inputs, outputs : tuple of (type, name)
+        The kernel's parameters. A type is a dtype's name or a letter that stands for one; it
+        starts with ``raw`` if the kernel indexes the array itself, with ``*`` if it is variadic.
+    types : tuple of mapping
+        The dtypes which the letters take in use: what the tests compile and execute.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., None],
+        inputs: str,
+        outputs: str,
+        types: Sequence[Mapping[str, str]],
+        preamble: str,
+    ) -> None:
+        self.name = function.__name__
+        self.function = function
+        self.inputs = _parameters(inputs)
+        self.outputs = _parameters(outputs)
+        self.types = tuple(types)
+        self.preamble = PREAMBLE + preamble
+        self.__doc__ = function.__doc__
+        self._kernels: dict[tuple[Any, int], Any] = {}
+        self._check_parameters()
+        if self.name in REGISTRY:
+            raise ValueError(f"there is a primitive {self.name!r} already")
+        REGISTRY[self.name] = self
+
+    def _check_parameters(self) -> None:
+        parameters = inspect.signature(self.function).parameters.values()
+        outputs = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        inputs = [
+            f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name
+            for p in parameters
+            if p.kind is not p.KEYWORD_ONLY
+        ]
+        declared = [f"*{name}" if kind[0] == "*" else name for kind, name in self.inputs]
+        if inputs != declared or outputs != [name for _, name in self.outputs]:
+            raise TypeError(
+                f"{self.name}: the kernel takes {declared} and gives "
+                f"{[name for _, name in self.outputs]}, but the function has {inputs} and {outputs}"
+            )
+
+    @property
+    def variadic(self) -> bool:
+        """Whether the number of inputs varies."""
+        return bool(self.inputs) and self.inputs[-1][0].startswith("*")
+
+    @cached_property
+    def kernel_name(self) -> str:
+        """The name that the CUDA kernel has in a profiler."""
+        return f"cubin_{self.name}"
+
+    def kernel(self, count: int = 0) -> Any:
+        """CuPy's kernel for `count` variadic inputs, built when first asked for."""
+        module = arrays.cupy()
+        key = (module, count)
+        if key not in self._kernels:
+            self._kernels[key] = self._build(module, count)
+        return self._kernels[key]
+
+    def _build(self, module: Any, count: int) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, *inputs: Array, **outputs: Array) -> None:
+        """Compute `outputs`, which are overwritten, from `inputs`."""
+        ordered = [outputs[name] for _, name in self.outputs]
+        if isinstance(ordered[0], np.ndarray):
+            self._run_numpy(inputs, outputs)
+        else:
+            self._launch(inputs, ordered)
+
+    def _run_numpy(self, inputs: tuple[Array, ...], outputs: dict[str, Array]) -> None:
+        with np.errstate(all="ignore"):
+            self.function(*inputs, **outputs)
+
+    def _launch(self, inputs: tuple[Array, ...], outputs: list[Array]) -> None:
+        raise NotImplementedError
+
+    def _variadic_count(self, inputs: tuple[Array, ...]) -> int:
+        return len(inputs) - len(self.inputs) + 1 if self.variadic else 0
+
+    def _declare(self, count: int) -> tuple[str, str]:
+        """The parameters of the kernel as CuPy writes them."""
+        inputs = []
+        for kind, name in self.inputs:
+            if kind.startswith("*"):
+                inputs += [f"{kind[1:]} {name}_{number}" for number in range(count)]
+            else:
+                inputs.append(f"{kind} {name}")
+        return ", ".join(inputs), ", ".join(f"{kind} {name}" for kind, name in self.outputs)
+
+    def _fill(self, text: str, count: int) -> str:
+        if not self.variadic:
+            return text
+        name = self.inputs[-1][1]
+        listed = "".join(f", {name}_{number}" for number in range(count))
+        return text.replace(f"{{{name}}}", listed).replace("{count}", str(count))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+class Elementwise(Primitive):
+    """A primitive whose outputs at an index depend on its inputs at that index alone."""
+
+    def __init__(self, *arguments: Any, operation: str) -> None:
+        self.operation = operation
+        super().__init__(*arguments)
+
+    def _build(self, module: Any, count: int) -> Any:
+        inputs, outputs = self._declare(count)
+        return module.ElementwiseKernel(
+            inputs,
+            outputs,
+            self._fill(self.operation, count),
+            self.kernel_name,
+            preamble=self.preamble,
+        )
+
+    def _launch(self, inputs: tuple[Array, ...], outputs: list[Array]) -> None:
+        self.kernel(self._variadic_count(inputs))(*inputs, *outputs)
+
+    def _run_numpy(self, inputs: tuple[Array, ...], outputs: dict[str, Array]) -> None:
+        shape = next(iter(outputs.values())).shape
+        size = int(np.prod(shape))
+        if size <= blocks.BLOCK:
+            super()._run_numpy(inputs, outputs)
+            return
+        spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
+
+        def run(block: blocks.Block) -> None:
+            self.function(
+                *(a[block] if np.ndim(a) else a for a in spread),
+                **{name: a[block] for name, a in outputs.items()},
+            )
+
+        blocks.each(run, list(blocks.tile(shape)), size)
+
+
+class Reduction(Primitive):
+    """A primitive that reduces the last axis of its inputs; the outputs keep it with length 1."""
+
+    def __init__(self, *arguments: Any, map: str, reduce: str, post_map: str, identity: str,
+                 reduce_type: str) -> None:  # fmt: skip
+        self.map = map
+        self.reduce = reduce
+        self.post_map = post_map
+        self.identity = identity
+        self.reduce_type = reduce_type
+        super().__init__(*arguments)
+
+    def _build(self, module: Any, count: int) -> Any:
+        inputs, outputs = self._declare(count)
+        return module.ReductionKernel(
+            inputs,
+            outputs,
+            self._fill(self.map, count),
+            self.reduce,
+            self.post_map,
+            self.identity,
+            self.kernel_name,
+            reduce_type=self.reduce_type,
+            preamble=self.preamble,
+        )
+
+    def _launch(self, inputs: tuple[Array, ...], outputs: list[Array]) -> None:
+        kernel = self.kernel(self._variadic_count(inputs))
+        kernel(*inputs, *outputs, axis=outputs[0].ndim - 1, keepdims=True)
+
+
+def elementwise(
+    inputs: str,
+    outputs: str,
+    operation: str,
+    *,
+    types: Sequence[Mapping[str, str]],
+    preamble: str = "",
+) -> Callable[[Callable[..., None]], Elementwise]:
+    """Make a function an elementwise primitive; the arguments are ElementwiseKernel's."""
+
+    def decorate(function: Callable[..., None]) -> Elementwise:
+        return Elementwise(function, inputs, outputs, types, preamble, operation=operation)
+
+    return decorate
+
+
+def reduction(
+    inputs: str,
+    outputs: str,
+    *,
+    map: str,
+    reduce: str,
+    post_map: str,
+    identity: str,
+    reduce_type: str,
+    types: Sequence[Mapping[str, str]],
+    preamble: str = "",
+) -> Callable[[Callable[..., None]], Reduction]:
+    """Make a function a primitive that reduces the last axis; the arguments are ReductionKernel's.
+
+    There may be several outputs, which `post_map` assigns.
+    """
+
+    def decorate(function: Callable[..., None]) -> Reduction:
+        return Reduction(
+            function, inputs, outputs, types, preamble, map=map, reduce=reduce,
+            post_map=post_map, identity=identity, reduce_type=reduce_type,
+        )  # fmt: skip
+
+    return decorate
+
+
+def _parameters(text: str) -> tuple[tuple[str, str], ...]:
+    """``"T x, raw int8 y, *W scales"`` as pairs of type and name."""
+    pairs = (part.strip().rpartition(" ") for part in text.split(","))
+    return tuple((kind, name) for kind, _, name in pairs)

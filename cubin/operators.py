@@ -1,0 +1,188 @@
+"""Forward and backward rules as objects, for any automatic differentiation.
+
+They are the user functions of CNTK's ``netopt.custom_convolution_ops``: `Sign` is its
+``SignWithEstimation`` and ``pySign``, `Multibit` and `MultibitKernel` are its namesakes. Each has
+``forward(x) -> (y, residuals)`` and ``backward(residuals, gy) -> gx``; what the backward rule needs
+travels in the residuals, so one operator may be applied many times before any gradient is asked
+for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cubin import arrays
+from cubin.arrays import Array
+from cubin.quantize import multibit
+from cubin.signs import multibit_grad, sign, sign_grad
+
+
+class Sign:
+    """The sign with the straight-through gradient.
+
+    .. math:: y = +1 \\text{ if } x > 0 \\text{ else } -1, \\qquad
+        g_x = g_y \\text{ where } |x| \\le 1 \\text{ else } 0
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cubin.operators import Sign
+    >>> y, residuals = Sign().forward(np.array([0.0, 0.5, 2.0]))
+    >>> y, Sign().backward(residuals, np.ones(3))
+    (array([-1.,  1.,  1.]), array([1., 1., 0.]))
+
+    References
+    ----------
+    .. [1] M. Courbariaux et al., "Binarized Neural Networks", arXiv:1602.02830, 2016.
+    """
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        """The sign of `x`, and what `backward` needs: `x` itself."""
+        x = arrays.as_floats("x", x)
+        return sign(x), x
+
+    def backward(self, residuals: Array, gy: Array) -> Array:
+        """The gradient with respect to x, of x's shape and dtype."""
+        return sign_grad(residuals, gy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The operator's state: a dict of plain values."""
+        return {}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Sign:
+        """The operator with the state that `state_dict` gave."""
+        _check_keys(state, ())
+        return cls()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sign)
+
+    def __hash__(self) -> int:
+        return hash(Sign)
+
+    def __repr__(self) -> str:
+        return "Sign()"
+
+
+class Multibit:
+    """The greedy multibit approximation with the straight-through gradient.
+
+    .. math:: y = \\sum_i a_i b_i, \\qquad
+        g_x = g_y \\text{ where } |x| \\le \\text{bits} \\text{ else } 0
+
+    with the scales :math:`a_i` and signs :math:`b_i` of `cubin.multibit`.
+
+    Parameters
+    ----------
+    bits : int or integer array that broadcasts to x's shape
+        The number of levels of each element, 0 to 16.
+    channel_axis : int or tuple of int, optional
+        One scale per level for each index of this axis (these axes). Default: one for the tensor.
+
+    Raises
+    ------
+    TypeError
+        If `bits` or `channel_axis` is not integer.
+    ValueError
+        If `bits` is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cubin.operators import Multibit
+    >>> operator = Multibit(2)
+    >>> y, residuals = operator.forward(np.array([-1.0, 3.0]))
+    >>> y, operator.backward(residuals, np.ones(2))
+    (array([-1.,  3.]), array([1., 0.]))
+
+    References
+    ----------
+    .. [1] J. Fromm, S. Patel, M. Philipose, "Heterogeneous bitwidth binarization in convolutional
+       neural networks", NeurIPS 2018, arXiv:1805.10368.
+    """
+
+    def __init__(self, bits: Array, channel_axis: int | tuple[int, ...] | None = None) -> None:
+        if not arrays.on_device(bits):
+            # A map may be of any shape until x is known.
+            checked = np.asarray(bits)
+            arrays.as_bits(checked, np.broadcast_to(np.float32(0), checked.shape))
+            bits = checked.copy() if checked.ndim else int(checked)
+        self.bits = bits
+        self.channel_axis = (
+            tuple(arrays.as_integer("channel_axis", axis) for axis in channel_axis)
+            if isinstance(channel_axis, (tuple, list))
+            else None
+            if channel_axis is None
+            else arrays.as_integer("channel_axis", channel_axis)
+        )
+
+    def forward(self, x: Array) -> tuple[Array, Array]:
+        """The approximation of `x`, and what `backward` needs: `x` itself."""
+        x = arrays.as_floats("x", x)
+        return multibit(x, self.bits, channel_axis=self.channel_axis), x
+
+    def backward(self, residuals: Array, gy: Array) -> Array:
+        """The gradient with respect to x, of x's shape and dtype."""
+        return multibit_grad(residuals, self.bits, gy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The operator's state: ``bits``, an int or an array of its own, and ``channel_axis``."""
+        bits = self.bits if isinstance(self.bits, int) else self.bits.copy()
+        return {"bits": bits, "channel_axis": self.channel_axis}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Multibit:
+        """The operator with the state that `state_dict` gave."""
+        _check_keys(state, ("bits", "channel_axis"))
+        return cls(state["bits"], state["channel_axis"])
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        assert isinstance(other, Multibit)
+        xp = arrays.library(self.bits)
+        return (
+            self.channel_axis == other.channel_axis
+            and arrays.on_device(self.bits) == arrays.on_device(other.bits)
+            and np.shape(self.bits) == np.shape(other.bits)
+            and bool(xp.array_equal(self.bits, other.bits))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __copy__(self) -> Multibit:
+        return self.from_state_dict(self.state_dict())
+
+    def __repr__(self) -> str:
+        bits = self.bits if isinstance(self.bits, int) else f"<map of shape {self.bits.shape}>"
+        return f"{type(self).__name__}({bits}, channel_axis={self.channel_axis})"
+
+
+class MultibitKernel(Multibit):
+    """`Multibit` with one scale per level for each kernel: ``channel_axis=0``.
+
+    Parameters
+    ----------
+    bits : int or integer array that broadcasts to x's shape
+        The number of levels of each element, 0 to 16.
+    """
+
+    def __init__(self, bits: Array) -> None:
+        super().__init__(bits, channel_axis=0)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> MultibitKernel:
+        """The operator with the state that `state_dict` gave."""
+        _check_keys(state, ("bits", "channel_axis"))
+        return cls(state["bits"])
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(", channel_axis=0", "")
+
+
+def _check_keys(state: dict[str, Any], expected: tuple[str, ...]) -> None:
+    if set(state) != set(expected):
+        raise ValueError(f"state must have the keys {list(expected)}, got {sorted(state)}")

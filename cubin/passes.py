@@ -1,0 +1,130 @@
+"""Passes over the rows of an array: on the host in blocks over threads, on a device in one launch.
+
+Rows that are too long for one block (of the cache, or of threads) are cut into pieces, each of
+which a reduction sums up on its own; the caller adds up the pieces. How rows are cut depends on
+their shape alone, so that results are the same every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cubin import arrays, blocks
+from cubin.arrays import Array, Rows
+from cubin.kernels import Reduction
+
+CHUNK = 1 << 13
+"""Elements of a device row that one thread block reduces."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of the rows' view: some whole rows, or a piece of one row.
+
+    Attributes
+    ----------
+    rows : slice
+        The numbers of the rows.
+    piece : slice
+        The number of the piece, as a slice of length 1.
+    block : tuple of slice
+        Where it lies in the rows' view.
+    """
+
+    rows: slice
+    piece: slice
+    block: blocks.Block
+
+
+def parts_of(rows: Rows, *, device: bool = False) -> Iterator[Part]:
+    """Parts that tile the rows: on a device all of them at once, else blocks that fit the cache."""
+    whole = (slice(None),) * len(rows.inner_shape)
+    first = slice(0, 1)
+    if device:
+        yield Part(slice(None), first, (slice(None),) * len(rows.order))
+    elif rows.length <= blocks.BLOCK:
+        start = 0
+        for block in blocks.tile(rows.scale_shape, max(1, blocks.BLOCK // max(1, rows.length))):
+            stop = start + blocks.extent(block, rows.scale_shape)
+            yield Part(slice(start, stop), first, (*block, *whole))
+            start = stop
+    else:
+        for row, head in enumerate(blocks.tile(rows.scale_shape, 1)):
+            for piece, inner in enumerate(blocks.tile(rows.inner_shape)):
+                yield Part(slice(row, row + 1), slice(piece, piece + 1), (*head, *inner))
+
+
+def for_each_part(
+    task: Callable[..., None], rows: Rows, *inputs: Array, device: bool = False
+) -> None:
+    """Call ``task(part, *inputs)`` for parts that tile the rows, each input as (rows, n).
+
+    An input is an array of the rows' shape, or a scalar that is passed on.
+    """
+    views = [rows.view(a) if np.ndim(a) else None for a in inputs]
+
+    def run(part: Part) -> None:
+        flat = []
+        for array, view in zip(inputs, views, strict=True):
+            cut = array if view is None else view[part.block]
+            flat.append(cut if view is None else cut.reshape(rows.flat_shape(cut.shape)))
+        task(part, *flat)
+
+    if device:
+        for part in parts_of(rows, device=True):
+            run(part)
+    else:
+        blocks.each(run, list(parts_of(rows)), rows.count * rows.length)
+
+
+def partial_results(
+    primitive: Reduction, rows: Rows, inputs: tuple[Array, ...], scales: list[Array]
+) -> list[Array]:
+    """The outputs of a reduction for every piece of every row, each as (rows, pieces).
+
+    `inputs` are arrays of the rows' shape or scalars, `scales` arrays of shape (rows, 1).
+    """
+    if arrays.on_device(inputs[0]):
+        return _partial_results_on_device(primitive, rows, inputs, scales)
+    long = rows.length > blocks.BLOCK
+    pieces = sum(1 for _ in blocks.tile(rows.inner_shape)) if long else 1
+    results = [np.zeros((rows.count, pieces), kind) for kind, _ in primitive.outputs]
+    names = [name for _, name in primitive.outputs]
+
+    def reduce(part: Part, *flat: Array) -> None:
+        at = (part.rows, part.piece)
+        outputs = {name: result[at] for name, result in zip(names, results, strict=True)}
+        primitive(*flat, *(scale[part.rows] for scale in scales), **outputs)
+
+    for_each_part(reduce, rows, *inputs)
+    return results
+
+
+def _partial_results_on_device(
+    primitive: Reduction, rows: Rows, inputs: tuple[Array, ...], scales: list[Array]
+) -> list[Array]:
+    xp: Any = arrays.library(inputs[0])
+    flat = [rows.flat(a) if np.ndim(a) else a for a in inputs]
+    # Chunks of one length reduce side by side in one launch; what does not fill one comes last.
+    chunks = rows.length // CHUNK if rows.length > 2 * CHUNK else 0
+    full = chunks * CHUNK
+    pieces = chunks + (full < rows.length or not chunks)
+    results = [xp.empty((rows.count, pieces, 1), kind) for kind, _ in primitive.outputs]
+    spread = [scale[:, None] for scale in scales]
+
+    def reduce(cut: Callable[[Array], Array], at: slice) -> None:
+        outputs = {
+            name: result[:, at]
+            for (_, name), result in zip(primitive.outputs, results, strict=True)
+        }
+        primitive(*(cut(a) if np.ndim(a) else a for a in flat), *spread, **outputs)
+
+    if chunks:
+        reduce(lambda a: a[:, :full].reshape(rows.count, chunks, CHUNK), slice(0, chunks))
+    if pieces > chunks:
+        reduce(lambda a: a[:, None, full:], slice(chunks, pieces))
+    return [result[..., 0] for result in results]

@@ -78,8 +78,8 @@ def random(
     Examples
     --------
     >>> import cubin
-    >>> cubin.bitmaps.random(1_000_000, 1.4, rng=0).mean().round(2)
-    np.float64(1.61)
+    >>> float(cubin.bitmaps.random(1_000_000, 1.4, rng=0).mean().round(1))
+    1.6
     """
     if isinstance(mean_bits, (bool, np.bool_)) or not isinstance(
         mean_bits, (int, float, np.integer, np.floating)

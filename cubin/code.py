@@ -43,7 +43,8 @@ def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: 
 )
 def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.ndarray) -> None:
     """``y + scale * sign``; where the sign is 0 the scale, which may be NaN, does not count."""
-    step = np.multiply(scale, sign, dtype=y.dtype)
+    step = np.empty(y.shape, y.dtype)
+    np.multiply(scale, sign, out=step)
     where(sign != 0, step, out=step)
     np.add(y, step, out=total)
 
@@ -379,6 +380,6 @@ def _decode(cls: type[BinaryCode], members: dict[str, np.ndarray]) -> BinaryCode
     positive = np.unpackbits(packed, axis=1, count=size).reshape(levels, *shape)
     signs = positive.view(np.int8)
     np.subtract(signs + signs, 1, out=signs)
-    for level, sign in enumerate(signs):
-        np.multiply(sign, np.greater(limits, level), out=sign)
+    for level in range(levels):
+        np.multiply(signs[level], np.greater(limits, level), out=signs[level, ...])
     return cls(scales, signs, int(bits) if bits.ndim == 0 else bits, axis, group_size)

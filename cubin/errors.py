@@ -65,7 +65,7 @@ def moments(
 
 
 @dataclass(frozen=True)
-class Moments:
+class Errors:
     """What all errors follow from, per tensor (0-d) or for every index of the axes kept."""
 
     error: Array
@@ -98,7 +98,7 @@ def _ratio(part: Array, whole: Array) -> Array:
         return xp.where(part == 0, xp.where(whole == whole, 0.0, whole), part / whole)
 
 
-def measure(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Moments:
+def measure(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Errors:
     """The moments of `x` and `approx` over `axis` (default: all axes), in one pass."""
     x = arrays.as_floats("x", x)
     approx = arrays.like("approx", approx, x)
@@ -107,8 +107,16 @@ def measure(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) 
     rows = arrays.rows_of(x.shape, tuple(a for a in every if a not in reduced))
     with arrays.current_device(x):
         sums = passes.partial_results(moments, rows, (x, approx), [])
-        *totals, worst = (part.reshape(*rows.scale_shape, -1) for part in sums)
-        return Moments(*(total.sum(axis=-1) for total in totals), worst.max(axis=-1))
+        error, power, power_of_approx, product, worst = (
+            part.reshape(*rows.scale_shape, -1) for part in sums
+        )
+        return Errors(
+            error.sum(axis=-1),
+            power.sum(axis=-1),
+            power_of_approx.sum(axis=-1),
+            product.sum(axis=-1),
+            worst.max(axis=-1),
+        )
 
 
 def relative_mse(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Array:

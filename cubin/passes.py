@@ -32,30 +32,29 @@ class Part:
     piece : slice
         The number of the piece, as a slice of length 1.
     block : tuple of slice
-        Where it lies in the rows' view.
+        Where it lies in the rows' view: slices, and an ellipsis that keeps even 0-d views arrays.
     """
 
     rows: slice
     piece: slice
-    block: blocks.Block
+    block: tuple[Any, ...]
 
 
 def parts_of(rows: Rows, *, device: bool = False) -> Iterator[Part]:
     """Parts that tile the rows: on a device all of them at once, else blocks that fit the cache."""
-    whole = (slice(None),) * len(rows.inner_shape)
     first = slice(0, 1)
     if device:
-        yield Part(slice(None), first, (slice(None),) * len(rows.order))
+        yield Part(slice(None), first, (...,))
     elif rows.length <= blocks.BLOCK:
         start = 0
         for block in blocks.tile(rows.scale_shape, max(1, blocks.BLOCK // max(1, rows.length))):
             stop = start + blocks.extent(block, rows.scale_shape)
-            yield Part(slice(start, stop), first, (*block, *whole))
+            yield Part(slice(start, stop), first, (*block, ...))
             start = stop
     else:
         for row, head in enumerate(blocks.tile(rows.scale_shape, 1)):
             for piece, inner in enumerate(blocks.tile(rows.inner_shape)):
-                yield Part(slice(row, row + 1), slice(piece, piece + 1), (*head, *inner))
+                yield Part(slice(row, row + 1), slice(piece, piece + 1), (*head, *inner, ...))
 
 
 def for_each_part(
@@ -65,7 +64,7 @@ def for_each_part(
 
     An input is an array of the rows' shape, or a scalar that is passed on.
     """
-    views = [rows.view(a) if np.ndim(a) else None for a in inputs]
+    views = [None if isinstance(a, np.generic) else rows.view(a) for a in inputs]
 
     def run(part: Part) -> None:
         flat = []
@@ -108,7 +107,7 @@ def _partial_results_on_device(
     primitive: Reduction, rows: Rows, inputs: tuple[Array, ...], scales: list[Array]
 ) -> list[Array]:
     xp: Any = arrays.library(inputs[0])
-    flat = [rows.flat(a) if np.ndim(a) else a for a in inputs]
+    flat = [a if isinstance(a, np.generic) else rows.flat(a) for a in inputs]
     # Chunks of one length reduce side by side in one launch; what does not fill one comes last.
     chunks = rows.length // CHUNK if rows.length > 2 * CHUNK else 0
     full = chunks * CHUNK
@@ -121,7 +120,7 @@ def _partial_results_on_device(
             name: result[:, at]
             for (_, name), result in zip(primitive.outputs, results, strict=True)
         }
-        primitive(*(cut(a) if np.ndim(a) else a for a in flat), *spread, **outputs)
+        primitive(*(a if isinstance(a, np.generic) else cut(a) for a in flat), *spread, **outputs)
 
     if chunks:
         reduce(lambda a: a[:, :full].reshape(rows.count, chunks, CHUNK), slice(0, chunks))

@@ -161,7 +161,7 @@ def quantize(
             _check_finite(x, rows)
         scales = xp.zeros((levels, rows.count), x.dtype)
         signs = xp.empty((levels, *x.shape), np.int8)
-        views = [rows.view(sign) for sign in signs]
+        views = [rows.view(signs[level, ...]) for level in range(levels)]
 
         def finish(part: Part, x: Array, bits: Array, found: list[Array]) -> None:
             code = xp.empty(x.shape, np.uint16)
@@ -182,7 +182,7 @@ def quantize(
 
 
 def _spread(bits: Array, x: Array) -> Any:
-    return arrays.library(x).broadcast_to(bits, x.shape) if np.ndim(bits) else bits
+    return bits if isinstance(bits, np.generic) else arrays.library(x).broadcast_to(bits, x.shape)
 
 
 def _check_finite(x: Array, rows: arrays.Rows) -> None:

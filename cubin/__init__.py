@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from cubin import bitmaps, errors, operators
 from cubin.code import BinaryCode
 from cubin.quantize import multibit, quantize
@@ -11,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BinaryCode",
+    "analysis",
     "bitmaps",
     "errors",
     "multibit",
@@ -20,4 +24,19 @@ __all__ = [
     "sign",
     "sign_grad",
     "ste_mask",
+    "tape",
+    "theory",
 ]
+
+_LAZY = ("analysis", "tape", "theory")
+
+
+def __getattr__(name: str) -> ModuleType:
+    # These bring SciPy or tqdm, or are not needed with arrays alone: they load when first used.
+    if name in _LAZY:
+        return importlib.import_module(f"cubin.{name}")
+    raise AttributeError(f"module 'cubin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -82,7 +82,7 @@ class Errors:
         """-10 log10 of the relative MSE, in dB."""
         xp = arrays.library(self.error)
         with np.errstate(divide="ignore"):
-            return -10 * xp.log10(self.relative_mse())
+            return 0 - 10 * xp.log10(self.relative_mse())
 
     def cosine_similarity(self) -> Array:
         """The cosine; 1 where both are 0, 0 where one is."""

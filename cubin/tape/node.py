@@ -1,0 +1,177 @@
+"""The tape: values that remember what they were computed from, and the walk back through them.
+
+This module knows no operation. A node holds pairs of a parent and a pull-back, the function that
+takes the gradient at the node to its share of the gradient at the parent; whoever makes a node
+supplies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+Array = Any
+PullBack = Callable[[Array], Array]
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Node:
+    """An immutable value on the tape.
+
+    Parameters
+    ----------
+    value : array of floats
+        A NumPy or CuPy array, or a NumPy scalar. It is not copied: whoever changes it in place
+        changes what the pull-backs see.
+    parents : tuple of (Node, pull-back), optional
+        The nodes that `value` was computed from, each with the function that maps the gradient
+        at this node to the part of the parent's gradient that comes through here, an array of the
+        parent's shape and dtype. None for a leaf.
+
+    Raises
+    ------
+    TypeError
+        If `value` is no array of floats.
+
+    Notes
+    -----
+    The operators ``+ - * / @``, the sign and the subscript are declared here for type checkers,
+    and defined by `cubin.tape.operations`.
+    """
+
+    value: Array
+    parents: tuple[tuple[Node, PullBack], ...] = ()
+
+    # NumPy and CuPy arrays leave an operator to the node on its right, rather than apply it to
+    # each of their elements.
+    __array_ufunc__: ClassVar[None] = None
+
+    __add__: ClassVar[Callable[[Node, Any], Node]]
+    __radd__: ClassVar[Callable[[Node, Any], Node]]
+    __sub__: ClassVar[Callable[[Node, Any], Node]]
+    __rsub__: ClassVar[Callable[[Node, Any], Node]]
+    __mul__: ClassVar[Callable[[Node, Any], Node]]
+    __rmul__: ClassVar[Callable[[Node, Any], Node]]
+    __truediv__: ClassVar[Callable[[Node, Any], Node]]
+    __rtruediv__: ClassVar[Callable[[Node, Any], Node]]
+    __matmul__: ClassVar[Callable[[Node, Any], Node]]
+    __rmatmul__: ClassVar[Callable[[Node, Any], Node]]
+    __neg__: ClassVar[Callable[[Node], Node]]
+    __getitem__: ClassVar[Callable[[Node, Any], Node]]
+
+    def __post_init__(self) -> None:
+        dtype = getattr(self.value, "dtype", None)
+        if dtype is None or dtype.kind != "f":
+            got = type(self.value).__qualname__ if dtype is None else dtype
+            raise TypeError(f"value must be an array of floats, got {got}")
+
+    def __repr__(self) -> str:
+        return f"Node(shape={self.value.shape}, dtype={self.value.dtype})"
+
+
+def gradients(output: Node, wrt: Iterable[Node], seed: Array | None = None) -> list[Array]:
+    """The gradients of ``sum(seed * output)`` with respect to nodes.
+
+    Parameters
+    ----------
+    output : Node
+        Where the walk starts.
+    wrt : iterable of Node
+        The nodes whose gradients are wanted, leaves or not.
+    seed : array, optional
+        The gradient at `output`, of its shape; 1 where `output` has a single element.
+
+    Returns
+    -------
+    list of array
+        One gradient for each of `wrt`, of its shape and dtype; zeros for a node that `output` was
+        not computed from. They may share memory with each other and with `seed`, and may be
+        read-only.
+
+    Raises
+    ------
+    TypeError
+        If `output` or one of `wrt` is no node.
+    ValueError
+        If `seed` has another shape than `output`, or is missing where `output` has not exactly
+        one element.
+
+    Notes
+    -----
+    Reverse accumulation: with the nodes ordered such that each comes after its parents, the
+    gradient at a node is complete once all nodes behind it are done. Nothing is stored in the
+    nodes, so a graph can be walked any number of times. The gradient at a node is dropped as soon
+    as it is passed on, and no pull-back is called that leads to none of `wrt`.
+    """
+    wrt = _nodes(output, wrt)
+    pending = {output: _start(output.value, seed)}
+    order = _parents_first(output)
+    wanted = set(wrt)
+    leading = _descendants(order, wanted)
+    found: dict[Node, Array] = {}
+    for node in reversed(order):
+        if node not in leading:
+            continue
+        gradient = pending.pop(node)
+        if node in wanted:
+            found[node] = gradient
+        for parent, pull_back in node.parents:
+            if parent in leading:
+                share = pull_back(gradient)
+                pending[parent] = pending[parent] + share if parent in pending else share
+    return [found[node] if node in found else np.zeros_like(node.value) for node in wrt]
+
+
+def _nodes(output: Node, wrt: Iterable[Node]) -> list[Node]:
+    if not isinstance(output, Node):
+        raise TypeError(f"output must be a Node, got {type(output).__qualname__}")
+    if isinstance(wrt, Node):
+        raise TypeError("wrt must be an iterable of Nodes, got a single Node: pass [node]")
+    nodes = list(wrt)
+    for node in nodes:
+        if not isinstance(node, Node):
+            raise TypeError(f"wrt must hold Nodes, got {type(node).__qualname__}")
+    return nodes
+
+
+def _start(value: Array, seed: Array | None) -> Array:
+    if seed is None:
+        if value.size != 1:
+            raise ValueError(
+                f"output has shape {value.shape}: give a seed of that shape, or reduce it to one "
+                "element"
+            )
+        return np.ones_like(value)
+    shape = getattr(seed, "shape", None)
+    if shape != value.shape:
+        got = type(seed).__qualname__ if shape is None else f"shape {shape}"
+        raise ValueError(f"seed must be an array of output's shape {value.shape}, got {got}")
+    return seed.astype(value.dtype, copy=False)
+
+
+def _parents_first(output: Node) -> list[Node]:
+    """All nodes that `output` was computed from, and itself, each after its parents."""
+    order = []
+    seen = set()
+    stack = [(output, False)]
+    while stack:
+        node, parents_done = stack.pop()
+        if parents_done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((parent, False) for parent, _ in node.parents)
+    return order
+
+
+def _descendants(order: list[Node], wanted: set[Node]) -> set[Node]:
+    """The nodes of `order` that were computed from one of `wanted`, or are one."""
+    descendants: set[Node] = set()
+    for node in order:
+        if node in wanted or any(parent in descendants for parent, _ in node.parents):
+            descendants.add(node)
+    return descendants

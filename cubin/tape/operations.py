@@ -1,0 +1,722 @@
+"""Differentiable operations on nodes, with NumPy's broadcasting, for NumPy and CuPy arrays.
+
+Each operation computes its value with the arrays' own library and pairs every operand that is a
+node with its pull-back. In the formulas g is the gradient at the result; where an operand was
+broadcast, its gradient is summed over the axes along which it was repeated.
+
+An operand may also be a plain array or a number. It is a constant: it has no gradient, and takes
+on the dtype of the nodes that it meets, so that float32 stays float32. Nodes of different dtypes
+promote as in NumPy, and each gradient has the dtype of its own node.
+
+References
+----------
+A. Griewank and A. Walther, "Evaluating Derivatives", 2nd edition, SIAM 2008.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
+
+from cubin.arrays import Array, as_integer, library, on_device
+from cubin.tape.node import Node, PullBack
+
+Operand: TypeAlias = Node | Array
+"""A node, or a constant: an array or a number."""
+
+Axes: TypeAlias = int | tuple[int, ...] | None
+
+
+def _values(**operands: Operand) -> tuple[Any, ...]:
+    """The operands' library, then the value of each, constants in the nodes' dtype."""
+    dtypes = [operand.value.dtype for operand in operands.values() if isinstance(operand, Node)]
+    dtype = np.result_type(*dtypes) if dtypes else None
+    values = [_value(name, operand, dtype) for name, operand in operands.items()]
+    return library(*(value for value in values if hasattr(value, "dtype"))), *values
+
+
+def _value(name: str, operand: Operand, dtype: np.dtype | None) -> Any:
+    if isinstance(operand, Node):
+        return operand.value
+    if isinstance(operand, np.generic):
+        return operand.item()
+    if isinstance(operand, (int, float)):
+        return operand
+    if isinstance(operand, np.ndarray) or on_device(operand):
+        return operand if dtype is None else operand.astype(dtype, copy=False)
+    raise TypeError(
+        f"{name} must be a Node, an array or a number, got {type(operand).__qualname__}"
+    )
+
+
+def _node(value: Array, *operands: tuple[Operand, PullBack]) -> Node:
+    """The node of an operation's value; constants drop out of its parents."""
+    return Node(value, tuple(pair for pair in operands if isinstance(pair[0], Node)))
+
+
+def _summed(g: Array, operand: Array) -> Array:
+    """`g` summed to the shape that `operand` had before it was broadcast, in its dtype."""
+    lead = g.ndim - operand.ndim
+    stretched = (
+        lead + axis
+        for axis, length in enumerate(operand.shape)
+        if length == 1 and g.shape[lead + axis] != 1
+    )
+    axes = (*range(lead), *stretched)
+    if axes:
+        g = g.sum(axis=axes).reshape(operand.shape)
+    return g.astype(operand.dtype, copy=False)
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def add(a: Operand, b: Operand) -> Node:
+    """a + b; the gradients are g and g."""
+    _, x, y = _values(a=a, b=b)
+    return _node(x + y, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(g, y)))
+
+
+def subtract(a: Operand, b: Operand) -> Node:
+    """a - b; the gradients are g and -g."""
+    _, x, y = _values(a=a, b=b)
+    return _node(x - y, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(-g, y)))
+
+
+def multiply(a: Operand, b: Operand) -> Node:
+    """a * b; the gradients are g * b and g * a."""
+    _, x, y = _values(a=a, b=b)
+    return _node(x * y, (a, lambda g: _summed(g * y, x)), (b, lambda g: _summed(g * x, y)))
+
+
+def divide(a: Operand, b: Operand) -> Node:
+    """a / b; the gradients are g / b and -g * (a / b) / b."""
+    _, x, y = _values(a=a, b=b)
+    ratio = x / y
+    return _node(ratio, (a, lambda g: _summed(g / y, x)), (b, lambda g: _summed(-g * ratio / y, y)))
+
+
+def negative(x: Operand) -> Node:
+    """-x; the gradient is -g."""
+    _, v = _values(x=x)
+    return _node(-v, (x, lambda g: -g))
+
+
+def matmul(a: Operand, b: Operand) -> Node:
+    """The matrix product a @ b over the last two axes; the gradients are g @ b^T and a^T @ g.
+
+    Parameters
+    ----------
+    a : Node or array, shape (..., n, k) or (k,)
+    b : Node or array, shape (..., k, m) or (k,)
+        The axes in front broadcast. An operand of one axis is a row on the left, a column on the
+        right, and its second axis does not appear in the result.
+
+    Returns
+    -------
+    Node, shape (..., n, m)
+
+    Raises
+    ------
+    ValueError
+        If an operand has no axis, or the shapes do not match.
+    """
+    xp, x, y = _values(a=a, b=b)
+    value = xp.matmul(x, y)
+    rows = x if x.ndim > 1 else x[None, :]
+    columns = y if y.ndim > 1 else y[:, None]
+
+    def restored(g: Array) -> Array:
+        g = g if y.ndim > 1 else g[..., None]
+        return g if x.ndim > 1 else g[..., None, :]
+
+    return _node(
+        value,
+        (a, lambda g: _summed(restored(g) @ columns.swapaxes(-1, -2), rows).reshape(x.shape)),
+        (b, lambda g: _summed(rows.swapaxes(-1, -2) @ restored(g), columns).reshape(y.shape)),
+    )
+
+
+# ---------------------------------------------------------------- shape
+
+
+def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
+    """The sum over `axis` (an int, a tuple, or None for all); the gradient repeats g along it."""
+    xp, v = _values(x=x)
+    axes = _axes(axis, v.ndim)
+    kept = tuple(1 if number in axes else length for number, length in enumerate(v.shape))
+    return _node(
+        v.sum(axis=axis, keepdims=keepdims),
+        (x, lambda g: xp.broadcast_to(g.reshape(kept), v.shape)),
+    )
+
+
+def mean(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
+    """The mean of the n elements along `axis`; the gradient repeats g / n along it."""
+    _, v = _values(x=x)
+    count = math.prod(v.shape[number] for number in _axes(axis, v.ndim))
+    return divide(sum(x, axis, keepdims), count)
+
+
+def _axes(axis: Axes, ndim: int) -> tuple[int, ...]:
+    return tuple(range(ndim)) if axis is None else normalize_axis_tuple(axis, ndim, "axis")
+
+
+def reshape(x: Operand, shape: int | tuple[int, ...]) -> Node:
+    """x in another shape, where one length may be -1; the gradient is g in x's shape."""
+    _, v = _values(x=x)
+    return _node(v.reshape(shape), (x, lambda g: g.reshape(v.shape)))
+
+
+def transpose(x: Operand, axes: tuple[int, ...] | None = None) -> Node:
+    """x with its axes permuted, reversed by default; the gradient is g permuted back."""
+    _, v = _values(x=x)
+    order = tuple(reversed(range(v.ndim))) if axes is None else _axes(axes, v.ndim)
+    back = tuple(order.index(axis) for axis in range(len(order)))
+    return _node(v.transpose(order), (x, lambda g: g.transpose(back)))
+
+
+def index(x: Operand, key: Any) -> Node:
+    """x[key], with slices, integers, integer arrays and boolean arrays.
+
+    The gradient is 0 but at `key`, where it is g; elements that an integer array picks several
+    times get the sum of their gradients. On CuPy this sum is taken by atomic additions, whose
+    order is not fixed.
+    """
+    xp, v = _values(x=x)
+
+    def pull_back(g: Array) -> Array:
+        whole = xp.zeros(v.shape, v.dtype)
+        if _is_basic(key):
+            whole[key] = g
+        else:
+            xp.add.at(whole, key, g)
+        return whole
+
+    return _node(v[key], (x, pull_back))
+
+
+def _is_basic(key: Any) -> bool:
+    """Whether `key` picks no element twice: it holds integers, slices, None and ... only."""
+    parts = key if isinstance(key, tuple) else (key,)
+    return all(
+        part is None or part is Ellipsis or isinstance(part, (int, np.integer, slice))
+        for part in parts
+    )
+
+
+# ---------------------------------------------------------------- elementwise
+
+
+def exp(x: Operand) -> Node:
+    """e to the power of x; the gradient is g * exp(x)."""
+    xp, v = _values(x=x)
+    value = xp.exp(v)
+    return _node(value, (x, lambda g: g * value))
+
+
+def log(x: Operand) -> Node:
+    """The natural logarithm; the gradient is g / x."""
+    xp, v = _values(x=x)
+    return _node(xp.log(v), (x, lambda g: g / v))
+
+
+def maximum(a: Operand, b: Operand) -> Node:
+    """The larger of a and b, or NaN where one is; each gets g where it is larger, g / 2 in a tie.
+
+    The mean of the two one-sided derivatives, as the subgradient of a tie.
+    """
+    xp, x, y = _values(a=a, b=b)
+
+    def share(g: Array, mine: Array, other: Array) -> Array:
+        return _summed(g * (mine > other) + 0.5 * g * (mine == other), mine)
+
+    return _node(xp.maximum(x, y), (a, lambda g: share(g, x, y)), (b, lambda g: share(g, y, x)))
+
+
+def relu(x: Operand) -> Node:
+    """max(x, 0); the gradient is g where x > 0, else 0."""
+    xp, v = _values(x=x)
+    return _node(xp.maximum(v, 0), (x, lambda g: g * (v > 0)))
+
+
+def clip(x: Operand, low: float, high: float) -> Node:
+    """min(max(x, low), high); the gradient is g where low <= x <= high, else 0.
+
+    Raises
+    ------
+    ValueError
+        If `low` exceeds `high`.
+    """
+    low, high = float(low), float(high)
+    if low > high:
+        raise ValueError(f"low must not exceed high, got low={low} and high={high}")
+    _, v = _values(x=x)
+    return _node(v.clip(low, high), (x, lambda g: g * ((v >= low) & (v <= high))))
+
+
+def prelu(x: Operand, slope: Operand) -> Node:
+    """max(x, 0) + slope * min(x, 0), with a slope that is learnt.
+
+    The gradient is g where x > 0, else slope * g; that of the slope is g * min(x, 0), summed.
+
+    Parameters
+    ----------
+    x : Node or array, shape (n, channels, ...)
+    slope : Node or array, shape () or (channels,)
+
+    Raises
+    ------
+    ValueError
+        If `slope` has another shape.
+
+    References
+    ----------
+    K. He et al., "Delving Deep into Rectifiers", ICCV 2015, arXiv:1502.01852.
+    """
+    xp, v, s = _values(x=x, slope=slope)
+    a = s if np.ndim(s) == 0 else _per_channel("slope", s, v)
+    below = xp.minimum(v, 0)
+    return _node(
+        xp.maximum(v, 0) + a * below,
+        (x, lambda g: _summed(g * ((v > 0) + a * (v <= 0)), v)),
+        (slope, lambda g: _summed(g * below, a).reshape(s.shape)),
+    )
+
+
+def _per_channel(name: str, parameter: Array, x: Array) -> Array:
+    """`parameter`, one value for each index of x's axis 1, in a shape that broadcasts to x."""
+    if x.ndim < 2 or parameter.shape != x.shape[1:2]:
+        raise ValueError(
+            f"{name} must have one value per channel, axis 1 of x of shape {x.shape}, "
+            f"got shape {parameter.shape}"
+        )
+    return parameter.reshape((-1,) + (1,) * (x.ndim - 2))
+
+
+# ---------------------------------------------------------------- windows
+
+
+def conv2d(
+    x: Operand,
+    w: Operand,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+) -> Node:
+    """The cross-correlation of images with kernels, without a bias.
+
+    ::
+
+        y[n, o, p, q] = sum over c, i, j of
+                        w[o, c, i, j] * x[n, first(o) + c, p * stride + i, q * stride + j]
+
+    with x padded by zeros, and first(o) the first channel of o's group. The gradient of w sums
+    g[n, o, p, q] * x[...] over n, p and q; that of x sums g[n, o, p, q] * w[o, c, i, j] over all
+    the windows in which the element lies.
+
+    Parameters
+    ----------
+    x : Node or array, shape (n, channels, height, width)
+    w : Node or array, shape (kernels, channels / groups, kernel height, kernel width)
+    stride : int or (int, int)
+        The steps of the window along height and width, at least 1.
+    padding : int or (int, int)
+        The number of zeros on either side along height and width.
+    groups : int
+        Channels and kernels fall into so many groups, each convolved on its own; `channels`
+        convolves every channel on its own.
+
+    Returns
+    -------
+    Node, shape (n, kernels, 1 + (height + 2 * padding - kernel height) // stride, ...)
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other, or a window does not fit into the padded image.
+
+    Notes
+    -----
+    One matrix product of the kernels with the matrix whose columns are the windows. That matrix,
+    as many times larger than x as a kernel has elements, is made again on the way back rather
+    than kept. The result and the gradient of x have the channels outermost in memory.
+
+    References
+    ----------
+    K. Chellapilla, S. Puri and P. Simard, "High Performance Convolutional Neural Networks for
+    Document Processing", IWFHR 2006.
+    """
+    xp, images, kernels = _values(x=x, w=w)
+    stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
+    groups = as_integer("groups", groups)
+    _check_convolution(images, kernels, groups)
+    n, channels, height, width = images.shape
+    size = kernels.shape[2:]
+    padded_shape = (height + 2 * padding[0], width + 2 * padding[1])
+    counts = _window_counts(padded_shape, size, stride)
+    inside = tuple(slice(p, p + length) for p, length in zip(padding, (height, width), strict=True))
+    matrix = kernels.reshape(groups, len(kernels) // groups, math.prod(kernels.shape[1:]))
+
+    def columns() -> Array:
+        padded = images
+        if padding != (0, 0):
+            padded = xp.zeros((n, channels, *padded_shape), images.dtype)
+            padded[:, :, *inside] = images
+        windows = xp.lib.stride_tricks.sliding_window_view(padded, size, axis=(2, 3))
+        windows = windows[:, :, :: stride[0], :: stride[1]].transpose(1, 4, 5, 0, 2, 3)
+        return windows.reshape(groups, matrix.shape[2], n * math.prod(counts))
+
+    def flat(g: Array) -> Array:
+        return g.transpose(1, 0, 2, 3).reshape(groups, matrix.shape[1], n * math.prod(counts))
+
+    def to_images(g: Array) -> Array:
+        taps = (matrix.swapaxes(1, 2) @ flat(g)).reshape(channels, *size, n, *counts)
+        padded = xp.zeros((channels, n, *padded_shape), images.dtype)
+        for (i, j), window in _taps(size, counts, stride):
+            padded[:, :, *window] += taps[:, i, j]
+        return padded[:, :, *inside].transpose(1, 0, 2, 3)
+
+    def to_kernels(g: Array) -> Array:
+        product = flat(g) @ columns().swapaxes(1, 2)
+        return product.reshape(kernels.shape).astype(kernels.dtype, copy=False)
+
+    value = (matrix @ columns()).reshape(len(kernels), n, *counts).transpose(1, 0, 2, 3)
+    return _node(value, (x, to_images), (w, to_kernels))
+
+
+def _check_convolution(x: Array, w: Array, groups: int) -> None:
+    for name, array, axes in (
+        ("x", x, "(n, channels, height, width)"),
+        ("w", w, "(kernels, channels / groups, height, width)"),
+    ):
+        if array.ndim != 4:
+            raise ValueError(f"{name} must have the axes {axes}, got shape {array.shape}")
+    if groups < 1 or x.shape[1] % groups or len(w) % groups:
+        raise ValueError(
+            f"groups must be at least 1 and divide the {x.shape[1]} channels of x and the "
+            f"{len(w)} kernels of w, got {groups}"
+        )
+    if w.shape[1] * groups != x.shape[1]:
+        raise ValueError(
+            f"w of shape {w.shape} convolves {w.shape[1]} channels in each of {groups} groups, "
+            f"but x of shape {x.shape} has {x.shape[1]} channels"
+        )
+
+
+def max_pool(
+    x: Operand,
+    size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+) -> Node:
+    """The maximum of each window; the gradient goes to the first element that attains it.
+
+    A window that holds NaN gives NaN and passes no gradient.
+
+    Parameters
+    ----------
+    x : Node or array, shape (n, channels, height, width)
+    size : int or (int, int)
+        Height and width of the window.
+    stride : int or (int, int), optional
+        The steps of the window; `size` by default. Rows and columns behind the last whole window
+        are left out.
+
+    Returns
+    -------
+    Node, shape (n, channels, 1 + (height - size) // stride, ...)
+
+    Raises
+    ------
+    ValueError
+        If x has not four axes, or the window does not fit into it.
+    """
+    xp, v = _values(x=x)
+    windows = _pooling(v, size, stride)
+    value = v[:, :, *windows[0]]
+    for window in windows[1:]:
+        value = xp.maximum(value, v[:, :, *window])
+
+    def pull_back(g: Array) -> Array:
+        whole = xp.zeros_like(v)
+        free = xp.ones(g.shape, bool)
+        for window in windows:
+            first = free & (v[:, :, *window] == value)
+            whole[:, :, *window] += g * first
+            free ^= first
+        return whole
+
+    return _node(value, (x, pull_back))
+
+
+def mean_pool(
+    x: Operand,
+    size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+) -> Node:
+    """The mean of each window of n elements; the gradient g / n goes to each of them.
+
+    Parameters, result and exceptions are those of `max_pool`.
+    """
+    xp, v = _values(x=x)
+    windows = _pooling(v, size, stride)
+    total = v[:, :, *windows[0]]
+    for window in windows[1:]:
+        total = total + v[:, :, *window]
+
+    def pull_back(g: Array) -> Array:
+        whole = xp.zeros_like(v)
+        share = g / len(windows)
+        for window in windows:
+            whole[:, :, *window] += share
+        return whole
+
+    return _node(total / len(windows), (x, pull_back))
+
+
+def _pooling(
+    x: Array, size: int | tuple[int, int], stride: int | tuple[int, int] | None
+) -> list[tuple[slice, ...]]:
+    """For each position in a window: the elements of `x` at this position of all windows."""
+    if x.ndim != 4:
+        raise ValueError(f"x must have the axes (n, channels, height, width), got shape {x.shape}")
+    size = _pair("size", size, 1)
+    stride = size if stride is None else _pair("stride", stride, 1)
+    counts = _window_counts(x.shape[2:], size, stride)
+    return [window for _, window in _taps(size, counts, stride)]
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    given = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    pair = tuple(as_integer(name, number) for number in given)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name} must be one or two integers of at least {least}, got {value}")
+    return pair
+
+
+def _window_counts(
+    shape: tuple[int, int], size: tuple[int, int], stride: tuple[int, int]
+) -> tuple[int, ...]:
+    """How many windows fit along height and width."""
+    if size[0] > shape[0] or size[1] > shape[1]:
+        raise ValueError(
+            f"a window of {size} does not fit into an image of {tuple(shape)}, padding included"
+        )
+    return tuple(
+        1 + (length - window) // step
+        for length, window, step in zip(shape, size, stride, strict=True)
+    )
+
+
+def _taps(
+    size: tuple[int, int], counts: tuple[int, ...], stride: tuple[int, int]
+) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+    """Each position in a window, with the elements at this position of all windows."""
+    for position in np.ndindex(*size):
+        yield (
+            position,
+            tuple(
+                slice(start, start + step * (count - 1) + 1, step)
+                for start, step, count in zip(position, stride, counts, strict=True)
+            ),
+        )
+
+
+# ---------------------------------------------------------------- layers
+
+
+def batch_norm(
+    x: Operand,
+    gamma: Operand,
+    beta: Operand,
+    running: tuple[Array, Array],
+    *,
+    train: bool,
+    momentum: float = 0.1,
+    epsilon: float = 1e-5,
+) -> tuple[Node, tuple[Array, Array]]:
+    """gamma * z + beta with z = (x - mean) / sqrt(variance + epsilon), per channel.
+
+    In training, mean and variance are those of the batch, the variance with divisor n, and x gets
+    ``(h - mean(h) - z * mean(h * z)) / sqrt(variance + epsilon)`` with h = g * gamma. In
+    inference they are `running`, constants.
+
+    Parameters
+    ----------
+    x : Node or array, shape (batch, channels, ...)
+    gamma, beta : Node or array, shape (channels,)
+    running : (mean, variance), two arrays of shape (channels,)
+        The running statistics so far. They are not changed.
+    train : bool
+        Whether to normalise by the batch.
+    momentum : float
+        The weight of the batch in the new running statistics, from 0 to 1.
+    epsilon : float
+        Added to the variance.
+
+    Returns
+    -------
+    y : Node, shape of x
+    running : (mean, variance)
+        In training ``(1 - momentum) * running + momentum * batch``, the variance with divisor
+        n - 1; in inference `running` itself.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit, or a channel has a single element in training.
+
+    References
+    ----------
+    S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+    """
+    _, v, scale, offset, mean, variance = _values(
+        x=x, gamma=gamma, beta=beta, mean=running[0], variance=running[1]
+    )
+    momentum, epsilon = float(momentum), float(epsilon)
+    for name, parameter in (("gamma", scale), ("beta", offset),
+                            ("running mean", mean), ("running variance", variance)):  # fmt: skip
+        _per_channel(name, parameter, v)
+    if train:
+        z, batch_mean, batch_variance = _standardized(x, epsilon)
+        count = v.size // v.shape[1]
+        running = (
+            (1 - momentum) * mean + momentum * batch_mean,
+            (1 - momentum) * variance + momentum * count / (count - 1) * batch_variance,
+        )
+    else:
+        factor = (_per_channel("running variance", variance, v) + epsilon) ** -0.5
+        z = multiply(subtract(x, _per_channel("running mean", mean, v)), factor)
+    column = (-1,) + (1,) * (v.ndim - 2)
+    return add(multiply(z, reshape(gamma, column)), reshape(beta, column)), running
+
+
+def _standardized(x: Operand, epsilon: float) -> tuple[Node, Array, Array]:
+    """x with mean 0 and variance 1 in each channel, and the mean and variance that it had."""
+    _, v = _values(x=x)
+    axes = (0, *range(2, v.ndim))
+    if v.size <= v.shape[1]:
+        raise ValueError(
+            f"x of shape {v.shape} has no two elements per channel: its variance in training "
+            "means nothing"
+        )
+    mean = v.mean(axis=axes, keepdims=True)
+    centred = v - mean
+    variance = (centred * centred).mean(axis=axes, keepdims=True)
+    factor = (variance + epsilon) ** -0.5
+    z = centred * factor
+
+    def pull_back(g: Array) -> Array:
+        level = g.mean(axis=axes, keepdims=True)
+        tilt = (g * z).mean(axis=axes, keepdims=True)
+        return factor * (g - level - z * tilt)
+
+    return _node(z, (x, pull_back)), mean.reshape(-1), variance.reshape(-1)
+
+
+def softmax_cross_entropy(logits: Operand, labels: Array) -> Node:
+    """The mean over the batch of -log(softmax(logits)[label]).
+
+    The gradient is g * (softmax(logits) - one_hot(labels)) / n. The largest logit of a row is
+    subtracted first, so that no exponential overflows.
+
+    Parameters
+    ----------
+    logits : Node or array, shape (n, classes)
+    labels : integer array, shape (n,), in the library of the logits
+        The class of each row, from 0.
+
+    Returns
+    -------
+    Node, shape ()
+
+    Raises
+    ------
+    TypeError
+        If `labels` is no integer array of the logits' library.
+    ValueError
+        If a shape does not fit, there is no row, or a NumPy label is out of range. Labels on a
+        GPU are not looked at, since this would synchronise: one out of range gives NaN.
+    """
+    xp, v = _values(logits=logits)
+    _check_labels(v, labels)
+    shifted = v - v.max(axis=1, keepdims=True)
+    log_softmax = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
+    hot = labels[:, None] == xp.arange(v.shape[1])
+    picked = xp.where(hot, log_softmax, 0).sum(axis=1)
+    return _node(
+        -xp.where(hot.any(axis=1), picked, np.nan).mean(),
+        (logits, lambda g: (xp.exp(log_softmax) - hot) * (g / len(v))),
+    )
+
+
+def _check_labels(logits: Array, labels: Array) -> None:
+    if logits.ndim != 2 or 0 in logits.shape:
+        raise ValueError(
+            f"logits must have the axes (n, classes), neither empty, got shape {logits.shape}"
+        )
+    dtype = getattr(labels, "dtype", None)
+    if dtype is None or dtype.kind not in "iu":
+        got = type(labels).__qualname__ if dtype is None else dtype
+        raise TypeError(f"labels must be an integer array, got {got}")
+    library(logits, labels)
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels must have one label per row of logits of shape {logits.shape}, "
+            f"got shape {labels.shape}"
+        )
+    if not on_device(labels) and not (labels.min() >= 0 and labels.max() < logits.shape[1]):
+        raise ValueError(
+            f"labels must lie in 0 .. {logits.shape[1] - 1}, got {labels.min()} .. {labels.max()}"
+        )
+
+
+def dropout(x: Operand, rate: float, rng: Any) -> Node:
+    """x * m / (1 - rate) with m = 0 at a share of `rate` of the elements, else 1.
+
+    The gradient is g * m / (1 - rate).
+
+    Parameters
+    ----------
+    x : Node or array
+    rate : float
+        The probability with which an element is dropped, 0 <= rate < 1.
+    rng : numpy.random.Generator or cupy.random.Generator
+        Of x's library; each call draws one float32 per element.
+
+    Raises
+    ------
+    TypeError
+        If `rng` draws arrays of another library than x's.
+    ValueError
+        If `rate` is out of range.
+
+    References
+    ----------
+    N. Srivastava et al., "Dropout", JMLR 15, 2014.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must lie in 0 <= rate < 1, got {rate}")
+    _, v = _values(x=x)
+    kept = rng.random(v.shape, dtype=np.float32) >= rate
+    return multiply(x, kept.astype(v.dtype) / (1 - float(rate)))
+
+
+# ---------------------------------------------------------------- operators
+
+Node.__add__ = add
+Node.__radd__ = lambda x, other: add(other, x)
+Node.__sub__ = subtract
+Node.__rsub__ = lambda x, other: subtract(other, x)
+Node.__mul__ = multiply
+Node.__rmul__ = lambda x, other: multiply(other, x)
+Node.__truediv__ = divide
+Node.__rtruediv__ = lambda x, other: divide(other, x)
+Node.__matmul__ = matmul
+Node.__rmatmul__ = lambda x, other: matmul(other, x)
+Node.__neg__ = negative
+Node.__getitem__ = index

@@ -1,0 +1,385 @@
+"""The device array of the stand-in: NumPy memory that kernels reach and NumPy does not."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+from tests.ptx.memory import Allocation
+
+
+class Pointer:
+    """Where an array's first element lies."""
+
+    def __init__(self, allocation: Allocation, offset: int) -> None:
+        self.mem = allocation
+        self.ptr = allocation.address + offset
+
+
+class Device:
+    """The one device; a context, as CuPy's."""
+
+    def __init__(self, number: int = 0) -> None:
+        self.id = number
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def use(self) -> None:
+        """Nothing: there is one device."""
+
+    def synchronize(self) -> None:
+        """Nothing: every launch has ended when it returns."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return self.id
+
+
+class ndarray:
+    """An array in device memory, as far as CuPy's behaviour is relied on.
+
+    What NumPy computes, the stand-in lets NumPy compute. NumPy arrays do not mix with it, and
+    nothing converts it to one but `get`.
+    """
+
+    __slots__ = ("_allocation", "_host")
+    __array_priority__ = 100
+
+    def __init__(self, host: np.ndarray, allocation: Allocation) -> None:
+        self._host = host
+        self._allocation = allocation
+
+    # Attributes
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The items' type."""
+        return self._host.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of the axes."""
+        return self._host.shape
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Bytes between neighbours along each axis."""
+        return self._host.strides
+
+    @property
+    def size(self) -> int:
+        """Number of items."""
+        return self._host.size
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self._host.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the items."""
+        return self._host.nbytes
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one item."""
+        return self._host.itemsize
+
+    @property
+    def flags(self) -> np._core.multiarray.flagsobj:
+        """Contiguity, as NumPy tells it."""
+        return self._host.flags
+
+    @property
+    def device(self) -> Device:
+        """Where it lies."""
+        return Device(0)
+
+    @property
+    def data(self) -> Pointer:
+        """Where its first element lies."""
+        first = self._host.__array_interface__["data"][0]
+        return Pointer(self._allocation, first - self._allocation.bytes.ctypes.data)
+
+    @property
+    def T(self) -> ndarray:
+        """The axes reversed."""
+        return self.transpose()
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """First address, and the one after the last."""
+        if not self.size:
+            return self.data.ptr, self.data.ptr
+        low, high = byte_bounds(self._host)
+        shift = self._allocation.address - self._allocation.bytes.ctypes.data
+        return low + shift, high + shift
+
+    # To and from the host
+
+    def get(self) -> np.ndarray:
+        """A copy as a NumPy array."""
+        return self._host.copy(order="K")
+
+    def set(self, values: np.ndarray) -> None:
+        """Overwrite from a NumPy array of the same shape and dtype."""
+        if values.shape != self.shape or values.dtype != self.dtype:
+            raise ValueError(f"got {values.dtype}{values.shape}, want {self.dtype}{self.shape}")
+        self._assign(values)
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise TypeError(
+            "Implicit conversion to a NumPy array is not allowed. "
+            "Please use `.get()` to construct a NumPy array explicitly."
+        )
+
+    def item(self) -> Any:
+        """The only item."""
+        return self._host.item()
+
+    def tolist(self) -> Any:
+        """Nested lists."""
+        return self._host.tolist()
+
+    def __bool__(self) -> bool:
+        return bool(self._host)
+
+    def __int__(self) -> int:
+        return int(self._host)
+
+    def __float__(self) -> float:
+        return float(self._host)
+
+    def __index__(self) -> int:
+        return operator.index(self._host)
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __iter__(self) -> Iterator[ndarray]:
+        if not self.ndim:
+            raise TypeError("iteration over a 0-d array")
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"<device array {self.dtype}{self.shape}>"
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # Views and copies
+
+    def _view(self, host: np.ndarray) -> ndarray:
+        return ndarray(host, self._allocation)
+
+    def __getitem__(self, index: Any) -> ndarray:
+        found = self._host[_host_index(index)]
+        if isinstance(found, np.ndarray) and np.shares_memory(found, self._allocation.bytes):
+            return self._view(found)
+        if not isinstance(found, np.ndarray):  # one item: a 0-d view of it
+            parts = index if isinstance(index, tuple) else (index,)
+            return self._view(self._host[(*_host_index(parts), ...)])
+        return upload(found)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        target = self[index]
+        if target._allocation is not self._allocation:
+            self._host[_host_index(index)] = _host_value(value)
+            self._mark()
+            return
+        target._assign(_host_value(value))
+
+    def _assign(self, value: Any) -> None:
+        self._host[...] = value
+        self._mark()
+
+    def _mark(self) -> None:
+        """Its bytes are written now."""
+        written = self._allocation.written
+        if written is None or not self.size:
+            return
+        start = self._host.__array_interface__["data"][0] - self._allocation.bytes.ctypes.data
+        np.ndarray(
+            (*self.shape, self.itemsize), np.bool_, written.data, start, (*self.strides, 1)
+        )[...] = True
+
+    def reshape(self, *shape: Any, order: str = "C") -> ndarray:
+        """A view where the strides allow one, else a copy."""
+        host = self._host.reshape(*shape, order=order)  # type: ignore[call-overload]
+        return self._view(host) if np.may_share_memory(host, self._host) else upload(host)
+
+    def transpose(self, *axes: Any) -> ndarray:
+        """A view with the axes permuted."""
+        return self._view(self._host.transpose(*axes))
+
+    def swapaxes(self, first: int, second: int) -> ndarray:
+        """A view with two axes swapped."""
+        return self._view(self._host.swapaxes(first, second))
+
+    def squeeze(self, axis: Any = None) -> ndarray:
+        """A view without axes of length one."""
+        return self._view(self._host.squeeze(axis))
+
+    def ravel(self, order: str = "C") -> ndarray:
+        """One axis; a view where possible."""
+        return self.reshape(-1, order=order)
+
+    def view(self, dtype: Any) -> ndarray:
+        """The same bytes as another type."""
+        return self._view(self._host.view(dtype))
+
+    def copy(self, order: str = "C") -> ndarray:
+        """A copy."""
+        return upload(self._host.copy(order=order))  # type: ignore[call-overload]
+
+    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
+        """The items converted; itself where `copy` is false and nothing changes."""
+        if not copy and self.dtype == dtype:
+            return self
+        with np.errstate(all="ignore"):
+            return upload(self._host.astype(dtype))
+
+    def fill(self, value: Any) -> None:
+        """Set every item."""
+        self._assign(_host_value(value))
+
+    # Arithmetic, by NumPy
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        if method != "__call__":
+            return NotImplemented
+        out = options.pop("out", (None,))[0]
+        return _through_numpy(ufunc, inputs, {**options, "out": out})
+
+    def __array_function__(
+        self, function: Callable[..., Any], types: Any, inputs: Any, options: Any
+    ) -> Any:
+        return _through_numpy(function, inputs, options)
+
+    def _reduce(name: str) -> Callable[..., ndarray]:  # type: ignore[misc]
+        def method(self: ndarray, *inputs: Any, **options: Any) -> ndarray:
+            return _through_numpy(getattr(np, name), (self, *inputs), options)
+
+        method.__name__ = name
+        return method
+
+    sum, min, max, mean = _reduce("sum"), _reduce("min"), _reduce("max"), _reduce("mean")
+    any, all, clip = _reduce("any"), _reduce("all"), _reduce("clip")
+
+    def _binary(function: Any, *, reverse: bool = False) -> Callable[..., ndarray]:  # type: ignore[misc]
+        def method(self: ndarray, other: Any) -> ndarray:
+            pair = (other, self) if reverse else (self, other)
+            return _through_numpy(function, pair, {})
+
+        return method
+
+    def _update(function: Any) -> Callable[..., ndarray]:  # type: ignore[misc]
+        def method(self: ndarray, other: Any) -> ndarray:
+            self._assign(function(self._host, _host_value(other)))
+            return self
+
+        return method
+
+    __add__, __radd__ = _binary(operator.add), _binary(operator.add, reverse=True)
+    __sub__, __rsub__ = _binary(operator.sub), _binary(operator.sub, reverse=True)
+    __mul__, __rmul__ = _binary(operator.mul), _binary(operator.mul, reverse=True)
+    __truediv__, __rtruediv__ = _binary(operator.truediv), _binary(operator.truediv, reverse=True)
+    __floordiv__, __mod__ = _binary(operator.floordiv), _binary(operator.mod)
+    __pow__, __rpow__ = _binary(operator.pow), _binary(operator.pow, reverse=True)
+    __and__, __or__, __xor__ = _binary(operator.and_), _binary(operator.or_), _binary(operator.xor)
+    __lshift__, __rshift__ = _binary(operator.lshift), _binary(operator.rshift)
+    __matmul__ = _binary(operator.matmul)
+    __lt__, __le__ = _binary(operator.lt), _binary(operator.le)
+    __gt__, __ge__ = _binary(operator.gt), _binary(operator.ge)
+    __eq__ = _binary(operator.eq)
+    __ne__ = _binary(operator.ne)
+    __iadd__, __isub__ = _update(operator.add), _update(operator.sub)
+    __imul__, __itruediv__ = _update(operator.mul), _update(operator.truediv)
+    __iand__, __ior__ = _update(operator.and_), _update(operator.or_)
+
+    def __neg__(self) -> ndarray:
+        return upload(-self._host)
+
+    def __abs__(self) -> ndarray:
+        return upload(abs(self._host))
+
+    def __invert__(self) -> ndarray:
+        return upload(~self._host)
+
+
+def allocate(shape: Any, dtype: Any, order: str = "C") -> ndarray:
+    """An array that nothing wrote yet: every byte is 0xFB."""
+    shape = (shape,) if isinstance(shape, int | np.integer) else tuple(int(n) for n in shape)
+    kind = np.dtype(dtype)
+    allocation = Allocation(int(np.prod(shape, dtype=np.int64)) * kind.itemsize, written=False)
+    return ndarray(np.ndarray(shape, kind, allocation.bytes.data, order=order), allocation)  # type: ignore[arg-type]
+
+
+def upload(values: Any) -> ndarray:
+    """A copy of `values` in device memory, with the same order of axes."""
+    values = np.asanyarray(values)
+    layout = np.empty_like(values, order="K", subok=False)
+    allocation = Allocation(values.nbytes, written=True)
+    host = np.ndarray(values.shape, values.dtype, allocation.bytes.data, 0, layout.strides)
+    host[...] = values
+    return ndarray(host, allocation)
+
+
+def _host_value(value: Any) -> Any:
+    if isinstance(value, ndarray):
+        return value._host
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise TypeError(f"Unsupported type {type(value)}: move it to the device first")
+    return value
+
+
+def _host_index(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(_host_index(part) for part in index)
+    return index._host if isinstance(index, ndarray) else index
+
+
+def _through_numpy(function: Callable[..., Any], inputs: Any, options: dict[str, Any]) -> Any:
+    out = options.get("out")
+    if out is not None and not isinstance(out, ndarray):
+        raise TypeError("Output arguments type must be cupy.ndarray")
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(convert(item) for item in value)
+        return _host_value(value)
+
+    with np.errstate(all="ignore"):
+        result = function(
+            *(convert(i) for i in inputs), **{k: convert(v) for k, v in options.items()}
+        )
+    if out is not None:
+        out._mark()
+        return out
+    owners = {id(i._allocation): i._allocation for i in inputs if isinstance(i, ndarray)}
+    return wrap(result, owners.values())
+
+
+def wrap(result: Any, owners: Any = ()) -> Any:
+    """NumPy's results as device arrays; views stay views of the arrays that own the memory."""
+    if isinstance(result, tuple):
+        return tuple(wrap(item, owners) for item in result)
+    if isinstance(result, list):
+        return [wrap(item, owners) for item in result]
+    if isinstance(result, np.ndarray | np.generic):
+        if isinstance(result, np.ndarray):
+            for owner in owners:
+                if np.may_share_memory(result, owner.bytes):
+                    return ndarray(result, owner)
+        return upload(result)
+    return result

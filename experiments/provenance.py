@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import cubin
+
 CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 
 
@@ -49,8 +51,8 @@ def record(
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     """Give the versions of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in ("numpy", "scipy", "cubin", *CUPY_WHEELS, *packages):
+    found = {"python": platform.python_version(), "cubin": cubin.__version__}
+    for package in ("numpy", "scipy", *CUPY_WHEELS, *packages):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -124,9 +124,11 @@ class Weights:
             weights = [tensor for tensor in found if tensor.is_weight]
             if not weights:
                 raise WeightsError(
-                    f"{path}: no weights in it: none of its {len(found)} float arrays is of "
-                    "rank 2 or more and used as a weight; give files with float16, float32, "
-                    "float64 or bfloat16 weights"
+                    f"{path}: none of its {len(found)} float arrays is a weight, of rank 2 or more "
+                    "and used by a layer; give files that hold weights"
+                    if found
+                    else f"{path}: no float arrays in it; save the weights as float16, float32, "
+                    "float64 or bfloat16"
                 )
             self.tensors += weights
             self.left_out += len(found) - len(weights)
@@ -302,7 +304,9 @@ def load_onnx_tensor(path: Path, proto: Any) -> np.ndarray:
 
     data = {entry.key: entry.value for entry in proto.external_data}
     if not data or "location" in data:
-        copy = onnx.TensorProto()  # to_array leaves external data in the proto it is given
+        copy = (
+            onnx.TensorProto()
+        )  # releases of onnx before 1.23 leave the data they read in the proto
         copy.CopyFrom(proto)
         return onnx.numpy_helper.to_array(copy, str(path.parent))
     shape, dtype = tuple(proto.dims), np.dtype(ONNX_FLOATS[proto.data_type])

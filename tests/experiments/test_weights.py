@@ -404,12 +404,20 @@ def test_folder_without_weight_files(tmp_path):
     assert_one_line(error, "no .npy or .npz or .safetensors or .onnx files")
 
 
-@pytest.mark.parametrize("array", [np.ones((3, 4), int), np.ones(3), np.array(["a"], object)])
-def test_file_without_float_weights(tmp_path, array):
+@pytest.mark.parametrize(
+    ("array", "problem"),
+    [
+        (np.ones((3, 4), int), "no float arrays"),
+        (np.array([[{}]], object), "no float arrays"),
+        (np.ones(3), "none of its 1 float arrays is a weight"),
+        (np.ones((3, 0)), "none of its 1 float arrays is a weight"),
+    ],
+)
+def test_file_without_float_weights(tmp_path, array, problem):
     np.save(tmp_path / "layer.npy", array)
     with pytest.raises(WeightsError) as error:
         Weights([tmp_path / "layer.npy"])
-    assert_one_line(error, "layer.npy", "no weights", "float32")
+    assert_one_line(error, "layer.npy", problem)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 40, b"\xff" * 40, b"PK\3\4" + b"\xff" * 40])

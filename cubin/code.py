@@ -281,7 +281,7 @@ class BinaryCode:
             "bits": np.asarray(_host(self.bits), np.uint8),
             "signs": np.packbits(_host(self.signs).reshape(len(self.signs), -1) > 0, axis=1)
             if self.signs.size
-            else np.zeros((len(self.signs), 0), np.uint8),
+            else np.zeros((len(self.signs), -(-math.prod(self.shape) // 8)), np.uint8),
         }
         path = os.fspath(path)
         handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".part")

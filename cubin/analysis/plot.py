@@ -88,7 +88,7 @@ def _quartiles(table: ErrorTable, solver: str) -> tuple[np.ndarray, ...]:
     bits = sorted({row.bits for row in rows})
     # An exact approximation has no place on a logarithmic axis.
     errors = [
-        [max(row.relative_mse, np.finfo(float).tiny) for row in rows if row.bits == width]
+        [row.relative_mse for row in rows if row.bits == width and row.relative_mse > 0] or [np.nan]
         for width in bits
     ]
     quartiles = [np.quantile(errors_of, (0.25, 0.5, 0.75)) for errors_of in errors]

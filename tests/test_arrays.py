@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cubin import arrays
+from tests import reference
+
+
+class Tensor:
+    """An array of another framework, as far as cubin looks at it."""
+
+    def __init__(self, array, **attributes):
+        self.array = array
+        vars(self).update(attributes)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.array, dtype)
+
+
+class Lazy(Tensor):
+    __module__ = "dask.array.core"
+
+
+def test_other_frameworks_come_through_asarray():
+    data = np.ones(3, np.float32)
+    assert arrays.as_floats("x", Tensor(data)) is data
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        (Tensor(np.ones(3), requires_grad=True), r"x\.detach\(\)"),
+        (Tensor(np.ones(3), __cuda_array_interface__={}), r"cupy\.asarray\(x\)"),
+        (Lazy(np.ones(3)), r"x\.compute\(\)"),
+        (np.ma.masked_less([1.0, 2.0], 1.5), r"x\.filled\(\)"),
+        (np.ones(3, int), r"x\.astype"),
+        (np.ones(3, np.longdouble), r"x\.astype"),
+        ([None], "float16, float32 or float64"),
+        (object(), "float16, float32 or float64"),
+    ],
+)
+def test_what_is_refused_says_what_to_do(value, advice):
+    with pytest.raises(TypeError, match=advice):
+        arrays.as_floats("x", value)
+
+
+def test_bfloat16_is_refused():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    with pytest.raises(TypeError, match="bfloat16"):
+        arrays.as_floats("x", np.ones(3, ml_dtypes.bfloat16))
+
+
+def test_ragged_lists_are_refused():
+    with pytest.raises(ValueError, match="x is no array"):
+        arrays.as_floats("x", [[1.0], [1.0, 2.0]])
+
+
+def test_an_array_that_needs_a_copy_to_be_read_is_not_one():
+    class Broken:
+        def __array__(self, dtype=None, copy=None):
+            raise RuntimeError("on another planet")
+
+    with pytest.raises(TypeError, match="on another planet"):
+        arrays.as_floats("x", Broken())
+
+
+@given(st.data())
+def test_rows_hold_the_elements_that_share_a_scale(data):
+    ndim = data.draw(st.integers(1, 5))
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim)))
+    if data.draw(st.booleans()):
+        axes = data.draw(st.lists(st.integers(0, ndim - 1), unique=True))
+        granularity = {"channel_axis": tuple(axes)}
+    else:
+        divisors = [n for n in range(1, shape[-1] + 1) if shape[-1] % n == 0]
+        granularity = {"group_size": data.draw(st.sampled_from(divisors))}
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    rows = arrays.rows_of(shape, **granularity)
+    expected = [
+        [numbers[index] for index in row] for row in reference.rows(shape, **granularity).values()
+    ]
+    assert rows.flat(numbers).tolist() == expected
+    assert (rows.count, rows.length) == (len(expected), len(expected[0]))
+    # A scale that numbers the rows lands on the elements of its row.
+    scale = np.arange(rows.count).reshape(rows.scale_shape)
+    spread = np.broadcast_to(rows.aligned(scale), rows.split).reshape(shape)
+    assert rows.flat(spread).tolist() == [[row] * rows.length for row in range(rows.count)]
+
+
+def test_views_of_rows_share_memory():
+    x = np.zeros((4, 5, 6))
+    for granularity in ({"channel_axis": (2, 0)}, {"group_size": 3}, {}):
+        assert np.shares_memory(arrays.rows_of(x.shape, **granularity).view(x[::-1]), x)
+
+
+@pytest.mark.kernels
+def test_mixed_libraries_are_refused(device):
+    x, there = np.ones(3), device.asarray(np.ones(3))
+    import cubin
+
+    for call in (
+        lambda: cubin.sign(x, out=device.empty(3)),
+        lambda: cubin.sign(there, out=np.empty(3)),
+        lambda: cubin.sign_grad(x, there),
+        lambda: cubin.sign_grad(there, x),
+        lambda: cubin.multibit(x, device.asarray(np.ones(3, int))),
+        lambda: cubin.ste_mask(x, there),
+        lambda: cubin.errors.relative_mse(x, there),
+        lambda: arrays.library(x, there),
+    ):
+        with pytest.raises(TypeError, match="NumPy"):
+            call()
+
+
+@pytest.mark.kernels
+def test_a_numpy_map_is_welcome_on_the_device(device, host):
+    import cubin
+
+    x = np.array([-1.0, 3.0, 0.5])
+    bits = np.array([1, 2, 3])
+    y = cubin.multibit(device.asarray(x), bits)
+    assert isinstance(y, device.ndarray)
+    np.testing.assert_array_equal(host(y), cubin.multibit(x, bits))
+
+
+@pytest.mark.kernels
+def test_a_device_map_is_not_looked_at_but_clipped(device, host):
+    import cubin
+
+    x = np.linspace(-1, 1, 11)
+    there = cubin.multibit(device.asarray(x), device.asarray(np.full(11, -3)))
+    np.testing.assert_array_equal(host(there), 0)
+    there = cubin.multibit(device.asarray(x), device.asarray(np.full(11, 300)))
+    np.testing.assert_array_equal(host(there), cubin.multibit(x, 16))
+    with pytest.raises(ValueError, match="got 300"):
+        cubin.quantize(device.asarray(x), device.asarray(np.full(11, 300)))

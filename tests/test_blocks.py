@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cubin import blocks
+
+
+@given(st.lists(st.integers(0, 7), max_size=5), st.integers(1, 40))
+def test_tiles_cover_every_element_once_and_in_order(shape, size):
+    numbers = np.arange(int(np.prod(shape))).reshape(shape)
+    seen = []
+    for block in blocks.tile(shape, size):
+        part = numbers[block]
+        assert 0 < part.size <= size
+        assert part.size == blocks.extent(block, shape)
+        seen += part.ravel().tolist()
+    assert seen == list(range(numbers.size))
+
+
+def test_every_task_runs_once_on_several_threads():
+    done = []
+    blocks.each(done.append, range(100), size=blocks.THREADED)
+    assert sorted(done) == list(range(100))
+
+
+@pytest.mark.parametrize("size", [1, blocks.THREADED])
+def test_an_error_in_a_task_reaches_the_caller(size):
+    def task(number):
+        if number == 7:
+            raise KeyError(number)
+
+    with pytest.raises(KeyError):
+        blocks.each(task, range(10), size)
+
+
+def test_tasks_do_not_warn():
+    blocks.each(lambda _: np.float32([3e38]) * 10, range(4), size=blocks.THREADED)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import cubin
+from cubin import blocks, errors
+
+
+def expected(x, y, axis):
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    power = (x**2).sum(axis=axis)
+    error = ((x - y) ** 2).sum(axis=axis)
+    with np.errstate(divide="ignore"):
+        sqnr_db = 10 * np.log10(power / error)
+    return {
+        "relative_mse": error / power,
+        "sqnr_db": sqnr_db,
+        "cosine_similarity": (x * y).sum(axis=axis) / np.sqrt(power * (y**2).sum(axis=axis)),
+        "max_abs_error": np.abs(x - y).max(axis=axis),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 2), (1,), ()])
+def test_against_numpy_in_float64(xp, host, rng, dtype, axis):
+    x = rng.normal(size=(5, 6, 7)).astype(dtype)
+    y = (x + rng.normal(0, 0.1, x.shape)).astype(dtype)
+    for name, value in expected(x, y, axis).items():
+        found = getattr(errors, name)(xp.asarray(x), xp.asarray(y), axis=axis)
+        assert found.dtype == np.float64
+        assert found.shape == np.shape(value)
+        np.testing.assert_allclose(host(found), value, rtol=1e-12)
+
+
+def test_arrays_of_several_pieces(xp, host, rng):
+    x = rng.normal(size=(3, 2 * blocks.BLOCK + 99)).astype(np.float32)
+    y = cubin.multibit(x, 2)
+    for axis in (None, 1):
+        for name, value in expected(x, y, axis).items():
+            found = getattr(errors, name)(xp.asarray(x), xp.asarray(y), axis=axis)
+            np.testing.assert_allclose(host(found), value, rtol=1e-10)
+
+
+def test_limits(xp):
+    zero, one = xp.asarray(np.zeros(3)), xp.asarray(np.ones(3))
+    assert float(errors.relative_mse(zero, zero)) == 0
+    assert float(errors.relative_mse(zero, one)) == math.inf
+    assert float(errors.sqnr_db(one, one)) == math.inf
+    assert float(errors.sqnr_db(zero, one)) == -math.inf
+    assert float(errors.cosine_similarity(zero, zero)) == 1
+    assert float(errors.cosine_similarity(zero, one)) == 0
+    assert float(errors.cosine_similarity(one, -one)) == -1
+    empty = xp.asarray(np.ones((0, 2)))
+    assert float(errors.relative_mse(empty, empty)) == 0
+    assert float(errors.max_abs_error(empty, empty)) == 0
+
+
+def test_nan_is_not_hidden(xp, host, rng):
+    x = rng.normal(size=(3, 700))
+    y = x.copy()
+    y[1, 5] = np.nan
+    for name in ("relative_mse", "sqnr_db", "cosine_similarity", "max_abs_error"):
+        found = host(getattr(errors, name)(xp.asarray(x), xp.asarray(y), axis=1))
+        np.testing.assert_array_equal(np.isnan(found), [False, True, False])
+
+
+def test_arguments():
+    x = np.ones((2, 3))
+    with pytest.raises(ValueError, match=r"approx has shape \(3,\)"):
+        errors.relative_mse(x, np.ones(3))
+    with pytest.raises(ValueError, match="axis 2"):
+        errors.relative_mse(x, x, axis=2)
+    with pytest.raises(TypeError, match="approx"):
+        errors.sqnr_db(x, np.ones((2, 3), int))

@@ -199,10 +199,8 @@ def channel_axis(weight: Weight, asked: int | str) -> int | None:
     UsageError
         If the weight has no such axis.
     """
-    if asked == "auto":
-        return weight.channel_axis
-    if asked == "none":
-        return None
+    if isinstance(asked, str):
+        return weight.channel_axis if asked == "auto" else None
     if not -len(weight.shape) <= asked < len(weight.shape):
         raise UsageError(
             f"--channel-axis {asked}: {weight.name} of shape {weight.shape} has no such axis; "

@@ -222,9 +222,7 @@ def insert_field(a: Array, b: Array, position: Array, length: Array) -> Array:
     """``bfi``: `a` into `b`."""
     start = (position & 0xFF).astype(np.int64)
     count = (length & 0xFF).astype(np.int64)
-    mask = np.where(
-        count < 64, _shift_left(np.ones(1, np.uint64), count) - 1, np.uint64(2**64 - 1)
-    )
+    mask = np.where(count < 64, _shift_left(np.ones(1, np.uint64), count) - 1, np.uint64(2**64 - 1))
     mask = _shift_left(mask, start)
     return (b & ~mask | _shift_left(a.astype(np.uint64), start) & mask).astype(b.dtype)  # type: ignore[operator]
 

@@ -209,9 +209,9 @@ class ndarray:
         if written is None or not self.size:
             return
         start = self._host.__array_interface__["data"][0] - self._allocation.bytes.ctypes.data
-        np.ndarray(
-            (*self.shape, self.itemsize), np.bool_, written.data, start, (*self.strides, 1)
-        )[...] = True
+        np.ndarray((*self.shape, self.itemsize), np.bool_, written.data, start, (*self.strides, 1))[
+            ...
+        ] = True
 
     def reshape(self, *shape: Any, order: str = "C") -> ndarray:
         """A view where the strides allow one, else a copy."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.ptx import arithmetic, faults
+from tests.ptx.compiler import Compiled
 from tests.ptx.machine import (
     CONSTANT,
     LOCAL,
@@ -267,8 +268,7 @@ class _Assembler:
 
             def both(b: Batch, s: Selection) -> None:
                 high, low = (
-                    arithmetic.convert(r(b, s), "f16", source, flags).view(np.uint16)
-                    for r in reads
+                    arithmetic.convert(r(b, s), "f16", source, flags).view(np.uint16) for r in reads
                 )
                 write(b, s, high.astype(np.uint32) << np.uint32(16) | low)  # type: ignore[operator]
 
@@ -301,7 +301,9 @@ class _Assembler:
 
     def _setp(self, what: Instruction) -> Step:
         kind, compare = what.opcode[-1], what.opcode[1]
-        logic = next((arithmetic.LOGIC[p] for p in what.opcode[2:-1] if p in arithmetic.LOGIC), None)
+        logic = next(
+            (arithmetic.LOGIC[p] for p in what.opcode[2:-1] if p in arithmetic.LOGIC), None
+        )
         flush = "ftz" in what.opcode and kind == "f32"
         function = arithmetic.COMPARE.get(compare)
         if function is None or kind not in arithmetic.TYPES:
@@ -309,7 +311,9 @@ class _Assembler:
         left, right = (self.read(o, kind, what) for o in what.operands[1:3])
         third = self.read(what.operands[3], "pred", what) if logic else None
         target = what.operands[0]
-        first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
+        first, second = (
+            (target.first, target.second) if isinstance(target, Pair) else (target, None)
+        )
         write, write_other = self.write(first, what), self.write(second, what)
 
         def step(b: Batch, s: Selection) -> None:
@@ -535,9 +539,7 @@ class _Assembler:
                     fresh = ~marks[offsets[:, None] + np.arange(size)].all(axis=1)
                     if fresh.any():
                         bad = lanes[fresh] if len(fresh) > 1 else lanes
-                        b.fail(
-                            faults.UninitializedRead, "global memory nothing wrote", what, bad
-                        )
+                        b.fail(faults.UninitializedRead, "global memory nothing wrote", what, bad)
                 if constant and segment.was_written(offsets):
                     b.fail(
                         faults.Race,
@@ -567,9 +569,7 @@ class _Assembler:
             lanes = b.lanes(s)
             fresh = (shadow.writer[at] < 0).reshape(len(lanes), -1).any(axis=1)
             if fresh.any():
-                b.fail(
-                    faults.UninitializedRead, "shared memory nothing wrote", what, lanes[fresh]
-                )
+                b.fail(faults.UninitializedRead, "shared memory nothing wrote", what, lanes[fresh])
             if not strong:
                 race = shadow.read(at, now)
                 if race is not None:
@@ -640,9 +640,7 @@ class _Assembler:
             stored = cells[place].reshape(len(at), -1).view(kind)
             return (stored != np.ascontiguousarray(values).view(kind)).any(axis=1)
 
-        def store_global(
-            b: Batch, s: Selection, where: NDArray[np.int64], values: Array
-        ) -> None:
+        def store_global(b: Batch, s: Selection, where: NDArray[np.int64], values: Array) -> None:
             order = b.lanes(s)
             for index, offsets, chosen in b.reach_global(where, size, s, what):
                 segment = b.reach.segments[index]
@@ -659,15 +657,11 @@ class _Assembler:
                     )
                 lost = put(segment.allocation.bytes, offsets, own)
                 if twice is not None and (twice & lost).any():
-                    b.fail(
-                        faults.Race, "threads write different values", what, lanes[twice & lost]
-                    )
+                    b.fail(faults.Race, "threads write different values", what, lanes[twice & lost])
                 if segment.allocation.written is not None:
                     segment.allocation.written[offsets[:, None] + np.arange(size)] = True
 
-        def store_shared(
-            b: Batch, s: Selection, where: NDArray[np.int64], values: Array
-        ) -> None:
+        def store_shared(b: Batch, s: Selection, where: NDArray[np.int64], values: Array) -> None:
             b.check_layout("shared", where, size, s, what)
             at, now, shadow = b.shared_cells(where, size, s)
             lanes = b.lanes(s)
@@ -747,9 +741,7 @@ class _Assembler:
         address, write = self._address(what, place), self.write(target, what)
         reads = [self.read(o, kind, what) for o in sources]
 
-        def apply(
-            octets: NDArray[np.uint8], at: NDArray[np.int64], values: list[Array]
-        ) -> Array:
+        def apply(octets: NDArray[np.uint8], at: NDArray[np.int64], values: list[Array]) -> Array:
             """One lane after the other at each address: in every round, one lane of each."""
             cells, index = octets.view(wanted), at // size
             old = np.empty(len(at), wanted)
@@ -793,9 +785,7 @@ class _Assembler:
                 race, _ = segment.write(offsets, size, b.moment(s), atomic=True)
                 old = apply(segment.allocation.bytes, offsets, values)
             if race is not None:
-                b.fail(
-                    faults.Race, "atomic on what others use without one", what, lanes[race]
-                )
+                b.fail(faults.Race, "atomic on what others use without one", what, lanes[race])
             write(b, s, old)
 
         return step
@@ -933,7 +923,9 @@ class _Assembler:
 
     def _shuffle(self, what: Instruction) -> Callable[[Batch, Lanes, NDArray[np.uint32]], None]:
         target = what.operands[0]
-        first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
+        first, second = (
+            (target.first, target.second) if isinstance(target, Pair) else (target, None)
+        )
         write, write_inside = self.write(first, what), self.write(second, what)
         source = self.read(what.operands[1], "b32", what)
         amount, clamp = (self.read(o, "u32", what) for o in what.operands[2:4])
@@ -1000,7 +992,9 @@ class _Assembler:
 
     def _match(self, what: Instruction) -> Callable[[Batch, Lanes, NDArray[np.uint32]], None]:
         target = what.operands[0]
-        first, second = (target.first, target.second) if isinstance(target, Pair) else (target, None)
+        first, second = (
+            (target.first, target.second) if isinstance(target, Pair) else (target, None)
+        )
         write, write_all = self.write(first, what), self.write(second, what)
         read = self.read(what.operands[1], what.opcode[-1], what)
         everyone = "all" in what.opcode
@@ -1116,9 +1110,9 @@ _ATOMICS: dict[str, Callable[..., Array]] = {
 
 
 @functools.lru_cache(maxsize=512)
-def assemble(program_text: str, name: str, source: str, title: str) -> Kernel:
-    """Make the kernel `name` of a PTX module ready to run; `title` is what faults call it."""
-    program = parse(program_text)
+def assemble(compiled: Compiled, name: str, title: str) -> Kernel:
+    """Make the kernel `name` of a compiled source ready to run; faults call it `title`."""
+    program = parse(compiled.ptx)
     if name not in program.functions:
         raise LookupError(f"no kernel {name} in the module; it has {sorted(program.functions)}")
     function = inline_calls(program.functions[name], program)
@@ -1149,9 +1143,10 @@ def assemble(program_text: str, name: str, source: str, title: str) -> Kernel:
     return Kernel(
         name,
         title,
+        compiled.arch,
         function,
         program,
-        source,
+        compiled.source,
         blocks,
         assembler.parameters,
         assembler.parameter_bytes,

@@ -20,7 +20,7 @@ class CompileError(Exception):
     """NVRTC refused the source; the message is its log."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compiled:
     """What NVRTC made of one source.
 

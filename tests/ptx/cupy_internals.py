@@ -334,7 +334,9 @@ def pack(
         data = np.array(words, np.int64).tobytes() + b"\xfb" * (8 * len(tuple(value.shape)))
         return _exact(kernel, data, size), None
     if isinstance(value, np.ndarray):
-        raise TypeError(f"{kernel}: got a numpy.ndarray of shape {value.shape}, want a device array")
+        raise TypeError(
+            f"{kernel}: got a numpy.ndarray of shape {value.shape}, want a device array"
+        )
     python_int = type(value) is int
     scalar = value if isinstance(value, _scalar.CScalar) else _scalar.CScalar(value)
     data = ctypes.string_at(scalar.ptr, scalar.dtype.itemsize)

@@ -60,7 +60,7 @@ def _run(
     title: str = "",
 ) -> launch.Launch:
     title = title or name
-    kernel = assemble(_compiled(source, options, names).ptx, name, source, title)
+    kernel = assemble(_compiled(source, options, names), name, title)
     geometry = Geometry(_three(grid), _three(block), shared)
     parameters, extents = _parameters(kernel, arguments)
     SOURCES.setdefault(title, set()).add(source)
@@ -163,9 +163,7 @@ class RawKernel:
         shared_mem: int = 0,
         stream: Any = None,
     ) -> None:
-        module = cupy_internals.raw_module(
-            self.code, self.options, self._names, _compile, _run
-        )
+        module = cupy_internals.raw_module(self.code, self.options, self._names, _compile, _run)
         name = (module.mapping or {}).get(self.name, self.name)
         _run(
             module.source,

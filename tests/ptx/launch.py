@@ -53,8 +53,8 @@ class Lines:
 LAUNCHES: list[Launch] = []
 """Every launch so far, oldest first."""
 
-COVERAGE: dict[str, Lines] = defaultdict(Lines)
-"""Lines of every source text that ran so far."""
+COVERAGE: dict[tuple[str, str], Lines] = defaultdict(Lines)
+"""Lines of every (architecture, source text) that ran so far."""
 
 
 def run(
@@ -85,11 +85,17 @@ def run(
     """
     limit = kernel.function.max_threads or MOST_THREADS
     if not 0 < geometry.threads <= min(limit, MOST_THREADS):
-        raise ValueError(f"{kernel.title}: {geometry.threads} threads in a block of at most {limit}")
+        raise ValueError(
+            f"{kernel.title}: {geometry.threads} threads in a block of at most {limit}"
+        )
     variables = [*kernel.function.variables, *kernel.program.variables.values()]
     shared, constant, local = (
         Layout.of([v for v in variables if v.space in spaces], geometry.shared if dynamic else 0)
-        for spaces, dynamic in ((("shared",), True), (("const", "global"), False), (("local",), False))
+        for spaces, dynamic in (
+            (("shared",), True),
+            (("const", "global"), False),
+            (("local",), False),
+        )
     )
     used = int(shared.valid.sum())
     if used > MOST_SHARED:
@@ -103,14 +109,10 @@ def run(
     with np.errstate(all="ignore"):
         for first in starts:
             blocks = min(starts.step, geometry.blocks - first)
-            batch = Batch(
-                kernel, geometry, first, blocks, reach, padded, shared, constant, local
-            )
-            try:
-                batch.run()
-            finally:
-                executed |= batch.executed
-                instructions += batch.instructions
+            batch = Batch(kernel, geometry, first, blocks, reach, padded, shared, constant, local)
+            batch.run()
+            executed |= batch.executed
+            instructions += batch.instructions
     _note_lines(kernel, executed)
     parts = reach.segments
     launch = Launch(
@@ -128,7 +130,7 @@ def run(
 
 def _note_lines(kernel: Kernel, executed: set[int]) -> None:
     own = {number for number, path in kernel.program.files.items() if path.endswith("kernel.cu")}
-    lines = COVERAGE[kernel.source]
+    lines = COVERAGE[kernel.arch, kernel.source]
     for start, places in kernel.lines.items():
         numbers = {line for file, line in places if file in own}
         lines.known |= numbers

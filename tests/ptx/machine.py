@@ -95,6 +95,7 @@ class Kernel:
 
     name: str
     title: str
+    arch: str
     function: Function
     program: Program
     source: str
@@ -253,7 +254,11 @@ class Batch:
     def arrive_warp(self, place: int, waiting: Waiting) -> None:
         """Hold lanes until every lane that their masks name has come."""
         lanes = waiting.lanes
-        if len(lanes) == self.size and self.threads % 32 == 0 and (waiting.masks == 2**32 - 1).all():
+        if (
+            len(lanes) == self.size
+            and self.threads % 32 == 0
+            and (waiting.masks == 2**32 - 1).all()
+        ):
             waiting.fire(self, lanes)
             self.schedule(waiting.next, lanes)
             return

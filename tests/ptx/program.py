@@ -357,7 +357,9 @@ class _Parser:
                 end = self.text.index(";", self.position)
                 statement = self.text[self.position : end].strip()
                 self.position = end + 1
-                if statement.startswith((".global", ".const", ".extern", ".visible", ".shared", ".weak")):
+                if statement.startswith(
+                    (".global", ".const", ".extern", ".visible", ".shared", ".weak")
+                ):
                     variable = _variable(statement)
                     self.program.variables[variable.name] = variable
                 elif statement and not statement.startswith((".alias", ".pragma")):
@@ -481,9 +483,7 @@ def _inline(caller: Function, call: Instruction, callee: Function) -> None:
     symbols |= {v.name: tag + v.name for v in callee.variables}
     symbols |= {name: tag + name for name in callee.labels}
     base = len(caller.registers)
-    caller.registers += [
-        Register(tag + r.name, base + r.index, r.width) for r in callee.registers
-    ]
+    caller.registers += [Register(tag + r.name, base + r.index, r.width) for r in callee.registers]
     caller.variables += [replace(v, name=tag + v.name) for v in callee.variables]
     end = f"{tag}return"
 

@@ -1,0 +1,53 @@
+"""Which lines of our CUDA text ran, from NVRTC's line information."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tests.ptx.launch import COVERAGE, Lines
+
+
+@dataclass
+class Covered:
+    """The lines of one text, numbered from 1, that became code and that ran."""
+
+    text: str
+    known: set[int] = field(default_factory=set)
+    executed: set[int] = field(default_factory=set)
+
+    @property
+    def missed(self) -> list[tuple[int, str]]:
+        """Lines that became code and never ran."""
+        lines = self.text.splitlines()
+        return [(number, lines[number - 1]) for number in sorted(self.known - self.executed)]
+
+
+def of_text(text: str, arch: str | None = None) -> Covered:
+    """Coverage of `text` wherever it stands in a source that ran, on `arch` or any.
+
+    A line that no compiled source has code for (a comment, a declaration, a branch that the
+    compiler folded into another) is not known, and so not missed.
+    """
+    wanted = text.strip("\n")
+    covered = Covered(wanted)
+    length = wanted.count("\n") + 1
+    for (own_arch, source), lines in COVERAGE.items():
+        if arch in (None, own_arch):
+            for first in _places(wanted, source):
+                _add(covered, lines, first, length)
+    return covered
+
+
+def _places(text: str, source: str) -> Iterable[int]:
+    """Line numbers at which `text` begins in `source`."""
+    at = source.find(text)
+    while at >= 0:
+        yield source.count("\n", 0, at) + 1
+        at = source.find(text, at + 1)
+
+
+def _add(covered: Covered, lines: Lines, first: int, length: int) -> None:
+    for kind in ("known", "executed"):
+        inside = {n - first + 1 for n in getattr(lines, kind) if first <= n < first + length}
+        getattr(covered, kind).update(inside)

@@ -279,7 +279,7 @@ def prelu(x: Operand, slope: Operand) -> Node:
     K. He et al., "Delving Deep into Rectifiers", ICCV 2015, arXiv:1502.01852.
     """
     xp, v, s = _values(x=x, slope=slope)
-    a = s if np.ndim(s) == 0 else _per_channel("slope", s, v)
+    a = _per_channel("slope", s, v) if getattr(s, "ndim", 0) else s
     below = xp.minimum(v, 0)
     return _node(
         xp.maximum(v, 0) + a * below,

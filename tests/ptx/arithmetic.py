@@ -375,6 +375,9 @@ def operation(opcode: tuple[str, ...], kind: str) -> Operation | None:
 
 
 def _float_operation(name: str, flags: set[str], kind: str) -> Operation | None:
+    directed = flags & {"rz", "rm", "rp"}
+    if directed and kind == "f32" and name in _DIRECTED:
+        return _directed_operation(name, flags, directed)
     if flags - _MODIFIERS or (kind == "f64" and "approx" in flags and name != "rcp"):
         return None
     if name in _SIGN:
@@ -397,6 +400,27 @@ def _float_operation(name: str, flags: set[str], kind: str) -> Operation | None:
         if "relu" in flags:
             result = np.where(result < 0, 0, result).astype(result.dtype)
         result = canonical(result)
+        return flush(result) if ftz else result
+
+    return compute
+
+
+_DIRECTED: dict[str, Callable[..., NDArray[np.float64]]] = {
+    "add": lambda a, b: _to_odd(*_two_sum(a, b)),
+    "sub": lambda a, b: _to_odd(*_two_sum(a, -b)),
+    "mul": lambda a, b: a * b,
+    "fma": lambda a, b, c: _to_odd(*_two_sum(a * b, c)),
+}
+"""Single precision in float64: exact, or rounded to odd, so that any rounding can follow."""
+
+
+def _directed_operation(name: str, flags: set[str], directed: set[str]) -> Operation:
+    ftz, function = "ftz" in flags, _DIRECTED[name]
+
+    def compute(*arguments: Array) -> Array:
+        values = [flush(a) for a in arguments] if ftz else arguments
+        exact = function(*(v.astype(np.float64) for v in values))
+        result = canonical(_towards(exact.astype(np.float32), exact, directed))
         return flush(result) if ftz else result
 
     return compute

@@ -266,16 +266,6 @@ class ndarray:
     ) -> Any:
         return _through_numpy(function, inputs, options)
 
-    def _reduce(name: str) -> Callable[..., ndarray]:  # type: ignore[misc]
-        def method(self: ndarray, *inputs: Any, **options: Any) -> ndarray:
-            return _through_numpy(getattr(np, name), (self, *inputs), options)
-
-        method.__name__ = name
-        return method
-
-    sum, min, max, mean = _reduce("sum"), _reduce("min"), _reduce("max"), _reduce("mean")
-    any, all, clip = _reduce("any"), _reduce("all"), _reduce("clip")
-
     def _binary(function: Any, *, reverse: bool = False) -> Callable[..., ndarray]:  # type: ignore[misc]
         def method(self: ndarray, other: Any) -> ndarray:
             pair = (other, self) if reverse else (self, other)
@@ -383,3 +373,18 @@ def wrap(result: Any, owners: Any = ()) -> Any:
                     return ndarray(result, owner)
         return upload(result)
     return result
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def method(self: ndarray, *inputs: Any, **options: Any) -> Any:
+        return _through_numpy(getattr(np, name), (self, *inputs), options)
+
+    method.__name__ = name
+    return method
+
+
+for _name in (
+    "sum", "prod", "mean", "min", "max", "argmin", "argmax", "any", "all", "clip", "round",
+    "nonzero", "cumsum", "repeat",
+):  # fmt: skip
+    setattr(ndarray, _name, _method(_name))

@@ -24,7 +24,6 @@ from tests.ptx.machine import (
     Waiting,
 )
 from tests.ptx.program import (
-    WIDTHS,
     Address,
     Function,
     Immediate,

@@ -179,7 +179,7 @@ _RESOURCES = re.compile(
 
 
 def resources(source: str, arch: str, options: Sequence[str] = ()) -> dict[str, Resources]:
-    """What every kernel of `source` takes on ``sm_XX``, by mangled name, as ``ptxas`` reports it."""
+    """What every kernel of `source` takes on ``sm_XX``, by mangled name, as ``ptxas`` says."""
     log = compile(source, arch, (*options, "--ptxas-options=-v")).log
     found = {}
     for match in _RESOURCES.finditer(log):

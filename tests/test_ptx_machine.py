@@ -1,0 +1,356 @@
+"""Threads, warps, blocks and memory: whole kernels against NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cupy")
+
+from tests import ptx
+from tests.ptx.device import ARCHITECTURES, architecture, module
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture(params=ARCHITECTURES, autouse=True)
+def arch(request):
+    """Everything here runs as compiled for each architecture."""
+    with architecture(request.param):
+        yield
+
+
+def run(body, arrays, *, grid=1, block=64, shared=0, top="", scalars=()):
+    """Run a kernel of parameters a, b, c... (ints or floats by dtype) and give them all back."""
+    types = {"float32": "float", "int32": "int", "uint32": "unsigned", "float64": "double"}
+    types |= {"uint8": "unsigned char", "int64": "long long", "uint64": "unsigned long long"}
+    types |= {"uint16": "unsigned short"}
+    names = "abcdef"
+    parameters = [f"{types[v.dtype.name]}* {names[k]}" for k, v in enumerate(arrays)]
+    parameters += [f"{types[v.dtype.name]} s{k}" for k, v in enumerate(scalars)]
+    source = f"""{top}
+    extern "C" __global__ void test({", ".join(parameters)}) {{
+      const int t = threadIdx.x, lane = threadIdx.x & 31;
+      const int i = blockIdx.x * blockDim.x + threadIdx.x;
+      (void)t; (void)lane; (void)i;
+      {body}
+    }}"""
+    device = [module.asarray(v) for v in arrays]
+    grid, block = (g if isinstance(g, tuple) else (g,) for g in (grid, block))
+    module.RawKernel(source, "test")(grid, block, (*device, *scalars), shared_mem=shared)
+    return [d.get() for d in device]
+
+
+# ---------------------------------------------------------------- control flow
+
+
+def test_loops_of_different_length():
+    steps, count = run("int n = 0, x = a[i]; while (x != 1) { x = x % 2 ? 3 * x + 1 : x / 2; ++n; }"
+                       "b[i] = n;", [np.arange(1, 129, dtype=np.int32), np.zeros(128, np.int32)],
+                       grid=2)  # fmt: skip
+
+    def collatz(x):
+        return 0 if x == 1 else 1 + collatz(3 * x + 1 if x % 2 else x // 2)
+
+    assert count.tolist() == [collatz(int(x)) for x in steps]
+
+
+def test_early_returns_and_breaks():
+    _, found = run(
+        """if (i % 3 == 0) return;
+        int k = 0;
+        for (; k < 10; ++k) { if (k == i % 7) break; if (k * i == 12) { b[i] = -1; return; } }
+        b[i] = k;""",
+        [np.zeros(64, np.int32), np.full(64, 99, np.int32)],
+    )
+
+    def expected(i):
+        if i % 3 == 0:
+            return 99
+        for k in range(10):
+            if k == i % 7:
+                return k
+            if k * i == 12:
+                return -1
+        return 10
+
+    assert found.tolist() == [expected(i) for i in range(64)]
+
+
+def test_switch():
+    (found,) = run(
+        """int r; switch (a[i] % 7) { case 0: r = 5; break; case 1: r = i * i; break;
+        case 2: r = -i; break; case 3: r = 17; break; case 4: r = i ^ 21; break;
+        case 5: r = i / 3; break; default: r = 1; } a[i] = r;""",
+        [np.arange(64, dtype=np.int32)],
+    )
+    table = [lambda i: 5, lambda i: i * i, lambda i: -i, lambda i: 17, lambda i: i ^ 21]
+    table += [lambda i: i // 3, lambda i: 1]
+    assert found.tolist() == [table[i % 7](i) for i in range(64)]
+
+
+def test_functions_that_are_not_inlined():
+    top = """
+    __device__ __noinline__ int mix(int x, int y) { if (x > y) return x - y; return x * y; }
+    __device__ __noinline__ int twice(int x) { return mix(x, 3) + mix(3, x); }"""
+    (found,) = run("a[i] = twice(a[i]);", [np.arange(64, dtype=np.int32)], top=top)
+    mix = lambda x, y: x - y if x > y else x * y  # noqa: E731
+    assert found.tolist() == [mix(i, 3) + mix(3, i) for i in range(64)]
+
+
+def test_local_arrays_and_constants():
+    top = "__constant__ int table[5] = {3, 1, 4, 1, 5}; __device__ const float more[2] = {.5f, 2};"
+    a, b = run(
+        """int own[8]; for (int k = 0; k < 8; ++k) own[k] = k * i;
+        own[i % 8] += table[i % 5]; int s = 0;
+        for (int k = 0; k < 8; ++k) s += own[(k * a[i]) & 7];
+        a[i] = s; b[i] = more[i & 1];""",
+        [np.arange(64, dtype=np.int32), np.zeros(64, np.float32)],
+        top=top,
+    )
+    expected = []
+    for i in range(64):
+        own = [k * i for k in range(8)]
+        own[i % 8] += [3, 1, 4, 1, 5][i % 5]
+        expected.append(sum(own[k * i & 7] for k in range(8)))
+    assert a.tolist() == expected
+    assert b.tolist() == [0.5, 2.0] * 32
+
+
+def test_grids_and_blocks_of_three_axes():
+    (found,) = run(
+        """int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y,
+        z = blockIdx.z * blockDim.z + threadIdx.z;
+        a[(z * gridDim.y * blockDim.y + y) * gridDim.x * blockDim.x + x] = x + 100 * y + 10000 * z;
+        """,
+        [np.zeros((2, 6, 12), np.int32)],
+        grid=(3, 2, 1),
+        block=(4, 3, 2),
+    )
+    z, y, x = np.indices((2, 6, 12))
+    np.testing.assert_array_equal(found, x + 100 * y + 10000 * z)
+
+
+def test_more_blocks_than_one_batch():
+    n = 300_001
+    a, b = run("if (i < s0) b[i] = a[i] + 1;", [np.arange(n, dtype=np.int32), np.zeros(n, np.int32)],
+               grid=-(-n // 256), block=256, scalars=(np.int32(n),))  # fmt: skip
+    np.testing.assert_array_equal(b, a + 1)
+
+
+def test_assertions_and_traps():
+    with pytest.raises(ptx.Trap, match=r"thread \(3, 0, 0\).*line 6"):
+        run("if (a[i] == 3) __trap();", [np.arange(64, dtype=np.int32)])
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_vector_loads_and_stores():
+    x = np.arange(256, dtype=np.float32)
+    a, b = run(
+        """float4 v = reinterpret_cast<float4*>(a)[i]; v.x += v.w;
+        reinterpret_cast<float4*>(b)[i] = v;""",
+        [x, np.zeros_like(x)],
+    )
+    expected = x.reshape(64, 4).copy()
+    expected[:, 0] += expected[:, 3]
+    np.testing.assert_array_equal(b, expected.ravel())
+    with pytest.raises(ptx.Misaligned, match="16"):
+        run("float4 v = reinterpret_cast<float4*>(a + 1)[i]; b[i] = v.x + v.y + v.z + v.w;", [x, x])
+
+
+def test_generic_pointers_to_every_space():
+    a, b = run(
+        """__shared__ int s[64]; int own[2] = {7, i}; s[t] = 1000 + t; __syncthreads();
+        int* p = t % 3 == 0 ? s + t : t % 3 == 1 ? a + t : own + (b[i] & 1);
+        b[i] = *p; __syncthreads(); if (t % 3 == 0) *p += 1; __syncthreads(); a[i] = s[t];""",
+        [np.arange(64, dtype=np.int32), np.ones(64, np.int32)],
+    )
+    i = np.arange(64)
+    np.testing.assert_array_equal(b, np.where(i % 3 == 0, 1000 + i, i))
+    np.testing.assert_array_equal(a, 1000 + i + (i % 3 == 0))
+
+
+def test_dynamic_shared_memory_of_mixed_types():
+    a, b = run(
+        """extern __shared__ double d[]; float* f = reinterpret_cast<float*>(d + 64);
+        d[t] = a[i] * 2.; f[t] = a[i] + 1.f; __syncthreads();
+        b[i] = d[63 - t] + f[t ^ 1];""",
+        [np.arange(64, dtype=np.float32), np.zeros(64)],
+        shared=64 * 12,
+    )
+    np.testing.assert_array_equal(b, a[::-1] * 2 + a.reshape(-1, 2)[:, ::-1].ravel() + 1)
+
+
+def test_atomics():
+    n = 1000
+    x = np.random.default_rng(1).integers(0, 7, n).astype(np.int32)
+    a, counts, extremes, order = run(
+        """__shared__ int s[7]; if (t < 7) s[t] = 0; __syncthreads();
+        if (i < s0) { atomicAdd(s + a[i], 1); atomicMax(c, a[i] * 3); atomicMin(c + 1, -a[i]);
+                      d[atomicAdd(c + 2, 1)] = 1; atomicCAS(c + 3, 5, i); atomicXor(c + 4, i); }
+        __syncthreads(); if (t < 7) atomicAdd(b + t, s[t]);""",
+        [x, np.zeros(7, np.int32), np.array([0, 0, 0, 5, 0], np.int32), np.zeros(n, np.int32)],
+        grid=16,
+        scalars=(np.int32(n),),
+    )
+    np.testing.assert_array_equal(counts, np.bincount(x, minlength=7))
+    assert extremes[:3].tolist() == [18, -6, n]
+    assert 0 <= extremes[3] < n
+    assert extremes[4] == np.bitwise_xor.reduce(np.arange(n))
+    assert order.tolist() == [1] * n
+
+
+def test_atomics_on_floats():
+    a, b = run("atomicAdd(b, a[i]);", [np.full(64, 0.5, np.float32), np.zeros(1, np.float32)])
+    assert b.tolist() == [32]
+    assert a[0] == 0.5
+
+
+# ---------------------------------------------------------------- warps and blocks
+
+
+def test_shuffles():
+    x = np.arange(64, dtype=np.int32) * 3
+    results = run(
+        """int v = a[i];
+        b[i] = __shfl_up_sync(0xffffffffu, v, 3); c[i] = __shfl_down_sync(0xffffffffu, v, 5, 16);
+        d[i] = __shfl_xor_sync(0xffffffffu, v, 8); e[i] = __shfl_sync(0xffffffffu, v, 33, 8);""",
+        [x] + [np.zeros(64, np.int32)] * 4,
+    )
+    lane, base = np.arange(64) % 32, np.arange(64) // 32 * 32
+    np.testing.assert_array_equal(results[1], x[base + np.where(lane >= 3, lane - 3, lane)])
+    np.testing.assert_array_equal(
+        results[2], x[base + np.where(lane % 16 + 5 < 16, lane + 5, lane)]
+    )
+    np.testing.assert_array_equal(results[3], x[base + (lane ^ 8)])
+    np.testing.assert_array_equal(results[4], x[base + lane // 8 * 8 + 1])
+
+
+def test_votes_and_matches():
+    x = np.random.default_rng(0).integers(0, 4, 64).astype(np.int32)
+    a, ballot, same, flags = run(
+        """b[i] = __ballot_sync(0xffffffffu, a[i] > 1); c[i] = __match_any_sync(0xffffffffu, a[i]);
+        int pred; __match_all_sync(0xffffffffu, a[i] / 4, &pred);
+        d[i] = __any_sync(0xffffffffu, a[i] > 5) + 2 * __all_sync(0xffffffffu, a[i] < 4)
+             + 4 * pred + 8 * __any_sync(0xffffffffu, lane == 31);""",
+        [x] + [np.zeros(64, np.uint32)] * 2 + [np.zeros(64, np.int32)],
+    )
+    for start in (0, 32):
+        warp = x[start : start + 32]
+        assert set(ballot[start : start + 32].tolist()) == {
+            sum(1 << k for k in range(32) if warp[k] > 1)
+        }
+        for k in range(32):
+            assert same[start + k] == sum(1 << m for m in range(32) if warp[m] == warp[k])
+    assert flags.tolist() == [14] * 64
+    assert a.tolist() == x.tolist()
+
+
+def test_warp_reductions_of_integers():
+    x = np.random.default_rng(0).integers(-99, 99, 64).astype(np.int32)
+    _, b, c = run(
+        """b[i] = __reduce_add_sync(0xffffffffu, a[i]); c[i] = __reduce_max_sync(0xffffffffu, a[i]);
+        """,
+        [x, np.zeros(64, np.int32), np.zeros(64, np.int32)],
+    )
+    warps = x.reshape(2, 32)
+    np.testing.assert_array_equal(b, np.repeat(warps.sum(1), 32))
+    np.testing.assert_array_equal(c, np.repeat(warps.max(1), 32))
+
+
+def test_part_of_a_warp():
+    """Both sides of a branch vote for themselves, at different places."""
+    (found,) = run(
+        """unsigned m = __ballot_sync(0xffffffffu, lane % 3 == 0);
+        if (lane % 3 == 0) a[i] = __popc(__ballot_sync(m, i & 1));
+        else a[i] = 100 + __popc(__activemask());""",
+        [np.zeros(64, np.int32)],
+    )
+    for start in (0, 32):
+        odd = sum(1 for k in range(0, 32, 3) if (start + k) & 1)
+        for k in range(32):
+            assert found[start + k] == (odd if k % 3 == 0 else 121)
+
+
+def test_lanes_that_left_are_not_waited_for():
+    (found,) = run(
+        "if (lane >= 20) return; a[i] = __popc(__ballot_sync(0xffffffffu, 1));",
+        [np.zeros(64, np.int32)],
+    )
+    assert found.tolist() == ([20] * 20 + [0] * 12) * 2
+
+
+def test_block_votes():
+    (found,) = run(
+        """int n = __syncthreads_count(a[i] > 9);
+        int any = __syncthreads_or(a[i] == 5), all = __syncthreads_and(a[i] < 64);
+        a[i] = n + 1000 * any + 2000 * all;""",
+        [np.arange(128, dtype=np.int32)],
+        grid=2,
+    )
+    assert found.tolist() == [54 + 1000 + 2000] * 64 + [64] * 64
+
+
+def test_cooperative_tiles():
+    (found,) = run(
+        """auto block = cooperative_groups::this_thread_block();
+        auto tile = cooperative_groups::tiled_partition<8>(block);
+        int v = a[i]; for (int k = tile.size() / 2; k; k /= 2) v += tile.shfl_down(v, k);
+        v = tile.shfl(v, 0); tile.sync(); block.sync(); a[i] = v + 1000 * tile.thread_rank();""",
+        [np.arange(64, dtype=np.int32)],
+        top="#include <cooperative_groups.h>",
+    )
+    i = np.arange(64)
+    np.testing.assert_array_equal(found, i // 8 * 64 + 28 + 1000 * (i % 8))
+
+
+def test_block_reduction_of_cub():
+    x = np.random.default_rng(0).integers(0, 1000, (3, 128)).astype(np.int32)
+    _, b = run(
+        """typedef cub::BlockReduce<int, 128> Reduce; __shared__ typename Reduce::TempStorage s;
+        int total = Reduce(s).Sum(a[i]); if (t == 0) b[blockIdx.x] = total;""",
+        [x, np.zeros(3, np.int32)],
+        grid=3,
+        block=128,
+        top="#include <cub/block/block_reduce.cuh>",
+    )
+    np.testing.assert_array_equal(b, x.sum(axis=1))
+
+
+def test_warp_barriers_order_shared_memory():
+    body = """__shared__ int s[64]; s[t] = a[i]; %s a[i] = s[t ^ 1];"""
+    (found,) = run(body % "__syncwarp();", [np.arange(64, dtype=np.int32)])
+    np.testing.assert_array_equal(found, np.arange(64) ^ 1)
+    with pytest.raises(ptx.Race):
+        run(body % "", [np.arange(64, dtype=np.int32)])
+    with pytest.raises(ptx.Race):  # a warp barrier orders one warp only
+        run((body % "__syncwarp();").replace("t ^ 1", "t ^ 32"), [np.arange(64, dtype=np.int32)])
+
+
+def test_launches_are_counted():
+    x = np.zeros(1000, np.float32)
+    with ptx.launches() as seen:
+        run("if (i < s0) b[i] = a[i] + a[0];", [x, x], grid=16, scalars=(np.int32(1000),))
+    (launch,) = seen
+    assert launch.kernel == "test"
+    assert (launch.read, launch.written) == (8000, 4000)
+    assert (launch.read_unique, launch.written_unique) == (4000, 4000)
+    assert 8 * 1000 < launch.instructions < 40 * 1024
+
+
+def test_unknown_instructions_are_named():
+    with pytest.raises(ptx.UnsupportedInstruction, match=r"dp4a"):
+        run("a[i] = __dp4a(a[i], 1, 2);", [np.zeros(64, np.int32)])
+
+
+def test_registers_and_spills():
+    found = ptx.resources(
+        'extern "C" __global__ void f(float* x) { __shared__ float s[32]; s[threadIdx.x] = *x;'
+        "__syncthreads(); *x = s[0]; }",
+        "sm_80",
+    )
+    assert found["f"].shared == 128
+    assert found["f"].spill_loads == found["f"].spill_stores == 0
+    assert 4 <= found["f"].registers <= 32

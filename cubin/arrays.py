@@ -192,7 +192,7 @@ def as_bound(value: object, x: Array) -> Array:
         raise TypeError(f"bound must be a real number or an array of them, got {bound.dtype}")
     _broadcasts("bound", bound, x.shape)
     if bound.dtype == np.uint8:
-        return library(x).asarray(bound) if bound.ndim else np.uint8(bound)
+        return library(x).asarray(bound) if bound.ndim or on_device(bound) else np.uint8(bound)
     if isinstance(value, int) and 0 <= value <= 255:
         return np.uint8(value)
     if isinstance(value, (int, float)) and not isinstance(value, np.generic):

@@ -15,7 +15,7 @@ import numpy as np
 
 from cubin import arrays
 from cubin.arrays import Array
-from cubin.kernels import elementwise
+from cubin.kernels import FLOATS, elementwise
 from cubin.signs import where
 
 # ---------------------------------------------------------------- primitives
@@ -38,7 +38,7 @@ def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: 
 @elementwise(
     "W y, W scale, int8 sign",
     "W total",
-    "total = sign == 0 ? y : y + W(sign) * scale",
+    "total = sign == 0 ? y : sign > 0 ? plus(y, scale) : minus(y, scale)",
     types=({"W": "float32"}, {"W": "float64"}),
 )
 def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.ndarray) -> None:
@@ -47,6 +47,44 @@ def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.n
     np.multiply(scale, sign, out=step)
     where(sign != 0, step, out=step)
     np.add(y, step, out=total)
+
+
+_CUDA = """
+// The sum of scale * sign over the element's levels, of the scales as they are stored in T.
+template<class T, class W, class... Scales>
+__device__ W decoded(unsigned int code, int bits, T, Scales... scales) {
+  const W scale[] = {scales..., W(0)};
+  W y = 0;
+#pragma unroll
+  for (int level = 0; level < (int)sizeof...(Scales); ++level) {
+    const W step = W(T(scale[level]));
+    if (level < bits) y += code >> level & 1 ? step : -step;
+  }
+  return y;
+}
+"""
+
+
+@elementwise(
+    "uint16 code, uint8 bits, *W scales",
+    "T y",
+    "y = T(decoded<T, typename Work<T>::type>(code, bits, T(0){scales}))",
+    types=FLOATS,
+    preamble=_CUDA,
+)
+def decode(code: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarray) -> None:
+    """The sum of scale * sign over each element's levels, of the scales as stored in y's dtype."""
+    work = arrays.work_dtype(y.dtype)
+    total = np.zeros(code.shape, work)
+    step = np.empty(code.shape, work)
+    for level, scale in enumerate(scales):
+        np.subtract((code >> np.uint16(level) & np.uint16(1)) * np.int8(2), 1, out=step)
+        np.multiply(step, scale.astype(y.dtype, copy=False), out=step)
+        if np.ndim(bits):
+            where(bits > level, step, out=step)
+        if np.ndim(bits) or level < bits:
+            np.add(total, step, out=total)
+    y[...] = total
 
 
 # ---------------------------------------------------------------- storage

@@ -34,10 +34,10 @@ __device__ Moments operator+(const Moments& a, const Moments& b) {
 @reduction(
     "T x, T approx",
     "float64 error, float64 power, float64 power_of_approx, float64 product, float64 worst",
-    map="Moments(double(Work<T>::type(x)), double(Work<T>::type(approx)))",
+    map="Moments(to_double(Work<T>::type(x)), to_double(Work<T>::type(approx)))",
     reduce="a + b",
-    post_map="error = a.error; power = a.power; power_of_approx = a.power_of_approx; "
-    "product = a.product; worst = a.worst",
+    post_map="error = a.error, power = a.power, power_of_approx = a.power_of_approx, "
+    "product = a.product, worst = a.worst",
     identity="Moments()",
     reduce_type="Moments",
     types=FLOATS,

@@ -8,7 +8,7 @@ __device__ W magnitude(W m) { return m; }
 
 template<class W, class... Rest>
 __device__ W magnitude(W m, W scale, Rest... rest) {
-  return magnitude(fabs(m - scale), rest...);
+  return magnitude(absolute(minus(m, scale)), rest...);
 }
 
 // Bit i is set where level i of the element has the sign +1.
@@ -18,9 +18,9 @@ __device__ unsigned short codes(W r, int bits, Scales... scales) {
   unsigned short code = 0;
 #pragma unroll
   for (int level = 0; level < (int)sizeof...(Scales); ++level) {
-    const bool positive = r > W(0);
-    if (positive && level < bits) code |= 1 << level;
-    r -= positive ? scale[level] : -scale[level];
+    const bool up = positive(r);
+    if (up && level < bits) code |= 1 << level;
+    r = up ? minus(r, scale[level]) : plus(r, scale[level]);
   }
   return code;
 }
@@ -32,9 +32,10 @@ __device__ W approximation(W r, int bits, Scales... scales) {
   W y = 0;
 #pragma unroll
   for (int level = 0; level < (int)sizeof...(Scales); ++level) {
-    const W step = r > W(0) ? scale[level] : -scale[level];
-    if (level < bits) y += W(T(step));
-    r -= step;
+    const bool up = positive(r);
+    const W stored = W(T(scale[level]));
+    if (level < bits) y = up ? plus(y, stored) : minus(y, stored);
+    r = up ? minus(r, scale[level]) : plus(r, scale[level]);
   }
   return y;
 }

@@ -36,11 +36,8 @@ FLOATS: tuple[Mapping[str, str], ...] = tuple(
 )
 """The types T of an array and W of the work on it that the kernels are used with."""
 
-# Work<T>::type is W. CuPy defines float16 in every kernel.
-PREAMBLE = """
-template<class T> struct Work { typedef T type; };
-template<> struct Work<float16> { typedef float type; };
-"""
+PREAMBLE = Path(__file__).with_name("exact.cuh").read_text(encoding="utf-8")
+"""Device functions that every kernel can call; Work<T>::type is W."""
 
 
 def source(module_file: str) -> str:

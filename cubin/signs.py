@@ -39,7 +39,9 @@ def where(mask: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
 # ---------------------------------------------------------------- primitives
 
 
-@elementwise("T x", "T y", "y = x > T(0) ? T(1) : x == x ? T(-1) : x", types=FLOATS)
+@elementwise(
+    "T x", "T y", "y = positive(Work<T>::type(x)) ? T(1) : x == x ? T(-1) : x", types=FLOATS
+)
 def signs(x: np.ndarray, *, y: np.ndarray) -> None:
     """+1 where x > 0, NaN where x is NaN, else -1."""
     result = with_sign_of(x, np.ones((), x.dtype))
@@ -50,7 +52,7 @@ def signs(x: np.ndarray, *, y: np.ndarray) -> None:
 @elementwise(
     "T x, uint8 bits",
     "bool mask",
-    "mask = fabs(Work<T>::type(x)) <= bits",
+    "mask = inside(Work<T>::type(x), bits)",
     types=FLOATS,
 )
 def inside_bits(x: np.ndarray, bits: np.ndarray, *, mask: np.ndarray) -> None:
@@ -61,7 +63,7 @@ def inside_bits(x: np.ndarray, bits: np.ndarray, *, mask: np.ndarray) -> None:
 @elementwise(
     "T x, float64 bound",
     "bool mask",
-    "mask = fabs(double(Work<T>::type(x))) <= bound",
+    "mask = fabs(to_double(Work<T>::type(x))) <= bound",
     types=FLOATS,
 )
 def inside(x: np.ndarray, bound: np.ndarray, *, mask: np.ndarray) -> None:
@@ -72,7 +74,7 @@ def inside(x: np.ndarray, bound: np.ndarray, *, mask: np.ndarray) -> None:
 @elementwise(
     "T x, uint8 bits, T gy",
     "T gx",
-    "gx = fabs(Work<T>::type(x)) <= bits ? gy : T(0)",
+    "gx = inside(Work<T>::type(x), bits) ? gy : T(0)",
     types=FLOATS,
 )
 def gradient_inside(x: np.ndarray, bits: np.ndarray, gy: np.ndarray, *, gx: np.ndarray) -> None:

@@ -1,27 +1,24 @@
 """The libraries that one test body runs on.
 
-The fixture `xp` runs a test on NumPy and on the device engine, which the environment variable
-CUBIN_TEST_ENGINE chooses: ``cuda`` is CuPy on a GPU, and fails where there is none.
+The fixture `xp` runs a test on NumPy and on a device library. Which one that is, the environment
+variable CUBIN_TEST_ENGINE says: ``ptx`` (the default) executes the CUDA kernels without a GPU,
+``cuda`` is CuPy on a GPU and fails where there is none, ``numpy`` leaves the kernels out.
 """
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
-ENGINE = os.environ.get("CUBIN_TEST_ENGINE", "numpy")
+from tests.ptx.plugin import device, pytest_collection_modifyitems, whole_run
+
+__all__ = ["device", "pytest_collection_modifyitems", "whole_run"]
 
 
 @pytest.fixture(params=["numpy", pytest.param("device", marks=pytest.mark.kernels)])
 def xp(request):
     """NumPy, or the device library of the engine."""
-    if request.param == "numpy":
-        return np
-    if ENGINE == "numpy":
-        pytest.skip("CUBIN_TEST_ENGINE=numpy: no device library")
-    return request.getfixturevalue("device")
+    return np if request.param == "numpy" else request.getfixturevalue("device")
 
 
 @pytest.fixture
@@ -33,8 +30,3 @@ def rng() -> np.random.Generator:
 def host():
     """A function that brings an array of either library to NumPy."""
     return lambda array: array.get() if hasattr(array, "get") else np.asarray(array)
-
-
-@pytest.fixture
-def device():
-    pytest.skip("CUBIN_TEST_ENGINE=numpy: no device library")

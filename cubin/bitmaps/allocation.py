@@ -148,7 +148,10 @@ def _weights(value: Any, rows: checked.Rows) -> np.ndarray:
 
 def _curves(x: Array, channel_axis: Any, low: int, high: int) -> np.ndarray:
     """The squared errors of the rows with `low` .. `high` bits, (bits, rows)."""
-    kept = () if channel_axis is None else checked.axes_of("channel_axis", channel_axis, x.shape)
+    rows = checked.rows_of(x.shape, channel_axis)
+    if not x.size:
+        return np.zeros((high - low + 1, rows.count))
+    kept = rows.order[: len(rows.scale_shape)]
     summed = tuple(axis for axis in range(x.ndim) if axis not in kept)
     curves = []
     with checked.current_device(x):

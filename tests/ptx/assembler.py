@@ -656,7 +656,7 @@ class _Assembler:
                     )
                 lost = put(segment.allocation.bytes, offsets, own)
                 if twice is not None and (twice & lost).any():
-                    b.fail(faults.Race, "threads write different values", what, lanes[twice & lost])
+                    b.fail(faults.Race, "lanes write different values", what, lanes[twice & lost])
                 if segment.allocation.written is not None:
                     segment.allocation.written[offsets[:, None] + np.arange(size)] = True
 
@@ -678,7 +678,7 @@ class _Assembler:
                 if both.any():
                     b.fail(
                         faults.Race,
-                        "threads write different values to shared memory",
+                        "lanes write different values to shared memory",
                         what,
                         lanes[both],
                     )

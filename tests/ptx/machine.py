@@ -35,7 +35,9 @@ STATES = {0: np.bool_, 1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _GUARD = 1 << 10
 _BATCH_LANES = 1 << 15
 _BATCH_SHARED = 1 << 23
-_MOST_STEPS = 1 << 21
+
+MOST_STEPS = 1 << 18
+"""Basic blocks that a batch may run before it counts as stuck."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Batch:
                 step(self, chosen)
             block.end(self, chosen)
             steps += 1
-            if steps > _MOST_STEPS:
+            if steps > MOST_STEPS:
                 instruction = self.kernel.function.body[block.start]
                 self.fail(faults.NoProgress, "still running", instruction, self.lanes(chosen))
 
@@ -423,7 +425,7 @@ class Batch:
         lane = int(np.min(lanes))
         block = int(self.block[lane]) + self.first
         thread = int(self.thread[lane])
-        file, line = instruction.line
+        file, line = self._line(instruction)
         own = self.kernel.program.files.get(file, "").endswith("kernel.cu")
         text = self.kernel.source.splitlines()
         raise kind(
@@ -437,6 +439,12 @@ class Batch:
                 instruction.text,
             ),
         )
+
+    def _line(self, instruction: Instruction) -> tuple[int, int]:
+        """The source line, or that of the next instruction where NVRTC gave none."""
+        body = self.kernel.function.body
+        place = next(at for at, one in enumerate(body) if one is instruction)
+        return next((one.line for one in body[place:] if one.line[1]), (0, 0))
 
     # Memory
 

@@ -141,8 +141,8 @@ class Shadow:
     ) -> tuple[Flags | None, Flags | None]:
         """Note writes.
 
-        Returns where another thread's access is not ordered before, and where lanes of this very
-        instruction write the same granule.
+        Returns where another thread's access is not ordered before, and where two lanes of one
+        warp write the same granule by this very instruction: one of them wins.
         """
         number = now.number
         writer = self.writer[at]
@@ -166,7 +166,10 @@ class Shadow:
         self.atomic[at] = atomic
         self.reader[at] = _NOBODY
         self.others[at] = 0
-        twice = self.writer[at] != number
+        winner = self.writer[at]
+        twice = winner != number
+        if not atomic and twice.any():
+            bad |= twice & (winner // 32 != number // 32)
         return (bad if bad.any() else None), (twice if twice.any() else None)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from cubin import arrays
 from cubin.arrays import Array
 from cubin.kernels import FLOATS, elementwise
-from cubin.signs import where
+from cubin.signs import as_integers, where
 
 # ---------------------------------------------------------------- primitives
 
@@ -52,7 +52,7 @@ def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.n
 _CUDA = """
 // The sum of scale * sign over the element's levels, of the scales as they are stored in T.
 template<class T, class W, class... Scales>
-__device__ W decoded(unsigned int code, int bits, T, Scales... scales) {
+__device__ W decoded(unsigned int code, int bits, Scales... scales) {
   const W scale[] = {scales..., W(0)};
   W y = 0;
 #pragma unroll
@@ -68,7 +68,7 @@ __device__ W decoded(unsigned int code, int bits, T, Scales... scales) {
 @elementwise(
     "uint16 code, uint8 bits, *W scales",
     "T y",
-    "y = T(decoded<T, typename Work<T>::type>(code, bits, T(0){scales}))",
+    "y = T(decoded<T, typename Work<T>::type>(code, bits{scales}))",
     types=FLOATS,
     preamble=_CUDA,
 )
@@ -77,9 +77,15 @@ def decode(code: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarra
     work = arrays.work_dtype(y.dtype)
     total = np.zeros(code.shape, work)
     step = np.empty(code.shape, work)
+    word = as_integers(step)
+    highest = 8 * word.itemsize - 1
+    top = word.dtype.type(1 << highest)
     for level, scale in enumerate(scales):
-        np.subtract((code >> np.uint16(level) & np.uint16(1)) * np.int8(2), 1, out=step)
-        np.multiply(step, scale.astype(y.dtype, copy=False), out=step)
+        # The bit of the level becomes the sign bit; where it is 0, scale * sign is negative.
+        np.left_shift(code, word.dtype.type(highest - level), out=word)
+        np.bitwise_and(word, top, out=word)
+        stored = scale.astype(y.dtype, copy=False).astype(work, copy=False)
+        np.bitwise_xor(word, as_integers(stored) | top, out=word)
         if np.ndim(bits):
             where(bits > level, step, out=step)
         if np.ndim(bits) or level < bits:

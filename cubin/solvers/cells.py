@@ -1,0 +1,162 @@
+"""Cells: which code the elements between two thresholds take, and the scales that fit them best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cubin import arrays
+from cubin.arrays import Array
+from cubin.solvers.magnitudes import Magnitudes
+
+DEPENDENT = 2.0**-38
+"""Share of its diagonal below which a pivot is rounding error: the level adds nothing."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """For elements with some number of bits: the magnitudes in each cell have one code.
+
+    Attributes
+    ----------
+    thresholds : array in the work dtype, shape (cells - 1, q)
+        Ascending, for each of q rows; a magnitude equal to one lies in the cell below it.
+    codes : array of uint16, shape (cells, q)
+        Bit i is set where level i adds to the magnitude; it is the code of the element itself
+        where that is positive, and its complement elsewhere.
+    """
+
+    thresholds: Array
+    codes: Array
+
+    def signs(self, level: int) -> Array:
+        """The signs at a level: +-1.0, of shape (cells, q)."""
+        return (self.codes >> level & 1) * 2.0 - 1.0
+
+    def values(self, scales: Array) -> Array:
+        """The sum in each cell of the levels that have scales, the first ones."""
+        return sum(scale * self.signs(level) for level, scale in enumerate(scales))
+
+
+def nearest(scales: Array, depth: int, dtype: Any) -> Cells:
+    """The cells in which each magnitude takes the nearest sum of the first `depth` levels.
+
+    `scales`, of shape (levels, q), are not negative.
+    """
+    xp = arrays.library(scales)
+    # Level 0 is taken as +; where the sum is negative then, its mirror image is the one wanted.
+    sums, codes = scales[:1], xp.ones((1, scales.shape[1]), np.uint16)
+    for level in range(1, depth):
+        sums = xp.concatenate([sums - scales[level], sums + scales[level]])
+        codes = xp.concatenate([codes, codes | np.uint16(1 << level)])
+    codes = xp.where(sums < 0, codes ^ np.uint16((1 << depth) - 1), codes)
+    sums = abs(sums)
+    order = xp.argsort(sums, axis=0, kind="stable")
+    sums = xp.take_along_axis(sums, order, 0)
+    middle = sums[:-1] / 2 + sums[1:] / 2
+    return Cells(_rounded_down(middle, dtype), xp.take_along_axis(codes, order, 0))
+
+
+def split(cells: Cells, scales: Array, level: int) -> Cells:
+    """Every cell cut where the residual after the first levels changes its sign."""
+    xp = arrays.library(scales)
+    edge = cells.thresholds
+    values = _rounded_down(cells.values(scales[:level]), edge.dtype)
+    values[1:] = xp.maximum(values[1:], edge)
+    values[:-1] = xp.minimum(values[:-1], edge)
+    thresholds = xp.empty((len(values) + len(edge), values.shape[1]), edge.dtype)
+    thresholds[::2], thresholds[1::2] = values, edge
+    codes = xp.repeat(cells.codes, 2, axis=0)
+    codes[1::2] |= np.uint16(1 << level)
+    return Cells(thresholds, codes)
+
+
+def whole(q: int, dtype: Any, xp: Any) -> Cells:
+    """One cell, with the sign + at level 0."""
+    return Cells(xp.zeros((0, q), dtype), xp.ones((1, q), np.uint16))
+
+
+def _rounded_down(values: Array, dtype: Any) -> Array:
+    """The largest numbers of `dtype` not above `values`, which divide its numbers as these do."""
+    xp = arrays.library(values)
+    rounded = values.astype(dtype)
+    return xp.where(
+        rounded > values, xp.nextafter(rounded, xp.zeros_like(rounded) - np.inf), rounded
+    )
+
+
+def fitted(
+    magnitudes: Magnitudes, rows: Array, cells: dict[int, Cells], levels: int
+) -> tuple[Array, Array]:
+    """The least-squares scales of codes, which may be negative, and what they explain.
+
+    Parameters
+    ----------
+    magnitudes : Magnitudes
+    rows : array of int, shape (q,)
+    cells : dict of int to Cells
+        By the number of bits of the elements.
+    levels : int
+
+    Returns
+    -------
+    scales : array of float64, shape (levels, q)
+        0 for a level whose signs depend linearly on those of the levels before it.
+    gain : array of float64, shape (q,)
+        By how much they lower the weighted sum of squares.
+    """
+    xp = magnitudes.xp
+    zero = xp.zeros(len(rows))
+    gram = [[zero] * (level + 1) for level in range(levels)]
+    target = [zero] * levels
+    for depth, own in cells.items():
+        mass, first = magnitudes.sums(rows, depth, own.thresholds)
+        total = mass.sum(axis=0)
+        signs = [own.signs(level) for level in range(min(depth, levels))]
+        for i, sign in enumerate(signs):
+            target[i] = target[i] + (sign * first).sum(axis=0)
+            weighted = sign * mass
+            for j in range(i):
+                gram[i][j] = gram[i][j] + (weighted * signs[j]).sum(axis=0)
+            gram[i][i] = gram[i][i] + total
+    scales = _solved(gram, target, xp)
+    gain = zero
+    for i in range(levels):
+        row = gram[i][i] * scales[i]
+        for j in range(i):
+            row = row + 2 * gram[i][j] * scales[j]
+        gain = gain + scales[i] * (2 * target[i] - row)
+    return xp.stack(scales) if levels else xp.zeros((0, len(rows))), gain
+
+
+def _solved(gram: list[list[Array]], target: list[Array], xp: Any) -> list[Array]:
+    """The solution of small symmetric systems, one for each entry, by elimination in order.
+
+    An unknown whose pivot is nothing but rounding error becomes 0. `gram` is the lower triangle.
+    """
+    levels = len(target)
+    # The lower triangle of the factor, times the pivots.
+    factor: dict[tuple[int, int], Array] = {}
+    inverse: list[Array] = []
+    solved: list[Array] = []
+    for j in range(levels):
+        pivot = gram[j][j]
+        for p in range(j):
+            pivot = pivot - factor[j, p] * factor[j, p] * inverse[p]
+        free = pivot > DEPENDENT * gram[j][j]
+        inverse.append(xp.where(free, 1 / xp.where(free, pivot, 1), 0))
+        right = target[j]
+        for p in range(j):
+            right = right - factor[j, p] * solved[p]
+        solved.append(right * inverse[j])
+        for i in range(j + 1, levels):
+            entry = gram[i][j]
+            for p in range(j):
+                entry = entry - factor[i, p] * factor[j, p] * inverse[p]
+            factor[i, j] = entry
+    for j in reversed(range(levels)):
+        for i in range(j + 1, levels):
+            solved[j] = solved[j] - factor[i, j] * inverse[j] * solved[i]
+    return solved

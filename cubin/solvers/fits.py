@@ -1,0 +1,85 @@
+"""What a solver hands out: the scales of some rows, and the codes of their elements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cubin.arrays import Array
+from cubin.solvers.cells import Cells, fitted
+from cubin.solvers.magnitudes import Magnitudes
+
+
+class Fit:
+    """The best scales for the codes of some rows, and where those codes change.
+
+    Parameters
+    ----------
+    magnitudes : Magnitudes
+    cells : dict of int to Cells
+        By the number of bits of the elements, for all the rows in their order.
+    levels : int
+
+    Attributes
+    ----------
+    scales : list of array in the work dtype, shape (rows, 1)
+        For each level; not negative, NaN in rows that are not finite. They descend unless there
+        is a map, under which levels are nested.
+    """
+
+    def __init__(self, magnitudes: Magnitudes, cells: dict[int, Cells], levels: int) -> None:
+        xp = self._xp = magnitudes.xp
+        scales, _ = fitted(magnitudes, xp.arange(magnitudes.count), cells, levels)
+        negative = scales < 0
+        scales = abs(scales)
+        order = xp.arange(levels)[:, None] + xp.zeros_like(negative, np.int64)
+        if not magnitudes.mapped:
+            order = xp.argsort(-scales, axis=0, kind="stable")
+            scales = xp.take_along_axis(scales, order, 0)
+        self._levels = levels
+        self._mapped = magnitudes.mapped
+        self._unit = magnitudes.unit
+        in_units_of_x = scales[:, :, None] * self._unit
+        in_units_of_x[:, ~magnitudes.valid] = np.nan
+        self.scales = list(in_units_of_x.astype(self._unit.dtype))
+        self._tabulate(cells, negative, order)
+
+    def _tabulate(self, cells: dict[int, Cells], negative: Array, order: Array) -> None:
+        """Lay out thresholds and codes by row and, under a map, number of bits, which may be 0."""
+        xp, count = self._xp, len(self._unit)
+        tables = self._levels + 1 if self._mapped else 1
+        self._cells = 1 << max(self._levels - 1, 0)
+        # Nothing lies above the thresholds that a table does not use.
+        edges = xp.full((count, tables, self._cells - 1), np.inf, self._unit.dtype)
+        # The codes of positive elements, then those of the others, their complements.
+        codes = xp.zeros((count, tables, 2, self._cells), np.uint16)
+        for depth, own in cells.items():
+            every = np.uint16((1 << depth) - 1)
+            code = xp.zeros_like(own.codes)
+            for level in range(depth):
+                source = order[level].astype(np.uint16)
+                flip = xp.take_along_axis(negative, order[level : level + 1], 0)
+                code |= ((own.codes >> source & 1) ^ flip).astype(np.uint16) << np.uint16(level)
+            table = depth if self._mapped else 0
+            edges[:, table, : len(own.thresholds)] = own.thresholds.T
+            codes[:, table, 0, : len(code)] = code.T
+            codes[:, table, 1, : len(code)] = (code ^ every).T
+        self._edges, self._codes = edges.ravel(), codes.ravel()
+
+    def codes(self, x: Array, bits: Any) -> Array:
+        """The packed codes of elements: bit i is set where level i has the sign +1.
+
+        `x`, (rows, n), and `bits` may be some columns of what was fitted.
+        """
+        magnitude = abs(x) / self._unit
+        table = self._xp.arange(len(x))[:, None]
+        if self._mapped:
+            table = table * (self._levels + 1) + bits
+        first = table * (self._cells - 1) - 1
+        position: Any = 0
+        step = self._cells >> 1
+        while step:
+            position = position + (magnitude > self._edges.take(first + (position + step))) * step
+            step >>= 1
+        return self._codes.take((2 * table + (x <= 0)) * self._cells + position)

@@ -1,0 +1,168 @@
+"""Rows as sorted magnitudes with running sums, from which the sums of any cell follow at once.
+
+The levels of a binary code are symmetric about zero, so a solver need only know the magnitudes
+|x|. Once these are sorted, a cell between two thresholds is a run of them, found by bisection, and
+its number and sum of elements are differences of running sums. An iteration of a solver thus costs
+a few lookups per level and row, whatever the length of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cubin import arrays
+from cubin.arrays import Array
+
+CHUNK = 1 << 20
+"""Running sums that are worked on at a time."""
+
+
+class Magnitudes:
+    """The magnitudes of each row, ascending among the elements with the same number of bits.
+
+    Parameters
+    ----------
+    x : array, shape (rows, n)
+        With at least one element in a row.
+    bits : uint8 scalar or array of shape (rows, n)
+    levels : int
+        The largest number of bits.
+    importance : array of shape (rows, n), optional
+        The weights of the squared errors; a row of which they are all 0 counts as unweighted.
+
+    Attributes
+    ----------
+    unit : array, shape (rows, 1), in the work dtype
+        The power of two that x was divided by, so that no square can overflow or vanish.
+    valid : array of bool, shape (rows,)
+        False for rows with NaN or infinity, which count as zeros here.
+    mapped : bool
+        Whether there is a bit map.
+    depths : tuple of int
+        The numbers of bits, from 1, that elements may have.
+    """
+
+    def __init__(self, x: Array, bits: Any, levels: int, importance: Array | None) -> None:
+        xp = self.xp = arrays.library(x)
+        self.count, self.length = x.shape
+        mapped = self.mapped = np.ndim(bits) > 0
+        magnitude = abs(x).astype(arrays.work_dtype(x.dtype), copy=False)
+        if mapped:
+            magnitude = xp.where(bits > 0, magnitude, 0)
+        self.unit, self.valid = _unit(xp, magnitude)
+        magnitude /= self.unit
+        magnitude[~self.valid] = 0
+        weight = None if importance is None else _weights(xp, importance, bits)
+        if mapped or weight is not None:
+            order = xp.argsort(magnitude, axis=1)
+            if mapped:
+                by_bits = xp.argsort(xp.take_along_axis(bits, order, 1), axis=1, kind="stable")
+                order = xp.take_along_axis(order, by_bits, 1)
+            magnitude = xp.take_along_axis(magnitude, order, 1)
+            weight = None if weight is None else xp.take_along_axis(weight, order, 1)
+        else:
+            magnitude.sort(axis=1)
+        self.depths = tuple(range(1, levels + 1)) if mapped else (levels,)
+        self._starts = _starts(xp, bits, self.depths, x.shape)
+        self._values = magnitude.ravel()
+        self._mass = None if weight is None else _running_sums(xp, weight)
+        self._first = _running_sums(xp, magnitude if weight is None else magnitude * weight)
+
+    def totals(self, depth: int) -> tuple[Array, Array]:
+        """The weight and the weighted magnitudes of all elements with this number of bits."""
+        rows = self.xp.arange(self.count)
+        mass, first = self.sums(rows, depth, self.xp.zeros((0, self.count)))
+        return mass[0], first[0]
+
+    def below_each(self, depth: int) -> Iterator[tuple[Array, Array]]:
+        """Running sums over the elements with this number of bits, (rows, columns) at a time."""
+        xp, columns = self.xp, self.length + 1
+        start = self._starts[depth - self.depths[0]]
+        at = xp.arange(self.count) * columns + start
+        first = self._first.reshape(self.count, columns)
+        step = max(1, CHUNK // self.count)
+        for begin in range(0, columns, step):
+            cut = slice(begin, begin + step)
+            below = first[:, cut] - self._first.take(at)[:, None]
+            if self._mass is None:
+                position = xp.arange(begin, min(begin + step, columns), dtype=np.float64)
+                number = position - start[:, None]
+            else:
+                mass = self._mass.reshape(self.count, columns)
+                number = mass[:, cut] - self._mass.take(at)[:, None]
+            yield xp.maximum(number, 0), xp.maximum(below, 0)
+
+    def sums(self, rows: Array, depth: int, thresholds: Array) -> tuple[Array, Array]:
+        """The weights, and the weighted magnitudes, added up over the cells of some rows.
+
+        Parameters
+        ----------
+        rows : array of int, shape (q,)
+        depth : int
+            Only elements with this number of bits count.
+        thresholds : array, shape (cells - 1, q)
+            Ascending; a magnitude equal to a threshold lies in the cell below it.
+
+        Returns
+        -------
+        mass, first : array of float64, shape (cells, q)
+        """
+        xp = self.xp
+        number = depth - self.depths[0]
+        start, stop = self._starts[number][rows], self._starts[number + 1][rows]
+        inner = self._positions(rows, start, stop, thresholds)
+        edges = xp.concatenate([start[None], inner, stop[None]])
+        lookup = edges + rows * (self.length + 1)
+        first = xp.diff(self._first.take(lookup), axis=0)
+        mass = xp.diff(edges if self._mass is None else self._mass.take(lookup), axis=0)
+        return mass.astype(np.float64, copy=False), first
+
+    def _positions(self, rows: Array, start: Array, stop: Array, thresholds: Array) -> Array:
+        """How many elements of a row precede the first one above each threshold, by bisection."""
+        xp = self.xp
+        base = rows * self.length
+        position = xp.zeros(thresholds.shape, np.int64) + start
+        step = 1 << (self.length.bit_length() - 1)
+        while step:
+            probe = xp.minimum(position + step, stop)
+            below = self._values.take(xp.maximum(probe - 1, 0) + base) <= thresholds
+            position = xp.where(below & (probe > position), probe, position)
+            step >>= 1
+        return position
+
+
+def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:
+    """The largest power of two not above each row's maximum, 1 without one; where it is finite."""
+    top = magnitude.max(axis=1, keepdims=True)
+    valid = xp.isfinite(top)
+    usual = valid & (top > 0)
+    exponent = xp.frexp(xp.where(usual, top, 1))[1]
+    return xp.ldexp(xp.ones_like(top), exponent - 1), valid[:, 0]
+
+
+def _weights(xp: Any, importance: Array, bits: Any) -> Array:
+    """Weights below 2 in float64: 0 for elements without bits, 1 in a row of zeros."""
+    weight = importance.astype(np.float64)
+    if np.ndim(bits):
+        weight[bits == 0] = 0
+    weight /= _unit(xp, weight)[0]
+    weight[~weight.any(axis=1)] = 1
+    return weight
+
+
+def _running_sums(xp: Any, values: Array) -> Array:
+    sums = xp.zeros((len(values), values.shape[1] + 1), np.float64)
+    sums[:, 1:] = xp.cumsum(values, axis=1, dtype=np.float64)
+    return sums.ravel()
+
+
+def _starts(xp: Any, bits: Any, depths: tuple[int, ...], shape: tuple[int, int]) -> list[Array]:
+    """Where the elements with each of these numbers of bits start in a row, and where all end."""
+    rows, length = shape
+    if not np.ndim(bits):
+        return [xp.full(rows, at, np.int64) for at in (0, length)]
+    starts = [(bits < depth).sum(axis=1, dtype=np.int64) for depth in depths]
+    return [*starts, xp.full(rows, length, np.int64)]

@@ -6,8 +6,11 @@ the number of threads, so that results are the same on every machine.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +22,9 @@ BLOCK = 1 << 16
 
 THREADED = 1 << 22
 """Elements from which on threads pay: 16 MB of float32."""
+
+COMPILED = 1 << 20
+"""Elements from which on compiled loops pay: below, NumPy takes a few milliseconds."""
 
 Block = tuple[slice, ...]
 
@@ -48,18 +54,40 @@ def tile(shape: Sequence[int], size: int = BLOCK) -> Iterator[Block]:
 def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     """Run `task` on every block; `size` is the number of elements of all of them."""
     workers = min(_processors(), len(blocks)) if size >= THREADED else 1
+    waiting = deque(blocks)
 
-    def share(worker: int) -> None:
+    def work(_: int) -> None:
+        # Whoever is free takes the next block: popleft is atomic.
         with np.errstate(all="ignore"):
-            for block in blocks[worker::workers]:
+            while True:
+                try:
+                    block = waiting.popleft()
+                except IndexError:
+                    return
                 task(block)
 
     if workers <= 1:
-        share(0)
+        work(0)
         return
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(share, range(workers)):
+        for _ in pool.map(work, range(workers)):
             pass
+
+
+def compiled(size: int) -> Any:
+    """The module of compiled loops if they pay for `size` elements and Numba is there, else None.
+
+    It depends on the size alone, so that results do not change with what ran before.
+    """
+    return _compiled() if size >= COMPILED else None
+
+
+@functools.cache
+def _compiled() -> Any:
+    try:
+        return importlib.import_module("cubin.compiled")
+    except ImportError:  # Numba is missing, or does not know this NumPy yet
+        return None
 
 
 def extent(block: Block, shape: Sequence[int]) -> int:

@@ -8,6 +8,8 @@ in the cache meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -116,6 +118,36 @@ Finish = Callable[[Part, Array, Array, "list[Array]"], None]
 (rows, 1) for each level."""
 
 
+def approximate(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> None:
+    """Write the approximation of `x` to `y`, which is `x` itself or does not overlap it.
+
+    `bits` is a uint8 scalar, or an array of x's shape.
+    """
+    loops = _loops(x)
+    view = rows.view(y)
+
+    def finish(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
+        target = view[part.block]
+        flat = target.reshape(x.shape)
+        loops.approximation(x, bits, *scales, y=flat)
+        if not arrays.library(flat).may_share_memory(flat, target):
+            target[...] = flat.reshape(target.shape)
+
+    fit(x, bits, levels, rows, finish)
+
+
+def encode(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
+    """Hand every part's codes, packed as by `codes`, with its bits and scales to `finish`."""
+    loops = _loops(x)
+
+    def pack(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
+        code = arrays.library(x).empty(x.shape, np.uint16)
+        loops.codes(x, bits, *scales, code=code)
+        finish(part, code, bits, scales)
+
+    fit(x, bits, levels, rows, pack)
+
+
 def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
     """Find the scales of all rows of `x`, and hand every part with its scales to `finish`.
 
@@ -127,7 +159,10 @@ def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
         return
     scales: list[Array] = []
     for _ in range(levels):
-        totals, counts = passes.partial_results(level_sums, rows, (x, bits), scales)
+        if device:
+            totals, counts = passes.partial_results(level_sums, rows, (x, bits), scales)
+        else:
+            totals, counts = _sums_of_pieces(x, bits, rows, scales)
         scales.append(_scale(totals, counts, x))
 
     def finish_part(part: Part, x: Array, bits: Array) -> None:
@@ -138,20 +173,52 @@ def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
 
 def _fit_in_cache(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
     """All levels of a block of rows while it is in the cache."""
+    loops = _loops(x)
 
     def task(part: Part, x: Array, bits: Array) -> None:
-        scales: list[Array] = []
-        total = np.empty((len(x), 1), np.float64)
-        count = np.empty((len(x), 1), np.int64)
-        for _ in range(levels):
-            level_sums(x, bits, *scales, total=total, count=count)
-            scales.append(_scale(total, count, x))
-        finish(part, x, bits, scales)
+        finish(part, x, bits, loops.level_scales(x, bits, levels))
 
     passes.for_each_part(task, rows, x, bits)
+
+
+def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> tuple[Array, Array]:
+    """The sums and counts of the next level over the pieces of long rows, as (rows, pieces)."""
+    loops = _loops(x)
+    pieces = sum(1 for _ in blocks.tile(rows.inner_shape))
+    totals = np.empty((rows.count, pieces), np.float64)
+    counts = np.empty((rows.count, pieces), np.int64)
+
+    def task(part: Part, x: Array, bits: Array) -> None:
+        at = (part.rows, part.piece)
+        found = [scale[part.rows] for scale in scales]
+        loops.level_sums(x, bits, *found, total=totals[at], count=counts[at])
+
+    passes.for_each_part(task, rows, x, bits)
+    return totals, counts
+
+
+def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
+    """The scales of rows that are in the cache, (rows, 1) for each level."""
+    scales: list[Array] = []
+    total = np.empty((len(x), 1), np.float64)
+    count = np.empty((len(x), 1), np.int64)
+    for _ in range(levels):
+        level_sums(x, bits, *scales, total=total, count=count)
+        scales.append(_scale(total, count, x))
+    return scales
 
 
 def _scale(totals: Array, counts: Array, x: Array) -> Array:
     scale = arrays.library(x).empty((len(totals), 1), arrays.work_dtype(x.dtype))
     level_scale(totals, counts, scale=scale)
     return scale
+
+
+_PRIMITIVES = SimpleNamespace(
+    level_scales=_level_scales, level_sums=level_sums, approximation=approximation, codes=codes
+)
+
+
+def _loops(x: Array) -> Any:
+    """What works on the parts of `x`: the primitives, or on the host compiled loops that pay."""
+    return _PRIMITIVES if arrays.on_device(x) else blocks.compiled(x.size) or _PRIMITIVES

@@ -1,0 +1,251 @@
+"""The loops over rows as Numba compiles them: what the CUDA kernels do, a row at a time.
+
+They mirror the primitives of `cubin.greedy`: the same signs, and scales that differ in the order
+of a float64 sum alone. They release the GIL and take contiguous arrays of shape (rows, n) in the
+work dtype; `bits` is a uint8 array of that shape, or None where all elements have all levels.
+
+Four levels at a time are held in registers. A level that is missing has the scale 0, which
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba.extending import overload
+
+from cubin import arrays
+from cubin.arrays import Array
+
+GROUP = 4
+
+
+def _loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # no folder to keep the cache in can be written
+            return numba.njit(nogil=True, **options)(function)
+
+    return decorate
+
+
+def _hot(bits: Array | None, row: int, column: int, level: int) -> bool:
+    """Whether an element has a code at a level."""
+    raise NotImplementedError
+
+
+@overload(_hot, inline="always")
+def _hot_by_type(bits: Any, row: Any, column: Any, level: Any) -> Callable[..., bool]:
+    def always(bits: Any, row: Any, column: Any, level: Any) -> bool:
+        return True
+
+    def mapped(bits: Any, row: Any, column: Any, level: Any) -> bool:
+        return bits[row, column] > level
+
+    return always if isinstance(bits, numba.types.NoneType) else mapped
+
+
+@_loop()
+def _folded(m: float, a: float, b: float, c: float) -> float:
+    return abs(abs(abs(abs(m) - a) - b) - c)
+
+
+@_loop()
+def _step(r: float, scale: float) -> float:
+    return scale if r > 0 else -scale
+
+
+@_loop()
+def _padded(scales: Array, row: int, first: int) -> tuple[float, float, float, float]:
+    """The scales of four levels of a row, 0 for those it does not have."""
+    levels = len(scales)
+    zero = scales.dtype.type(0)
+    return (
+        scales[first, row] if first < levels else zero,
+        scales[first + 1, row] if first + 1 < levels else zero,
+        scales[first + 2, row] if first + 2 < levels else zero,
+        scales[first + 3, row] if first + 3 < levels else zero,
+    )
+
+
+# ---------------------------------------------------------------- scales
+
+
+# Sums alone may be reordered; what makes up the summands keeps its order and its NaN.
+@_loop(fastmath={"reassoc"})
+def _sum(
+    r: Array, bits: Array | None, row: int, level: int, a: float, b: float, c: float
+) -> tuple[float, int]:
+    total, count = 0.0, 0
+    for j in range(r.size):
+        hot = _hot(bits, row, j, level)
+        total += np.float64(_folded(r[j], a, b, c)) if hot else 0.0
+        count += int(hot)
+    return total, count
+
+
+@_loop()
+def _fold(r: Array, scales: Array, row: int, first: int) -> None:
+    """Take the levels `first` to first + 3 off the magnitudes `r`."""
+    a, b, c, d = _padded(scales, row, first)
+    for j in range(r.size):
+        r[j] = abs(_folded(r[j], a, b, c) - d)
+
+
+@_loop()
+def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
+    """Find the scales, (levels, rows): the mean |residual| at each level, 0 without a code."""
+    levels, rows = scales.shape
+    zero = scales.dtype.type(0)
+    spare = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
+    for row in range(rows):
+        r = x[row]
+        if levels > GROUP:
+            spare[:] = r
+            r = spare
+        a = b = c = zero
+        for level in range(levels):
+            total, count = _sum(r, bits, row, level, a, b, c)
+            scale = scales.dtype.type(total / count) if count else zero
+            scales[level, row] = scale
+            at = level % GROUP
+            if at == 0:
+                a = scale
+            elif at == 1:
+                b = scale
+            elif at == 2:
+                c = scale
+            elif level + 1 < levels:
+                _fold(r, scales, row, level - 3)
+                a = b = c = zero
+
+
+@_loop()
+def _level_sum(x: Array, bits: Array | None, scales: Array) -> tuple[float, int]:
+    """The sum of |residual| after `scales`, (levels, 1), over a piece of a row; and its count."""
+    levels = len(scales)
+    r = x[0]
+    done = levels // GROUP * GROUP
+    if done:
+        r = r.copy()
+        for level in range(0, done, GROUP):
+            _fold(r, scales, 0, level)
+    a, b, c, _ = _padded(scales, 0, done)
+    return _sum(r, bits, 0, levels, a, b, c)
+
+
+# ---------------------------------------------------------------- what they give
+
+
+@_loop()
+def _first_levels(
+    r: Array, bits: Array | None, row: int, scales: Array, stored: Array, y: Array
+) -> None:
+    """Write the sum of the first four levels."""
+    a, b, c, _ = _padded(scales, row, 0)
+    e, f, g, h = _padded(stored, row, 0)
+    for j in range(r.size):
+        q = r[j]
+        v = _step(q, e) if _hot(bits, row, j, 0) else y.dtype.type(0)
+        q -= _step(q, a)
+        v += _step(q, f) if _hot(bits, row, j, 1) else y.dtype.type(0)
+        q -= _step(q, b)
+        v += _step(q, g) if _hot(bits, row, j, 2) else y.dtype.type(0)
+        q -= _step(q, c)
+        v += _step(q, h) if _hot(bits, row, j, 3) else y.dtype.type(0)
+        y[j] = v
+
+
+@_loop()
+def _peel(r: Array, scale: float) -> None:
+    for j in range(r.size):
+        r[j] -= _step(r[j], scale)
+
+
+@_loop()
+def _add(r: Array, bits: Array | None, row: int, level: int, stored: float, y: Array) -> None:
+    for j in range(r.size):
+        y[j] += _step(r[j], stored) if _hot(bits, row, j, level) else y.dtype.type(0)
+
+
+@_loop()
+def _approximation(x: Array, bits: Array | None, scales: Array, stored: Array, y: Array) -> None:
+    levels, rows = scales.shape
+    rest = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
+    for row in range(rows):
+        _first_levels(x[row], bits, row, scales, stored, y[row])
+        if levels > GROUP:
+            rest[:] = x[row]
+            for level in range(levels):
+                if level >= GROUP:
+                    _add(rest, bits, row, level, stored[level, row], y[row])
+                _peel(rest, scales[level, row])
+
+
+@_loop()
+def _set(r: Array, bits: Array | None, row: int, level: int, code: Array) -> None:
+    bit = code.dtype.type(1 << level)
+    for j in range(r.size):
+        code[j] |= bit if r[j] > 0 and _hot(bits, row, j, level) else code.dtype.type(0)
+
+
+@_loop()
+def _codes(x: Array, bits: Array | None, scales: Array, code: Array) -> None:
+    levels, rows = scales.shape
+    rest = np.empty(x.shape[1], x.dtype)
+    for row in range(rows):
+        rest[:] = x[row]
+        code[row] = 0
+        for level in range(levels):
+            _set(rest, bits, row, level, code[row])
+            _peel(rest, scales[level, row])
+
+
+# ---------------------------------------------------------------- as the primitives are called
+
+
+def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
+    """The scales of whole rows, (rows, 1) for each level: the mean |residual|, 0 without a code."""
+    scales = np.empty((levels, len(x)), arrays.work_dtype(x.dtype))
+    _level_scales(_work(x), _map(bits), scales)
+    return list(scales[:, :, None])
+
+
+def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
+    """`greedy.level_sums` over a piece of one row."""
+    total[...], count[...] = _level_sum(_work(x), _map(bits), _stack(scales, x))
+
+
+def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
+    """`greedy.approximation`."""
+    found = _stack(scales, x)
+    stored = found.astype(x.dtype, copy=False).astype(found.dtype, copy=False)
+    direct = y.dtype == found.dtype and y.flags.c_contiguous and not np.may_share_memory(x, y)
+    target = y if direct else np.empty(x.shape, found.dtype)
+    _approximation(_work(x), _map(bits), found, stored, target)
+    if not direct:
+        y[...] = target
+
+
+def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
+    """`greedy.codes`."""
+    _codes(_work(x), _map(bits), _stack(scales, x), code)
+
+
+def _work(x: Array) -> Array:
+    return np.ascontiguousarray(x, arrays.work_dtype(x.dtype))
+
+
+def _map(bits: Array) -> Array | None:
+    return np.ascontiguousarray(bits) if np.ndim(bits) else None
+
+
+def _stack(scales: tuple[Array, ...], x: Array) -> Array:
+    stacked = np.empty((len(scales), len(x)), arrays.work_dtype(x.dtype))
+    for level, scale in enumerate(scales):
+        stacked[level] = scale[:, 0]
+    return stacked

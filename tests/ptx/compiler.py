@@ -5,15 +5,25 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from cuda.pathfinder import find_nvidia_header_directory, load_nvidia_dynamic_lib
 
 SOURCE_NAME = "kernel.cu"
-"""What NVRTC calls the source text in messages and in line information."""
+"""How NVRTC's name of the source text ends, in messages and in line information."""
+
+CACHE: list[Path] = []
+"""A directory that keeps results between processes, if there is one."""
+
+# CuPy's headers take most of a compilation: NVRTC parses them once per architecture.
+_PRECOMPILED = ("--pch", "--pch-messages=false", "--diag-suppress=629")
 
 
 class CompileError(Exception):
@@ -131,24 +141,50 @@ def compile(
         With NVRTC's log.
     """
     flags = (f"--gpu-architecture={arch}", *options)
-    key = hashlib.sha256("\0".join((source, *flags, "\1", *names)).encode()).hexdigest()
+    text = "\0".join((*_versions(), source, *flags, "\1", *names))
+    key = hashlib.sha256(text.encode()).hexdigest()
     if key not in _COMPILED:
-        _COMPILED[key] = _compile(source, arch, flags, names)
+        file = CACHE[0] / key if CACHE else None
+        if file is not None and file.exists():
+            _COMPILED[key] = Compiled(source, arch, **_load(file))
+        else:
+            _COMPILED[key] = _compile(source, arch, flags, names)
+            if file is not None:
+                _save(file, _COMPILED[key])
     return _COMPILED[key]
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """What else a result depends on: the compiler and the headers."""
+    names = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12", "cupy-cuda12x")
+    return tuple(f"{name} {metadata.version(name)}" for name in names)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    log, names, image = file.read_bytes().split(b"\0", 2)
+    return {"log": log.decode(), "names": json.loads(names), "image": image}
+
+
+def _save(file: Path, compiled: Compiled) -> None:
+    parts = (compiled.log.encode(), json.dumps(compiled.names).encode(), compiled.image)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_bytes(b"\0".join(parts))
+    part.replace(file)
 
 
 def _compile(source: str, arch: str, flags: Sequence[str], names: Sequence[str]) -> Compiled:
     library, program = _library(), ctypes.c_void_p()
     _check(
         library.nvrtcCreateProgram(
-            ctypes.byref(program), source.encode(), SOURCE_NAME.encode(), 0, None, None
+            ctypes.byref(program), source.encode(), f"{arch}.{SOURCE_NAME}".encode(), 0, None, None
         ),
         "nvrtcCreateProgram",
     )
     try:
         for name in names:
             _check(library.nvrtcAddNameExpression(program, name.encode()), f"name {name!r}")
-        encoded = [flag.encode() for flag in flags]
+        encoded = [flag.encode() for flag in (*flags, *_PRECOMPILED)]
         status = library.nvrtcCompileProgram(
             program, len(encoded), (ctypes.c_char_p * len(encoded))(*encoded)
         )

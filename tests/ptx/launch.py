@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tests.ptx.compiler import SOURCE_NAME
 from tests.ptx.machine import Batch, Geometry, Kernel, Layout, batches
 from tests.ptx.memory import Allocation, Bytes, Reach
 
@@ -129,7 +130,7 @@ def run(
 
 
 def _note_lines(kernel: Kernel, executed: set[int]) -> None:
-    own = {number for number, path in kernel.program.files.items() if path.endswith("kernel.cu")}
+    own = {number for number, path in kernel.program.files.items() if path.endswith(SOURCE_NAME)}
     lines = COVERAGE[kernel.arch, kernel.source]
     for start, places in kernel.lines.items():
         numbers = {line for file, line in places if file in own}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.ptx import faults
+from tests.ptx.compiler import SOURCE_NAME
 from tests.ptx.memory import UNWRITTEN, Bytes, Reach
 from tests.ptx.program import Function, Instruction, Program, Register, Variable
 from tests.ptx.races import Clock, Flags, Lanes, Moment, Shadow
@@ -426,7 +427,7 @@ class Batch:
         block = int(self.block[lane]) + self.first
         thread = int(self.thread[lane])
         file, line = self._line(instruction)
-        own = self.kernel.program.files.get(file, "").endswith("kernel.cu")
+        own = self.kernel.program.files.get(file, "").endswith(SOURCE_NAME)
         text = self.kernel.source.splitlines()
         raise kind(
             f"{message} ({len(lanes)} of the lanes running)",

@@ -21,7 +21,7 @@ LAST = "test_every_kernel_is_executed"
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def device(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iterator[Any]:
     """The device library of the engine: CuPy, or the stand-in for it."""
     if ENGINE == "numpy":
         pytest.skip("CUBIN_TEST_ENGINE=numpy: no device library")
@@ -32,8 +32,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield cupy
         return
     pytest.importorskip("cuda.pathfinder", reason="it finds NVRTC")
+    from tests.ptx import compiler
     from tests.ptx.device import architecture, module
 
+    if not compiler.CACHE and pytestconfig.cache is not None:
+        compiler.CACHE.append(pytestconfig.cache.mkdir("ptx"))
     monkeypatch.setattr("cubin.arrays.cupy", lambda: module)
     with architecture(ARCH):
         yield module

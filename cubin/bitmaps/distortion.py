@@ -55,7 +55,7 @@ def budget(
     and are returned where it finds no better.
 
     The map itself carries information on |x|, usually more than a bit per element: only so can
-    the error lie below Shannon's bound ``4 ** -mean_bits`` at the payload bits. Where the map has
+    the error of a Gaussian lie below Shannon's bound ``4 ** -mean_bits``. Where the map has
     to be stored, compare at ``cubin.quantize(x, map, ...).effective_bits``, which adds its
     entropy, not at ``.payload_bits``. `allocate` makes maps that cost almost nothing.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,8 +24,22 @@ SOURCE_NAME = "kernel.cu"
 CACHE: list[Path] = []
 """A directory that keeps results between processes, if there is one."""
 
-# CuPy's headers take most of a compilation: NVRTC parses them once per architecture.
-_PRECOMPILED = ("--pch", "--pch-messages=false", "--diag-suppress=629")
+
+@functools.cache
+def _scratch() -> str:
+    directory = tempfile.TemporaryDirectory(prefix="cubin-nvrtc-")
+    atexit.register(directory.cleanup)
+    return directory.name
+
+
+def _precompiled() -> tuple[str, ...]:
+    """CuPy's headers take most of a compilation: NVRTC parses them once per architecture."""
+    return (
+        "--pch",
+        f"--pch-dir={_scratch()}",
+        "--pch-messages=false",
+        "--diag-suppress=629",
+    )
 
 
 class CompileError(Exception):
@@ -184,7 +200,7 @@ def _compile(source: str, arch: str, flags: Sequence[str], names: Sequence[str])
     try:
         for name in names:
             _check(library.nvrtcAddNameExpression(program, name.encode()), f"name {name!r}")
-        encoded = [flag.encode() for flag in (*flags, *_PRECOMPILED)]
+        encoded = [flag.encode() for flag in (*flags, *_precompiled())]
         status = library.nvrtcCompileProgram(
             program, len(encoded), (ctypes.c_char_p * len(encoded))(*encoded)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from cubin import arrays
@@ -173,8 +175,8 @@ def ste_mask(x: Array, bound: Array = 1) -> Array:
     return mask
 
 
-def sign_grad(x: Array, gy: Array) -> Array:
-    """The straight-through gradient of `sign`.
+def sign_grad(x: Array, gy: Array, surrogate: str = "ste", **parameters: Any) -> Array:
+    """The straight-through gradient of `sign`, or another surrogate gradient.
 
     .. math:: g_x = g_y \\text{ where } |x| \\le 1, \\text{ else } 0
 
@@ -184,6 +186,12 @@ def sign_grad(x: Array, gy: Array) -> Array:
         What `sign` was applied to.
     gy : array of x's shape
         The gradient with respect to ``sign(x)``.
+    surrogate : {"ste", "identity", "approx_sign", "swish_sign", "tanh", "triangle"}
+        What stands in for the derivative of the sign: one of the functions of `cubin.surrogates`,
+        where each has its equation. Others can be added.
+    **parameters : float
+        Those of the surrogate, positive: ``clip`` of ``ste``, ``beta`` of ``swish_sign``, ``t`` of
+        ``tanh`` and ``triangle``.
 
     Returns
     -------
@@ -194,9 +202,11 @@ def sign_grad(x: Array, gy: Array) -> Array:
     Raises
     ------
     TypeError
-        If `x` or `gy` is not floating point, or NumPy and CuPy are mixed.
+        If `x` or `gy` is not floating point, NumPy and CuPy are mixed, or the surrogate has no such
+        parameter.
     ValueError
-        If `gy` has another shape than `x`.
+        If `gy` has another shape than `x`, there is no such surrogate, or a parameter is not
+        positive and finite.
 
     References
     ----------
@@ -210,11 +220,27 @@ def sign_grad(x: Array, gy: Array) -> Array:
     >>> cubin.sign_grad(np.array([-1.5, 0.0, 1.0]), np.array([1.0, 2.0, 3.0]))
     array([0., 2., 3.])
     """
-    return multibit_grad(x, 1, gy)
+    if surrogate == "ste" and not parameters:
+        return multibit_grad(x, 1, gy)
+    from cubin import surrogates
+
+    rule = surrogates.sign_rule(surrogate, parameters)
+    x = arrays.as_floats("x", x)
+    gy = arrays.like("gy", gy, x)
+    with arrays.current_device(x):
+        return rule(x, gy)
 
 
-def multibit_grad(x: Array, bits: Array, gy: Array) -> Array:
-    """The straight-through gradient of `multibit`.
+def multibit_grad(
+    x: Array,
+    bits: Array,
+    gy: Array,
+    *,
+    channel_axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+    surrogate: str = "bits_clip",
+) -> Array:
+    """The straight-through gradient of `multibit`, or another surrogate gradient.
 
     .. math:: g_x = g_y \\text{ where } |x| \\le \\text{bits}, \\text{ else } 0
 
@@ -229,6 +255,10 @@ def multibit_grad(x: Array, bits: Array, gy: Array) -> Array:
         The bits of each element, 0 to 16.
     gy : array of x's shape
         The gradient with respect to ``multibit(x, bits)``.
+    channel_axis, group_size : optional
+        As `multibit` was given. Without effect on ``bits_clip``, which does not look at scales.
+    surrogate : {"bits_clip", "scaled_clip", "scale_aware"}
+        The rule: one of the functions of `cubin.surrogates`, where each has its equation.
 
     Returns
     -------
@@ -240,7 +270,8 @@ def multibit_grad(x: Array, bits: Array, gy: Array) -> Array:
     TypeError
         If `x` or `gy` is not floating point, `bits` is not integer, or libraries are mixed.
     ValueError
-        If `gy` has another shape than `x`, or `bits` is out of range or does not broadcast.
+        If `gy` has another shape than `x`, `bits` is out of range or does not broadcast, there is
+        no such surrogate, or `channel_axis` or `group_size` does not fit the shape of `x`.
 
     References
     ----------
@@ -255,6 +286,14 @@ def multibit_grad(x: Array, bits: Array, gy: Array) -> Array:
     """
     x = arrays.as_floats("x", x)
     gy = arrays.like("gy", gy, x)
+    if surrogate != "bits_clip":
+        from cubin import surrogates
+
+        rule = surrogates.multibit_rule(surrogate)
+        rows = arrays.rows_of(x.shape, channel_axis, group_size)
+        with arrays.current_device(x):
+            limits, levels = arrays.as_bits(bits, x)
+            return rule(x, limits, levels, gy, rows)
     with arrays.current_device(x):
         bound, _ = arrays.as_bits(bits, x)
         gx = arrays.output(None, x)

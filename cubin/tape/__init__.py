@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from cubin.tape.binarize import multibit, sign
 from cubin.tape.differences import check_gradient
 from cubin.tape.node import Node, gradients
 from cubin.tape.operations import (
@@ -59,12 +60,14 @@ __all__ = [
     "maximum",
     "mean",
     "mean_pool",
+    "multibit",
     "multiply",
     "negative",
     "prelu",
     "relu",
     "reshape",
     "sgd",
+    "sign",
     "softmax_cross_entropy",
     "subtract",
     "sum",

@@ -1,0 +1,458 @@
+"""Surrogate gradients: what stands in for the derivative of the sign, which is 0 wherever it exists.
+
+A surrogate of the sign is a slope, a function of each element that the incoming gradient is
+multiplied by. `surrogate` makes one of a NumPy expression and the same expression in CUDA, and
+`cubin.sign_grad` finds it by its name::
+
+    @surrogate("exp(-2 * sharpness * absolute(v)) * 2 * sharpness")
+    def laplace(v, sharpness=1.0):
+        return 2 * sharpness * np.exp(-2 * sharpness * np.abs(v))
+
+    cubin.sign_grad(x, gy, surrogate="laplace", sharpness=3.0)
+
+A surrogate of the multibit approximation may need the scales of its rows, too: it is a function on
+whole arrays, found by its name in `MULTIBIT`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from cubin import arrays, greedy
+from cubin.arrays import Array, Rows
+from cubin.code import level_signs
+from cubin.kernels import FLOATS, Elementwise, elementwise
+from cubin.passes import Part
+from cubin.signs import gradient_inside, where
+
+SIGN: dict[str, Elementwise] = {}
+"""The surrogates of the sign by name."""
+
+_CUDA = """
+__device__ __forceinline__ float times(float a, float b) {
+  float product;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+__device__ __forceinline__ double times(double a, double b) { return a * b; }
+
+// slope * g; where the slope is 0 or NaN, an infinite g does not count.
+template<class W> __device__ W pulled(W slope, W g) {
+  return absolute(slope) > 0 ? times(slope, g) : W(0);
+}
+"""
+
+# ---------------------------------------------------------------- of the sign
+
+
+def surrogate(slope: str) -> Callable[[Callable[..., Any]], Elementwise]:
+    """Make a function that gives a slope a surrogate gradient of the sign, under its name.
+
+    The gradient is ``slope * gy``, or 0 where the slope is 0 or NaN.
+
+    Parameters
+    ----------
+    slope : str
+        The slope as a CUDA expression in ``v`` and the function's other parameters, all of the
+        type ``W``: float for float16 and float32, double for float64. `absolute` is |v|.
+
+    Returns
+    -------
+    decorator
+        For a function of ``v``, an array of the same work dtype, and of parameters with default
+        values, NumPy scalars of that dtype. It returns the slope.
+
+    Raises
+    ------
+    ValueError
+        If there is a primitive of that name already.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Elementwise:
+        v, *parameters = inspect.signature(function).parameters.values()
+        names = [parameter.name for parameter in parameters]
+
+        def pull_back(x: np.ndarray, gy: np.ndarray, *values: Any, gx: np.ndarray) -> None:
+            work = arrays.work_dtype(x.dtype)
+            given = (value.astype(work, copy=False) for value in values)
+            slopes = function(x.astype(work, copy=False), *given)
+            product = np.empty(gx.shape, work)
+            np.multiply(slopes, gy, out=product)
+            where(np.abs(slopes) > 0, product, out=product)
+            gx[...] = product
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        pull_back.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter("x", kind),
+                inspect.Parameter("gy", kind),
+                *parameters,
+                inspect.Parameter("gx", inspect.Parameter.KEYWORD_ONLY),
+            ]
+        )
+        pull_back.__name__, pull_back.__doc__ = function.__name__, function.__doc__
+        arguments = "".join(f", W {name}" for name in names)
+        passed = "".join(f", Work<T>::type({name})" for name in names)
+        primitive = elementwise(
+            ", ".join(["T x", "T gy", *(f"float64 {name}" for name in names)]),
+            "T gx",
+            f"gx = T(pulled(slope(Work<T>::type(x){passed}), Work<T>::type(gy)))",
+            # None that every primitive's test could compare bit by bit: exponentials of NumPy and
+            # CUDA differ in the last place.
+            types=(),
+            preamble=f"{_CUDA}template<class W> __device__ W slope(W {v.name}{arguments}) "
+            f"{{ return {slope}; }}\n",
+        )(pull_back)
+        SIGN[primitive.name] = primitive
+        return primitive
+
+    return decorate
+
+
+@surrogate("absolute(v) <= clip ? W(1) : W(0)")
+def ste(v: np.ndarray, clip: Any = 1.0) -> Any:
+    """The straight-through estimator: the sign's derivative is that of the clipped identity.
+
+    .. math:: y = \\operatorname{sign}(x), \\qquad
+        g_x = g_y \\text{ where } |x| \\le \\text{clip}, \\text{ else } 0
+
+    Parameters
+    ----------
+    clip : float
+
+    References
+    ----------
+    .. [1] Y. Bengio, N. Léonard, A. Courville, "Estimating or propagating gradients through
+       stochastic neurons for conditional computation", arXiv:1308.3432, 2013.
+    .. [2] M. Courbariaux et al., "Binarized Neural Networks", arXiv:1602.02830, 2016.
+    """
+    return np.less_equal(np.abs(v), clip).astype(v.dtype)
+
+
+@surrogate("W(1)")
+def identity(v: np.ndarray) -> Any:
+    """The straight-through estimator that clips nothing, whatever x is.
+
+    .. math:: y = \\operatorname{sign}(x), \\qquad g_x = g_y
+
+    References
+    ----------
+    .. [1] Y. Bengio, N. Léonard, A. Courville, "Estimating or propagating gradients through
+       stochastic neurons for conditional computation", arXiv:1308.3432, 2013.
+    """
+    return np.ones(v.shape, v.dtype)
+
+
+@surrogate("absolute(v) <= 1 ? 2 - 2 * absolute(v) : W(0)")
+def approx_sign(v: np.ndarray) -> Any:
+    """The derivative of a piecewise quadratic that touches the sign at -1 and 1.
+
+    .. math:: y = \\operatorname{sign}(x), \\qquad
+        g_x = (2 - 2 |x|) \\, g_y \\text{ where } |x| \\le 1, \\text{ else } 0
+
+    References
+    ----------
+    .. [1] Z. Liu et al., "Bi-Real Net: Enhancing the Performance of 1-bit CNNs with Improved
+       Representational Capability and Advanced Training Algorithm", ECCV 2018, arXiv:1808.00278.
+    """
+    # NaN stays NaN, and the maximum is 0 outside.
+    return np.maximum(2 - 2 * np.abs(v), 0)
+
+
+@surrogate(
+    "beta * (2 - beta * absolute(v) * tanh(beta * absolute(v) / 2)) / (1 + cosh(beta * absolute(v)))"
+)
+def swish_sign(v: np.ndarray, beta: Any = 5.0) -> Any:
+    """The derivative of the sign-swish function, which overshoots the sign before it meets it.
+
+    .. math:: y = \\operatorname{sign}(x), \\qquad
+        g_x = \\beta \\, \\frac{2 - \\beta x \\tanh(\\beta x / 2)}{1 + \\cosh(\\beta x)} \\, g_y,
+
+    the derivative of :math:`2 \\sigma(\\beta x) (1 + \\beta x (1 - \\sigma(\\beta x))) - 1` with the
+    logistic function :math:`\\sigma`. It is negative where :math:`\\beta |x| > 2.4`.
+
+    Parameters
+    ----------
+    beta : float
+        The steepness. The slope at 0 is beta.
+
+    References
+    ----------
+    .. [1] S. Darabi et al., "Regularized Binary Network Training" (BNN+), arXiv:1812.11800, 2018.
+    """
+    z = beta * np.abs(v)
+    return beta * (2 - z * np.tanh(z / 2)) / (1 + np.cosh(z))
+
+
+@surrogate("(t < 1 ? W(1) : t) / (cosh(t * v) * cosh(t * v))")
+def tanh(v: np.ndarray, t: Any = 1.0) -> Any:
+    """The error decay estimator: the derivative of a tanh that sharpens while a network trains.
+
+    .. math:: y = \\operatorname{sign}(x), \\qquad
+        g_x = k t \\, (1 - \\tanh^2(t x)) \\, g_y, \\quad k = \\max(1 / t, 1)
+
+    In training, t grows from 0.1 to 10: after the share p of it, :math:`t = 10^{2 p - 1}`.
+
+    Parameters
+    ----------
+    t : float
+        The steepness.
+
+    References
+    ----------
+    .. [1] H. Qin et al., "Forward and Backward Information Retention for Accurate Binary Neural
+       Networks" (IR-Net), CVPR 2020, arXiv:1909.10788.
+    """
+    # k * t is max(1, t), and 1 - tanh^2 is 1 / cosh^2, which does not cancel.
+    return np.maximum(t, 1) / np.cosh(t * v) ** 2
+
+
+@surrogate("(t < 1 ? 1 / t : W(1)) * fmax(W(1.4142135623730951) * t - t * t * absolute(v), W(0))")
+def triangle(v: np.ndarray, t: Any = 1.0) -> Any:
+    """A triangle that narrows while a network trains.
+
+    .. math:: y = \\operatorname{sign}(x), \\qquad
+        g_x = k \\max(\\sqrt 2 \\, t - t^2 |x|, 0) \\, g_y, \\quad k = \\max(1 / t, 1)
+
+    In training, t grows from 0.01 to 10: after the share p of it, :math:`t = 10^{3 p - 2}`.
+
+    Parameters
+    ----------
+    t : float
+        The steepness: the triangle ends at :math:`|x| = \\sqrt 2 / t`.
+
+    References
+    ----------
+    .. [1] M. Lin et al., "Rotated Binary Neural Network" (RBNN), NeurIPS 2020, arXiv:2009.13055.
+    """
+    root = v.dtype.type(math.sqrt(2))
+    return np.maximum(1 / t, 1) * np.maximum(root * t - t * t * np.abs(v), 0)
+
+
+def sign_rule(name: str, parameters: Mapping[str, Any]) -> Callable[[Array, Array], Array]:
+    """The gradient of the sign by the surrogate `name`: a function of x and gy.
+
+    The parameters are rounded to x's dtype, as Python's numbers are in NumPy.
+
+    Raises
+    ------
+    TypeError
+        If the surrogate has no such parameter, or its value is no real number.
+    ValueError
+        If there is no such surrogate, or a value is not positive and finite.
+    """
+    primitive = _found("surrogate", SIGN, name)
+    defaults = list(inspect.signature(primitive.function).parameters.values())[2:-1]
+    unknown = parameters.keys() - {parameter.name for parameter in defaults}
+    if unknown:
+        takes = ", ".join(parameter.name for parameter in defaults) or "none"
+        raise TypeError(
+            f"surrogate {name!r} has no parameter {min(unknown)!r}: its parameters are {takes}"
+        )
+    values = [
+        _positive(parameter.name, parameters.get(parameter.name, parameter.default))
+        for parameter in defaults
+    ]
+
+    def pull_back(x: Array, gy: Array) -> Array:
+        gx = arrays.output(None, x)
+        with np.errstate(over="ignore"):
+            rounded = [np.float64(x.dtype.type(value)) for value in values]
+        primitive(x, gy, *rounded, gx=gx)
+        return gx
+
+    return pull_back
+
+
+def _found(what: str, registry: Mapping[str, Any], name: str) -> Any:
+    if name not in registry:
+        raise ValueError(f"{what} must be one of {', '.join(registry)}, got {name!r}")
+    return registry[name]
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a real number, got {type(value).__qualname__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+# ---------------------------------------------------------------- of the multibit approximation
+
+MultibitRule = Callable[[Array, Array, int, Array, Rows], Array]
+"""Takes x, its bits (uint8: a scalar, or an array that broadcasts to x), the number of levels, gy
+and the rows, and gives gx."""
+
+
+def bits_clip(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Array:
+    """The gradient passes where |x| does not exceed the number of bits.
+
+    .. math:: y = \\sum_i a_i b_i, \\qquad
+        g_x = g_y \\text{ where } |x| \\le \\text{bits}, \\text{ else } 0
+
+    The bound is in units of `x`, not of its scales.
+
+    References
+    ----------
+    .. [1] J. Fromm, S. Patel, M. Philipose, "Heterogeneous bitwidth binarization in convolutional
+       neural networks", NeurIPS 2018, arXiv:1805.10368.
+    """
+    gx = arrays.output(None, x)
+    gradient_inside(x, bits, gy, gx=gx)
+    return gx
+
+
+_SCALES = """
+// |a| <= the sum of an element's scales; false for NaN. The difference is exact where it is 0.
+template<class W, class... Scales>
+__device__ bool within(W a, int bits, Scales... scales) {
+  const W scale[] = {scales..., W(0)};
+  W total = 0;
+#pragma unroll
+  for (int level = 0; level < (int)sizeof...(Scales); ++level)
+    if (level < bits) total = plus(total, scale[level]);
+  return a == a && total == total && !positive(minus(absolute(a), total));
+}
+"""
+
+
+@elementwise(
+    "T x, uint8 bits, T gy, *W scales",
+    "T gx",
+    "gx = within(Work<T>::type(x), bits{scales}) ? gy : T(0)",
+    types=FLOATS,
+    preamble=_SCALES,
+)
+def gradient_inside_scales(
+    x: np.ndarray, bits: np.ndarray, gy: np.ndarray, *scales: np.ndarray, gx: np.ndarray
+) -> None:
+    """The gradient gy where |x| is at most the sum of the element's scales, else +0."""
+    total = np.zeros(x.shape, arrays.work_dtype(x.dtype))
+    for level, scale in enumerate(scales):
+        np.add(total, scale, out=total, where=np.greater(bits, level))
+    where(np.abs(x) <= total, gy, out=gx)
+
+
+def scaled_clip(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Array:
+    """The gradient passes where |x| does not exceed the largest value that its codes can give.
+
+    .. math:: y = \\sum_i a_i b_i, \\qquad
+        g_x = g_y \\text{ where } |x| \\le \\sum_i a_i, \\text{ else } 0
+
+    with the sum over the levels of the element: `bits_clip` in units of the scales, so that x and
+    c x have the same gradient. Rows with NaN have the gradient 0.
+
+    References
+    ----------
+    .. [1] Z. Cai et al., "Deep Learning with Low Precision by Half-wave Gaussian Quantization",
+       CVPR 2017, arXiv:1702.00953, for gradients clipped at the largest value of a quantizer.
+    """
+    gx = arrays.output(None, x)
+    gradients, results = rows.view(gy), rows.view(gx)
+
+    def finish(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
+        target = results[part.block]
+        flat = target.reshape(x.shape)
+        gradient = gradients[part.block].reshape(x.shape)
+        gradient_inside_scales(x, bits, gradient, *scales, gx=flat)
+        if not arrays.library(flat).may_share_memory(flat, target):
+            target[...] = flat.reshape(target.shape)
+
+    greedy.fit(x, _spread(bits, x), levels, rows, finish)
+    return gx
+
+
+def scale_aware(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Array:
+    """The gradient through the scales, which is exact, and through the signs, straight through.
+
+    With :math:`y_j = \\sum_i a_i b_{ij}` and residuals :math:`r_{ij}`, the differential of y has a
+    part with the signs held, and one with the scales held:
+
+    .. math:: g_{x,j} = \\sum_i s_i b_{ij}
+        + g_{y,j} \\Bigl(1 - \\prod_i \\bigl(1 - a_i [|r_{ij}| \\le 1]\\bigr)\\Bigr)
+
+    over the levels i of element j. In the second part the derivative of every sign is that of the
+    straight-through estimator, and the residuals follow from the signs before them. In the first,
+    the scales are means of the residuals and depend on each other; from the last level to the first
+
+    .. math:: s_i = \\operatorname{mean}_j b_{ij} q_{ij}, \\quad q_{i-1,j} = q_{ij} - s_i b_{ij},
+        \\quad q_{k-1} = g_y,
+
+    the mean over the elements of the row with more than i bits: the greedy algorithm itself, run
+    backwards over the gradient. For one bit it is XNOR-Net's rule,
+
+    .. math:: g_{x,j} = \\frac{b_j}{n} \\sum_l g_{y,l} b_l + g_{y,j} \\, a \\, [|x_j| \\le 1]
+
+    NaN and infinity propagate within their row.
+
+    References
+    ----------
+    .. [1] M. Rastegari et al., "XNOR-Net: ImageNet Classification Using Binary Convolutional
+       Neural Networks", ECCV 2016, arXiv:1603.05279.
+    """
+    xp = arrays.library(x)
+    work = arrays.work_dtype(x.dtype)
+    scales = [xp.zeros((rows.count, 1), work) for _ in range(levels)]
+
+    def finish(part: Part, x: Array, bits: Array, found: list[Array]) -> None:
+        for scale, value in zip(scales, found, strict=True):
+            scale[part.rows] = value
+
+    spread = _spread(bits, x)
+    greedy.fit(x, spread, levels, rows, finish)
+    bits = spread if isinstance(spread, np.generic) else rows.flat(spread)
+    r, g = rows.flat(x).astype(work), rows.flat(gy).astype(work)
+    code = xp.empty(r.shape, np.uint16)
+    greedy.codes(rows.flat(x), bits, *scales, code=code)
+    signs = [xp.empty(r.shape, np.int8) for _ in range(levels)]
+    for level, sign in enumerate(signs):
+        level_signs(code, bits, np.uint8(level), sign=sign)
+
+    with np.errstate(all="ignore"):
+        result = xp.zeros(r.shape, work)
+        left = g
+        for sign in reversed(signs):
+            count = xp.maximum(abs(sign).sum(axis=1, keepdims=True, dtype=np.int64), 1)
+            mean = (left * sign).sum(axis=1, keepdims=True, dtype=np.float64) / count
+            step = mean.astype(work) * sign
+            left = left - step
+            result = result + step
+        rest = xp.ones(r.shape, work)
+        for sign, scale in zip(signs, scales, strict=True):
+            step = scale * sign
+            rest = rest * (1 - abs(step) * (abs(r) <= 1))
+            r = r - step
+        result = (result + g * (1 - rest)).astype(x.dtype)
+    gx = arrays.output(None, x)
+    view = rows.view(gx)
+    view[...] = result.reshape(view.shape)
+    return gx
+
+
+def _spread(bits: Array, x: Array) -> Any:
+    return bits if isinstance(bits, np.generic) else arrays.library(x).broadcast_to(bits, x.shape)
+
+
+MULTIBIT: dict[str, MultibitRule] = {
+    "bits_clip": bits_clip,
+    "scaled_clip": scaled_clip,
+    "scale_aware": scale_aware,
+}
+"""The surrogates of the multibit approximation by name."""
+
+
+def multibit_rule(name: str) -> MultibitRule:
+    """The gradient of the multibit approximation by the surrogate `name`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such surrogate.
+    """
+    return _found("surrogate", MULTIBIT, name)

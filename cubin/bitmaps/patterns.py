@@ -53,7 +53,7 @@ def random(
     1.615 bits. It is the heterogeneous map of CNTK's experiments, kept as a baseline; count
     the payload bits of what it returns. Values above 16 bits are cut to 16.
 
-    The map says nothing about the array, yet has to be stored: its entropy, about 1.3 bits per
+    The map says nothing about the array, yet has to be stored: its entropy, about 1.5 bits per
     element at ``mean_bits=1.4``, is in ``cubin.quantize(x, map).effective_bits`` and buys nothing.
     (A decoder that has the generator's seed could do without it.)
 

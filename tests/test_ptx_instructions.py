@@ -168,6 +168,24 @@ def test_bits_and_bytes():
         (x, y),
         np.uint32,
     )
+    check(
+        "__dp4a(a, b, 5)",
+        lambda p, q: sum(wrap(p >> 8 * k, 8) * wrap(q >> 8 * k, 8) for k in range(4)) + 5,
+    )
+    check(
+        "__vminu4(a, b)",
+        lambda p, q: sum(min(p >> 8 * k & 255, q >> 8 * k & 255) << 8 * k for k in range(4)),
+        (x, y),
+        np.uint32,
+    )
+    check(
+        "__vmaxs2(a, b)",
+        lambda p, q: sum(
+            (max(wrap(p >> 16 * k, 16), wrap(q >> 16 * k, 16)) & 0xFFFF) << 16 * k for k in (0, 1)
+        ),
+        (x, y),
+        np.uint32,
+    )
     check("(a >> 3) & 31", lambda p, _: p >> 3 & 31)
     check("(a << 20) >> 25", lambda p, _: wrap(p << 20, 32) >> 25)
     c, d = pairs(INT64)

@@ -341,8 +341,8 @@ def test_launches_are_counted():
 
 
 def test_unknown_instructions_are_named():
-    with pytest.raises(ptx.UnsupportedInstruction, match=r"dp4a"):
-        run("a[i] = __dp4a(a[i], 1, 2);", [np.zeros(64, np.int32)])
+    with pytest.raises(ptx.UnsupportedInstruction, match=r"vabsdiff4"):
+        run("a[i] = __vabsdiffu4(a[i], 1);", [np.zeros(64, np.int32)])
 
 
 def test_registers_and_spills():

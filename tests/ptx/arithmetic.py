@@ -297,6 +297,16 @@ def _approximate(function: Callable[[NDArray[np.float64]], NDArray[np.float64]])
     return lambda a: function(a.astype(np.float64)).astype(a.dtype)
 
 
+def dot_bytes(a: Array, b: Array, c: Array) -> Array:
+    """``dp4a``: the four products of the bytes of `a` and `b`, added to `c`."""
+    kinds = (np.dtype(f"{v.dtype.kind}1") for v in (a, b))
+    x, y = (
+        np.ascontiguousarray(v).view(kind).reshape(-1, 4).astype(np.int64)
+        for v, kind in zip((a, b), kinds, strict=True)
+    )
+    return ((x * y).sum(axis=1) + c).astype(c.dtype)
+
+
 _BINARY: dict[str, Operation] = {
     "add": lambda a, b: a + b,  # type: ignore[operator]
     "sub": lambda a, b: a - b,  # type: ignore[operator]

@@ -124,9 +124,9 @@ class _Assembler:
 
     def read(self, operand: Operand | None, kind: str, what: Instruction) -> Read:
         """How to read an operand as values of the PTX type `kind`."""
-        if kind == "f16x2":
-            inner = self.read(operand, "b32", what)
-            return lambda b, s: inner(b, s).view(np.float16).reshape(-1, 2)
+        if kind in _HALVES:
+            inner, half = self.read(operand, "b32", what), _HALVES[kind]
+            return lambda b, s: inner(b, s).view(half).reshape(-1, 2)
         if kind not in arithmetic.TYPES:
             raise UnsupportedInstruction(f"type {kind}: {what.text}")
         wanted = np.dtype(arithmetic.TYPES[kind])
@@ -226,15 +226,13 @@ class _Assembler:
 
     def _compute(self, what: Instruction) -> Step:
         kind = what.opcode[-1]
-        if kind in ("b16x2",):
-            raise UnsupportedInstruction(what.text)
         function = arithmetic.operation(what.opcode, kind)
         if function is None:
             raise UnsupportedInstruction(what.text)
         kinds = self._source_kinds(what, kind)
         sources = [self.read(o, k, what) for o, k in zip(what.operands[1:], kinds, strict=True)]
         write = self.write(what.operands[0], what)
-        if kind == "f16x2":
+        if kind in _HALVES:
             return lambda b, s: write(
                 b, s, function(*(r(b, s) for r in sources)).view(np.uint32)[:, 0].copy()
             )
@@ -356,6 +354,15 @@ class _Assembler:
             raise UnsupportedInstruction(what.text)
         write, bits = self.write(what.operands[0], what), table.bits
         return lambda b, s: write(b, s, arithmetic.logic3(*(r(b, s) for r in sources), bits))
+
+    def _dp4a(self, what: Instruction) -> Step:
+        first, second = what.opcode[-2:]
+        kinds = (first, second, "s32" if "s32" in (first, second) else "u32")
+        sources = [
+            self.read(o, kind, what) for o, kind in zip(what.operands[1:], kinds, strict=True)
+        ]
+        write = self.write(what.operands[0], what)
+        return lambda b, s: write(b, s, arithmetic.dot_bytes(*(r(b, s) for r in sources)))
 
     def _prmt(self, what: Instruction) -> Step:
         if what.opcode != ("prmt", "b32"):
@@ -1069,6 +1076,9 @@ def _constant(operand: Immediate, wanted: np.dtype[np.generic]) -> Array:
     bits = operand.bits & ((1 << 8 * wanted.itemsize) - 1)
     return np.array([bits], _bits(wanted.itemsize)).view(wanted)
 
+
+_HALVES = {"f16x2": np.float16, "u16x2": np.uint16, "s16x2": np.int16}
+"""Types that hold two values in one register."""
 
 _NAMES = {0: "global", 1: "shared", 2: "local", 3: "const", 4: "param"}
 _INSIDE = np.int64((1 << 56) - 1)

@@ -1,0 +1,262 @@
+"""Mutate the CUDA text of the shipped kernels, and count the mutants that the tests kill.
+
+Run as ``python -m tests.ptx.mutate``. Every mutant is one edit: an operator, a constant, a bound
+or a barrier. It runs the kernel tests in a process of its own until one fails. A survivor whose
+PTX is that of the kernel itself is equivalent; `EQUIVALENT` says why any other one is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import cubin
+from cubin import kernels
+from tests.ptx import compiler, device
+
+ROOT = Path(cubin.__file__).parent
+
+OPERATORS = {
+    "+": "-", "-": "+", "*": "/", "/": "*", "%": "/",
+    "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
+    "&&": "||", "||": "&&", "&": "|", "|": "&", "^": "|", "<<": ">>", ">>": "<<",
+    "+=": "-=", "-=": "+=", "*=": "/=", "/=": "*=", "|=": "&=", "&=": "|=", "^=": "|=",
+    "<<=": ">>=", ">>=": "<<=",
+}  # fmt: skip
+"""What an operator between spaces becomes."""
+
+EQUIVALENT: dict[tuple[str, str], str] = {}
+"""Why a survivor changes nothing: by (line of source, edit)."""
+
+_SKIPPED = re.compile(
+    r"//[^\n]*|/\*.*?\*/|\"(?:[^\"\\]|\\.)*\"|^[ \t]*#(?!define)[^\n]*|\btemplate\s*<[^{;]*?>(?=\s)",  # noqa: E501
+    re.DOTALL | re.MULTILINE,
+)
+_BARRIER = re.compile(r"__sync(?:threads|warp)\([^()]*\);|__threadfence(?:_block)?\(\);")
+_OPERATOR = re.compile(
+    r"(?<=\s)(" + "|".join(map(re.escape, sorted(OPERATORS, key=len)[::-1])) + r")(?=\s)"
+)
+_NUMBER = re.compile(r"(?<![\w.])(0[xX][0-9a-fA-F]+|\d+)(?=[uUlL]*\b)(?![.\w]*\.)")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit of one text."""
+
+    unit: str
+    text: str
+    start: int
+    end: int
+    new: str
+
+    @property
+    def mutated(self) -> str:
+        """The text after the edit."""
+        return self.text[: self.start] + self.new + self.text[self.end :]
+
+    @property
+    def line(self) -> str:
+        """The line that is edited."""
+        first = self.text.rfind("\n", 0, self.start) + 1
+        return self.text[first:].partition("\n")[0].strip()
+
+    @property
+    def edit(self) -> str:
+        """What becomes what."""
+        return f"{self.text[self.start : self.end]} -> {self.new or 'nothing'}"
+
+    def __str__(self) -> str:
+        number = self.text.count("\n", 0, self.start) + 1
+        return f"{self.unit}:{number}: {self.edit}    {self.line}"
+
+
+def units() -> dict[str, str]:
+    """Every CUDA text that ships, by name: the files, and what stands in decorators."""
+    files = {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+        for path in sorted((*ROOT.rglob("*.cu"), *ROOT.rglob("*.cuh")))
+    }
+    found = dict(files)
+    for primitive in kernels.REGISTRY.values():
+        for name, text in _texts(primitive).items():
+            for known in files.values():
+                text = text.replace(known, "")
+            if text.strip():
+                found[f"{primitive.name}.{name}"] = text
+    return found
+
+
+def _texts(primitive: kernels.Primitive) -> dict[str, str]:
+    """The attributes of a primitive that hold CUDA."""
+    other = {"name", "kernel_name", "__doc__"}
+    return {
+        name: value
+        for name, value in vars(primitive).items()
+        if isinstance(value, str) and name not in other and re.search(r"[^\w\s]", value)
+    }
+
+
+def mutants() -> Iterator[Mutant]:
+    """All mutants of all units."""
+    for unit, text in units().items():
+        hidden = [match.span() for match in _SKIPPED.finditer(text)]
+
+        def seen(at: int, hidden: Sequence[tuple[int, int]] = hidden) -> bool:
+            return not any(start <= at < end for start, end in hidden)
+
+        for match in _BARRIER.finditer(text):
+            if seen(match.start()):
+                yield Mutant(unit, text, *match.span(), "")
+        for match in _OPERATOR.finditer(text):
+            if seen(match.start()):
+                yield Mutant(unit, text, *match.span(), OPERATORS[match[0]])
+        for match in _NUMBER.finditer(text):
+            if seen(match.start()):
+                value = int(match[0], 0) + 1
+                new = hex(value) if match[0].lower().startswith("0x") else str(value)
+                yield Mutant(unit, text, *match.span(), new)
+
+
+# ---------------------------------------------------------------- running
+
+
+@dataclass
+class Outcome:
+    """What became of a mutant: killed, survived or invalid (it does not compile)."""
+
+    verdict: str
+    code: frozenset[str]
+    seconds: float
+
+
+def _apply(mutant: Mutant) -> None:
+    for primitive in kernels.REGISTRY.values():
+        for name, text in _texts(primitive).items():
+            setattr(primitive, name, text.replace(mutant.text, mutant.mutated))
+
+
+def _normalized(ptx: str) -> str:
+    """PTX without the places in the source that it comes from."""
+    return re.sub(r"(?m)^\s*(//|\.loc|\.file).*\n|^\s*\n", "", ptx)
+
+
+def try_out(mutant: Mutant | None, quick: Sequence[str], full: Sequence[str]) -> Outcome:
+    """Run the tests in this process with the mutant in place."""
+    start = time.perf_counter()
+    if mutant is not None:
+        _apply(mutant)
+    invalid: list[Exception] = []
+    code: set[str] = set()
+    plain = device._compiled
+
+    def watch(*arguments: object, **options: object) -> compiler.Compiled:
+        try:
+            compiled = plain(*arguments, **options)  # type: ignore[arg-type]
+        except compiler.CompileError as error:
+            invalid.append(error)
+            raise
+        code.add(hashlib.sha256(_normalized(compiled.ptx).encode()).hexdigest())
+        return compiled
+
+    device._compiled = watch
+    always = ["-x", "-q", "-m", "kernels", "-p", "no:terminal", "--no-header"]
+    failed = bool(pytest.main([*always, *quick]))
+    if invalid:
+        verdict = "invalid"
+    elif failed:
+        verdict = "killed"
+    elif mutant is None:
+        verdict = "survived"
+    else:
+        seen = frozenset(code)
+        verdict = "survived"
+        if full and seen != _BASELINE:
+            verdict = "killed" if pytest.main([*always, *full]) else "survived"
+        return Outcome(verdict, seen, time.perf_counter() - start)
+    return Outcome(verdict, frozenset(code), time.perf_counter() - start)
+
+
+_BASELINE: frozenset[str] = frozenset()
+
+
+def _task(job: tuple[Mutant | None, Sequence[str], Sequence[str], frozenset[str]]) -> Outcome:
+    global _BASELINE
+    mutant, quick, full, _BASELINE = job
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    return try_out(mutant, quick, full)
+
+
+def _selection(mutant: Mutant) -> str:
+    """The kernels that hold the mutated text, as pytest's ``-k``."""
+    names = [
+        primitive.name
+        for primitive in kernels.REGISTRY.values()
+        if any(mutant.text in text for text in _texts(primitive).values())
+    ]
+    return " or ".join(sorted(names)) or mutant.unit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print ``killed N of M`` and the survivors; the status is 1 if one is not explained."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.ptx.mutate")
+    parser.add_argument("--only", default="", help="units or lines to mutate: a regular expression")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--quick", default="tests/test_kernels.py", help="tests to run first")
+    parser.add_argument("--full", default="tests", help="tests to run on what survives those")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    options = parser.parse_args(arguments)
+    chosen = [m for m in mutants() if re.search(options.only, str(m))]
+    if options.list:
+        print(*chosen, sep="\n")
+        return 0
+    quick = options.quick.split()
+    full = [*options.full.split(), "--ignore-glob=*test_ptx_*"] if options.full else []
+    context = multiprocessing.get_context("fork")
+    with context.Pool(options.jobs, maxtasksperchild=1) as pool:
+        jobs = []
+        for mutant in chosen:
+            selected = [*quick, "-k", f"equals and ({_selection(mutant)})"]
+            jobs.append((mutant, selected, full))
+        distinct = {tuple(selected) for _, selected, _ in jobs}
+        base = {
+            selected: pool.apply(_task, ((None, selected, (), frozenset()),))
+            for selected in sorted(distinct)
+        }
+        broken = [selected for selected, outcome in base.items() if outcome.verdict != "survived"]
+        if broken:
+            print("the tests fail without a mutant:", *broken[0], file=sys.stderr)
+            return 2
+        tasks = ((m, s, f, base[tuple(s)].code) for m, s, f in jobs)
+        killed = valid = 0
+        unexplained = []
+        for mutant, outcome in zip(chosen, pool.imap(_task, tasks), strict=True):
+            selected = tuple(jobs[chosen.index(mutant)][1])
+            valid += outcome.verdict != "invalid"
+            killed += outcome.verdict == "killed"
+            if outcome.verdict != "survived":
+                continue
+            reason = EQUIVALENT.get((mutant.line, mutant.edit))
+            if outcome.code == base[selected].code:
+                reason = "compiles to the same PTX"
+            print(f"survived: {mutant}\n          {reason or 'NOT EXPLAINED'}", flush=True)
+            if reason is None:
+                unexplained.append(mutant)
+    print(f"killed {killed} of {valid}; {valid - killed - len(unexplained)} equivalent, "
+          f"{len(unexplained)} not explained, {len(chosen) - valid} do not compile")  # fmt: skip
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,14 +72,17 @@ class Fit:
 
         `x`, (rows, n), and `bits` may be some columns of what was fitted.
         """
+        xp = self._xp
         magnitude = abs(x) / self._unit
-        table = self._xp.arange(len(x))[:, None]
+        table = xp.arange(len(x))[:, None]
         if self._mapped:
             table = table * (self._levels + 1) + bits
         first = table * (self._cells - 1) - 1
         position: Any = 0
         step = self._cells >> 1
         while step:
-            position = position + (magnitude > self._edges.take(first + (position + step))) * step
+            position = (
+                position + (magnitude > xp.take(self._edges, first + (position + step))) * step
+            )
             step >>= 1
-        return self._codes.take((2 * table + (x <= 0)) * self._cells + position)
+        return xp.take(self._codes, (2 * table + (x <= 0)) * self._cells + position)

@@ -15,8 +15,9 @@ import numpy as np
 
 from cubin import arrays
 from cubin.arrays import Array
+from cubin.signs import as_integers
 
-CHUNK = 1 << 20
+CHUNK = 1 << 17
 """Running sums that are worked on at a time."""
 
 
@@ -36,7 +37,7 @@ class Magnitudes:
     Attributes
     ----------
     unit : array, shape (rows, 1), in the work dtype
-        The power of two that x was divided by, so that no square can overflow or vanish.
+        The power of two that x is divided by, so that no square can overflow or vanish.
     valid : array of bool, shape (rows,)
         False for rows with NaN or infinity, which count as zeros here.
     mapped : bool
@@ -64,7 +65,7 @@ class Magnitudes:
             magnitude = xp.take_along_axis(magnitude, order, 1)
             weight = None if weight is None else xp.take_along_axis(weight, order, 1)
         else:
-            magnitude.sort(axis=1)
+            magnitude = xp.sort(magnitude, axis=1)
         self.depths = tuple(range(1, levels + 1)) if mapped else (levels,)
         self._starts = _starts(xp, bits, self.depths, x.shape)
         self._values = magnitude.ravel()
@@ -86,13 +87,13 @@ class Magnitudes:
         step = max(1, CHUNK // self.count)
         for begin in range(0, columns, step):
             cut = slice(begin, begin + step)
-            below = first[:, cut] - self._first.take(at)[:, None]
+            below = first[:, cut] - xp.take(self._first, at)[:, None]
             if self._mass is None:
                 position = xp.arange(begin, min(begin + step, columns), dtype=np.float64)
                 number = position - start[:, None]
             else:
                 mass = self._mass.reshape(self.count, columns)
-                number = mass[:, cut] - self._mass.take(at)[:, None]
+                number = mass[:, cut] - xp.take(self._mass, at)[:, None]
             yield xp.maximum(number, 0), xp.maximum(below, 0)
 
     def sums(self, rows: Array, depth: int, thresholds: Array) -> tuple[Array, Array]:
@@ -116,8 +117,8 @@ class Magnitudes:
         inner = self._positions(rows, start, stop, thresholds)
         edges = xp.concatenate([start[None], inner, stop[None]])
         lookup = edges + rows * (self.length + 1)
-        first = xp.diff(self._first.take(lookup), axis=0)
-        mass = xp.diff(edges if self._mass is None else self._mass.take(lookup), axis=0)
+        first = xp.diff(xp.take(self._first, lookup), axis=0)
+        mass = xp.diff(edges if self._mass is None else xp.take(self._mass, lookup), axis=0)
         return mass.astype(np.float64, copy=False), first
 
     def _positions(self, rows: Array, start: Array, stop: Array, thresholds: Array) -> Array:
@@ -128,19 +129,21 @@ class Magnitudes:
         step = 1 << (self.length.bit_length() - 1)
         while step:
             probe = xp.minimum(position + step, stop)
-            below = self._values.take(xp.maximum(probe - 1, 0) + base) <= thresholds
+            below = xp.take(self._values, xp.maximum(probe - 1, 0) + base) <= thresholds
             position = xp.where(below & (probe > position), probe, position)
             step >>= 1
         return position
 
 
 def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:
-    """The largest power of two not above each row's maximum, 1 without one; where it is finite."""
+    """A power of two near each row's maximum, 1 where that is not finite; and where it is."""
     top = magnitude.max(axis=1, keepdims=True)
     valid = xp.isfinite(top)
-    usual = valid & (top > 0)
-    exponent = xp.frexp(xp.where(usual, top, 1))[1]
-    return xp.ldexp(xp.ones_like(top), exponent - 1), valid[:, 0]
+    limits = np.finfo(top.dtype)
+    # Without its mantissa a number is a power of two, or 0 if it is subnormal.
+    exponent_alone = as_integers(top) & as_integers(np.array(np.inf, top.dtype))
+    power = xp.maximum(exponent_alone.view(top.dtype), limits.tiny)
+    return xp.where(valid, power, 1), valid[:, 0]
 
 
 def _weights(xp: Any, importance: Array, bits: Any) -> Array:

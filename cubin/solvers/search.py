@@ -71,11 +71,10 @@ def optimal(magnitudes: Magnitudes, levels: int) -> dict[int, Cells]:
     best = _fitted(magnitudes, _successive(magnitudes, 1, refit=False), 1).values
     mean = best[0]
     for count in range(2, levels + 1):
-        if count == 2 and magnitudes.depths in ((1, 2), (levels,)):
-            starts = [_best_pair(magnitudes)]
-        else:
-            largest = best.max(axis=0, keepdims=True)
-            starts = [xp.concatenate([best, size * largest]) for size in _ADDED]
+        largest = best.max(axis=0, keepdims=True)
+        starts = [xp.concatenate([best, size * largest]) for size in _ADDED]
+        if count == 2:
+            starts.append(_best_pair(magnitudes))
         if count in _NORMAL:
             starts.append(xp.asarray(_NORMAL[count])[:, None] * (mean / _NORMAL_MEAN))
         values = xp.concatenate(starts, axis=1)
@@ -170,13 +169,13 @@ def _mean_residual(
 
 
 def _best_pair(magnitudes: Magnitudes) -> Array:
-    """The two scales, (2, rows), of the least error, where at most the elements of 1 bit differ.
+    """The two scales, (2, rows), of the least error for elements of 1 or 2 bits.
 
     With the best scales one level has the sign of the element, and the other that of the
     residual, which changes at one magnitude: all magnitudes are tried, for either level.
     """
     xp = magnitudes.xp
-    depth = magnitudes.depths[-1]
+    depth = 2 if magnitudes.mapped else magnitudes.depths[0]
     mass, first = (total[:, None] for total in magnitudes.totals(depth))
     single_mass, single_first = xp.zeros_like(mass), xp.zeros_like(first)
     if magnitudes.mapped:

@@ -169,7 +169,7 @@ def try_out(mutant: Mutant | None, quick: Sequence[str], full: Sequence[str]) ->
         return compiled
 
     device._compiled = watch
-    always = ["-x", "-q", "-m", "kernels", "-p", "no:terminal", "--no-header"]
+    always = ["-x", "-q", "-m", "kernels", "-o", "cache_dir=.pytest_cache/mutate"]
     failed = bool(pytest.main([*always, *quick]))
     if invalid:
         verdict = "invalid"

@@ -16,8 +16,8 @@ import pytest
 ENGINE = os.environ.get("CUBIN_TEST_ENGINE", "ptx")
 ARCH = os.environ.get("CUBIN_TEST_ARCH", "compute_80")
 
-LAST = "test_every_kernel_is_executed"
-"""The test of this name runs after all others."""
+LAST = {"test_every_kernel_is_executed", "test_every_cuda_line_is_executed"}
+"""The tests of these names look back at all others, so they run after them."""
 
 
 @pytest.fixture
@@ -56,5 +56,5 @@ def whole_run(request: pytest.FixtureRequest) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the test that looks back at all others last."""
-    items.sort(key=lambda item: item.name == LAST)
+    """Put the tests that look back at all others last."""
+    items.sort(key=lambda item: item.name in LAST)

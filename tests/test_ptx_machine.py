@@ -133,8 +133,13 @@ def test_grids_and_blocks_of_three_axes():
 
 def test_more_blocks_than_one_batch():
     n = 300_001
-    a, b = run("if (i < s0) b[i] = a[i] + 1;", [np.arange(n, dtype=np.int32), np.zeros(n, np.int32)],
-               grid=-(-n // 256), block=256, scalars=(np.int32(n),))  # fmt: skip
+    a, b = run(
+        "if (i < s0) b[i] = a[i] + 1;",
+        [np.arange(n, dtype=np.int32), np.zeros(n, np.int32)],
+        grid=-(-n // 256),
+        block=256,
+        scalars=(np.int32(n),),
+    )
     np.testing.assert_array_equal(b, a + 1)
 
 
@@ -148,7 +153,7 @@ def test_assertions_and_traps():
 
 def test_vector_loads_and_stores():
     x = np.arange(256, dtype=np.float32)
-    a, b = run(
+    _, b = run(
         """float4 v = reinterpret_cast<float4*>(a)[i]; v.x += v.w;
         reinterpret_cast<float4*>(b)[i] = v;""",
         [x, np.zeros_like(x)],
@@ -186,7 +191,7 @@ def test_dynamic_shared_memory_of_mixed_types():
 def test_atomics():
     n = 1000
     x = np.random.default_rng(1).integers(0, 7, n).astype(np.int32)
-    a, counts, extremes, order = run(
+    _, counts, extremes, order = run(
         """__shared__ int s[7]; if (t < 7) s[t] = 0; __syncthreads();
         if (i < s0) { atomicAdd(s + a[i], 1); atomicMax(c, a[i] * 3); atomicMin(c + 1, -a[i]);
                       d[atomicAdd(c + 2, 1)] = 1; atomicCAS(c + 3, 5, i); atomicXor(c + 4, i); }

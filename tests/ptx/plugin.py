@@ -48,8 +48,13 @@ def whole_run(request: pytest.FixtureRequest) -> None:
     config = request.config
     option = config.option
     chosen = [path for path in config.args if path not in config.getini("testpaths")]
-    partly = chosen or option.keyword or option.deselect or option.markexpr not in ("", "kernels")
-    if partly or getattr(option, "lf", False) or request.session.testsfailed:
+    partly = (
+        chosen
+        or option.keyword
+        or option.markexpr not in ("", "kernels")
+        or any(getattr(option, name, None) for name in ("deselect", "ignore", "ignore_glob", "lf"))
+    )
+    if partly or request.session.testsfailed:
         pytest.skip("only after all tests have passed")
     if ENGINE != "ptx":
         pytest.skip("the interpreter keeps the record")

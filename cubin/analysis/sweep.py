@@ -119,7 +119,7 @@ def _errors_of(
     for solver in solvers:
         for width in widths:
             multibit(x, width, channel_axis=None if group_size is not None else axis,
-                     group_size=group_size, out=approx)  # fmt: skip
+                     group_size=group_size, solver=solver, out=approx)  # fmt: skip
             found = errors.measure(x, approx)
             if not np.isfinite(float(found.power)):
                 raise ValueError("it has NaN or infinity: clean it first, e.g. with nan_to_num")

@@ -57,5 +57,5 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def executed_kernels() -> set[str]:
-    """The names of all kernels executed so far."""
+    """The names of all kernels executed so far, without template arguments."""
     return {launch.kernel.partition("<")[0] for launch in LAUNCHES}

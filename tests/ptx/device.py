@@ -19,7 +19,7 @@ ARCHITECTURES = ("compute_80", "compute_100")
 """What kernels are compiled for; the first one unless `architecture` says otherwise."""
 
 SOURCES: dict[str, set[str]] = {}
-"""Every source text that ran, by kernel name."""
+"""Every source text that ran, by kernel name without template arguments."""
 
 _current = [ARCHITECTURES[0]]
 
@@ -63,7 +63,7 @@ def _run(
     kernel = assemble(_compiled(source, options, names), name, title)
     geometry = Geometry(_three(grid), _three(block), shared)
     parameters, extents = _parameters(kernel, arguments)
-    SOURCES.setdefault(title, set()).add(source)
+    SOURCES.setdefault(title.partition("<")[0], set()).add(source)
     return launch.run(kernel, geometry, parameters, extents)
 
 

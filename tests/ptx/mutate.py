@@ -35,8 +35,18 @@ OPERATORS = {
 }  # fmt: skip
 """What an operator between spaces becomes."""
 
-EQUIVALENT: dict[tuple[str, str], str] = {}
-"""Why a survivor changes nothing: by (line of source, edit)."""
+EQUIVALENT: dict[str, str] = {
+    "for (int level = 0; level <= (int)sizeof...(Scales); ++level) {": (
+        "the level after the last has the scale 0, which changes neither y nor the residual"
+    ),
+    "sum.worst = a.worst >= b.worst || a.worst != a.worst ? a.worst : b.worst;": (
+        "equal magnitudes are the same number"
+    ),
+    "total = sign == 0 ? y : sign >= 0 ? plus(y, scale) : minus(y, scale)": (
+        "a sign of 0 is dealt with before"
+    ),
+}
+"""Why a survivor changes nothing, by the line after the edit."""
 
 _SKIPPED = re.compile(
     r"//[^\n]*|/\*.*?\*/|\"(?:[^\"\\]|\\.)*\"|^[ \t]*#(?!define)[^\n]*|\btemplate\s*<[^{;]*?>(?=\s)",  # noqa: E501
@@ -67,8 +77,16 @@ class Mutant:
     @property
     def line(self) -> str:
         """The line that is edited."""
+        return self._line(self.text)
+
+    @property
+    def edited(self) -> str:
+        """The line after the edit."""
+        return self._line(self.mutated)
+
+    def _line(self, text: str) -> str:
         first = self.text.rfind("\n", 0, self.start) + 1
-        return self.text[first:].partition("\n")[0].strip()
+        return text[first:].partition("\n")[0].strip()
 
     @property
     def edit(self) -> str:
@@ -77,7 +95,7 @@ class Mutant:
 
     def __str__(self) -> str:
         number = self.text.count("\n", 0, self.start) + 1
-        return f"{self.unit}:{number}: {self.edit}    {self.line}"
+        return f"{self.unit}:{number}: {self.edit}: {self.edited or self.line}"
 
 
 def units() -> dict[str, str]:
@@ -247,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             killed += outcome.verdict == "killed"
             if outcome.verdict != "survived":
                 continue
-            reason = EQUIVALENT.get((mutant.line, mutant.edit))
+            reason = EQUIVALENT.get(mutant.edited)
             if outcome.code == base[selected].code:
                 reason = "compiles to the same PTX"
             print(f"survived: {mutant}\n          {reason or 'NOT EXPLAINED'}", flush=True)

@@ -12,12 +12,17 @@ which the caller allocates; the decorator checks that the two agree. Which of th
 from the type of the outputs. The last input may be variadic (``*W scales``): one kernel is built
 for each number of arguments, and in the source ``{scales}`` stands for them, each after a comma,
 and ``{count}`` for their number.
+
+Kernels that share work among threads are written out in a ``.cu`` file, as templates that `raw`
+names and a function of the arguments launches.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +45,9 @@ PREAMBLE = Path(__file__).with_name("exact.cuh").read_text(encoding="utf-8")
 """Device functions that every kernel can call; Work<T>::type is W."""
 
 
+_C_TYPES = {"int8": "signed char", "uint8": "unsigned char", "uint16": "unsigned short"}
+
+
 def source(module_file: str) -> str:
     """The CUDA source beside a module: the ``.cu`` file of the same stem."""
     return Path(module_file).with_suffix(".cu").read_text(encoding="utf-8")
@@ -54,7 +62,8 @@ class Primitive:
         The function's name; the kernel is called ``cubin_<name>``.
     inputs, outputs : tuple of (type, name)
         The kernel's parameters. A type is a dtype's name or a letter that stands for one; it
-        starts with ``raw`` if the kernel indexes the array itself, with ``*`` if it is variadic.
+        starts with ``raw`` if the kernel indexes the array itself, with ``*`` if it is variadic,
+        with ``static`` if the kernel is compiled for its value.
     types : tuple of mapping
         The dtypes which the letters take in use: what the tests compile and execute.
     """
@@ -223,6 +232,74 @@ class Reduction(Primitive):
         kernel(*inputs, *outputs, axis=outputs[0].ndim - 1, keepdims=True)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a raw kernel runs.
+
+    Attributes
+    ----------
+    template : tuple
+        Its template arguments, as C++ writes them.
+    grid, block : int
+        Blocks, and threads in each.
+    arguments : tuple
+        Arrays, and NumPy scalars of exactly the parameters' types.
+    """
+
+    template: tuple[Any, ...]
+    grid: int
+    block: int
+    arguments: tuple[Any, ...]
+
+
+class Raw(Primitive):
+    """A primitive whose kernel is a template that says what every thread does.
+
+    Its first parameters are pointers to the declared inputs and outputs, in order and but for the
+    static ones; the rest is up to `launch`, which gets the arguments of a call, outputs last.
+    """
+
+    def __init__(self, *arguments: Any, code: str, launch: Callable[..., Launch]) -> None:
+        self.code = code
+        self.launch = launch
+        super().__init__(*arguments)
+        self._modules: dict[tuple[Any, tuple[Any, ...]], Any] = {}
+
+    @property
+    def source(self) -> str:
+        """All that is compiled."""
+        return f"#include <cupy/float16.cuh>\n{self.preamble}\n{self.code}"
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        kept = [pair for pair in self.inputs if not pair[0].startswith("static ")]
+        pointers = [f"const {_C_TYPES.get(kind, kind)}* {name}" for kind, name in kept]
+        pointers += [f"{_C_TYPES.get(kind, kind)}* {name}" for kind, name in self.outputs]
+        found = re.search(rf"\b{self.kernel_name}\s*\(([^)]*)\)", self.code)
+        written = found[1].split(",") if found else []
+        if [" ".join(text.split()) for text in written[: len(pointers)]] != pointers:
+            raise TypeError(f"the parameters of {self.kernel_name} must start with {pointers}")
+
+    def instance(self, template: tuple[Any, ...]) -> Any:
+        """CuPy's kernel for these template arguments, built when first asked for."""
+        module = arrays.cupy()
+        key = (module, template)
+        if key not in self._modules:
+            name = self.name_of(template)
+            built = module.RawModule(code=self.source, name_expressions=(name,))
+            self._modules[key] = built.get_function(name)
+        return self._modules[key]
+
+    def name_of(self, template: tuple[Any, ...]) -> str:
+        """The kernel with these template arguments, as C++ writes it."""
+        return f"{self.kernel_name}<{', '.join(map(str, template))}>"
+
+    def _launch(self, inputs: tuple[Array, ...], outputs: list[Array]) -> None:
+        launch = self.launch(*inputs, *outputs)
+        kernel = self.instance(launch.template)
+        kernel((launch.grid,), (launch.block,), launch.arguments)
+
+
 def elementwise(
     inputs: str,
     outputs: str,
@@ -261,6 +338,23 @@ def reduction(
             function, inputs, outputs, types, preamble, map=map, reduce=reduce,
             post_map=post_map, identity=identity, reduce_type=reduce_type,
         )  # fmt: skip
+
+    return decorate
+
+
+def raw(
+    inputs: str,
+    outputs: str,
+    *,
+    code: str,
+    launch: Callable[..., Launch],
+    types: Sequence[Mapping[str, str]],
+    preamble: str = "",
+) -> Callable[[Callable[..., None]], Raw]:
+    """Make a function a primitive whose kernel is the template ``cubin_<function>`` in `code`."""
+
+    def decorate(function: Callable[..., None]) -> Raw:
+        return Raw(function, inputs, outputs, types, preamble, code=code, launch=launch)
 
     return decorate
 

@@ -1,0 +1,309 @@
+// Greedy levels of whole rows in one launch: a team of threads reads a row into registers, finds
+// all its levels there and writes the result. A thread holds E elements, moved N at a time.
+
+// N items of T, moved by one access.
+template<class T, int N> struct alignas(N * sizeof(T)) Pack { T item[N]; };
+
+// ---------------------------------------------------------------- teams: who shares a row
+
+// A sum of magnitudes and their number.
+struct Sum {
+  double total;
+  int count;
+};
+
+// The sum over WIDTH neighbouring lanes, the same in all of them.
+template<int WIDTH>
+__device__ Sum sum_of_lanes(Sum sum) {
+#pragma unroll
+  for (int step = WIDTH / 2; step; step /= 2) {
+    sum.total += __shfl_xor_sync(~0u, sum.total, step);
+    sum.count += __shfl_xor_sync(~0u, sum.count, step);
+  }
+  return sum;
+}
+
+// LANES threads of a warp. The lanes of a warp stay together whatever their rows need.
+template<int LANES> struct Tile {
+  static constexpr int MOST_THREADS = 256;
+  static __device__ int size() { return LANES; }
+  static __device__ int rank() { return threadIdx.x % LANES; }
+  static __device__ long long row() {
+    return (long long)blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
+  }
+  static __device__ Sum sum(Sum own, int) { return sum_of_lanes<LANES>(own); }
+  static __device__ bool any(bool yes) { return __any_sync(~0u, yes); }
+};
+
+// All threads of a block.
+struct Block {
+  static constexpr int MOST_THREADS = 1024;
+  static __device__ int size() { return blockDim.x; }
+  static __device__ int rank() { return threadIdx.x; }
+  static __device__ long long row() { return blockIdx.x; }
+  // Two buffers take turns: nobody writes one before the barrier after everybody's reading it.
+  static __device__ Sum sum(Sum own, int turn) {
+    __shared__ Sum of_warps[2][32];
+    const int lane = threadIdx.x % 32;
+    own = sum_of_lanes<32>(own);
+    if (lane == 0) of_warps[turn % 2][threadIdx.x / 32] = own;
+    __syncthreads();
+    own = lane < blockDim.x / 32 ? of_warps[turn % 2][lane] : Sum{0, 0};
+    return sum_of_lanes<32>(own);
+  }
+  static __device__ bool any(bool yes) { return yes; }  // the same in all threads
+};
+
+// ---------------------------------------------------------------- elements and their bits
+
+// Keeps the compiler from carrying what it computed from `value` beyond this point.
+__device__ __forceinline__ void forget(unsigned int& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void forget(int& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void forget(float& value) { asm volatile("" : "+f"(value)); }
+__device__ __forceinline__ void forget(double& value) { asm volatile("" : "+d"(value)); }
+
+// Where in its row a team's thread `rank` has its pack number `pack`.
+template<class Team, int N>
+__device__ int place(int pack, int rank) { return (pack * Team::size() + rank) * N; }
+
+template<class Team, int N, int E, class T, class W>
+__device__ void load(const T* row, int length, W (&x)[E]) {
+  const int rank = Team::rank();
+  Pack<T, N> packs[E / N];
+#pragma unroll
+  for (int pack = 0; pack < E / N; ++pack) {
+    const int at = place<Team, N>(pack, rank);
+    if (at < length) packs[pack] = *reinterpret_cast<const Pack<T, N>*>(row + at);
+    else packs[pack] = {};
+  }
+#pragma unroll
+  for (int e = 0; e < E; ++e) x[e] = W(packs[e / N].item[e % N]);
+}
+
+// Every element has all levels; this thread holds the first `packs` of its packs of N.
+template<int N> struct Full {
+  static constexpr bool WHOLE_PACKS = true;
+  int packs, length;
+  template<class Team, int>
+  __device__ void load(const unsigned char*, int of_row) {
+    length = of_row;
+    packs = (length / N - Team::rank() + Team::size() - 1) / Team::size();
+  }
+  __device__ void forget_levels() { forget(packs); }
+  __device__ bool hot(int e, int) const { return e / N < packs; }
+  __device__ bool coded(int, int) const { return true; }
+  __device__ int count(int) const { return 0; }
+  __device__ int total(Sum) const { return length; }
+};
+
+// The bits of each element, four to a word, at most 16 each; 0 beyond the row's end.
+template<int E> struct Map {
+  static constexpr bool WHOLE_PACKS = false;
+  unsigned int word[E / 4];
+  template<class Team, int N>
+  __device__ void load(const unsigned char* row, int length) {
+    unsigned int bits[E];
+    ::load<Team, N>(row, length, bits);
+#pragma unroll
+    for (int w = 0; w < E / 4; ++w)
+      word[w] = __vminu4(0x10101010u,
+          bits[4 * w] | bits[4 * w + 1] << 8 | bits[4 * w + 2] << 16 | bits[4 * w + 3] << 24);
+  }
+  __device__ void forget_levels() {
+#pragma unroll
+    for (int w = 0; w < E / 4; ++w) forget(word[w]);
+  }
+  // The top bit of each byte is set where the level is not below the element's bits.
+  __device__ unsigned int cold(int w, int level) const {
+    return 0x80808080u + 0x01010101u * level - word[w];
+  }
+  __device__ bool hot(int e, int level) const {
+    return !(cold(e / 4, level) >> 8 * (e % 4) & 0x80u);
+  }
+  __device__ bool coded(int e, int level) const { return hot(e, level); }
+  __device__ int count(int level) const {
+    int count = 0;
+#pragma unroll
+    for (int w = 0; w < E / 4; ++w) count += __popc(~cold(w, level) & 0x80808080u);
+    return count;
+  }
+  __device__ int total(Sum sum) const { return sum.count; }
+};
+
+// ---------------------------------------------------------------- levels
+
+__device__ __forceinline__ float magnitude_of(float a) {
+  float m;
+  asm("abs.f32 %0, %1;" : "=f"(m) : "f"(a));
+  return m;
+}
+__device__ __forceinline__ double magnitude_of(double a) { return fabs(a); }
+
+// The sum of a thread's hot magnitudes after LEVEL levels. Peeling one moves |r| to ||r| - scale|.
+// GROUP magnitudes are added in W, the groups in double: two equal numbers, or one and a 0, add up
+// without rounding, and so do whole packs of four, so the mean of equal numbers is exact.
+template<int LEVEL, int N, class W, int E, int LEVELS, class Bits>
+__device__ double sum_after(const W (&x)[E], const Bits& bits, const W (&scale)[LEVELS]) {
+  constexpr bool WHOLE = Bits::WHOLE_PACKS && N > 1;
+  constexpr int GROUP = WHOLE ? 4 : 2;
+  double total = 0;
+#pragma unroll
+  for (int e = 0; e < E; e += GROUP) {
+    W m[GROUP];
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+      m[g] = magnitude_of(x[e + g]);
+#pragma unroll
+      for (int i = 0; i < LEVEL; ++i) m[g] = magnitude_of(minus(m[g], scale[i]));
+      if (!(WHOLE && N >= GROUP) && !bits.hot(e + g, LEVEL)) m[g] = 0;
+    }
+#pragma unroll
+    for (int step = 1; step < GROUP; step *= 2)
+#pragma unroll
+      for (int g = 0; g < GROUP; g += 2 * step) m[g] = plus(m[g], m[g + step]);
+    if (!(WHOLE && N >= GROUP) || bits.hot(e, LEVEL)) total += to_double(m[0]);
+  }
+  return total;
+}
+
+// The same with every sum in double: a sum of floats near the largest overflows in W.
+template<class W, int E, int LEVELS, class Bits>
+__device__ double wide_sum_after(
+    int level, const W (&x)[E], const Bits& bits, const W (&scale)[LEVELS]) {
+  double total = 0;
+#pragma unroll
+  for (int e = 0; e < E; ++e) {
+    W m = magnitude_of(x[e]);
+#pragma unroll
+    for (int i = 0; i < LEVELS - 1; ++i)
+      if (i < level) m = magnitude_of(minus(m, scale[i]));
+    if (bits.hot(e, level)) total += to_double(m);
+  }
+  return total;
+}
+
+// The sum after `level` levels, LEVEL of them or more.
+template<int LEVEL, int N, class W, int E, int LEVELS, class Bits>
+__device__ double sum_of_thread(
+    int level, const W (&x)[E], const Bits& bits, const W (&scale)[LEVELS]) {
+  if constexpr (LEVEL + 1 < LEVELS)
+    if (level > LEVEL) return sum_of_thread<LEVEL + 1, N>(level, x, bits, scale);
+  return sum_after<LEVEL, N>(x, bits, scale);
+}
+
+// Finds the scales of a team's row; returns how many levels have any element. Every level starts
+// from x again: a compiler that keeps what it has for the next one runs out of registers.
+template<class Team, int N, class W, int E, int LEVELS, class Bits>
+__device__ int fit(W (&x)[E], Bits& bits, W (&scale)[LEVELS]) {
+#pragma unroll
+  for (int i = 0; i < LEVELS; ++i) scale[i] = 0;
+  double total = sum_after<0, N>(x, bits, scale);
+#pragma unroll 1
+  for (int level = 0;;) {
+    if (!(total < 1e300 * 1e300)) total = wide_sum_after(level, x, bits, scale);
+    const Sum sum = Team::sum(Sum{total, bits.count(level)}, level);
+    const int count = bits.total(sum);
+    if (!Bits::WHOLE_PACKS && !Team::any(count)) return level;
+    const W mean = count ? from_double<W>(sum.total / count) : W(0);
+#pragma unroll
+    for (int i = 0; i < LEVELS; ++i)
+      if (i == level) scale[i] = mean;
+    bits.forget_levels();
+#pragma unroll
+    for (int e = 0; e < E; ++e) forget(x[e]);
+    if (++level == LEVELS) return LEVELS;
+    total = sum_of_thread<LEVELS == 1 ? 0 : 1, N>(level, x, bits, scale);
+  }
+}
+
+// m where r > 0, else -m, given m >= 0 and n = 0 - r, which is never -0.
+__device__ __forceinline__ float signed_like(float m, float n) {
+  return __int_as_float(__float_as_int(m) ^ 0x80000000 ^ (__float_as_int(n) & 0x80000000));
+}
+__device__ __forceinline__ double signed_like(double m, double n) {
+  return __hiloint2double(
+      __double2hiint(m) ^ 0x80000000 ^ (__double2hiint(n) & 0x80000000), __double2loint(m));
+}
+
+template<int N, int E, bool MAP> struct BitsOf { typedef Full<N> type; };
+template<int N, int E> struct BitsOf<N, E, true> { typedef Map<E> type; };
+
+// ---------------------------------------------------------------- kernels
+
+template<class Team, class T, int N, int E, int LEVELS, bool MAP>
+__global__ void __launch_bounds__(Team::MOST_THREADS) cubin_approximate_rows(
+    const T* x, const unsigned char* bits, T* y,
+    long long rows, int length, long long x_step, long long bits_step, long long y_step) {
+  typedef typename Work<T>::type W;
+  const long long row = Team::row();
+  const int own = row < rows ? length : 0;
+  W values[E];
+  load<Team, N>(x + row * x_step, own, values);
+  typename BitsOf<N, E, MAP>::type map;
+  map.template load<Team, N>(bits + row * bits_step, own);
+  W scale[LEVELS];
+  const int levels = fit<Team, N>(values, map, scale);
+  int rank = Team::rank();
+  forget(rank);
+#pragma unroll
+  for (int pack = 0; pack < E / N; ++pack) {
+    const int at = place<Team, N>(pack, rank);
+    if (at >= own) break;
+    Pack<T, N> result;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int e = pack * N + j;
+      W n = minus(W(0), values[e]), sum = 0;
+#pragma unroll
+      for (int level = 0; level < LEVELS; ++level) {
+        if (level >= levels) break;
+        if (map.coded(e, level)) sum = plus(sum, signed_like(W(T(scale[level])), n));
+        n = plus(n, signed_like(scale[level], n));
+      }
+      result.item[j] = T(sum);
+    }
+    *reinterpret_cast<Pack<T, N>*>(y + row * y_step + at) = result;
+  }
+}
+
+// Scales lie level by level; bit i of a code is set where level i of the element has the sign +1.
+template<class Team, class T, int N, int E, int LEVELS, bool MAP, class W = typename Work<T>::type>
+__global__ void __launch_bounds__(Team::MOST_THREADS) cubin_encode_rows(
+    const T* x, const unsigned char* bits, W* scales, unsigned short* code,
+    long long rows, int length, long long x_step, long long bits_step, long long code_step) {
+  const long long row = Team::row();
+  const int own = row < rows ? length : 0;
+  W values[E];
+  load<Team, N>(x + row * x_step, own, values);
+  typename BitsOf<N, E, MAP>::type map;
+  map.template load<Team, N>(bits + row * bits_step, own);
+  W scale[LEVELS];
+  const int levels = fit<Team, N>(values, map, scale);
+  int rank = Team::rank();
+  forget(rank);
+  if (own && rank == 0) {
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) scales[level * rows + row] = scale[level];
+  }
+#pragma unroll
+  for (int pack = 0; pack < E / N; ++pack) {
+    const int at = place<Team, N>(pack, rank);
+    if (at >= own) break;
+    Pack<unsigned short, N> result;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int e = pack * N + j;
+      W r = values[e];
+      unsigned int word = 0;
+#pragma unroll
+      for (int level = 0; level < LEVELS; ++level) {
+        if (level >= levels) break;
+        const bool up = positive(r);
+        if (up && map.coded(e, level)) word |= 1u << level;
+        r = up ? minus(r, scale[level]) : plus(r, scale[level]);
+      }
+      result.item[j] = word;
+    }
+    *reinterpret_cast<Pack<unsigned short, N>*>(code + row * code_step + at) = result;
+  }
+}

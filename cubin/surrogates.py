@@ -1,4 +1,4 @@
-"""Surrogate gradients: what stands in for the derivative of the sign, which is 0 wherever it exists.
+"""Surrogate gradients: what stands in for the derivative of the sign, 0 wherever it exists.
 
 A surrogate of the sign is a slope, a function of each element that the incoming gradient is
 multiplied by. `surrogate` makes one of a NumPy expression and the same expression in CUDA, and
@@ -165,7 +165,8 @@ def approx_sign(v: np.ndarray) -> Any:
 
 
 @surrogate(
-    "beta * (2 - beta * absolute(v) * tanh(beta * absolute(v) / 2)) / (1 + cosh(beta * absolute(v)))"
+    "beta * (2 - beta * absolute(v) * tanh(beta * absolute(v) / 2))"
+    " / (1 + cosh(beta * absolute(v)))"
 )
 def swish_sign(v: np.ndarray, beta: Any = 5.0) -> Any:
     """The derivative of the sign-swish function, which overshoots the sign before it meets it.
@@ -173,8 +174,8 @@ def swish_sign(v: np.ndarray, beta: Any = 5.0) -> Any:
     .. math:: y = \\operatorname{sign}(x), \\qquad
         g_x = \\beta \\, \\frac{2 - \\beta x \\tanh(\\beta x / 2)}{1 + \\cosh(\\beta x)} \\, g_y,
 
-    the derivative of :math:`2 \\sigma(\\beta x) (1 + \\beta x (1 - \\sigma(\\beta x))) - 1` with the
-    logistic function :math:`\\sigma`. It is negative where :math:`\\beta |x| > 2.4`.
+    the derivative of :math:`2 \\sigma(\\beta x) (1 + \\beta x (1 - \\sigma(\\beta x))) - 1` with
+    the logistic function :math:`\\sigma`. It is negative where :math:`\\beta |x| > 2.4`.
 
     Parameters
     ----------

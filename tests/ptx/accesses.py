@@ -74,7 +74,7 @@ class Accesses(Operands):
             base = self.read(operand.base, "u32", what)
         else:
             base = self.read(operand.base, "u64", what)
-        return lambda b, s: base(b, s).astype(np.int64) + offset  # type: ignore[operator]
+        return lambda b, s: base(b, s).astype(np.int64) + offset
 
     def _space(self, what: Instruction) -> str:
         for part in what.opcode:
@@ -259,8 +259,8 @@ class Accesses(Operands):
         def load(b: Batch, s: Selection) -> Array:
             where = address(b, s)
             if space in ("shared", "local", "param"):
-                return own[space](b, s, where)  # type: ignore[arg-type]
-            return _by_window(b, s, where, own, (many, wanted))  # type: ignore[arg-type]
+                return own[space](b, s, where)
+            return _by_window(b, s, where, own, (many, wanted))
 
         return load
 
@@ -353,16 +353,16 @@ class Accesses(Operands):
             lanes = b.lanes(s)
             values = np.stack([np.broadcast_to(r(b, s), lanes.shape) for r in reads], axis=1)
             if space in ("shared", "local"):
-                own[space](b, s, where, values)  # type: ignore[arg-type]
+                own[space](b, s, where, values)
                 return
-            window = where >> 56  # type: ignore[operator]
+            window = where >> 56
             if (window == window[0]).all():
                 name = _NAMES[int(window[0])]
-                own[name](b, s, where & _INSIDE, values)  # type: ignore[operator]
+                own[name](b, s, where & _INSIDE, values)
                 return
             for one in np.unique(window):
                 mine = np.flatnonzero(window == one)
-                own[_NAMES[int(one)]](b, lanes[mine], where[mine] & _INSIDE, values[mine])  # type: ignore[operator]
+                own[_NAMES[int(one)]](b, lanes[mine], where[mine] & _INSIDE, values[mine])
 
         return step
 
@@ -405,8 +405,8 @@ class Accesses(Operands):
             lanes = b.lanes(s)
             where = np.broadcast_to(address(b, s), lanes.shape)
             values = [np.broadcast_to(r(b, s), lanes.shape) for r in reads]
-            if space == "shared" or (space == "generic" and (where >> 56 == SHARED >> 56).all()):  # type: ignore[operator]
-                where = where & _INSIDE  # type: ignore[operator]
+            if space == "shared" or (space == "generic" and (where >> 56 == SHARED >> 56).all()):
+                where = where & _INSIDE
                 b.check_layout("shared", where, size, s, what)
                 at, now, shadow = b.shared_cells(where, size, s)
                 fresh = shadow.writer[at] < 0

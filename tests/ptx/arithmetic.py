@@ -44,7 +44,7 @@ def canonical(x: Array) -> Array:
     """The NaN that the hardware writes."""
     if x.dtype == np.float64:
         return x
-    nan = np.isnan(x)  # type: ignore[call-overload]
+    nan = np.isnan(x)
     return np.where(nan, _NAN_32 if x.dtype == np.float32 else _NAN_16, x) if nan.any() else x
 
 
@@ -100,12 +100,12 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def _minimum(a: Array, b: Array) -> Array:
-    result = np.fmin(a, b)  # type: ignore[call-overload]
+    result = np.fmin(a, b)
     return _order_zeros(a, b, result, np.bitwise_or)
 
 
 def _maximum(a: Array, b: Array) -> Array:
-    result = np.fmax(a, b)  # type: ignore[call-overload]
+    result = np.fmax(a, b)
     return _order_zeros(a, b, result, np.bitwise_and)
 
 
@@ -120,14 +120,14 @@ def _order_zeros(a: Array, b: Array, result: Array, join: np.ufunc) -> Array:
 
 def _shift_left(a: Array, count: Array) -> Array:
     width = a.dtype.itemsize * 8
-    shifted = a << (count & (width - 1)).astype(a.dtype)  # type: ignore[operator]
+    shifted = a << (count & (width - 1)).astype(a.dtype)
     return np.where(count < width, shifted, a.dtype.type(0))
 
 
 def _shift_right(a: Array, count: Array) -> Array:
     width = a.dtype.itemsize * 8
-    fill = (a >> a.dtype.type(width - 1)) if a.dtype.kind == "i" else a.dtype.type(0)  # type: ignore[operator]
-    return np.where(count < width, a >> (count & (width - 1)).astype(a.dtype), fill)  # type: ignore[operator]
+    fill = (a >> a.dtype.type(width - 1)) if a.dtype.kind == "i" else a.dtype.type(0)
+    return np.where(count < width, a >> (count & (width - 1)).astype(a.dtype), fill)
 
 
 def _divide(a: Array, b: Array) -> Array:
@@ -135,19 +135,19 @@ def _divide(a: Array, b: Array) -> Array:
     zero = b == 0
     safe = np.where(zero, b.dtype.type(1), b)
     if a.dtype.kind == "u":
-        result = a // safe  # type: ignore[operator]
+        result = a // safe
     else:
         result = _magnitude(a) // _magnitude(safe)
-        result = np.where((a < 0) != (safe < 0), 0 - result, result).astype(a.dtype)  # type: ignore[operator]
+        result = np.where((a < 0) != (safe < 0), 0 - result, result).astype(a.dtype)
     return np.where(zero, np.array(-1).astype(a.dtype), result)
 
 
 def _magnitude(a: Array) -> Array:
-    return np.where(a < 0, 0 - a, a).view(np.dtype(f"u{a.dtype.itemsize}"))  # type: ignore[operator]
+    return np.where(a < 0, 0 - a, a).view(np.dtype(f"u{a.dtype.itemsize}"))
 
 
 def _remainder(a: Array, b: Array) -> Array:
-    return np.where(b == 0, a, a - _divide(a, b) * b)  # type: ignore[operator]
+    return np.where(b == 0, a, a - _divide(a, b) * b)
 
 
 def wide(a: Array, b: Array) -> Array:
@@ -158,7 +158,7 @@ def wide(a: Array, b: Array) -> Array:
 
 def _high_product(a: Array, b: Array) -> Array:
     if a.dtype.itemsize < 8:
-        return (wide(a, b) >> (8 * a.dtype.itemsize)).astype(a.dtype)  # type: ignore[operator]
+        return (wide(a, b) >> (8 * a.dtype.itemsize)).astype(a.dtype)
     x, y = a.astype(np.uint64), b.astype(np.uint64)
     half, mask = np.uint64(32), np.uint64(0xFFFFFFFF)
     x1, x0, y1, y0 = x >> half, x & mask, y >> half, y & mask
@@ -174,8 +174,8 @@ def bit_length(a: Array) -> NDArray[np.uint32]:
     """Bits needed for an unsigned integer."""
     if a.dtype.itemsize < 8:
         return np.frexp(a.astype(np.float64))[1].astype(np.uint32)
-    high = (a >> np.uint64(32)).astype(np.float64)  # type: ignore[operator]
-    low = (a & np.uint64(0xFFFFFFFF)).astype(np.float64)  # type: ignore[operator]
+    high = (a >> np.uint64(32)).astype(np.float64)
+    low = (a & np.uint64(0xFFFFFFFF)).astype(np.float64)
     return np.where(high > 0, np.frexp(high)[1] + 32, np.frexp(low)[1]).astype(np.uint32)
 
 
@@ -187,7 +187,7 @@ def leading_zeros(a: Array) -> Array:
 def highest_bit(a: Array, shift_amount: bool) -> Array:
     """``bfind``: the place of the most significant bit that is not a sign bit."""
     kind = np.dtype(f"u{a.dtype.itemsize}")
-    value = np.where(a < 0, ~a, a).view(kind) if a.dtype.kind == "i" else a.view(kind)  # type: ignore[operator]
+    value = np.where(a < 0, ~a, a).view(kind) if a.dtype.kind == "i" else a.view(kind)
     place = bit_length(value).astype(np.int64) - 1
     if shift_amount:
         place = np.where(place >= 0, a.dtype.itemsize * 8 - 1 - place, place)
@@ -224,7 +224,7 @@ def insert_field(a: Array, b: Array, position: Array, length: Array) -> Array:
     count = (length & 0xFF).astype(np.int64)
     mask = np.where(count < 64, _shift_left(np.ones(1, np.uint64), count) - 1, np.uint64(2**64 - 1))
     mask = _shift_left(mask, start)
-    return (b & ~mask | _shift_left(a.astype(np.uint64), start) & mask).astype(b.dtype)  # type: ignore[operator]
+    return (b & ~mask | _shift_left(a.astype(np.uint64), start) & mask).astype(b.dtype)
 
 
 def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
@@ -242,10 +242,10 @@ def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
 
 def funnel_shift(low: Array, high: Array, count: Array, left: bool, clamp: bool) -> Array:
     """``shf``."""
-    amount = np.minimum(count, 32) if clamp else count & 31  # type: ignore[call-overload]
+    amount = np.minimum(count, 32) if clamp else count & 31
     both = high.astype(np.uint64) << np.uint64(32) | low.astype(np.uint64)
     if left:
-        return (_shift_left(both, amount) >> np.uint64(32)).astype(np.uint32)  # type: ignore[operator]
+        return (_shift_left(both, amount) >> np.uint64(32)).astype(np.uint32)
     return _shift_right(both, amount).astype(np.uint32)
 
 
@@ -254,10 +254,7 @@ def logic3(a: Array, b: Array, c: Array, table: int) -> Array:
     result = np.zeros(1, a.dtype)
     for row in range(8):
         if table >> row & 1:
-            terms = (
-                v if row >> bit & 1 else ~v  # type: ignore[operator]
-                for v, bit in ((a, 2), (b, 1), (c, 0))
-            )
+            terms = (v if row >> bit & 1 else ~v for v, bit in ((a, 2), (b, 1), (c, 0)))
             x, y, z = terms
             result = result | (x & y & z)
     return result
@@ -308,42 +305,42 @@ def dot_bytes(a: Array, b: Array, c: Array) -> Array:
 
 
 _BINARY: dict[str, Operation] = {
-    "add": lambda a, b: a + b,  # type: ignore[operator]
-    "sub": lambda a, b: a - b,  # type: ignore[operator]
-    "and": lambda a, b: a & b,  # type: ignore[operator]
-    "or": lambda a, b: a | b,  # type: ignore[operator]
-    "xor": lambda a, b: a ^ b,  # type: ignore[operator]
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
 }
 _INTEGER: dict[str, Operation] = {
     **_BINARY,
-    "min": lambda a, b: np.minimum(a, b),  # type: ignore[call-overload]
-    "max": lambda a, b: np.maximum(a, b),  # type: ignore[call-overload]
+    "min": lambda a, b: np.minimum(a, b),
+    "max": lambda a, b: np.maximum(a, b),
     "div": _divide,
     "rem": _remainder,
     "shl": _shift_left,
     "shr": _shift_right,
-    "abs": lambda a: np.where(a < 0, 0 - a, a),  # type: ignore[operator]
-    "neg": lambda a: 0 - a,  # type: ignore[operator]
-    "not": lambda a: ~a,  # type: ignore[operator]
+    "abs": lambda a: np.where(a < 0, 0 - a, a),
+    "neg": lambda a: 0 - a,
+    "not": lambda a: ~a,
     "cnot": lambda a: (a == 0).astype(a.dtype),
-    "popc": lambda a: np.bitwise_count(a).astype(np.uint32),  # type: ignore[call-overload]
+    "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
     "clz": leading_zeros,
     "brev": reverse_bits,
     "bfe": extract_field,
     "bfi": insert_field,
-    "sad": lambda a, b, c: c + np.where(a < b, b - a, a - b),  # type: ignore[operator]
+    "sad": lambda a, b, c: c + np.where(a < b, b - a, a - b),
 }
 _FLOAT: dict[str, Operation] = {
-    "add": lambda a, b: a + b,  # type: ignore[operator]
-    "sub": lambda a, b: a - b,  # type: ignore[operator]
-    "mul": lambda a, b: a * b,  # type: ignore[operator]
-    "div": lambda a, b: a / b,  # type: ignore[operator]
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
     "fma": fma,
     "mad": fma,
     "min": _minimum,
     "max": _maximum,
-    "sqrt": lambda a: np.sqrt(a),  # type: ignore[call-overload]
-    "rcp": lambda a: 1 / a,  # type: ignore[operator]
+    "sqrt": lambda a: np.sqrt(a),
+    "rcp": lambda a: 1 / a,
     "rsqrt": _approximate(lambda a: 1 / np.sqrt(a)),
     "ex2": _approximate(np.exp2),
     "lg2": _approximate(np.log2),
@@ -352,8 +349,8 @@ _FLOAT: dict[str, Operation] = {
     "tanh": _approximate(np.tanh),
 }
 _SIGN: dict[str, Operation] = {
-    "abs": lambda a: np.abs(a),  # type: ignore[call-overload]
-    "neg": lambda a: -a,  # type: ignore[operator]
+    "abs": lambda a: np.abs(a),
+    "neg": lambda a: -a,
 }
 _MODIFIERS = {"rn", "ftz", "approx", "full", "sat", "NaN", "lo", "hi", "wide", "relu"}
 
@@ -402,11 +399,9 @@ def _float_operation(name: str, flags: set[str], kind: str) -> Operation | None:
         values = [flush(a) for a in arguments] if ftz else arguments
         result = function(*values)
         if "NaN" in flags:
-            result = np.where(np.isnan(values[0] + values[1]), np.nan, result).astype(  # type: ignore[operator]
-                result.dtype
-            )
+            result = np.where(np.isnan(values[0] + values[1]), np.nan, result).astype(result.dtype)
         if "sat" in flags:
-            result = np.where(result > 0, np.minimum(result, 1), 0).astype(result.dtype)  # type: ignore[call-overload]
+            result = np.where(result > 0, np.minimum(result, 1), 0).astype(result.dtype)
         if "relu" in flags:
             result = np.where(result < 0, 0, result).astype(result.dtype)
         result = canonical(result)
@@ -443,10 +438,10 @@ def _towards(value: Array, exact: Array, flags: set[str]) -> Array:
         if mode in flags:
             error = value.astype(exact.dtype)
             if mode == "rz":
-                wrong = np.abs(error) > np.abs(exact)  # type: ignore[call-overload]
+                wrong = np.abs(error) > np.abs(exact)
             else:
                 wrong = error < exact if mode == "rp" else error > exact
-            return np.where(wrong, np.nextafter(value, value.dtype.type(limit)), value)  # type: ignore[call-overload]
+            return np.where(wrong, np.nextafter(value, value.dtype.type(limit)), value)
     return value
 
 
@@ -474,7 +469,7 @@ def convert(a: Array, target: str, source: str, flags: set[str]) -> Array:
             result = _towards(result, a, flags)
         result = canonical(result)
         if "sat" in flags:
-            result = np.where(result > 0, np.minimum(result, 1), 0).astype(to)  # type: ignore[call-overload]
+            result = np.where(result > 0, np.minimum(result, 1), 0).astype(to)
         return flush(result) if target == "f32" and "ftz" in flags else result
     if source in floating:
         value = _INTEGRAL[integral or "rzi"](a.astype(np.float64))
@@ -493,7 +488,7 @@ def convert(a: Array, target: str, source: str, flags: set[str]) -> Array:
             return _towards(a.astype(to), exact, flags)
         return a.astype(to)
     if "sat" in flags:
-        limits, own = np.iinfo(to), np.iinfo(a.dtype)  # type: ignore[arg-type]
+        limits, own = np.iinfo(to), np.iinfo(a.dtype)
         low, high = max(limits.min, own.min), min(limits.max, own.max)
-        return np.clip(a, low, high).astype(to)  # type: ignore[call-overload]
+        return np.clip(a, low, high).astype(to)
     return a.astype(to)

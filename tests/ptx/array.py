@@ -175,7 +175,7 @@ class ndarray:
     def __repr__(self) -> str:
         return f"<device array {self.dtype}{self.shape}>"
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     # Views and copies
 
@@ -215,7 +215,7 @@ class ndarray:
 
     def reshape(self, *shape: Any, order: str = "C") -> ndarray:
         """A view where the strides allow one, else a copy."""
-        host = self._host.reshape(*shape, order=order)  # type: ignore[call-overload]
+        host = self._host.reshape(*shape, order=order)
         return self._view(host) if np.may_share_memory(host, self._host) else upload(host)
 
     def transpose(self, *axes: Any) -> ndarray:
@@ -240,7 +240,7 @@ class ndarray:
 
     def copy(self, order: str = "C") -> ndarray:
         """A copy."""
-        return upload(self._host.copy(order=order))  # type: ignore[call-overload]
+        return upload(self._host.copy(order=order))
 
     def astype(self, dtype: Any, copy: bool = True) -> ndarray:
         """The items converted; itself where `copy` is false and nothing changes."""
@@ -266,14 +266,14 @@ class ndarray:
     ) -> Any:
         return _through_numpy(function, inputs, options)
 
-    def _binary(function: Any, *, reverse: bool = False) -> Callable[..., ndarray]:  # type: ignore[misc]
+    def _binary(function: Any, *, reverse: bool = False) -> Callable[..., ndarray]:
         def method(self: ndarray, other: Any) -> ndarray:
             pair = (other, self) if reverse else (self, other)
             return _through_numpy(function, pair, {})
 
         return method
 
-    def _update(function: Any) -> Callable[..., ndarray]:  # type: ignore[misc]
+    def _update(function: Any) -> Callable[..., ndarray]:
         def method(self: ndarray, other: Any) -> ndarray:
             self._assign(function(self._host, _host_value(other)))
             return self
@@ -312,7 +312,7 @@ def allocate(shape: Any, dtype: Any, order: str = "C") -> ndarray:
     shape = (shape,) if isinstance(shape, int | np.integer) else tuple(int(n) for n in shape)
     kind = np.dtype(dtype)
     allocation = Allocation(int(np.prod(shape, dtype=np.int64)) * kind.itemsize, written=False)
-    return ndarray(np.ndarray(shape, kind, allocation.bytes.data, order=order), allocation)  # type: ignore[arg-type]
+    return ndarray(np.ndarray(shape, kind, allocation.bytes.data, order=order), allocation)
 
 
 def upload(values: Any) -> ndarray:

@@ -97,7 +97,7 @@ class Assembler(Accesses, Crossings):
                 high, low = (
                     arithmetic.convert(r(b, s), "f16", source, flags).view(np.uint16) for r in reads
                 )
-                write(b, s, high.astype(np.uint32) << np.uint32(16) | low)  # type: ignore[operator]
+                write(b, s, high.astype(np.uint32) << np.uint32(16) | low)
 
             return both
         if not {target, source} <= arithmetic.TYPES.keys():
@@ -114,8 +114,8 @@ class Assembler(Accesses, Crossings):
         back = "to" in what.opcode
         write, read = self.write(what.operands[0], what), self.read(what.operands[1], "u64", what)
         if back:
-            return lambda b, s: write(b, s, read(b, s) - window)  # type: ignore[operator]
-        return lambda b, s: write(b, s, read(b, s) + window)  # type: ignore[operator]
+            return lambda b, s: write(b, s, read(b, s) - window)
+        return lambda b, s: write(b, s, read(b, s) + window)
 
     def _is_variable(self, operand: Operand | None, *spaces: str) -> bool:
         return isinstance(operand, Symbol) and self.spaces.get(operand.name) in spaces
@@ -124,7 +124,7 @@ class Assembler(Accesses, Crossings):
         space = what.opcode[1].split("::")[0]
         write, read = self.write(what.operands[0], what), self.read(what.operands[1], "u64", what)
         window = np.uint64(WINDOWS.get(space, 0) >> 56)
-        return lambda b, s: write(b, s, (read(b, s) >> np.uint64(56)) == window)  # type: ignore[operator]
+        return lambda b, s: write(b, s, (read(b, s) >> np.uint64(56)) == window)
 
     def do_setp(self, what: Instruction) -> Step:
         kind, compare = what.opcode[-1], what.opcode[1]
@@ -215,14 +215,14 @@ class Assembler(Accesses, Crossings):
         kind = what.opcode[-1]
         sign, size = (self.read(o, kind, what) for o in what.operands[1:])
         write = self.write(what.operands[0], what)
-        return lambda b, s: write(b, s, np.copysign(size(b, s), sign(b, s)))  # type: ignore[call-overload]
+        return lambda b, s: write(b, s, np.copysign(size(b, s), sign(b, s)))
 
     def do_testp(self, what: Instruction) -> Step:
         tests: dict[str, Callable[[Array], Flags]] = {
             "finite": np.isfinite,
             "infinite": np.isinf,
             "notanumber": np.isnan,
-            "number": lambda a: ~np.isnan(a),  # type: ignore[call-overload]
+            "number": lambda a: ~np.isnan(a),
         }
         _, test, kind = what.opcode
         if test not in tests:

@@ -245,7 +245,7 @@ class Batch:
 
     def _take(self, place: int) -> Selection:
         parts = self.ready.pop(place)
-        lanes = parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))
+        lanes = parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts), kind="stable")
         return None if len(lanes) == self.size else lanes
 
     def leave(self, chosen: Selection) -> None:

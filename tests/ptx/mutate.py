@@ -179,7 +179,7 @@ def try_out(mutant: Mutant | None, quick: Sequence[str], full: Sequence[str]) ->
 
     def watch(*arguments: object, **options: object) -> compiler.Compiled:
         try:
-            compiled = plain(*arguments, **options)  # type: ignore[arg-type]
+            compiled = plain(*arguments, **options)
         except compiler.CompileError as error:
             invalid.append(error)
             raise

@@ -121,7 +121,7 @@ class Operands:
                 narrow = bits_of(wanted.itemsize)
                 return lambda b, s: b.get(operand, s).astype(narrow).view(wanted)
             case Negated(register=register):
-                return lambda b, s: ~b.get(register, s)  # type: ignore[operator]
+                return lambda b, s: ~b.get(register, s)
             case Immediate():
                 constant = _constant(operand, wanted)
                 return lambda b, s: constant

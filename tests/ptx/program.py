@@ -494,11 +494,11 @@ def _inline(caller: Function, call: Instruction, callee: Function) -> None:
             case Symbol():
                 return Symbol(symbols.get(operand.name, operand.name))
             case Address():
-                return Address(rename(operand.base), operand.offset)  # type: ignore[arg-type]
+                return Address(rename(operand.base), operand.offset)
             case Vector():
                 return Vector(tuple(rename(item) for item in operand.items))
             case Pair():
-                return Pair(rename(operand.first), rename(operand.second))  # type: ignore[arg-type]
+                return Pair(rename(operand.first), rename(operand.second))
             case Negated():
                 return Negated(caller.registers[base + operand.register.index])
         return operand

@@ -1,8 +1,8 @@
 // Greedy levels of whole rows in one launch: a team of threads reads a row into registers, finds
-// all its levels there and writes the result. A thread holds E elements, moved N at a time.
+// all its levels there and writes the result. A thread holds E elements in packs of N neighbours,
+// which accesses of A elements move. Sums do not depend on A: it is as wide as addresses allow.
 
-// N items of T, moved by one access.
-template<class T, int N> struct alignas(N * sizeof(T)) Pack { T item[N]; };
+template<class T, int N, int A> struct alignas(A * sizeof(T)) Pack { T item[N]; };
 
 // ---------------------------------------------------------------- teams: who shares a row
 
@@ -66,14 +66,14 @@ __device__ __forceinline__ void forget(double& value) { asm volatile("" : "+d"(v
 template<class Team, int N>
 __device__ int place(int pack, int rank) { return (pack * Team::size() + rank) * N; }
 
-template<class Team, int N, int E, class T, class W>
+template<class Team, int N, int A, int E, class T, class W>
 __device__ void load(const T* row, int length, W (&x)[E]) {
   const int rank = Team::rank();
-  Pack<T, N> packs[E / N];
+  Pack<T, N, A> packs[E / N];
 #pragma unroll
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
-    if (at < length) packs[pack] = *reinterpret_cast<const Pack<T, N>*>(row + at);
+    if (at < length) packs[pack] = *reinterpret_cast<const Pack<T, N, A>*>(row + at);
     else packs[pack] = {};
   }
 #pragma unroll
@@ -84,7 +84,7 @@ __device__ void load(const T* row, int length, W (&x)[E]) {
 template<int N> struct Full {
   static constexpr bool WHOLE_PACKS = true;
   int packs, length;
-  template<class Team, int>
+  template<class Team, int, int>
   __device__ void load(const unsigned char*, int of_row) {
     length = of_row;
     packs = (length / N - Team::rank() + Team::size() - 1) / Team::size();
@@ -100,10 +100,10 @@ template<int N> struct Full {
 template<int E> struct Map {
   static constexpr bool WHOLE_PACKS = false;
   unsigned int word[E / 4];
-  template<class Team, int N>
+  template<class Team, int N, int A>
   __device__ void load(const unsigned char* row, int length) {
     unsigned int bits[E];
-    ::load<Team, N>(row, length, bits);
+    ::load<Team, N, A>(row, length, bits);
 #pragma unroll
     for (int w = 0; w < E / 4; ++w)
       word[w] = __vminu4(0x10101010u,
@@ -230,7 +230,7 @@ template<int N, int E> struct BitsOf<N, E, true> { typedef Map<E> type; };
 
 // ---------------------------------------------------------------- kernels
 
-template<class Team, class T, int N, int E, int LEVELS, bool MAP>
+template<class Team, class T, int N, int A, int E, int LEVELS, bool MAP>
 __global__ void __launch_bounds__(Team::MOST_THREADS) cubin_approximate_rows(
     const T* x, const unsigned char* bits, T* y,
     long long rows, int length, long long x_step, long long bits_step, long long y_step) {
@@ -238,9 +238,9 @@ __global__ void __launch_bounds__(Team::MOST_THREADS) cubin_approximate_rows(
   const long long row = Team::row();
   const int own = row < rows ? length : 0;
   W values[E];
-  load<Team, N>(x + row * x_step, own, values);
+  load<Team, N, A>(x + row * x_step, own, values);
   typename BitsOf<N, E, MAP>::type map;
-  map.template load<Team, N>(bits + row * bits_step, own);
+  map.template load<Team, N, A>(bits + row * bits_step, own);
   W scale[LEVELS];
   const int levels = fit<Team, N>(values, map, scale);
   int rank = Team::rank();
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS) cubin_approximate_rows(
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
     if (at >= own) break;
-    Pack<T, N> result;
+    Pack<T, N, A> result;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int e = pack * N + j;
@@ -262,21 +262,21 @@ __global__ void __launch_bounds__(Team::MOST_THREADS) cubin_approximate_rows(
       }
       result.item[j] = T(sum);
     }
-    *reinterpret_cast<Pack<T, N>*>(y + row * y_step + at) = result;
+    *reinterpret_cast<Pack<T, N, A>*>(y + row * y_step + at) = result;
   }
 }
 
 // Scales lie level by level; bit i of a code is set where level i of the element has the sign +1.
-template<class Team, class T, int N, int E, int LEVELS, bool MAP, class W = typename Work<T>::type>
+template<class Team, class T, int N, int A, int E, int LEVELS, bool MAP, class W = typename Work<T>::type>
 __global__ void __launch_bounds__(Team::MOST_THREADS) cubin_encode_rows(
     const T* x, const unsigned char* bits, W* scales, unsigned short* code,
     long long rows, int length, long long x_step, long long bits_step, long long code_step) {
   const long long row = Team::row();
   const int own = row < rows ? length : 0;
   W values[E];
-  load<Team, N>(x + row * x_step, own, values);
+  load<Team, N, A>(x + row * x_step, own, values);
   typename BitsOf<N, E, MAP>::type map;
-  map.template load<Team, N>(bits + row * bits_step, own);
+  map.template load<Team, N, A>(bits + row * bits_step, own);
   W scale[LEVELS];
   const int levels = fit<Team, N>(values, map, scale);
   int rank = Team::rank();
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS) cubin_encode_rows(
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
     if (at >= own) break;
-    Pack<unsigned short, N> result;
+    Pack<unsigned short, N, A> result;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int e = pack * N + j;
@@ -304,6 +304,6 @@ __global__ void __launch_bounds__(Team::MOST_THREADS) cubin_encode_rows(
       }
       result.item[j] = word;
     }
-    *reinterpret_cast<Pack<unsigned short, N>*>(code + row * code_step + at) = result;
+    *reinterpret_cast<Pack<unsigned short, N, A>*>(code + row * code_step + at) = result;
   }
 }

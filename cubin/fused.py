@@ -37,7 +37,7 @@ class Team:
     threads : int
         How many they are.
     pack, held : int
-        How many elements one access moves, and how many a thread holds.
+        How many neighbouring elements a thread takes at a time, and how many elements in all.
     """
 
     name: str
@@ -47,17 +47,20 @@ class Team:
 
 
 @functools.cache
-def team_of(length: int, dtype: np.dtype[Any], pack: int, levels: int, mapped: bool) -> Team | None:
-    """The team for rows of this length, or None if it is too long for all of them.
+def team_of(length: int, dtype: np.dtype[Any], levels: int, mapped: bool) -> Team | None:
+    """The team for rows of this length, or None if they are empty or too long for all of them.
 
-    64 registers let 1024 threads run on a multiprocessor, and so may a block have. 32 of them hold
-    elements where accesses are 16 bytes wide and few scales need room beside them, else 16: more
+    64 registers let 1024 threads run on a multiprocessor, and so many may a block have. 32 of them
+    hold elements where packs are 16 bytes wide and few scales need room beside them, else 16: more
     would spill. Eight lanes add up in three shuffles where 32 take five, and still move whole
     sectors of memory.
     """
-    roomy = pack * dtype.itemsize == 16 and levels <= 4 and not mapped
+    pack = math.gcd(length, 16 // dtype.itemsize)
     words = arrays.work_dtype(dtype).itemsize // 4
+    roomy = pack * dtype.itemsize == 16 and levels <= 4 and not mapped
     most, least = (32 if roomy else 16) // words, 16 // words
+    if length == 0 or levels == 0:
+        return None
     if length <= 8 * least:
         name, threads = "Tile<8>", 8
     elif length <= 32 * most:
@@ -81,47 +84,31 @@ def side_by_side(array: Array) -> Array:
     return array if fine else arrays.library(array).ascontiguousarray(array)
 
 
-def pack_of(x: Array, *others: Array) -> int:
-    """The most elements that one access of at most 16 bytes of `x` may move in all these rows.
-
-    They have the shape (rows, length) and elements side by side.
-    """
-    rows, length = x.shape
-    parts = [length, 16 // x.itemsize]
-    for array in (x, *others):
-        parts.append(array.data.ptr // array.itemsize)
-        parts.append(array.strides[0] // array.itemsize if rows > 1 else 0)
-    return math.gcd(*parts)
-
-
-def team(x: Array, bits: Array, levels: int, *outputs: Array) -> Team | None:
-    """The team that `launch` lets work on these rows; None if they are too long, or empty."""
-    mapped = np.ndim(bits) > 0
-    if not x.size or not levels:
-        return None
-    pack = pack_of(x, bits, outputs[-1]) if mapped else pack_of(x, outputs[-1])
-    return team_of(x.shape[1], x.dtype, pack, levels, mapped)
-
-
 def launch(x: Array, bits: Array, levels: int, *outputs: Array) -> Launch:
     """The launch of a kernel on rows that have a team.
 
     `x`, a map `bits` and the last output have the shape (rows, length) and elements side by side;
     the other outputs are contiguous. A scalar `bits` equals `levels`.
     """
-    mapped = np.ndim(bits) > 0
-    chosen = team(x, bits, levels, *outputs)
-    if chosen is None:
-        raise ValueError(f"no team holds {levels} levels of rows {x.shape} of {x.dtype}")
     rows, length = x.shape
-    threads = chosen.threads if chosen.name == "Block" else TILE_THREADS
-    grid = -(-rows // (threads // chosen.threads))
-    template = (
-        chosen.name, _C_TYPES[x.dtype.char], chosen.pack, chosen.held, levels, str(mapped).lower()
-    )  # fmt: skip
-    steps = [a.strides[0] // a.itemsize for a in (x, *([bits] if mapped else []), outputs[-1])]
-    if not mapped:
-        steps.insert(1, 0)
-    sizes = (np.int64(rows), np.int32(length), *map(np.int64, steps))
-    pointer = bits if mapped else np.uint64(0)
-    return Launch(template, grid, threads, (x, pointer, *outputs, *sizes))
+    mapped = np.ndim(bits) > 0
+    team = team_of(length, x.dtype, levels, mapped)
+    if team is None:
+        raise ValueError(f"no team holds {levels} levels of rows {x.shape} of {x.dtype}")
+    moved = (x, bits, outputs[-1]) if mapped else (x, outputs[-1])
+    steps = [array.strides[0] // array.itemsize if rows > 1 else 0 for array in moved]
+    starts = [array.data.ptr // array.itemsize for array in moved]
+    access = math.gcd(team.pack, *starts, *steps)
+    threads = team.threads if team.name == "Block" else TILE_THREADS
+    template = (team.name, _C_TYPES[x.dtype.char], team.pack, access, team.held, levels)
+    x_step, bits_step, y_step = steps if mapped else (steps[0], 0, steps[1])
+    return Launch(
+        (*template, str(mapped).lower()),
+        -(-rows // (threads // team.threads)),
+        threads,
+        (
+            *(x, bits if mapped else np.uint64(0), *outputs),
+            *(np.int64(rows), np.int32(length)),
+            *(np.int64(x_step), np.int64(bits_step), np.int64(y_step)),
+        ),
+    )

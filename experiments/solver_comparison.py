@@ -179,10 +179,11 @@ def findings(results: Sequence[Result], errors: Mapping[tuple[str, int], np.ndar
             f"{name} {found[name] / found['greedy']:.3f}" for name in found if name != "greedy"
         )
         said.append(f"{data}, {last} bits, error as a share of the greedy one: {shares}.")
+    # Below this, errors are those of rounding the float32 scales.
+    resolution = float(np.finfo(np.float32).eps) ** 2
     for better, worse in itertools.pairwise(reversed(SOLVERS)):
-        # What is left of the differences between equally good codes is rounding of float32.
         crossed = {
-            bits: int((errors[better, bits] > errors[worse, bits] * (1 + 1e-5)).sum())
+            bits: int((errors[better, bits] > errors[worse, bits] * (1 + 1e-6) + resolution).sum())
             for bits in BITS
         }
         tensors = len(errors[better, last])

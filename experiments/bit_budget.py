@@ -2,11 +2,11 @@
 
 Payload bits count the signs alone; effective bits add what it takes to store the bit map and the
 scales. Every generator of cubin.bitmaps makes maps of the same means, for samples of the Gaussian
-and Laplace distributions and for the weights of three OCR networks (the package rapidocr). The
-codes are greedy, and for uniform, budget and allocated maps optimal, too, with scales per row of a
-sample and per output channel of a weight tensor. A tensor counts by its number of elements,
-whatever its power. The script prints a table and what follows from it, and writes bit_budget.csv,
-.png and .json (where the figures come from, and the findings) to the output folder.
+and Laplace distributions and for weights of three OCR networks (the package rapidocr). The codes
+are greedy, and for uniform, budget and allocated maps optimal, too, with scales per row of a sample
+and per output channel of a weight tensor. A tensor counts by its number of elements, whatever its
+power. The script prints a table and what follows from it, and writes bit_budget.csv, .png and
+.json (where the figures come from, and the findings) to the output folder.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ NAME = "bit_budget"
 SEED = 0
 MEANS = (1.2, 1.4, 1.7, 2.0, 2.5, 3.0)
 MOST_BITS = 5
-"""The largest number of bits in an element-wise map."""
+"""The largest number of bits in a map that is not uniform."""
 
 WIDTHS = {"greedy": range(1, 9), "optimal": range(1, 7)}
 SAMPLE_SHAPE = (64, 4096)
 QUICK_SAMPLE_SHAPE = (32, 1024)
+TENSORS = 40
 QUICK_TENSORS = 12
 WEIGHTS = "pretrained weights"
 
@@ -64,10 +65,8 @@ def sample(distribution: Any, shape: tuple[int, int], xp: Any) -> Arrays:
 
 
 def weight_tensors(weights: Weights, quick: bool, xp: Any) -> Arrays:
-    """Load the tensors as (output channels, elements of a channel)."""
-    chosen = weights.tensors
-    if quick:
-        chosen = chosen[:: -(-len(chosen) // QUICK_TENSORS)]
+    """Load tensors, evenly over the files, as (output channels, elements of a channel)."""
+    chosen = weights.tensors[:: -(-len(weights) // (QUICK_TENSORS if quick else TENSORS))]
     tensors = {}
     for weight in chosen:
         channels = np.moveaxis(weight.load(), weight.channel_axis, 0)
@@ -103,7 +102,7 @@ def random_map(x: Any, mean: float, xp: Any) -> Any:
 def allocated(arrays: Arrays, mean: float) -> dict[str, Any]:
     """Allocate bits to rows, with errors relative to the power of each tensor."""
     importance = {name: x.size / float((x.astype(float) ** 2).sum()) for name, x in arrays.items()}
-    return bitmaps.allocate(arrays, mean, importance=importance)
+    return bitmaps.allocate(arrays, mean, max_bits=MOST_BITS, importance=importance)
 
 
 @dataclass(frozen=True)
@@ -424,7 +423,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"about {QUICK_TENSORS} tensors, evenly over the files, and smaller samples",
+        help=f"at most {QUICK_TENSORS} tensors instead of {TENSORS}, and smaller samples",
     )
     return parser
 

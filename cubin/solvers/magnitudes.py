@@ -141,7 +141,7 @@ def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:
     valid = xp.isfinite(top)
     limits = np.finfo(top.dtype)
     # Without its mantissa a number is a power of two, or 0 if it is subnormal.
-    exponent_alone = as_integers(top) & as_integers(np.array(np.inf, top.dtype))
+    exponent_alone = as_integers(top) & as_integers(np.array(np.inf, top.dtype))[()]
     power = xp.maximum(exponent_alone.view(top.dtype), limits.tiny)
     return xp.where(valid, power, 1), valid[:, 0]
 

@@ -216,14 +216,21 @@ def _task(job: tuple[Mutant | None, Sequence[str], Sequence[str], frozenset[str]
     return try_out(mutant, quick, full)
 
 
-def _selection(mutant: Mutant) -> str:
-    """The kernels that hold the mutated text, as pytest's ``-k``."""
-    names = [
-        primitive.name
+def _holders(mutant: Mutant) -> list[kernels.Primitive]:
+    """The primitives whose kernels hold the mutated text."""
+    return [
+        primitive
         for primitive in kernels.REGISTRY.values()
         if any(mutant.text in text for text in _texts(primitive).values())
     ]
-    return " or ".join(sorted(names)) or mutant.unit
+
+
+def _first_tests(mutant: Mutant) -> list[str]:
+    """Tests to run first, as pytest's arguments: those nearest to the kernels concerned."""
+    names = sorted(p.name for p in _holders(mutant) if not isinstance(p, kernels.Raw))
+    if names:
+        return ["tests/test_kernels.py", "-k", f"equals and ({' or '.join(names)})"]
+    return ["tests/test_fused.py", "-k", "not registers"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -231,22 +238,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.ptx.mutate")
     parser.add_argument("--only", default="", help="units or lines to mutate: a regular expression")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--quick", default="tests/test_kernels.py", help="tests to run first")
-    parser.add_argument("--full", default="tests", help="tests to run on what survives those")
+    parser.add_argument(
+        "--full", default="tests", help="tests to run on what survives the nearest ones"
+    )
+    parser.add_argument("--every", type=int, default=1, help="take every n-th mutant only")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     options = parser.parse_args(arguments)
-    chosen = [m for m in mutants() if re.search(options.only, str(m))]
+    chosen = [m for m in mutants() if re.search(options.only, str(m))][:: options.every]
     if options.list:
         print(*chosen, sep="\n")
         return 0
-    quick = options.quick.split()
     full = [*options.full.split(), "--ignore-glob=*test_ptx_*"] if options.full else []
     context = multiprocessing.get_context("fork")
     with context.Pool(options.jobs, maxtasksperchild=1) as pool:
         jobs = []
         for mutant in chosen:
-            selected = [*quick, "-k", f"equals and ({_selection(mutant)})"]
-            jobs.append((mutant, selected, full))
+            selected = _first_tests(mutant)
+            jobs.append((mutant, selected, () if mutant.edited in EQUIVALENT else full))
         distinct = {tuple(selected) for _, selected, _ in jobs}
         base = {
             selected: pool.apply(_task, ((None, selected, (), frozenset()),))

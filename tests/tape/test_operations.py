@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
 from cubin import tape
+from cubin.arrays import library
 from cubin.tape import Node, check_gradient, gradients
 
 
@@ -27,11 +28,28 @@ def spread(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).permutation(values)[:size].reshape(shape)
 
 
+def beside(x: Node, values) -> np.ndarray:
+    """`values` as an array of x's library."""
+    return library(x.value).asarray(np.asarray(values))
+
+
 RUNNING = (normal(3), positive(3))
 
 
 def normalized(x, gamma, beta, train=True):
-    return tape.batch_norm(x, gamma, beta, RUNNING, train=train)[0]
+    running = tuple(beside(x, array) for array in RUNNING)
+    return tape.batch_norm(x, gamma, beta, running, train=train)[0]
+
+
+class Draws:
+    """NumPy's random numbers as arrays of x's library, which has a generator of its own."""
+
+    def __init__(self, x: Node, seed: int) -> None:
+        self.x = x
+        self.rng = np.random.default_rng(seed)
+
+    def random(self, shape, dtype):
+        return beside(self.x, self.rng.random(shape, dtype))
 
 
 # A function of nodes, and the arrays at which its gradient is checked.
@@ -69,11 +87,14 @@ CASES = {
     "index integer": (lambda x: x[1], normal(3, 4)),
     "index scalar": (lambda x: x[1, -2], normal(3, 4)),
     "index slices": (lambda x: x[::-2, None, ..., 1:], normal(5, 2, 3)),
-    "index array": (lambda x: x[np.array([2, 0, 2, 2])], normal(3, 4)),
+    "index array": (lambda x: x[beside(x, [2, 0, 2, 2])], normal(3, 4)),
     "index list": (lambda x: x[:, [1, 1]], normal(3, 4)),
-    "index arrays": (lambda x: x[np.array([[0], [1]]), :, np.array([0, 0, -1])], normal(3, 2, 4)),
-    "index boolean": (lambda x: x[np.array([True, False, True])], normal(3, 4)),
-    "index mask": (lambda x: x[np.arange(12).reshape(3, 4) % 5 > 1], normal(3, 4)),
+    "index arrays": (
+        lambda x: x[beside(x, [[0], [1]]), :, beside(x, [0, 0, -1])],
+        normal(3, 2, 4),
+    ),
+    "index boolean": (lambda x: x[beside(x, [True, False, True])], normal(3, 4)),
+    "index mask": (lambda x: x[beside(x, np.arange(12).reshape(3, 4) % 5 > 1)], normal(3, 4)),
     "exp": (tape.exp, normal(3, 4)),
     "log": (tape.log, positive(3, 4)),
     "maximum": (tape.maximum, spread(3, 4), spread(3, 1) + 0.05),
@@ -96,10 +117,10 @@ CASES = {
         normal(3),
     ),
     "softmax_cross_entropy": (
-        lambda x: tape.softmax_cross_entropy(x, np.array([3, 0, 0, 4, 2])),
+        lambda x: tape.softmax_cross_entropy(x, beside(x, [3, 0, 0, 4, 2])),
         3 * normal(5, 5),
     ),
-    "dropout": (lambda x: tape.dropout(x, 0.3, np.random.default_rng(1)), normal(6, 7)),
+    "dropout": (lambda x: tape.dropout(x, 0.3, Draws(x, 1)), normal(6, 7)),
 }
 
 CONVOLUTIONS = [
@@ -117,26 +138,28 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradient(name):
+def test_gradient(name, xp):
     f, *inputs = CASES[name]
-    check_gradient(f, *inputs)
+    check_gradient(f, *map(xp.asarray, inputs))
 
 
 @pytest.mark.parametrize(("x", "w", "stride", "padding", "groups"), CONVOLUTIONS)
-def test_conv2d_gradient(x, w, stride, padding, groups):
+def test_conv2d_gradient(x, w, stride, padding, groups, xp):
     check_gradient(
-        lambda x, w: tape.conv2d(x, w, stride, padding, groups), normal(*x), normal(*w, seed=1)
+        lambda x, w: tape.conv2d(x, w, stride, padding, groups),
+        xp.asarray(normal(*x)),
+        xp.asarray(normal(*w, seed=1)),
     )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_float32_stays_float32(name):
+def test_float32_stays_float32(name, xp, host):
     f, *inputs = CASES[name]
-    nodes = [Node(x.astype(np.float32)) for x in inputs]
+    nodes = [Node(xp.asarray(x.astype(np.float32))) for x in inputs]
     output = f(*nodes)
     assert output.value.dtype == np.float32
     exact = f(*(Node(x.value.astype(np.float64)) for x in nodes))
-    np.testing.assert_allclose(output.value, exact.value, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(host(output.value), host(exact.value), rtol=1e-4, atol=1e-5)
     for gradient, x in zip(
         gradients(output, nodes, seed=np.ones_like(output.value)), nodes, strict=True
     ):
@@ -145,9 +168,9 @@ def test_float32_stays_float32(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_float16_stays_float16(name):
+def test_float16_stays_float16(name, xp):
     f, *inputs = CASES[name]
-    nodes = [Node(x.astype(np.float16)) for x in inputs]
+    nodes = [Node(xp.asarray(x.astype(np.float16))) for x in inputs]
     output = f(*nodes)
     assert output.value.dtype == np.float16
     seed = np.ones_like(output.value)
@@ -155,10 +178,10 @@ def test_float16_stays_float16(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_gradient_has_the_dtype_of_its_node(name):
+def test_each_gradient_has_the_dtype_of_its_node(name, xp):
     f, *inputs = CASES[name]
     dtypes = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float32)][: len(inputs)]
-    nodes = [Node(x.astype(dtype)) for x, dtype in zip(inputs, dtypes, strict=True)]
+    nodes = [Node(xp.asarray(x.astype(dtype))) for x, dtype in zip(inputs, dtypes, strict=True)]
     output = f(*nodes)
     assert output.value.dtype == np.result_type(*dtypes)
     found = gradients(output, nodes, seed=np.ones_like(output.value))
@@ -260,30 +283,32 @@ def test_operations_on_arrays_alone_give_a_leaf():
 # ---------------------------------------------------------------- values
 
 
-def test_elementwise_values():
+def test_elementwise_values(xp, host):
     x = spread(4, 5)
     for f, expected in (
         (tape.exp, [math.exp(v) for v in x.flat]),
         (tape.relu, [max(v, 0) for v in x.flat]),
         (lambda x: tape.clip(x, -0.3, 0.4), [min(max(v, -0.3), 0.4) for v in x.flat]),
         (lambda x: tape.maximum(x, 0.15), [max(v, 0.15) for v in x.flat]),
-        (lambda x: tape.prelu(x, Node(np.array(0.3))), [v if v > 0 else 0.3 * v for v in x.flat]),
+        (lambda x: tape.prelu(x, Node(xp.asarray(0.3))), [v if v > 0 else 0.3 * v for v in x.flat]),
         (lambda x: tape.log(x * x), [math.log(v * v) for v in x.flat]),
     ):
-        np.testing.assert_allclose(f(Node(x)).value.ravel(), expected, rtol=1e-14)
+        value = f(Node(xp.asarray(x))).value
+        np.testing.assert_allclose(host(value).ravel(), expected, rtol=1e-14)
 
 
-def test_repeated_indices_accumulate():
-    x = Node(np.zeros(3))
-    (gx,) = gradients(x[np.array([1, 1, 2, 1])], [x], seed=np.array([1.0, 2.0, 4.0, 8.0]))
-    np.testing.assert_array_equal(gx, [0.0, 11.0, 4.0])
+def test_repeated_indices_accumulate(xp, host):
+    x = Node(xp.zeros(3))
+    seed = xp.asarray([1.0, 2.0, 4.0, 8.0])
+    (gx,) = gradients(x[xp.asarray([1, 1, 2, 1])], [x], seed=seed)
+    np.testing.assert_array_equal(host(gx), [0.0, 11.0, 4.0])
 
 
-def test_gradients_at_kinks():
-    x = Node(np.array([-0.0, 0.0, 1.0, 2.0, np.nan]))
+def test_gradients_at_kinks(xp, host):
+    x = Node(xp.asarray([-0.0, 0.0, 1.0, 2.0, np.nan]))
 
     def at(output):
-        return gradients(output, [x], seed=np.ones(5))[0]
+        return host(gradients(output, [x], seed=xp.ones(5))[0])
 
     np.testing.assert_array_equal(at(tape.relu(x)), [0, 0, 1, 1, 0])
     np.testing.assert_array_equal(at(tape.clip(x, 0, 1)), [1, 1, 1, 0, 0])
@@ -292,23 +317,23 @@ def test_gradients_at_kinks():
     np.testing.assert_array_equal(at(tape.maximum(x, x)), [1, 1, 1, 1, 0])
 
 
-def test_nan_passes_through():
-    x = Node(np.array([[np.nan, 1.0]]))
+def test_nan_passes_through(xp, host):
+    x = Node(xp.asarray([[np.nan, 1.0]]))
     for output in (tape.relu(x), tape.clip(x, 0, 1), tape.maximum(0, x), tape.prelu(x, 0.25)):
-        np.testing.assert_array_equal(np.isnan(output.value), [[True, False]])
+        np.testing.assert_array_equal(np.isnan(host(output.value)), [[True, False]])
 
 
-def test_empty_arrays():
-    x = Node(np.zeros((0, 3)))
-    for output, shape in ((x * 2, (0, 3)), (tape.sum(x, 0), (3,)), (x @ np.ones((3, 2)), (0, 2))):
+def test_empty_arrays(xp, host):
+    x = Node(xp.zeros((0, 3)))
+    for output, shape in ((x * 2, (0, 3)), (tape.sum(x, 0), (3,)), (x @ xp.ones((3, 2)), (0, 2))):
         assert output.value.shape == shape
-        assert gradients(output, [x], seed=np.ones(shape))[0].shape == (0, 3)
-    images, kernels = Node(np.zeros((0, 2, 5, 5))), Node(normal(3, 2, 3, 3))
+        assert gradients(output, [x], seed=xp.ones(shape))[0].shape == (0, 3)
+    images, kernels = Node(xp.zeros((0, 2, 5, 5))), Node(xp.asarray(normal(3, 2, 3, 3)))
     output = tape.conv2d(images, kernels)
     assert output.value.shape == (0, 3, 3, 3)
-    gx, gw = gradients(output, [images, kernels], seed=np.ones((0, 3, 3, 3)))
+    gx, gw = gradients(output, [images, kernels], seed=xp.ones((0, 3, 3, 3)))
     assert gx.shape == (0, 2, 5, 5)
-    np.testing.assert_array_equal(gw, np.zeros((3, 2, 3, 3)))
+    np.testing.assert_array_equal(host(gw), np.zeros((3, 2, 3, 3)))
 
 
 def as_pair(value):
@@ -316,7 +341,7 @@ def as_pair(value):
 
 
 @pytest.mark.parametrize(("x", "w", "stride", "padding", "groups"), CONVOLUTIONS)
-def test_conv2d_value(x, w, stride, padding, groups):
+def test_conv2d_value(x, w, stride, padding, groups, xp, host):
     x, w = normal(*x), normal(*w, seed=1)
     (down, right), (above, left) = as_pair(stride), as_pair(padding)
     n, _, height, width = x.shape
@@ -332,16 +357,17 @@ def test_conv2d_value(x, w, stride, padding, groups):
                 expected[image, kernel, p, q] += (
                     w[kernel, c, i, j] * x[image, first + c, row, column]
                 )
-    value = tape.conv2d(Node(x), Node(w), stride, padding, groups).value
+    nodes = Node(xp.asarray(x)), Node(xp.asarray(w))
+    value = tape.conv2d(*nodes, stride, padding, groups).value
     assert value.shape == expected.shape
-    np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(host(value), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("pool", "statistic"), [(tape.max_pool, np.max), (tape.mean_pool, np.mean)]
 )
 @pytest.mark.parametrize(("size", "stride"), [(2, None), (3, 2), ((2, 3), (1, 4)), (1, 3)])
-def test_pool_values(pool, statistic, size, stride):
+def test_pool_values(pool, statistic, size, stride, xp, host):
     x = normal(2, 3, 7, 9)
     tall, wide = as_pair(size)
     down, right = as_pair(size if stride is None else stride)
@@ -358,13 +384,14 @@ def test_pool_values(pool, statistic, size, stride):
         ]
         for image in x
     ]
-    np.testing.assert_allclose(pool(Node(x), size, stride).value, expected, rtol=1e-14)
+    value = pool(Node(xp.asarray(x)), size, stride).value
+    np.testing.assert_allclose(host(value), expected, rtol=1e-14)
 
 
-def test_max_pool_gives_a_tie_to_the_first():
-    x = Node(np.array([[[[1.0, 5.0], [5.0, 5.0]]]]))
+def test_max_pool_gives_a_tie_to_the_first(xp, host):
+    x = Node(xp.asarray([[[[1.0, 5.0], [5.0, 5.0]]]]))
     (gx,) = gradients(tape.max_pool(x, 2), [x])
-    np.testing.assert_array_equal(gx, [[[[0.0, 1.0], [0.0, 0.0]]]])
+    np.testing.assert_array_equal(host(gx), [[[[0.0, 1.0], [0.0, 0.0]]]])
 
 
 def test_batch_norm_values_and_running_statistics():
@@ -419,12 +446,12 @@ def test_softmax_cross_entropy_value():
     assert value == pytest.approx(math.fsum(losses) / 4, rel=1e-14)
 
 
-def test_softmax_cross_entropy_does_not_overflow():
-    logits = Node(np.array([[1e4, 0.0], [-1e4, 0.0]], np.float32))
-    output = tape.softmax_cross_entropy(logits, np.array([1, 1]))
+def test_softmax_cross_entropy_does_not_overflow(xp, host):
+    logits = Node(xp.asarray(np.array([[1e4, 0.0], [-1e4, 0.0]], np.float32)))
+    output = tape.softmax_cross_entropy(logits, xp.asarray([1, 1]))
     assert output.value == 5e3
     (gradient,) = gradients(output, [logits])
-    np.testing.assert_array_equal(gradient, [[0.5, -0.5], [0.0, 0.0]])
+    np.testing.assert_array_equal(host(gradient), [[0.5, -0.5], [0.0, 0.0]])
 
 
 def test_dropout_keeps_the_expectation_and_repeats_with_its_generator():

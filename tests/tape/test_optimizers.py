@@ -91,6 +91,17 @@ def test_arguments_are_not_changed(optimizer, options):
             np.testing.assert_array_equal(now[name], then[name])
 
 
+@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
+def test_steps_are_the_same_on_both_libraries(xp, host, optimizer, options):
+    expected, _ = run(optimizer, 4, **options)
+    parameters, state = {name: xp.asarray(p) for name, p in PARAMETERS.items()}, {}
+    for step in range(4):
+        gradient = {name: xp.asarray(g) for name, g in gradient_at(step).items()}
+        parameters, state = optimizer(parameters, gradient, state, **options)
+    for name, value in expected.items():
+        np.testing.assert_allclose(host(parameters[name]), value, rtol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("optimizer", [sgd, adam])
 def test_parameters_and_moments_keep_their_dtype(optimizer, dtype):

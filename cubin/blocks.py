@@ -10,6 +10,7 @@ import functools
 import importlib
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +18,20 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 1 << 16
-"""Elements of a block: 256 KB of float32."""
+BLOCK = 1 << 17
+"""Elements of a block: 512 KB of float32."""
 
 THREADED = 1 << 22
 """Elements from which on threads pay: 16 MB of float32."""
 
+WORKERS = 16
+"""The most threads: the memory is saturated then, and what each of them keeps stays small."""
+
 COMPILED = 1 << 20
 """Elements from which on compiled loops pay: below, NumPy takes a few milliseconds."""
+
+_BUFFER = 1 << 10
+"""NumPy's own buffer: an operand that broadcasts along rows longer than it costs half."""
 
 Block = tuple[slice, ...]
 
@@ -53,12 +60,13 @@ def tile(shape: Sequence[int], size: int = BLOCK) -> Iterator[Block]:
 
 def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     """Run `task` on every block; `size` is the number of elements of all of them."""
-    workers = min(_processors(), len(blocks)) if size >= THREADED else 1
+    workers = min(_processors(), WORKERS, len(blocks)) if size >= THREADED else 1
     waiting = deque(blocks)
 
     def work(_: int) -> None:
         # Whoever is free takes the next block: popleft is atomic.
         with np.errstate(all="ignore"):
+            np.setbufsize(_BUFFER)  # until this errstate ends
             while True:
                 try:
                     block = waiting.popleft()
@@ -72,6 +80,25 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(work, range(workers)):
             pass
+
+
+def spare(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of arbitrary content, the same memory whenever this thread asks for `name`.
+
+    Memory that is new each time costs more than the work on a block of it. What is larger than a
+    block is not kept.
+    """
+    size = math.prod(shape)
+    if size > BLOCK:
+        return np.empty(shape, dtype)
+    kept = _spares.__dict__
+    nbytes = size * np.dtype(dtype).itemsize
+    if name not in kept or kept[name].nbytes < nbytes:
+        kept[name] = np.empty(nbytes, np.uint8)
+    return kept[name][:nbytes].view(dtype).reshape(shape)
+
+
+_spares = threading.local()
 
 
 def compiled(size: int) -> Any:

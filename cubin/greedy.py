@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks, passes
+from cubin import arrays, blocks, fused, passes
 from cubin.arrays import Array, Rows
-from cubin.kernels import FLOATS, elementwise, reduction, source
+from cubin.kernels import FLOATS, elementwise, raw, reduction, source
 from cubin.passes import Part
-from cubin.signs import where, with_sign_of
+from cubin.signs import as_integers, where
 
 _CUDA = source(__file__)
 
@@ -42,15 +42,22 @@ def level_sums(
 
     ``total = sum(|r| where bits > len(scales))``, in float64.
     """
-    m = np.abs(x, dtype=arrays.work_dtype(x.dtype))
+    m = blocks.spare("magnitude", x.shape, arrays.work_dtype(x.dtype))
+    np.abs(x, out=m)
     for scale in scales:
         np.abs(np.subtract(m, scale, out=m), out=m)
-    hot = np.greater(bits, len(scales))
-    if hot.ndim:
+    _sum(m, bits, len(scales), total, count)
+
+
+def _sum(m: np.ndarray, bits: np.ndarray, level: int, total: np.ndarray, count: np.ndarray) -> None:
+    """Sum and count the magnitudes at a level; those without a code there are overwritten."""
+    if np.ndim(bits):
+        hot = blocks.spare("hot", m.shape, np.bool_)
+        np.greater(bits, level, out=hot)
         where(hot, m, out=m)
         np.sum(hot, axis=-1, keepdims=True, dtype=np.int64, out=count)
     else:
-        m, count[...] = (m, m.shape[-1]) if hot else (m[..., :0], 0)
+        m, count[...] = (m, m.shape[-1]) if bits > level else (m[..., :0], 0)
     np.sum(m, axis=-1, keepdims=True, dtype=np.float64, out=total)
 
 
@@ -81,17 +88,29 @@ def level_scale(totals: np.ndarray, counts: np.ndarray, *, scale: np.ndarray) ->
 def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarray) -> None:
     """The sum of scale * sign over each element's levels, of the scales as stored in x's dtype."""
     work = arrays.work_dtype(x.dtype)
-    total = np.zeros(x.shape, work)
-    r = x.astype(work)
+    opposite = _opposite(x)
+    word = as_integers(opposite)
+    top = word.dtype.type(1 << (8 * word.itemsize - 1))
+    step = blocks.spare("step", x.shape, work)
+    sign = as_integers(blocks.spare("sign", x.shape, work))
+    total = y if y.dtype == work else blocks.spare("total", x.shape, work)
+    total[...] = 0
+    last = len(scales) - 1
     for level, scale in enumerate(scales):
-        step = with_sign_of(r, scale)
-        np.subtract(r, step, out=r)
-        step = step.astype(x.dtype, copy=False).astype(work, copy=False)
-        if np.ndim(bits):
-            where(bits > level, step, out=step)
+        np.bitwise_and(word, top, out=sign)
         if np.ndim(bits) or level < bits:
-            np.add(total, step, out=total)
-    y[...] = total
+            stored = scale.astype(x.dtype, copy=False).astype(work, copy=False)
+            np.bitwise_or(sign, as_integers(stored), out=as_integers(step))
+            if np.ndim(bits):
+                hot = blocks.spare("hot", x.shape, np.bool_)
+                np.greater(bits, level, out=hot)
+                where(hot, step, out=step)
+            np.subtract(total, step, out=total)
+        if level < last:
+            np.bitwise_or(sign, as_integers(scale), out=as_integers(step))
+            np.subtract(opposite, step, out=opposite)
+    if total is not y:
+        y[...] = total
 
 
 @elementwise(
@@ -103,12 +122,56 @@ def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.nd
 )
 def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray) -> None:
     """Bit i is set where level i of the element has the sign +1."""
-    r = x.astype(arrays.work_dtype(x.dtype))
+    opposite = _opposite(x)
+    step = blocks.spare("step", x.shape, opposite.dtype)
+    positive = blocks.spare("sign", x.shape, np.bool_)
+    bit = blocks.spare("bit", x.shape, np.uint16)
     code[...] = 0
     for level, scale in enumerate(scales):
-        positive = (r > 0) & (bits > level)
-        np.bitwise_or(code, positive.astype(np.uint16) << level, out=code)
-        np.subtract(r, with_sign_of(r, scale), out=r)
+        np.less(opposite, 0, out=positive)
+        if np.ndim(bits) or level >= bits:
+            np.bitwise_and(positive, np.greater(bits, level), out=positive)
+        np.multiply(positive, np.uint16(1 << level), out=bit)
+        np.bitwise_or(code, bit, out=code)
+        np.subtract(opposite, np.copysign(scale, opposite, out=step), out=opposite)
+
+
+@raw(
+    "T x, uint8 bits, static int levels",
+    "T y",
+    code=fused.CUDA,
+    launch=fused.launch,
+    types=FLOATS,
+)
+def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndarray) -> None:
+    """The approximation of whole rows, whose scales are not handed out."""
+    approximation.function(x, bits, *_level_scales(x, bits, levels), y=y)
+
+
+@raw(
+    "T x, uint8 bits, static int levels",
+    "W scales, uint16 code",
+    code=fused.CUDA,
+    launch=fused.launch,
+    types=FLOATS,
+)
+def encode_rows(
+    x: np.ndarray, bits: np.ndarray, levels: int, *, scales: np.ndarray, code: np.ndarray
+) -> None:
+    """The scales of whole rows, (levels, rows, 1), and their packed codes."""
+    found = _level_scales(x, bits, levels)
+    for level, scale in enumerate(found):
+        scales[level] = scale
+    codes.function(x, bits, *found, code=code)
+
+
+def _opposite(x: np.ndarray) -> np.ndarray:
+    """0 - x in the work dtype: never -0.0, so that its sign bit is set exactly where x > 0.
+
+    Taking the scale with its sign off it leaves the same of the residual, and it rounds the same.
+    """
+    opposite = blocks.spare("opposite", x.shape, arrays.work_dtype(x.dtype))
+    return np.subtract(0, x, out=opposite)
 
 
 # ---------------------------------------------------------------- rows
@@ -123,6 +186,9 @@ def approximate(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> Non
 
     `bits` is a uint8 scalar, or an array of x's shape.
     """
+    if _fits_one_launch(x, bits, levels, rows):
+        _approximate_in_one_launch(x, bits, levels, rows, y)
+        return
     loops = _loops(x)
     view = rows.view(y)
 
@@ -138,6 +204,9 @@ def approximate(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> Non
 
 def encode(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
     """Hand every part's codes, packed as by `codes`, with its bits and scales to `finish`."""
+    if _fits_one_launch(x, bits, levels, rows):
+        _encode_in_one_launch(x, bits, levels, rows, finish)
+        return
     loops = _loops(x)
 
     def pack(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
@@ -146,6 +215,30 @@ def encode(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> No
         finish(part, code, bits, scales)
 
     fit(x, bits, levels, rows, pack)
+
+
+def _approximate_in_one_launch(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> None:
+    view = rows.view(y)
+    flat = fused.side_by_side(view.reshape(rows.count, rows.length))
+    approximate_rows(fused.flat(x, rows), fused.flat(bits, rows), levels, y=flat)
+    if not arrays.library(y).may_share_memory(flat, y):
+        view[...] = flat.reshape(view.shape)
+
+
+def _encode_in_one_launch(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
+    xp = arrays.library(x)
+    code = xp.empty((rows.count, rows.length), np.uint16)
+    scales = xp.empty((levels, rows.count, 1), arrays.work_dtype(x.dtype))
+    flat_bits = fused.flat(bits, rows)
+    encode_rows(fused.flat(x, rows), flat_bits, levels, scales=scales, code=code)
+    finish(next(passes.parts_of(rows, device=True)), code, flat_bits, list(scales))
+
+
+def _fits_one_launch(x: Array, bits: Array, levels: int, rows: Rows) -> bool:
+    """Whether a team of threads holds whole rows of `x`, which is on a device."""
+    mapped = np.ndim(bits) > 0
+    team = fused.team_of(rows.length, x.dtype, levels, mapped) if rows.count else None
+    return arrays.on_device(x) and team is not None
 
 
 def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
@@ -199,11 +292,15 @@ def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> t
 
 def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of rows that are in the cache, (rows, 1) for each level."""
+    m = blocks.spare("magnitude", x.shape, arrays.work_dtype(x.dtype))
+    np.abs(x, out=m)
     scales: list[Array] = []
     total = np.empty((len(x), 1), np.float64)
     count = np.empty((len(x), 1), np.int64)
-    for _ in range(levels):
-        level_sums(x, bits, *scales, total=total, count=count)
+    for level in range(levels):
+        if scales:
+            np.abs(np.subtract(m, scales[-1], out=m), out=m)
+        _sum(m, bits, level, total, count)
         scales.append(_scale(total, count, x))
     return scales
 

@@ -28,6 +28,7 @@ if (x > 10) {
     kernel(xp.full(5, 11.0))
     assert coverage.of_text(text).missed == []
     assert coverage.of_text(text, "compute_70").known == set()
+    assert coverage.of_text(text.replace("10", "{limit}")).known == seen.known
 
 
 def test_every_cuda_line_is_executed(whole_run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -40,11 +41,10 @@ def of_text(text: str, arch: str | None = None) -> Covered:
 
 
 def _places(text: str, source: str) -> Iterable[int]:
-    """Line numbers at which `text` begins in `source`."""
-    at = source.find(text)
-    while at >= 0:
-        yield source.count("\n", 0, at) + 1
-        at = source.find(text, at + 1)
+    """Line numbers at which `text` begins in `source`; anything may stand for ``{name}``."""
+    parts = (re.escape(part) for part in re.split(r"\{\w+\}", text))
+    for match in re.finditer(r"[^\n]*".join(parts), source):
+        yield source.count("\n", 0, match.start()) + 1
 
 
 def _add(covered: Covered, lines: Lines, first: int, length: int) -> None:

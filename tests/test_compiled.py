@@ -1,0 +1,194 @@
+"""The compiled loops against the primitives they mirror, and all tests of multibit on them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from cubin import arrays, blocks, greedy
+from tests import test_multibit
+
+pytest.importorskip("numba")
+
+from cubin import compiled
+
+# The same test bodies, on the loops whatever the size.
+globals().update(
+    {name: body for name, body in vars(test_multibit).items() if name.startswith("test_")}
+)
+
+WORK = ["float32", "float64"]
+
+
+@pytest.fixture
+def xp():
+    return np
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_before_any_deadline():
+    for dtype in WORK:
+        x = np.ones((1, 5), dtype)
+        scale = np.ones((1, 1), dtype)
+        for bits in (np.uint8(1), np.ones(x.shape, np.uint8)):
+            compiled.level_scales(x, bits, 1)
+            compiled.level_sums(x, bits, total=np.empty((1, 1)), count=np.empty((1, 1), np.int64))
+            compiled.approximation(x, bits, scale, y=np.empty_like(x))
+            compiled.codes(x, bits, scale, code=np.empty(x.shape, np.uint16))
+
+
+@pytest.fixture(autouse=True)
+def loops_for_any_size(monkeypatch):
+    monkeypatch.setattr(blocks, "COMPILED", 0)
+
+
+def samples(rng, shape, dtype, levels, mapped):
+    x = rng.normal(size=shape).astype(dtype)
+    x.ravel()[:: max(1, x.size // 3)] = [0, -0.0, 1, 0][: len(x.ravel()[:: max(1, x.size // 3)])]
+    return x, rng.integers(0, levels + 1, shape).astype(np.uint8) if mapped else np.uint8(levels)
+
+
+@pytest.mark.parametrize("dtype", ["float16", *WORK])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 8, 11, 16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (40, 27), (3, 128), (2, 1001)])
+def test_loops_equal_the_primitives(rng, dtype, mapped, levels, shape):
+    x, bits = samples(rng, shape, dtype, levels, mapped)
+    work = arrays.work_dtype(np.dtype(dtype))
+    scales = greedy._level_scales(x, bits, levels)
+    found = compiled.level_scales(x, bits, levels)
+    tolerance = 4 * np.finfo(work).eps
+    largest = float(np.abs(x).max())
+    for one, other in zip(found, scales, strict=True):
+        assert one.dtype == other.dtype == work
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * largest)
+    # With the scales given there is nothing to round differently.
+    expected, y = np.empty(shape, dtype), np.empty(shape, dtype)
+    greedy.approximation(x, bits, *scales, y=expected)
+    compiled.approximation(x, bits, *scales, y=y)
+    np.testing.assert_array_equal(y, expected)
+    expected, code = np.empty(shape, np.uint16), np.empty(shape, np.uint16)
+    greedy.codes(x, bits, *scales, code=expected)
+    compiled.codes(x, bits, *scales, code=code)
+    np.testing.assert_array_equal(code, expected)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("levels", range(10))
+def test_sums_of_a_piece(rng, mapped, levels):
+    x, _ = samples(rng, (1, 1234), np.float32, 0, False)
+    bits = rng.integers(0, 11, x.shape).astype(np.uint8) if mapped else np.uint8(10)
+    scales = [np.full((1, 1), 0.7**level, np.float32) for level in range(levels)]
+    total, count = np.empty((2, 1, 1)), np.empty((2, 1, 1), np.int64)
+    for loops, at in ((greedy, 0), (compiled, 1)):
+        loops.level_sums(x, bits, *scales, total=total[at], count=count[at])
+    np.testing.assert_allclose(total[1], total[0], rtol=1e-12)
+    assert count[0] == count[1]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("levels", [1, 3, 7])
+def test_what_is_not_finite(rng, bad, levels):
+    x = rng.normal(size=(3, 100)).astype(np.float32)
+    x[1, 5] = bad
+    bits = np.full(x.shape, levels, np.uint8)
+    for given in (np.uint8(levels), bits):
+        with np.errstate(all="ignore"):
+            scales = np.stack(greedy._level_scales(x, given, levels))
+        found = np.stack(compiled.level_scales(x, given, levels))
+        np.testing.assert_allclose(found, scales, rtol=1e-6)
+        y, expected = np.empty_like(x), np.empty_like(x)
+        greedy.approximation(x, given, *scales, y=expected)
+        compiled.approximation(x, given, *scales, y=y)
+        np.testing.assert_array_equal(y, expected)
+    bits[1, 5] = 0
+    assert np.isfinite(np.stack(compiled.level_scales(x, bits, levels))).all()
+
+
+def test_constant_rows_are_exact():
+    x = np.full((3, 1001), 0.3, np.float32) * np.array([[1], [3], [0]], np.float32)
+    first, second = compiled.level_scales(x, np.uint8(2), 2)
+    np.testing.assert_array_equal(first, x[:, :1])
+    np.testing.assert_array_equal(second, 0)
+
+
+@pytest.mark.parametrize("lay_out", [np.asfortranarray, lambda x: x[::-1, ::-1], np.asarray])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_whole_arrays(rng, monkeypatch, lay_out, axis):
+    x = lay_out(rng.normal(size=(300, 1000)).astype(np.float32))
+    bits = rng.integers(0, 6, x.shape).astype(np.uint8)
+    rows = arrays.rows_of(x.shape, axis)
+
+    def run(bits):
+        y = np.empty_like(x)
+        greedy.approximate(x, bits, 5, rows, y)
+        packed = np.zeros((rows.count, rows.length), np.uint16)
+        flat = packed.reshape(rows.view(x).shape)
+
+        def store(part, code, bits, scales):
+            flat[part.block] = code.reshape(flat[part.block].shape)
+
+        greedy.encode(x, bits, 5, rows, store)
+        return y, packed
+
+    for given in (np.uint8(5), bits):
+        y, packed = run(given)
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "COMPILED", x.size + 1)
+            expected, expected_packed = run(given)
+        close = np.isclose(y, expected, rtol=0, atol=1e-5)
+        assert close.mean() > 0.9999  # a residual that is rounding error has any sign
+        np.testing.assert_array_equal(packed[rows.flat(close)], expected_packed[rows.flat(close)])
+
+
+def test_in_place(rng):
+    x = rng.normal(size=(20, 500)).astype(np.float32)
+    rows = arrays.rows_of(x.shape, 0)
+    y = np.empty_like(x)
+    greedy.approximate(x, np.uint8(3), 3, rows, y)
+    greedy.approximate(x, np.uint8(3), 3, rows, x)
+    np.testing.assert_array_equal(x, y)
+
+
+# ---------------------------------------------------------------- when they run
+
+
+def test_loops_are_for_large_arrays_alone(monkeypatch):
+    monkeypatch.setattr(blocks, "COMPILED", 1000)
+    assert blocks.compiled(999) is None
+    assert blocks.compiled(1000) is compiled
+
+
+def test_without_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "cubin.compiled")
+    blocks._compiled.cache_clear()
+    try:
+        assert blocks.compiled(1 << 30) is None
+    finally:
+        blocks._compiled.cache_clear()
+
+
+def test_small_arrays_do_not_import_numba():
+    program = (
+        "import sys, numpy as np, cubin; x = np.ones((512, 512), np.float32);"
+        "cubin.multibit(x, 4, channel_axis=0); cubin.quantize(x, 4); cubin.sign_grad(x, x);"
+        "assert 'numba' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_no_place_for_a_cache(monkeypatch):
+    njit = compiled.numba.njit
+
+    def without_cache(*, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(compiled.numba, "njit", without_cache)
+    assert compiled._loop()(lambda a: a + 1)(1) == 2

@@ -472,8 +472,8 @@ def write(
             values = [*dataclasses.astuple(point), *gains]
             writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
 
-    figure = draw_all(Figure(figsize=(11, 7.5), layout="constrained"), points)
-    figure.savefig(arguments.output / f"{NAME}.png", dpi=100)
+    figure = draw_all(Figure(figsize=(10.5, 7.5), layout="constrained"), points)
+    figure.savefig(arguments.output / f"{NAME}.png", dpi=90)
 
     origin = provenance.record(
         vars(arguments), SEED, packages=("matplotlib", "onnx", "safetensors", "rapidocr")

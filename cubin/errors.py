@@ -109,7 +109,7 @@ def measure(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) 
     with arrays.current_device(x):
         sums = passes.partial_results(moments, rows, (x, approx), [])
         error, power, power_of_approx, product, worst = (
-            part.reshape(*rows.scale_shape, -1) for part in sums
+            part.reshape(*rows.scale_shape, part.shape[1]) for part in sums
         )
         return Errors(
             error.sum(axis=-1),

@@ -56,6 +56,7 @@ def test_limits(xp):
     empty = xp.asarray(np.ones((0, 2)))
     assert float(errors.relative_mse(empty, empty)) == 0
     assert float(errors.max_abs_error(empty, empty)) == 0
+    assert errors.relative_mse(empty, empty, axis=1).shape == (0,)
 
 
 def test_nan_is_not_hidden(xp, host, rng):

@@ -231,7 +231,7 @@ template<int N, int E> struct BitsOf<N, E, true> { typedef Map<E> type; };
 // ---------------------------------------------------------------- kernels
 
 template<class Team, class T, int N, int A, int E, int LEVELS, bool MAP>
-__global__ void __launch_bounds__(Team::MOST_THREADS) cubin_approximate_rows(
+__global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS) cubin_approximate_rows(
     const T* x, const unsigned char* bits, T* y,
     long long rows, int length, long long x_step, long long bits_step, long long y_step) {
   typedef typename Work<T>::type W;
@@ -249,26 +249,30 @@ __global__ void __launch_bounds__(Team::MOST_THREADS) cubin_approximate_rows(
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
     if (at >= own) break;
+    map.forget_levels();
+    W n[N], sum[N] = {};
+#pragma unroll
+    for (int j = 0; j < N; ++j) n[j] = minus(W(0), values[pack * N + j]);
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) {
+      if (level >= levels) break;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const W step = signed_like(W(T(scale[level])), n[j]);
+        if (map.coded(pack * N + j, level)) sum[j] = plus(sum[j], step);
+        n[j] = plus(n[j], signed_like(scale[level], n[j]));
+      }
+    }
     Pack<T, N, A> result;
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const int e = pack * N + j;
-      W n = minus(W(0), values[e]), sum = 0;
-#pragma unroll
-      for (int level = 0; level < LEVELS; ++level) {
-        if (level >= levels) break;
-        if (map.coded(e, level)) sum = plus(sum, signed_like(W(T(scale[level])), n));
-        n = plus(n, signed_like(scale[level], n));
-      }
-      result.item[j] = T(sum);
-    }
+    for (int j = 0; j < N; ++j) result.item[j] = T(sum[j]);
     *reinterpret_cast<Pack<T, N, A>*>(y + row * y_step + at) = result;
   }
 }
 
 // Scales lie level by level; bit i of a code is set where level i of the element has the sign +1.
 template<class Team, class T, int N, int A, int E, int LEVELS, bool MAP, class W = typename Work<T>::type>
-__global__ void __launch_bounds__(Team::MOST_THREADS) cubin_encode_rows(
+__global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS) cubin_encode_rows(
     const T* x, const unsigned char* bits, W* scales, unsigned short* code,
     long long rows, int length, long long x_step, long long bits_step, long long code_step) {
   const long long row = Team::row();
@@ -289,6 +293,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS) cubin_encode_rows(
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
     if (at >= own) break;
+    map.forget_levels();
     Pack<unsigned short, N, A> result;
 #pragma unroll
     for (int j = 0; j < N; ++j) {

@@ -51,17 +51,18 @@ def team_of(length: int, dtype: np.dtype[Any], levels: int, mapped: bool) -> Tea
     """The team for rows of this length, or None if they are empty or too long for all of them.
 
     64 registers let 1024 threads run on a multiprocessor, and so many may a block have. 32 of them
-    hold elements where packs are 16 bytes wide and few scales need room beside them, else 16: more
-    would spill. Eight lanes add up in three shuffles where 32 take five, and still move whole
-    sectors of memory.
+    hold elements where packs are 16 bytes wide and few scales need room beside them, else 16, and
+    12 where float16 and its map are both unpacked: more would spill. Eight lanes add up in three
+    shuffles where 32 take five, and still move whole sectors of memory.
     """
-    pack = math.gcd(length, 16 // dtype.itemsize)
+    half = dtype.itemsize == 2
+    pack = math.gcd(length, 16 // dtype.itemsize, 4 if length <= 32 or mapped else 8)
     words = arrays.work_dtype(dtype).itemsize // 4
     roomy = pack * dtype.itemsize == 16 and levels <= 4 and not mapped
-    most, least = (32 if roomy else 16) // words, 16 // words
+    most, least = (32 if roomy else 12 if half and mapped else 16) // words, 16 // words
     if length == 0 or levels == 0:
         return None
-    if length <= 8 * least:
+    if length <= 8 * min(most, least):
         name, threads = "Tile<8>", 8
     elif length <= 32 * most:
         name, threads = "Tile<32>", 32

@@ -1,8 +1,8 @@
 """The greedy levels: each takes the sign of the residual, times the mean of its magnitude.
 
 Neither residuals nor signs are ever stored: the residual is recomputed from x and the scales found
-so far. On a device, k levels read x k + 1 times and write once; on the host a block of rows stays
-in the cache meanwhile.
+so far. On a device, rows that fit a block of threads are read once and written once; longer ones
+are read k + 1 times for k levels. On the host a block of rows stays in the cache meanwhile.
 """
 
 from __future__ import annotations
@@ -235,10 +235,10 @@ def _encode_in_one_launch(x: Array, bits: Array, levels: int, rows: Rows, finish
 
 
 def _fits_one_launch(x: Array, bits: Array, levels: int, rows: Rows) -> bool:
-    """Whether a team of threads holds whole rows of `x`, which is on a device."""
-    mapped = np.ndim(bits) > 0
-    team = fused.team_of(rows.length, x.dtype, levels, mapped) if rows.count else None
-    return arrays.on_device(x) and team is not None
+    """Whether `x` is on a device, and a team of threads holds whole rows of it."""
+    if not arrays.on_device(x) or not x.size:
+        return False
+    return fused.team_of(rows.length, x.dtype, levels, np.ndim(bits) > 0) is not None
 
 
 def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:

@@ -1,0 +1,409 @@
+"""Rows in one launch against the definition of the greedy levels, kernel by kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cubin import arrays, fused, greedy, kernels
+from cubin.kernels import FLOATS, raw
+
+SHORT = [1, 7, 27, 31, 32, 33, 127, 128, 129]
+LONG = [1000, 1023, 1024, 1025, 4096, 8191, 8192, 8193, 16383, 16384]
+DTYPES = [np.float16, np.float32, np.float64]
+ARCHITECTURES = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+
+
+def sample(rng, shape, dtype, levels, mapped):
+    x = rng.normal(0, 2, shape).astype(dtype)
+    bits = rng.integers(0, levels + 1, shape).astype(np.uint8) if mapped else np.uint8(levels)
+    return x, bits
+
+
+def on(device, *values):
+    return [a if isinstance(a, np.generic) else device.asarray(a) for a in values]
+
+
+def encode(device, x, bits, levels):
+    """What the kernel gives: scales (levels, rows, 1) and codes."""
+    scales = device.empty((levels, len(x), 1), arrays.work_dtype(x.dtype))
+    code = device.empty(x.shape, np.uint16)
+    greedy.encode_rows(x, bits, levels, scales=scales, code=code)
+    return scales.get(), code.get()
+
+
+def approximate(device, x, bits, levels):
+    y = device.empty(x.shape, x.dtype)
+    greedy.approximate_rows(x, bits, levels, y=y)
+    return y.get()
+
+
+def check_scales(x, bits, scales):
+    """Every scale is the mean of what the scales before it leave, exact to rounding."""
+    m = np.abs(x.astype(scales.dtype))
+    for level, scale in enumerate(scales):
+        hot = np.broadcast_to(np.greater(bits, level), x.shape)
+        count = hot.sum(axis=1, keepdims=True)
+        total = np.where(hot, m, 0).sum(axis=1, keepdims=True, dtype=np.float64)
+        mean = total / np.maximum(count, 1)
+        precise = 4 * np.finfo(scales.dtype).eps
+        tiny = np.finfo(scales.dtype).smallest_subnormal
+        np.testing.assert_allclose(scale, mean, rtol=precise, atol=tiny)
+        m = np.abs(m - scale)
+
+
+def check(device, x, bits, levels):
+    """Scales are right, and codes and approximation are exactly what they make of x."""
+    inputs = on(device, x, bits)
+    scales, code = encode(device, *inputs, levels)
+    check_scales(x, bits, scales)
+    expected = np.empty(x.shape, np.uint16)
+    greedy.codes(x, bits, *scales, code=expected)
+    np.testing.assert_array_equal(code, expected)
+    y, wanted = approximate(device, *inputs, levels), np.empty_like(x)
+    greedy.approximation(x, bits, *scales, y=wanted)
+    np.testing.assert_array_equal(y, wanted)
+    return scales, y
+
+
+# ---------------------------------------------------------------- results
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize("length", SHORT + LONG)
+def test_rows_of_every_length(length, mapped, device, rng):
+    levels = 2 if length in LONG else 3
+    x, bits = sample(rng, (2 if length in LONG else 37, length), np.float32, levels, mapped)
+    check(device, x, bits, levels)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize("length", [27, 32, 250, 1024, 4099, 8192])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_rows_of_other_types(dtype, length, mapped, device, rng):
+    x, bits = sample(rng, (3, length), dtype, 2, mapped)
+    check(device, x, bits, 2)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("levels", [1, 4, 5, 8, 16])
+def test_any_number_of_levels(levels, device, rng):
+    x, bits = sample(rng, (9, 64), np.float32, levels, levels % 2 == 0)
+    check(device, x, bits, levels)
+
+
+@pytest.mark.kernels
+def test_more_than_sixteen_bits_count_as_sixteen(device, rng):
+    x, _ = sample(rng, (5, 40), np.float32, 1, False)
+    bits = rng.choice(np.array([0, 3, 16, 17, 128, 144, 255], np.uint8), x.shape)
+    check(device, x, bits, 16)
+
+
+@pytest.mark.kernels
+def test_a_row_ends_at_its_last_level(device, rng, host):
+    """Levels that no element has cost nothing: a map of 2 bits among 16 levels."""
+    ptx = pytest.importorskip("tests.ptx")
+    x, bits = sample(rng, (4, 2048), np.float32, 2, True)
+    y, few = on(device, x, bits)
+    with ptx.launches() as launches:
+        encode(device, y, few, 16)
+        encode(device, y, device.asarray(bits * 8), 16)
+    assert launches[0].instructions < launches[1].instructions / 4
+    scales, _ = encode(device, y, few, 16)
+    assert (scales[2:] == 0).all()
+
+
+# ---------------------------------------------------------------- edge cases
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [3, 27, 100, 1023, 3000])
+def test_equal_numbers_are_exact(length, dtype, device, rng):
+    """Rows of one magnitude have it as their first scale to the last bit, also under maps."""
+    values = rng.uniform(0.1, 10, (6, 1)).astype(np.float32).astype(dtype)
+    x = values * rng.choice(np.array([-1, 1], dtype), (6, length))
+    scales, _ = encode(device, *on(device, x, np.uint8(2)), 2)
+    np.testing.assert_array_equal(scales[0], values)
+    assert (scales[1] == 0).all()
+    bits = rng.integers(0, 3, x.shape).astype(np.uint8)
+    bits[:, 0] = 1
+    scales, _ = encode(device, *on(device, x, bits), 2)
+    np.testing.assert_array_equal(scales[0], values)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize("length", [27, 128, 1025])
+def test_nan_and_infinity_stay_in_their_row(length, mapped, device, rng):
+    x, bits = sample(rng, (12, length), np.float32, 2, mapped)
+    clean, _ = encode(device, *on(device, x, bits), 2)
+    before = approximate(device, *on(device, x, bits), 2)
+    if mapped:
+        bits[[3, 5, 8], 2] = 2
+    broken = x.copy()
+    broken[3, 2], broken[5, 2], broken[8, 2] = np.nan, np.inf, -np.inf
+    scales, code = encode(device, *on(device, broken, bits), 2)
+    y = approximate(device, *on(device, broken, bits), 2)
+    rest = np.delete(np.arange(12), [3, 5, 8])
+    np.testing.assert_array_equal(y[rest], before[rest])
+    np.testing.assert_array_equal(scales[:, rest], clean[:, rest])
+    wanted, expected = np.empty_like(y), np.empty_like(code)
+    greedy.approximate_rows(broken, bits, 2, y=wanted)
+    greedy.codes(broken, bits, *scales, code=expected)
+    np.testing.assert_array_equal(y[[3, 5, 8]], wanted[[3, 5, 8]])
+    np.testing.assert_array_equal(code, expected)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_subnormals_and_the_largest(dtype, device):
+    limits = np.finfo(dtype)
+    tiny, large = limits.smallest_subnormal, limits.max
+    rows = [
+        [0.0, -0.0] * 4,
+        [tiny, -tiny] * 4,
+        [tiny, 0.0, -0.0, -3 * tiny, 0.0, 0.0, tiny, tiny],
+        [large, -large, large / 2, large, large, large, large, -large],
+    ]
+    x = np.array(rows[: 3 if dtype == np.float64 else 4], dtype)
+    for bits in (np.uint8(2), np.full(x.shape, 2, np.uint8)):
+        scales, y = check(device, x, bits, 2)
+        assert not scales[:, 0].any()
+        assert not y[0].any()
+        assert np.isfinite(scales).all()
+
+
+@pytest.mark.kernels
+def test_elements_without_bits_do_not_count(device):
+    x = np.array([[1, np.nan, -3, np.inf], [np.nan] * 4], np.float32)
+    bits = np.array([[1, 0, 2, 0], [0] * 4], np.uint8)
+    scales, _ = encode(device, *on(device, x, bits), 2)
+    y = approximate(device, *on(device, x, bits), 2)
+    np.testing.assert_array_equal(scales[..., 0], [[2, 0], [1, 0]])
+    np.testing.assert_array_equal(y, [[2, 0, -3, 0], [0] * 4])
+
+
+@pytest.mark.kernels
+def test_the_same_row_gives_the_same_bits_wherever_it_stands(device, rng):
+    for length in (27, 300, 2000):
+        x, bits = sample(rng, (70, length), np.float32, 3, False)
+        order = rng.permutation(len(x))
+        first = approximate(device, *on(device, x, bits), 3)
+        np.testing.assert_array_equal(
+            approximate(device, *on(device, x[order], bits), 3), first[order]
+        )
+
+
+# ---------------------------------------------------------------- memory
+
+
+def layouts(x):
+    """The rows `x` in memory of other alignments and strides."""
+    rows, length = x.shape
+    wide = np.zeros((rows, length + 4), x.dtype)
+    for start in range(4):
+        view = wide[:, start : start + length]
+        view[...] = x
+        yield f"shifted by {start}", wide.copy(), np.s_[:, start : start + length]
+    yield "from the end", x[::-1].copy(), np.s_[::-1]
+    yield "every other row", np.repeat(x, 2, axis=0), np.s_[::2]
+    yield "columns first", np.asfortranarray(x), np.s_[:]
+    yield "elements from the end", x[:, ::-1].copy(), np.s_[:, ::-1]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+def test_rows_wherever_they_lie(mapped, device, rng):
+    x, bits = sample(rng, (5, 32), np.float32, 2, mapped)
+    plain = approximate(device, *on(device, x, bits), 2)
+    rows = arrays.rows_of(x.shape, 0)
+    for name, memory, at in layouts(x):
+        held, target = device.asarray(memory)[at], device.asarray(memory)[at]
+        greedy.approximate(held, on(device, bits)[0], 2, rows, target)
+        np.testing.assert_array_equal(target.get(), plain, err_msg=name)
+        np.testing.assert_array_equal(held.get(), x, err_msg=name)
+        greedy.approximate(held, on(device, bits)[0], 2, rows, held)
+        np.testing.assert_array_equal(held.get(), plain, err_msg=name)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("axis", [0, 1, (0, 2), None])
+def test_rows_of_any_axes(axis, device, rng):
+    x, bits = sample(rng, (3, 4, 5), np.float32, 2, True)
+    rows = arrays.rows_of(x.shape, axis)
+    y, wanted = device.empty(x.shape, x.dtype), np.empty_like(x)
+    greedy.approximate(*on(device, x, bits), 2, rows, y)
+    greedy.approximate(x, bits, 2, rows, wanted)
+    np.testing.assert_allclose(y.get(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.kernels
+def test_a_map_of_rows_and_a_single_row(device, rng):
+    x, _ = sample(rng, (1, 48), np.float32, 2, False)
+    check(device, x, np.uint8(2), 2)
+    x, _ = sample(rng, (3, 48), np.float32, 2, False)
+    per_row = np.array([[0], [1], [2]], np.uint8)
+    y, wanted = device.empty(x.shape, x.dtype), np.empty_like(x)
+    rows = arrays.rows_of(x.shape, 0)
+    spread = device.broadcast_to(device.asarray(per_row), x.shape)
+    greedy.approximate(device.asarray(x), spread, 2, rows, y)
+    greedy.approximate(x, np.broadcast_to(per_row, x.shape), 2, rows, wanted)
+    np.testing.assert_allclose(y.get(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("shape", "levels"), [((0, 5), 2), ((3, 0), 2), ((3, 5), 0)])
+def test_nothing_to_do(shape, levels, device):
+    x = device.ones(shape, np.float32)
+    y = device.empty(shape, np.float32)
+    rows = arrays.rows_of(shape, 0)
+    greedy.approximate(x, np.uint8(levels), levels, rows, y)
+    assert not y.get().any()
+    found = []
+    greedy.encode(x, np.uint8(levels), levels, rows, lambda *part: found.append(part))
+    ((_, code, _, scales),) = found
+    assert not code.get().any()
+    assert [scale.shape for scale in scales] == [(shape[0], 1)] * levels
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("shape", "dtype", "mapped"),
+    [
+        ((50, 27), np.float32, False),
+        ((40, 128), np.float32, True),
+        ((6, 1000), np.float16, False),
+        ((3, 4096), np.float32, True),
+        ((2, 16384), np.float32, False),
+        ((2, 8192), np.float64, False),
+    ],
+)
+def test_one_launch_reads_x_once_and_writes_the_result_once(shape, dtype, mapped, device, rng):
+    ptx = pytest.importorskip("tests.ptx")
+    x, bits = sample(rng, shape, dtype, 2, mapped)
+    held, map_ = on(device, x, bits)
+    y = device.empty(shape, dtype)
+    rows = arrays.rows_of(shape, 0)
+    with ptx.launches() as launches:
+        greedy.approximate(held, map_, 2, rows, y)
+    (launch,) = launches
+    assert launch.kernel.startswith("cubin_approximate_rows<")
+    assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
+    assert launch.written == launch.written_unique == x.nbytes
+
+    found = []
+    with ptx.launches() as launches:
+        greedy.encode(held, map_, 2, rows, lambda *part: found.append(part))
+    (launch,) = launches
+    ((_, code, _, scales),) = found
+    assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
+    assert launch.written == launch.written_unique == code.nbytes + sum(s.nbytes for s in scales)
+
+
+@pytest.mark.kernels
+def test_rows_too_long_for_a_block_take_passes(device, rng):
+    ptx = pytest.importorskip("tests.ptx")
+    x, _ = sample(rng, (1, 32769), np.float32, 1, False)
+    y, wanted = device.empty(x.shape, x.dtype), np.empty_like(x)
+    rows = arrays.rows_of(x.shape, 0)
+    with ptx.launches() as launches:
+        greedy.approximate(device.asarray(x), np.uint8(1), 1, rows, y)
+    assert len(launches) > 1
+    greedy.approximate(x, np.uint8(1), 1, rows, wanted)
+    np.testing.assert_allclose(y.get(), wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="no team holds 1 levels"):
+        fused.launch(device.asarray(x), np.uint8(1), 1, y)
+
+
+# ---------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_team_holds_its_row_and_wastes_little(dtype):
+    dtype = np.dtype(dtype)
+    longest = {2: 12288, 4: 16384, 8: 8192}
+    for levels, mapped in ((1, False), (4, False), (5, False), (1, True)):
+        for length in range(1, 33000):
+            team = fused.team_of(length, dtype, levels, mapped)
+            if team is None:
+                assert length > longest[dtype.itemsize]
+                continue
+            assert length % team.pack == 0
+            assert team.pack * dtype.itemsize <= 16
+            slots = team.threads * team.held
+            assert slots >= length
+            assert team.held % max(team.pack, 4) == 0
+            assert team.threads <= 1024
+            assert length < 16 or length >= slots / 2
+    assert fused.team_of(0, dtype, 1, False) is None
+    assert fused.team_of(1, dtype, 0, False) is None
+
+
+HEAVIEST = [
+    (greedy.approximate_rows, ("Tile<8>", "float", 4, 4, 16, 4, "false")),
+    (greedy.approximate_rows, ("Tile<32>", "float", 4, 4, 32, 4, "false")),
+    (greedy.approximate_rows, ("Block", "float", 4, 4, 32, 4, "false")),
+    (greedy.approximate_rows, ("Block", "float16", 8, 8, 32, 4, "false")),
+    (greedy.approximate_rows, ("Block", "float", 1, 1, 16, 8, "true")),
+    (greedy.approximate_rows, ("Block", "double", 2, 2, 16, 4, "false")),
+    (greedy.encode_rows, ("Block", "float", 4, 4, 32, 4, "false")),
+    (greedy.encode_rows, ("Block", "float", 1, 1, 16, 8, "true")),
+]
+"""The kernels that take the most registers, of every kind of team."""
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_registers_hold_the_row(arch, device, monkeypatch):
+    """No spills, and 1024 threads on a multiprocessor of 65536 registers."""
+    compiler = pytest.importorskip("tests.ptx.compiler")
+    from tests.ptx import device as engine
+
+    asked = []
+
+    def take(source, options, names=()):
+        asked.append((source, options))
+        return compiler.Compiled(source, arch, b"", "", {name: name for name in names})
+
+    monkeypatch.setattr(engine, "_compiled", take)
+    names = [kernel.name_of(template) for kernel, template in HEAVIEST]
+    device.RawModule(code=HEAVIEST[0][0].source, name_expressions=names).compile()
+    ((source, options),) = asked
+    found = compiler.resources(source, arch, options, names)
+    assert len(found) == len(names)
+    for name, kernel in found.items():
+        assert kernel.spill_stores == kernel.spill_loads == 0, name
+        assert kernel.registers <= 64, name
+
+
+# ---------------------------------------------------------------- the decorator
+
+
+def declare(inputs, outputs, code):
+    def halves(x, n, *, y):
+        """Nothing: only its parameters matter."""
+
+    try:
+        return raw(inputs, outputs, code=code, launch=fused.launch, types=FLOATS)(halves)
+    finally:
+        kernels.REGISTRY.pop("halves", None)
+
+
+def test_a_raw_kernel_has_the_declared_parameters():
+    code = "__global__ void cubin_halves(\n    const T*  x, unsigned char* y, int length) {}"
+    primitive = declare("T x, static int n", "uint8 y", code)
+    assert primitive.name_of(("float", 3)) == "cubin_halves<float, 3>"
+    for inputs, outputs in (
+        ("T x, static int n", "int8 y"),
+        ("W x, static int n", "uint8 y"),
+        ("T x, int n", "uint8 y"),
+    ):
+        with pytest.raises(TypeError, match="parameters of cubin_halves must start with"):
+            declare(inputs, outputs, code)
+    with pytest.raises(TypeError, match="must start with"):
+        declare("T x, static int n", "uint8 y", "__global__ void cubin_other() {}")
+    with pytest.raises(TypeError, match="the kernel takes"):
+        declare("T y, static int n", "uint8 x", code)

@@ -26,7 +26,7 @@ import numpy as np
 from cubin import arrays, greedy
 from cubin.arrays import Array, Rows
 from cubin.code import level_signs
-from cubin.kernels import FLOATS, Elementwise, elementwise
+from cubin.kernels import FLOATS, REGISTRY, Elementwise, elementwise
 from cubin.passes import Part
 from cubin.signs import gradient_inside, where
 
@@ -70,7 +70,8 @@ def surrogate(slope: str) -> Callable[[Callable[..., Any]], Elementwise]:
     Raises
     ------
     ValueError
-        If there is a primitive of that name already.
+        If there is a primitive of that name already, other than a surrogate of the same module:
+        a cell of a notebook can be run again.
     """
 
     def decorate(function: Callable[..., Any]) -> Elementwise:
@@ -96,6 +97,10 @@ def surrogate(slope: str) -> Callable[[Callable[..., Any]], Elementwise]:
             ]
         )
         pull_back.__name__, pull_back.__doc__ = function.__name__, function.__doc__
+        pull_back.__module__ = function.__module__
+        earlier = SIGN.get(function.__name__)
+        if earlier and earlier.function.__module__ == function.__module__:
+            del REGISTRY[earlier.name]
         arguments = "".join(f", W {name}" for name in names)
         passed = "".join(f", Work<T>::type({name})" for name in names)
         primitive = elementwise(

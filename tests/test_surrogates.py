@@ -209,6 +209,17 @@ def test_names_are_unique(unregistered):
     assert surrogates.SIGN["ste"].__doc__.startswith("The straight-through estimator")
 
 
+def test_a_definition_can_be_run_again(unregistered):
+    for value in (2.0, 3.0):
+
+        @surrogates.surrogate(f"W({value})")
+        def constant(v, value=value):
+            return np.full(v.shape, value, v.dtype)
+
+        x = np.zeros(3)
+        np.testing.assert_array_equal(cubin.sign_grad(x, x + 1, "constant"), [value] * 3)
+
+
 def test_a_multibit_surrogate_of_ones_own(unregistered):
     surrogates.MULTIBIT["halved"] = lambda x, bits, levels, gy, rows: gy / 2
     x = np.ones((2, 3))

@@ -192,7 +192,7 @@ class Batch:
         """The register's bits: one item per chosen lane, or a single one where all agree."""
         value = self.registers[register.index]
         if value is None:
-            return np.zeros(1, STATES[register.width])
+            return _unwritten(1, register.width)
         return value if chosen is None or len(value) == 1 else value[chosen]
 
     def put(self, register: Register, chosen: Selection, value: Array) -> None:
@@ -202,7 +202,7 @@ class Batch:
             return
         old = self.registers[register.index]
         if old is None:
-            old = np.zeros(self.size, STATES[register.width])
+            old = _unwritten(self.size, register.width)
         elif len(old) == 1 and self.size > 1:
             old = np.repeat(old, self.size)
         old[chosen] = value
@@ -556,6 +556,13 @@ class Batch:
         if self.local_bytes is None:
             self.local_bytes = np.full(self.size * self.local_size, UNWRITTEN, np.uint8)
         return self.lanes(chosen) * self.local_size + offset
+
+
+def _unwritten(size: int, width: int) -> Array:
+    """A register that nothing wrote holds what no kernel expects."""
+    return np.full(size * max(width, 1), UNWRITTEN & (1 if not width else 0xFF), np.uint8).view(
+        STATES[width]
+    )
 
 
 def _unravel(index: int, shape: tuple[int, int, int]) -> tuple[int, int, int]:

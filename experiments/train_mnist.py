@@ -680,11 +680,11 @@ def comparison(results: Results, network: str, activations: str) -> Iterator[str
     for weights in MAPS:
         gain = results.difference(network, by_weights[weights], by_weights[1])
         yield f"{network}, {by_weights[weights].name} against 1 bit: {gain} points."
-    found = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items())
+    found = ". ".join(f"{verdict}: {'; '.join(names)}" for verdict, names in verdicts.items())
     cheapest = min(results.bits(network, by_weights[name], "effective") for name in MAPS)
     two_bits = results.bits(network, by_weights[2], "effective")
     yield (
-        f"Verdict for the {network} with activations of {activations}, against 2 bits: {found}. "
+        f"Verdict for the {network} with activations of {activations} against 2 bits. {found}. "
         f"With the map counted, 1.4 bits take at least {cheapest:.2f} bits per weight, "
         f"2 bits take {two_bits:.2f}."
     )
@@ -750,9 +750,8 @@ def draw_accuracy(ax: Axes, results: Results, network: str, activations: str, ki
         for name in MAPS
     ]
     # The maps have the same payload: drawn a little apart, they do not hide each other.
-    for (label, arms), color, marker, apart in zip(
-        groups, COLORS, MARKERS, (0, -0.03, 0, 0.03), strict=False
-    ):
+    shifts = (0, -0.03, 0, 0.03) if kind == "payload" else (0, 0, 0, 0)
+    for (label, arms), color, marker, apart in zip(groups, COLORS, MARKERS, shifts, strict=False):
         found = [results.accuracy(network, arm) for arm in arms]
         ax.errorbar(
             [results.bits(network, arm, kind) + apart for arm in arms],
@@ -916,7 +915,7 @@ def write_results(results: Results, output: Path, origin: Mapping[str, Any]) -> 
         ("curves", curves_figure(results, networks)),
         ("surrogates", surrogates_figure(results, networks)),
     ):
-        figure.savefig(output / f"{NAME}_{name}.png", dpi=110)
+        figure.savefig(output / f"{NAME}_{name}.png", dpi=85)
     told = {**origin, "findings": findings(results)}
     text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
     path.with_suffix(".json").write_text(text, encoding="utf-8")

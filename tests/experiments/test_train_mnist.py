@@ -302,7 +302,7 @@ def test_findings_say_which_map_matches():
     assert "1.4 bits, budget against 2 bits: -7.07" in line
     assert lines[-1].startswith("Verdict for the CNN with activations of full precision")
     assert "falls short: 1.4 bits, budget." in lines[-1]
-    assert "matches: 1 bit, 1.4 bits, random, 1.4 bits, middle-out" in lines[-1]
+    assert "matches: 1 bit; 1.4 bits, random; 1.4 bits, middle-out." in lines[-1]
 
 
 # Figures

@@ -873,7 +873,7 @@ def accuracy_figure(results: Results, networks: Sequence[str]) -> Figure:
 
 
 def curves_figure(results: Results, networks: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(10, 3.8 * len(networks)), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.6 * len(networks)), layout="constrained")
     grid = figure.subplots(len(networks), 2, squeeze=False)
     families = ((FULL, *FAMILIES["full precision"]), (BOTH_TWO, *FAMILIES["1 bit"]))
     for axes, network in zip(grid, networks, strict=True):

@@ -868,7 +868,7 @@ def accuracy_figure(results: Results, networks: Sequence[str]) -> Figure:
         for ax, kind in zip(axes, ("payload", "effective"), strict=True):
             draw_accuracy(ax, results, network, activations, kind)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

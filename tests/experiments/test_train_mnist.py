@@ -385,7 +385,7 @@ def wait_until(condition, what):
     end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end, f"waited in vain until {what}"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 @needs_digits

@@ -23,6 +23,11 @@ CUDA = kernels.source(__file__)
 TILE_THREADS = 256
 MOST_THREADS = 1024
 
+_MOST_HELD = {2: (32, 16, 8), 4: (32, 16, 16), 8: (12, 8, 8)}
+"""The most elements of an item size that a thread holds: in packs of 16 bytes with at most four
+scales beside them, otherwise, and with a map beside them. More would spill with 64 registers, which
+let 1024 threads run on a multiprocessor; and so many may a block have."""
+
 _C_TYPES = {"e": "float16", "f": "float", "d": "double"}
 
 
@@ -50,19 +55,15 @@ class Team:
 def team_of(length: int, dtype: np.dtype[Any], levels: int, mapped: bool) -> Team | None:
     """The team for rows of this length, or None if they are empty or too long for all of them.
 
-    64 registers let 1024 threads run on a multiprocessor, and so many may a block have. 32 of them
-    hold elements where packs are 16 bytes wide and few scales need room beside them, else 16, and
-    12 where float16 and its map are both unpacked: more would spill. Eight lanes add up in three
-    shuffles where 32 take five, and still move whole sectors of memory.
+    Eight lanes add up in three shuffles where 32 take five, and still move whole sectors of memory.
     """
-    half = dtype.itemsize == 2
     pack = math.gcd(length, 16 // dtype.itemsize, 4 if length <= 32 or mapped else 8)
-    words = arrays.work_dtype(dtype).itemsize // 4
-    roomy = pack * dtype.itemsize == 16 and levels <= 4 and not mapped
-    most, least = (32 if roomy else 12 if half and mapped else 16) // words, 16 // words
+    roomy, plain, beside_map = _MOST_HELD[dtype.itemsize]
+    wide = pack * dtype.itemsize == 16 and levels <= 4
+    most = beside_map if mapped else roomy if wide else plain
     if length == 0 or levels == 0:
         return None
-    if length <= 8 * min(most, least):
+    if length <= 8 * min(most, 16):
         name, threads = "Tile<8>", 8
     elif length <= 32 * most:
         name, threads = "Tile<32>", 32

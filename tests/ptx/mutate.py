@@ -45,6 +45,7 @@ EQUIVALENT: dict[str, str] = {
     "total = sign == 0 ? y : sign >= 0 ? plus(y, scale) : minus(y, scale)": (
         "a sign of 0 is dealt with before"
     ),
+    "for (int i = 0; i <= LEVELS - 1; ++i)": "the body runs where i < level, and level < LEVELS",
 }
 """Why a survivor changes nothing, by the line after the edit."""
 

@@ -28,6 +28,7 @@ _MOST_HELD = {2: (32, 16, 8), 4: (32, 16, 16), 8: (12, 8, 8)}
 scales beside them, otherwise, and with a map beside them. More would spill with 64 registers, which
 let 1024 threads run on a multiprocessor; and so many may a block have."""
 
+_NO_MAP = np.uint64(0)
 _C_TYPES = {"e": "float16", "f": "float", "d": "double"}
 
 
@@ -92,25 +93,36 @@ def launch(x: Array, bits: Array, levels: int, *outputs: Array) -> Launch:
     `x`, a map `bits` and the last output have the shape (rows, length) and elements side by side;
     the other outputs are contiguous. A scalar `bits` equals `levels`.
     """
-    rows, length = x.shape
     mapped = np.ndim(bits) > 0
-    team = team_of(length, x.dtype, levels, mapped)
-    if team is None:
-        raise ValueError(f"no team holds {levels} levels of rows {x.shape} of {x.dtype}")
     moved = (x, bits, outputs[-1]) if mapped else (x, outputs[-1])
-    steps = [array.strides[0] // array.itemsize if rows > 1 else 0 for array in moved]
-    starts = [array.data.ptr // array.itemsize for array in moved]
-    access = math.gcd(team.pack, *starts, *steps)
+    aligned = math.gcd(16, *[array.data.ptr // array.itemsize for array in moved])
+    steps = [array.strides[0] // array.itemsize for array in moved]
+    template, grid, threads, sizes = _plan(x.shape, x.dtype, levels, mapped, aligned, *steps)
+    return Launch(template, grid, threads, (x, bits if mapped else _NO_MAP, *outputs, *sizes))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, int],
+    dtype: np.dtype[Any],
+    levels: int,
+    mapped: bool,
+    aligned: int,
+    *steps: int,
+) -> tuple[tuple[Any, ...], int, int, tuple[Any, ...]]:
+    """Template, grid, block and the parameters after the pointers: kept, since finding them takes
+    longer than launching."""
+    rows, length = shape
+    team = team_of(length, dtype, levels, mapped)
+    if team is None:
+        raise ValueError(f"no team holds {levels} levels of rows {shape} of {dtype}")
+    access = math.gcd(team.pack, aligned, *(steps if rows > 1 else ()))
     threads = team.threads if team.name == "Block" else TILE_THREADS
-    template = (team.name, _C_TYPES[x.dtype.char], team.pack, access, team.held, levels)
-    x_step, bits_step, y_step = steps if mapped else (steps[0], 0, steps[1])
-    return Launch(
+    template = (team.name, _C_TYPES[dtype.char], team.pack, access, team.held, levels)
+    spread = steps if mapped else (steps[0], 0, steps[1])
+    return (
         (*template, str(mapped).lower()),
         -(-rows // (threads // team.threads)),
         threads,
-        (
-            *(x, bits if mapped else np.uint64(0), *outputs),
-            *(np.int64(rows), np.int32(length)),
-            *(np.int64(x_step), np.int64(bits_step), np.int64(y_step)),
-        ),
+        (np.int64(rows), np.int32(length), *(np.int64(step) for step in spread)),
     )

@@ -23,7 +23,7 @@ from cubin.arrays import Array
 GROUP = 4
 
 
-def _loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(nogil=True, cache=True, **options)(function)
@@ -49,17 +49,17 @@ def _hot_by_type(bits: Any, row: Any, column: Any, level: Any) -> Callable[..., 
     return always if isinstance(bits, numba.types.NoneType) else mapped
 
 
-@_loop()
+@loop()
 def _folded(m: float, a: float, b: float, c: float) -> float:
     return abs(abs(abs(abs(m) - a) - b) - c)
 
 
-@_loop()
+@loop()
 def _step(r: float, scale: float) -> float:
     return scale if r > 0 else -scale
 
 
-@_loop()
+@loop()
 def _padded(scales: Array, row: int, first: int) -> tuple[float, float, float, float]:
     """The scales of four levels of a row, 0 for those it does not have."""
     levels = len(scales)
@@ -76,7 +76,7 @@ def _padded(scales: Array, row: int, first: int) -> tuple[float, float, float, f
 
 
 # Sums alone may be reordered; what makes up the summands keeps its order and its NaN.
-@_loop(fastmath={"reassoc"})
+@loop(fastmath={"reassoc"})
 def _sum(
     r: Array, bits: Array | None, row: int, level: int, a: float, b: float, c: float
 ) -> tuple[float, int]:
@@ -88,7 +88,7 @@ def _sum(
     return total, count
 
 
-@_loop()
+@loop()
 def _fold(r: Array, scales: Array, row: int, first: int) -> None:
     """Take the levels `first` to first + 3 off the magnitudes `r`."""
     a, b, c, d = _padded(scales, row, first)
@@ -96,7 +96,7 @@ def _fold(r: Array, scales: Array, row: int, first: int) -> None:
         r[j] = abs(_folded(r[j], a, b, c) - d)
 
 
-@_loop()
+@loop()
 def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
     """Find the scales, (levels, rows): the mean |residual| at each level, 0 without a code."""
     levels, rows = scales.shape
@@ -124,7 +124,7 @@ def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
                 a = b = c = zero
 
 
-@_loop()
+@loop()
 def _level_sum(x: Array, bits: Array | None, scales: Array) -> tuple[float, int]:
     """The sum of |residual| after `scales`, (levels, 1), over a piece of a row; and its count."""
     levels = len(scales)
@@ -141,7 +141,7 @@ def _level_sum(x: Array, bits: Array | None, scales: Array) -> tuple[float, int]
 # ---------------------------------------------------------------- what they give
 
 
-@_loop()
+@loop()
 def _first_levels(
     r: Array, bits: Array | None, row: int, scales: Array, stored: Array, y: Array
 ) -> None:
@@ -160,19 +160,19 @@ def _first_levels(
         y[j] = v
 
 
-@_loop()
+@loop()
 def _peel(r: Array, scale: float) -> None:
     for j in range(r.size):
         r[j] -= _step(r[j], scale)
 
 
-@_loop()
+@loop()
 def _add(r: Array, bits: Array | None, row: int, level: int, stored: float, y: Array) -> None:
     for j in range(r.size):
         y[j] += _step(r[j], stored) if _hot(bits, row, j, level) else y.dtype.type(0)
 
 
-@_loop()
+@loop()
 def _approximation(x: Array, bits: Array | None, scales: Array, stored: Array, y: Array) -> None:
     levels, rows = scales.shape
     rest = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
@@ -186,14 +186,14 @@ def _approximation(x: Array, bits: Array | None, scales: Array, stored: Array, y
                 _peel(rest, scales[level, row])
 
 
-@_loop()
+@loop()
 def _set(r: Array, bits: Array | None, row: int, level: int, code: Array) -> None:
     bit = code.dtype.type(1 << level)
     for j in range(r.size):
         code[j] |= bit if r[j] > 0 and _hot(bits, row, j, level) else code.dtype.type(0)
 
 
-@_loop()
+@loop()
 def _codes(x: Array, bits: Array | None, scales: Array, code: Array) -> None:
     levels, rows = scales.shape
     rest = np.empty(x.shape[1], x.dtype)
@@ -203,6 +203,37 @@ def _codes(x: Array, bits: Array | None, scales: Array, code: Array) -> None:
         for level in range(levels):
             _set(rest, bits, row, level, code[row])
             _peel(rest, scales[level, row])
+
+
+@loop()
+def _decode(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
+    levels, rows = stored.shape
+    for row in range(rows):
+        _first_codes(code[row], bits, row, stored, y[row])
+        for level in range(GROUP, levels):
+            _add_code(code[row], bits, row, level, stored[level, row], y[row])
+
+
+@loop()
+def _first_codes(code: Array, bits: Array | None, row: int, stored: Array, y: Array) -> None:
+    """Write the sum of the first four levels."""
+    a, b, c, d = _padded(stored, row, 0)
+    zero = y.dtype.type(0)
+    for j in range(code.size):
+        own = code[j]
+        v = (a if own & 1 else -a) if _hot(bits, row, j, 0) else zero
+        v += (b if own & 2 else -b) if _hot(bits, row, j, 1) else zero
+        v += (c if own & 4 else -c) if _hot(bits, row, j, 2) else zero
+        y[j] = v + ((d if own & 8 else -d) if _hot(bits, row, j, 3) else zero)
+
+
+@loop()
+def _add_code(
+    code: Array, bits: Array | None, row: int, level: int, stored: float, y: Array
+) -> None:
+    for j in range(code.size):
+        step = stored if code[j] >> level & 1 else -stored
+        y[j] += step if _hot(bits, row, j, level) else y.dtype.type(0)
 
 
 # ---------------------------------------------------------------- as the primitives are called
@@ -234,6 +265,17 @@ def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     """`greedy.codes`."""
     _codes(_work(x), _map(bits), _stack(scales, x), code)
+
+
+def decode(code: Array, bits: Array, *scales: Array, y: Array) -> None:
+    """`code.decode`."""
+    work = arrays.work_dtype(y.dtype)
+    stored = np.stack([scale[:, 0] for scale in scales]).astype(y.dtype, copy=False)
+    direct = y.dtype == work and y.flags.c_contiguous
+    target = y if direct else np.empty(y.shape, work)
+    _decode(np.ascontiguousarray(code), _map(bits), stored.astype(work, copy=False), target)
+    if not direct:
+        y[...] = target
 
 
 def _work(x: Array) -> Array:

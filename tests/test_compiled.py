@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
-from cubin import arrays, blocks, greedy
+import cubin
+from cubin import arrays, blocks, code, greedy
+from cubin.solvers import search
+from cubin.solvers.fits import Fit
+from cubin.solvers.magnitudes import Magnitudes
 from tests import test_multibit
 
 pytest.importorskip("numba")
 
 from cubin import compiled
+from cubin.solvers import loops
 
 # The same test bodies, on the loops whatever the size.
 globals().update(
@@ -84,8 +90,8 @@ def test_sums_of_a_piece(rng, mapped, levels):
     bits = rng.integers(0, 11, x.shape).astype(np.uint8) if mapped else np.uint8(10)
     scales = [np.full((1, 1), 0.7**level, np.float32) for level in range(levels)]
     total, count = np.empty((2, 1, 1)), np.empty((2, 1, 1), np.int64)
-    for loops, at in ((greedy, 0), (compiled, 1)):
-        loops.level_sums(x, bits, *scales, total=total[at], count=count[at])
+    for module, at in ((greedy, 0), (compiled, 1)):
+        module.level_sums(x, bits, *scales, total=total[at], count=count[at])
     np.testing.assert_allclose(total[1], total[0], rtol=1e-12)
     assert count[0] == count[1]
 
@@ -129,8 +135,8 @@ def test_whole_arrays(rng, monkeypatch, lay_out, axis):
         packed = np.zeros((rows.count, rows.length), np.uint16)
         flat = packed.reshape(rows.view(x).shape)
 
-        def store(part, code, bits, scales):
-            flat[part.block] = code.reshape(flat[part.block].shape)
+        def store(part, packed_part, bits, scales):
+            flat[part.block] = packed_part.reshape(flat[part.block].shape)
 
         greedy.encode(x, bits, 5, rows, store)
         return y, packed
@@ -152,6 +158,80 @@ def test_in_place(rng):
     greedy.approximate(x, np.uint8(3), 3, rows, y)
     greedy.approximate(x, np.uint8(3), 3, rows, x)
     np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", ["float16", *WORK])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("levels", [1, 4, 7])
+def test_decoding(rng, dtype, mapped, levels):
+    bits = rng.integers(0, levels + 1, (5, 300)).astype(np.uint8) if mapped else np.uint8(levels)
+    packed = rng.integers(0, 1 << levels, (5, 300)).astype(np.uint16)
+    work = arrays.work_dtype(np.dtype(dtype))
+    scales = [rng.uniform(size=(5, 1)).astype(work) for _ in range(levels)]
+    y, expected = np.empty((5, 300), dtype), np.empty((5, 300), dtype)
+    code.decode(packed, bits, *scales, y=expected)
+    compiled.decode(packed, bits, *scales, y=y)
+    np.testing.assert_array_equal(y, expected)
+
+
+# ---------------------------------------------------------------- solvers
+
+
+def solved(solver, x, levels):
+    """Scales and codes by the definition and by the compiled form."""
+    magnitudes = Magnitudes(x, np.uint8(levels), levels, None)
+    expected = Fit(magnitudes, solver(magnitudes, levels), levels)
+    codes, scales = loops.compiled_form(solver)(x, levels)
+    return (np.stack(expected.scales), expected.codes(x, np.uint8(levels))), (scales, codes)
+
+
+SOLVERS = [search.refined, *(partial(search.alternating, iterations=t) for t in (0, 1, 2, None))]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("levels", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_solvers_equal_their_definition(rng, solver, levels, dtype):
+    x = rng.normal(size=(60, 500)).astype(dtype)
+    x[0] = 0
+    x[1] = -0.3
+    x[2] = rng.integers(-3, 4, 500)
+    x[3] *= 1e-3 if dtype == "float16" else 1e-38
+    x[4] *= 1e3 if dtype == "float16" else 1e37
+    (expected, expected_codes), (scales, codes) = solved(solver, x, levels)
+    top = np.abs(x).max(axis=1, keepdims=True).astype(np.float32)
+    off = np.abs(np.stack(scales) - expected) > 1e-6 * top
+    # Where a sum's rounding decides a sign or the last iteration, a row may end up elsewhere.
+    agreeing = ~off.any(axis=(0, 2))
+    assert agreeing.sum() >= 58
+    assert (codes[agreeing] != expected_codes[agreeing]).mean() < 1e-4
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_on_what_is_not_finite(rng, solver):
+    x = rng.normal(size=(4, 90)).astype(np.float32)
+    x[1, 3], x[2, 4] = np.nan, -np.inf
+    (expected, expected_codes), (scales, codes) = solved(solver, x, 3)
+    np.testing.assert_allclose(np.stack(scales), expected, rtol=1e-6)
+    assert np.isnan(expected[:, 1:3]).all()
+    np.testing.assert_array_equal(codes, expected_codes)
+
+
+def test_solvers_that_are_not_compiled():
+    assert loops.compiled_form(search.optimal) is None
+
+
+@pytest.mark.parametrize("solver", ["refined", "alternating"])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_solvers_by_their_names(rng, monkeypatch, solver, axis):
+    x = rng.normal(size=(40, 90)).astype(np.float32)
+    found = cubin.quantize(x, 3, channel_axis=axis, solver=solver)
+    approx = cubin.multibit(x, 3, channel_axis=axis, solver=solver)
+    np.testing.assert_array_equal(found.dequantize(), approx)
+    monkeypatch.setattr(blocks, "COMPILED", x.size + 1)
+    expected = cubin.quantize(x, 3, channel_axis=axis, solver=solver)
+    np.testing.assert_allclose(found.scales, expected.scales, rtol=1e-5)
+    assert (found.signs != expected.signs).mean() < 1e-3
 
 
 # ---------------------------------------------------------------- when they run
@@ -191,4 +271,4 @@ def test_no_place_for_a_cache(monkeypatch):
         return njit(**options)
 
     monkeypatch.setattr(compiled.numba, "njit", without_cache)
-    assert compiled._loop()(lambda a: a + 1)(1) == 2
+    assert compiled.loop()(lambda a: a + 1)(1) == 2

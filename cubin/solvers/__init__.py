@@ -50,8 +50,14 @@ def fit(
         magnitudes = Magnitudes(x, bits, levels, importance)
         return Fit(magnitudes, solver(magnitudes, levels), levels)
 
+    compiled = _compiled(x, bits, levels, rows, solver, importance)
+
     def solve(part: Part) -> None:
         own = [_cut(array, rows, part) for array in (x, bits, importance)]
+        if compiled is not None:
+            codes, scales = compiled(own[0], levels)
+            finish(part, codes, bits, scales)
+            return
         found = fitted(*own)
         if long:
             fits[part.rows.start] = found
@@ -73,6 +79,19 @@ def fit(
         blocks.each(solve, parts, size)
         if long:
             passes.for_each_part(encode, rows, x, bits)
+
+
+def _compiled(
+    x: Array, bits: Any, levels: int, rows: Rows, solver: Solver, importance: Array | None
+) -> Any:
+    """The compiled form of the solver, where there is one for such rows and it pays, else None."""
+    if arrays.on_device(x) or blocks.compiled(x.size) is None:
+        return None
+    from cubin.solvers import loops  # needs Numba
+
+    plain = np.ndim(bits) == 0 and importance is None and x.dtype != np.float64
+    fits = 2 <= levels <= loops.MAX_LEVELS and rows.length <= BLOCK
+    return loops.compiled_form(solver) if plain and fits else None
 
 
 def _cut(array: Any, rows: Rows, part: Part) -> Any:

@@ -24,11 +24,12 @@ __all__ = [
     "sign",
     "sign_grad",
     "ste_mask",
+    "surrogates",
     "tape",
     "theory",
 ]
 
-_LAZY = ("analysis", "tape", "theory")
+_LAZY = ("analysis", "surrogates", "tape", "theory")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -109,22 +108,16 @@ def multibit(
         weights = _weights(importance, x, solver)
         view = rows.view(y)
 
-        def approximate(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
-            write(part, x.shape, partial(greedy.approximation, x, bits, *scales))
-
         def reconstruct(part: Part, code: Array, bits: Array, scales: list[Array]) -> None:
-            write(part, code.shape, partial(decode, code, bits, *scales))
-
-        def write(part: Part, shape: tuple[int, int], primitive: Callable[..., None]) -> None:
             target = view[part.block]
-            flat = target.reshape(shape)
-            primitive(y=flat)
+            flat = target.reshape(code.shape)
+            decode(code, bits, *scales, y=flat)
             if not arrays.library(flat).may_share_memory(flat, target):
                 target[...] = flat.reshape(target.shape)
 
         x = arrays.apart(x, y)
         if solve is None or _greedy_is_best(levels, weights):
-            greedy.fit(x, _spread(limits, x), levels, rows, approximate)
+            greedy.approximate(x, _spread(limits, x), levels, rows, y)
         else:
             solvers.fit(x, _spread(limits, x), levels, rows, reconstruct, solver=solve,
                         importance=weights)  # fmt: skip
@@ -239,11 +232,6 @@ def quantize(
         signs = xp.empty((levels, *x.shape), np.int8)
         views = [rows.view(signs[level, ...]) for level in range(levels)]
 
-        def encode(part: Part, x: Array, bits: Array, found: list[Array]) -> None:
-            code = xp.empty(x.shape, np.uint16)
-            greedy.codes(x, bits, *found, code=code)
-            store(part, code, bits, found)
-
         def store(part: Part, code: Array, bits: Array, found: list[Array]) -> None:
             sign = xp.empty(code.shape, np.int8)
             for level, scale in enumerate(found):
@@ -253,7 +241,7 @@ def quantize(
                 scales[level, part.rows] = scale[:, 0]
 
         if solve is None or _greedy_is_best(levels, weights):
-            greedy.fit(x, _spread(limits, x), levels, rows, encode)
+            greedy.encode(x, _spread(limits, x), levels, rows, store)
         else:
             solvers.fit(x, _spread(limits, x), levels, rows, store, solver=solve,
                         importance=weights)  # fmt: skip

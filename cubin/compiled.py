@@ -88,6 +88,17 @@ def _sum(
     return total, count
 
 
+# The first two levels, which all rows have, have less to subtract.
+@loop(fastmath={"reassoc"})
+def _early_sum(r: Array, bits: Array | None, row: int, level: int, a: float) -> tuple[float, int]:
+    total, count = 0.0, 0
+    for j in range(r.size):
+        hot = _hot(bits, row, j, level)
+        total += np.float64(abs(abs(r[j]) - a)) if hot else 0.0
+        count += int(hot)
+    return total, count
+
+
 @loop()
 def _fold(r: Array, scales: Array, row: int, first: int) -> None:
     """Take the levels `first` to first + 3 off the magnitudes `r`."""
@@ -109,7 +120,10 @@ def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
             r = spare
         a = b = c = zero
         for level in range(levels):
-            total, count = _sum(r, bits, row, level, a, b, c)
+            if level < 2:
+                total, count = _early_sum(r, bits, row, level, a)
+            else:
+                total, count = _sum(r, bits, row, level, a, b, c)
             scale = scales.dtype.type(total / count) if count else zero
             scales[level, row] = scale
             at = level % GROUP
@@ -161,6 +175,17 @@ def _first_levels(
 
 
 @loop()
+def _first_two_levels(
+    r: Array, bits: Array | None, row: int, scale: float, a: float, b: float, y: Array
+) -> None:
+    for j in range(r.size):
+        q = r[j]
+        v = _step(q, a) if _hot(bits, row, j, 0) else y.dtype.type(0)
+        q -= _step(q, scale)
+        y[j] = v + (_step(q, b) if _hot(bits, row, j, 1) else y.dtype.type(0))
+
+
+@loop()
 def _peel(r: Array, scale: float) -> None:
     for j in range(r.size):
         r[j] -= _step(r[j], scale)
@@ -177,6 +202,11 @@ def _approximation(x: Array, bits: Array | None, scales: Array, stored: Array, y
     levels, rows = scales.shape
     rest = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
     for row in range(rows):
+        if levels <= 2:
+            a, b, _, _ = _padded(stored, row, 0)
+            scale = _padded(scales, row, 0)[0]
+            _first_two_levels(x[row], bits, row, scale, a, b, y[row])
+            continue
         _first_levels(x[row], bits, row, scales, stored, y[row])
         if levels > GROUP:
             rest[:] = x[row]

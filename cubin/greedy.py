@@ -21,6 +21,9 @@ from cubin.signs import as_integers, where
 
 _CUDA = source(__file__)
 
+COMPILED_BLOCK = 1 << 18
+"""Elements of a block for compiled loops, whose calls cost more and which use less of the cache."""
+
 # ---------------------------------------------------------------- primitives
 
 
@@ -271,7 +274,8 @@ def _fit_in_cache(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish
     def task(part: Part, x: Array, bits: Array) -> None:
         finish(part, x, bits, loops.level_scales(x, bits, levels))
 
-    passes.for_each_part(task, rows, x, bits)
+    block = None if loops is _PRIMITIVES else COMPILED_BLOCK
+    passes.for_each_part(task, rows, x, bits, block=block)
 
 
 def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> tuple[Array, Array]:

@@ -40,16 +40,20 @@ class Part:
     block: tuple[Any, ...]
 
 
-def parts_of(rows: Rows, *, device: bool = False) -> Iterator[Part]:
-    """Parts that tile the rows: on a device all of them at once, else blocks that fit the cache."""
+def parts_of(rows: Rows, *, device: bool = False, block: int | None = None) -> Iterator[Part]:
+    """Parts that tile the rows: on a device all of them at once, else blocks that fit the cache.
+
+    Whole rows come in blocks of `block` elements (default: `blocks.BLOCK`).
+    """
     first = slice(0, 1)
     if device:
         yield Part(slice(None), first, (...,))
     elif rows.length <= blocks.BLOCK:
         start = 0
-        for block in blocks.tile(rows.scale_shape, max(1, blocks.BLOCK // max(1, rows.length))):
-            stop = start + blocks.extent(block, rows.scale_shape)
-            yield Part(slice(start, stop), first, (*block, ...))
+        step = max(1, (block or blocks.BLOCK) // max(1, rows.length))
+        for cut in blocks.tile(rows.scale_shape, step):
+            stop = start + blocks.extent(cut, rows.scale_shape)
+            yield Part(slice(start, stop), first, (*cut, ...))
             start = stop
     else:
         for row, head in enumerate(blocks.tile(rows.scale_shape, 1)):
@@ -58,7 +62,11 @@ def parts_of(rows: Rows, *, device: bool = False) -> Iterator[Part]:
 
 
 def for_each_part(
-    task: Callable[..., None], rows: Rows, *inputs: Array, device: bool = False
+    task: Callable[..., None],
+    rows: Rows,
+    *inputs: Array,
+    device: bool = False,
+    block: int | None = None,
 ) -> None:
     """Call ``task(part, *inputs)`` for parts that tile the rows, each input as (rows, n).
 
@@ -77,7 +85,7 @@ def for_each_part(
         for part in parts_of(rows, device=True):
             run(part)
     else:
-        blocks.each(run, list(parts_of(rows)), rows.count * rows.length)
+        blocks.each(run, list(parts_of(rows, block=block)), rows.count * rows.length)
 
 
 def partial_results(

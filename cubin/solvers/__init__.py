@@ -71,7 +71,8 @@ def fit(
     long = rows.length > BLOCK and not device
     fits: dict[int, Fit] = {}
     size = rows.count * rows.length
-    parts = list(_whole_rows(rows, levels, DEVICE_BLOCK if device else BLOCK)) if size else []
+    block = DEVICE_BLOCK if device else BLOCK if compiled is None else blocks.BLOCK
+    parts = list(_whole_rows(rows, levels, block)) if size else []
     if device:
         for part in parts:
             solve(part)

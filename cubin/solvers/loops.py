@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cubin import blocks
 from cubin.arrays import Array
 from cubin.compiled import loop
 from cubin.solvers import search
@@ -282,7 +283,10 @@ def encode(x: Array, edges: Array, table: Array, codes: Array) -> None:
 # ---------------------------------------------------------------- as the solvers are called
 
 Rows = Callable[[Array, int], "tuple[Array, list[Array]]"]
-"""Takes rows, (rows, n), and levels; gives packed codes, (rows, n), and scales, each (rows, 1)."""
+"""Takes rows, (rows, n), and levels; gives packed codes, (rows, n), and scales, each (rows, 1).
+
+The codes last until the thread solves more rows.
+"""
 
 
 def compiled_form(solver: Callable[..., Any]) -> Rows | None:
@@ -303,6 +307,6 @@ def _solve(x: Array, levels: int, *, refit: bool, iterations: int) -> tuple[Arra
     edges = np.empty((len(x), cells - 1), np.float32)
     table = np.empty((len(x), cells), np.uint16)
     fit(x, levels, refit, iterations, scales, edges, table)
-    codes = np.empty(x.shape, np.uint16)
+    codes = blocks.spare("codes", x.shape, np.uint16)
     encode(x, edges, table, codes)
     return codes, list(scales[:, :, None])

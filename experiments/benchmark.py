@@ -416,7 +416,7 @@ def measure(
     peaks: dict[str, int | None] = {}
     for name, call in list(chosen.items()):
         try:
-            for number in range(WARM_UPS):
+            for number in range(1 if quick else WARM_UPS):
                 taken = machine.time(partial(call, inputs[number % len(inputs)]))
                 if taken > SLOWEST_PEER and name not in (CUBIN, COPY):
                     break

@@ -132,13 +132,6 @@ template<int E> struct Map {
 
 // ---------------------------------------------------------------- levels
 
-__device__ __forceinline__ float magnitude_of(float a) {
-  float m;
-  asm("abs.f32 %0, %1;" : "=f"(m) : "f"(a));
-  return m;
-}
-__device__ __forceinline__ double magnitude_of(double a) { return fabs(a); }
-
 // The sum of a thread's hot magnitudes after LEVEL levels. Peeling one moves |r| to ||r| - scale|.
 // GROUP magnitudes are added in W, the groups in double: two equal numbers, or one and a 0, add up
 // without rounding, and so do whole packs of four, so the mean of equal numbers is exact.
@@ -152,9 +145,9 @@ __device__ double sum_after(const W (&x)[E], const Bits& bits, const W (&scale)[
     W m[GROUP];
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) {
-      m[g] = magnitude_of(x[e + g]);
+      m[g] = absolute(x[e + g]);
 #pragma unroll
-      for (int i = 0; i < LEVEL; ++i) m[g] = magnitude_of(minus(m[g], scale[i]));
+      for (int i = 0; i < LEVEL; ++i) m[g] = absolute(minus(m[g], scale[i]));
       if (!(WHOLE && N >= GROUP) && !bits.hot(e + g, LEVEL)) m[g] = 0;
     }
 #pragma unroll
@@ -173,10 +166,10 @@ __device__ double wide_sum_after(
   double total = 0;
 #pragma unroll
   for (int e = 0; e < E; ++e) {
-    W m = magnitude_of(x[e]);
+    W m = absolute(x[e]);
 #pragma unroll
     for (int i = 0; i < LEVELS - 1; ++i)
-      if (i < level) m = magnitude_of(minus(m, scale[i]));
+      if (i < level) m = absolute(minus(m, scale[i]));
     if (bits.hot(e, level)) total += to_double(m);
   }
   return total;
@@ -218,7 +211,9 @@ __device__ int fit(W (&x)[E], Bits& bits, W (&scale)[LEVELS]) {
 
 // m where r > 0, else -m, given m >= 0 and n = 0 - r, which is never -0.
 __device__ __forceinline__ float signed_like(float m, float n) {
-  return __int_as_float(__float_as_int(m) ^ 0x80000000 ^ (__float_as_int(n) & 0x80000000));
+  float with_sign;  // lop3 0xd2 is m ^ top ^ (n & top); written in C++ it becomes a neg that flushes
+  asm("lop3.b32 %0, %1, %2, 0x80000000, 0xd2;" : "=f"(with_sign) : "f"(m), "f"(n));
+  return with_sign;
 }
 __device__ __forceinline__ double signed_like(double m, double n) {
   return __hiloint2double(

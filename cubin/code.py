@@ -58,7 +58,7 @@ __device__ W decoded(unsigned int code, int bits, Scales... scales) {
 #pragma unroll
   for (int level = 0; level < (int)sizeof...(Scales); ++level) {
     const W step = W(T(scale[level]));
-    if (level < bits) y += code >> level & 1 ? step : -step;
+    if (level < bits) y = code >> level & 1 ? plus(y, step) : minus(y, step);
   }
   return y;
 }

@@ -20,6 +20,13 @@ __device__ __forceinline__ float minus(float a, float b) {
 }
 __device__ __forceinline__ double minus(double a, double b) { return a - b; }
 
+__device__ __forceinline__ float times(float a, float b) {
+  float product;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+__device__ __forceinline__ double times(double a, double b) { return a * b; }
+
 // Masking the sign bit is no way around: compilers turn it back into an abs that flushes.
 __device__ __forceinline__ float absolute(float a) {
   float m;
@@ -52,5 +59,13 @@ template<class W> __device__ __forceinline__ W from_double(double a) { return a;
 template<> __device__ __forceinline__ float from_double<float>(double a) {
   float narrow;
   asm("cvt.rn.f32.f64 %0, %1;" : "=f"(narrow) : "d"(a));
+  return narrow;
+}
+
+// Rounds a double down to W.
+template<class W> __device__ __forceinline__ W rounded_down(double a) { return a; }
+template<> __device__ __forceinline__ float rounded_down<float>(double a) {
+  float narrow;
+  asm("cvt.rm.f32.f64 %0, %1;" : "=f"(narrow) : "d"(a));
   return narrow;
 }

@@ -9,24 +9,33 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cubin import arrays, kernels
 from cubin.arrays import Array, Rows
-from cubin.kernels import Launch
+from cubin.kernels import Launch, Raw
+
+TEAMS = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
+"""What kernels on whole rows share: the teams, and how they move elements."""
 
 CUDA = kernels.source(__file__)
-"""The kernels that `launch` launches."""
+"""The kernels of the greedy levels."""
 
 TILE_THREADS = 256
 MOST_THREADS = 1024
 
-_MOST_HELD = {2: (32, 16, 8), 4: (32, 16, 16), 8: (12, 8, 8)}
-"""The most elements of an item size that a thread holds: in packs of 16 bytes with at most four
-scales beside them, otherwise, and with a map beside them. More would spill with 64 registers, which
-let 1024 threads run on a multiprocessor; and so many may a block have."""
+Held = tuple[int, int, int]
+"""How many elements a thread holds at most: in packs of 16 bytes with at most four scales beside
+them, otherwise, and with a map beside them."""
+
+Room = tuple[Held, Held, Held]
+"""For items of 2, 4 and 8 bytes. More would spill with 64 registers, which let 1024 threads run on
+a multiprocessor; and so many may a block have."""
+
+GREEDY: Room = ((32, 16, 8), (32, 16, 16), (12, 8, 8))
 
 _NO_MAP = np.uint64(0)
 _C_TYPES = {"e": "float16", "f": "float", "d": "double"}
@@ -53,13 +62,15 @@ class Team:
 
 
 @functools.cache
-def team_of(length: int, dtype: np.dtype[Any], levels: int, mapped: bool) -> Team | None:
+def team_of(
+    length: int, dtype: np.dtype[Any], levels: int, mapped: bool, room: Room = GREEDY
+) -> Team | None:
     """The team for rows of this length, or None if they are empty or too long for all of them.
 
     Eight lanes add up in three shuffles where 32 take five, and still move whole sectors of memory.
     """
     pack = math.gcd(length, 16 // dtype.itemsize, 4 if length <= 32 or mapped else 8)
-    roomy, plain, beside_map = _MOST_HELD[dtype.itemsize]
+    roomy, plain, beside_map = room[dtype.itemsize.bit_length() - 2]
     wide = pack * dtype.itemsize == 16 and levels <= 4
     most = beside_map if mapped else roomy if wide else plain
     if length == 0 or levels == 0:
@@ -87,18 +98,56 @@ def side_by_side(array: Array) -> Array:
     return array if fine else arrays.library(array).ascontiguousarray(array)
 
 
-def launch(x: Array, bits: Array, levels: int, *outputs: Array) -> Launch:
+def holds(x: Array, levels: int, mapped: bool, rows: Rows, room: Room = GREEDY) -> bool:
+    """Whether `x` is on a device, and a team of threads holds whole rows of it."""
+    if not arrays.on_device(x) or not x.size:
+        return False
+    return team_of(rows.length, x.dtype, levels, mapped, room) is not None
+
+
+def approximate(primitive: Raw, x: Array, bits: Array, rows: Rows, y: Array, *static: Any) -> None:
+    """Write to `y`, in one launch, what `primitive` approximates `x` by."""
+    view = rows.view(y)
+    target = side_by_side(view.reshape(rows.count, rows.length))
+    primitive(flat(x, rows), flat(bits, rows), *static, y=target)
+    if not arrays.library(y).may_share_memory(target, y):
+        view[...] = target.reshape(view.shape)
+
+
+def encode(
+    primitive: Raw, x: Array, bits: Array, rows: Rows, levels: int, *static: Any
+) -> tuple[Array, Array, list[Array]]:
+    """The codes that `primitive` gives in one launch and the bits, both (rows, length), and the
+    scales, (rows, 1) for each level."""
+    xp = arrays.library(x)
+    code = xp.empty((rows.count, rows.length), np.uint16)
+    scales = xp.empty((levels, rows.count, 1), arrays.work_dtype(x.dtype))
+    own_bits = flat(bits, rows)
+    primitive(flat(x, rows), own_bits, levels, *static, scales=scales, code=code)
+    return code, own_bits, list(scales)
+
+
+def launch(
+    x: Array,
+    bits: Array,
+    levels: int,
+    *outputs: Array,
+    room: Room = GREEDY,
+    options: tuple[Any, ...] = (),
+) -> Launch:
     """The launch of a kernel on rows that have a team.
 
     `x`, a map `bits` and the last output have the shape (rows, length) and elements side by side;
-    the other outputs are contiguous. A scalar `bits` equals `levels`.
+    the other outputs are contiguous. A scalar `bits` equals `levels`. `options` are the kernel's
+    last parameters.
     """
     mapped = np.ndim(bits) > 0
     moved = (x, bits, outputs[-1]) if mapped else (x, outputs[-1])
     aligned = math.gcd(16, *[array.data.ptr // array.itemsize for array in moved])
     steps = [array.strides[0] // array.itemsize for array in moved]
-    template, grid, threads, sizes = _plan(x.shape, x.dtype, levels, mapped, aligned, *steps)
-    return Launch(template, grid, threads, (x, bits if mapped else _NO_MAP, *outputs, *sizes))
+    template, grid, threads, sizes = _plan(x.shape, x.dtype, levels, mapped, room, aligned, *steps)
+    pointers = (x, bits if mapped else _NO_MAP, *outputs)
+    return Launch(template, grid, threads, (*pointers, *sizes, *options))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -107,13 +156,14 @@ def _plan(
     dtype: np.dtype[Any],
     levels: int,
     mapped: bool,
+    room: Room,
     aligned: int,
     *steps: int,
 ) -> tuple[tuple[Any, ...], int, int, tuple[Any, ...]]:
     """Template, grid, block and the parameters after the pointers: kept, since finding them takes
     longer than launching."""
     rows, length = shape
-    team = team_of(length, dtype, levels, mapped)
+    team = team_of(length, dtype, levels, mapped, room)
     if team is None:
         raise ValueError(f"no team holds {levels} levels of rows {shape} of {dtype}")
     access = math.gcd(team.pack, aligned, *(steps if rows > 1 else ()))

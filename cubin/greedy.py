@@ -143,6 +143,7 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
     "T x, uint8 bits, static int levels",
     "T y",
     code=fused.CUDA,
+    preamble=fused.TEAMS,
     launch=fused.launch,
     types=FLOATS,
 )
@@ -155,6 +156,7 @@ def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndar
     "T x, uint8 bits, static int levels",
     "W scales, uint16 code",
     code=fused.CUDA,
+    preamble=fused.TEAMS,
     launch=fused.launch,
     types=FLOATS,
 )
@@ -189,26 +191,26 @@ def approximate(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> Non
 
     `bits` is a uint8 scalar, or an array of x's shape.
     """
-    if _fits_one_launch(x, bits, levels, rows):
-        _approximate_in_one_launch(x, bits, levels, rows, y)
+    if fused.holds(x, levels, np.ndim(bits) > 0, rows):
+        fused.approximate(approximate_rows, x, bits, rows, y, levels)
         return
     loops = _loops(x)
     view = rows.view(y)
 
     def finish(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
-        target = view[part.block]
-        flat = target.reshape(x.shape)
-        loops.approximation(x, bits, *scales, y=flat)
-        if not arrays.library(flat).may_share_memory(flat, target):
-            target[...] = flat.reshape(target.shape)
+        def approximate(flat: Array) -> None:
+            loops.approximation(x, bits, *scales, y=flat)
+
+        passes.write(approximate, view[part.block], x.shape)
 
     fit(x, bits, levels, rows, finish)
 
 
 def encode(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
     """Hand every part's codes, packed as by `codes`, with its bits and scales to `finish`."""
-    if _fits_one_launch(x, bits, levels, rows):
-        _encode_in_one_launch(x, bits, levels, rows, finish)
+    if fused.holds(x, levels, np.ndim(bits) > 0, rows):
+        whole = next(passes.parts_of(rows, device=True))
+        finish(whole, *fused.encode(encode_rows, x, bits, rows, levels))
         return
     loops = _loops(x)
 
@@ -218,30 +220,6 @@ def encode(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> No
         finish(part, code, bits, scales)
 
     fit(x, bits, levels, rows, pack)
-
-
-def _approximate_in_one_launch(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> None:
-    view = rows.view(y)
-    flat = fused.side_by_side(view.reshape(rows.count, rows.length))
-    approximate_rows(fused.flat(x, rows), fused.flat(bits, rows), levels, y=flat)
-    if not arrays.library(y).may_share_memory(flat, y):
-        view[...] = flat.reshape(view.shape)
-
-
-def _encode_in_one_launch(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
-    xp = arrays.library(x)
-    code = xp.empty((rows.count, rows.length), np.uint16)
-    scales = xp.empty((levels, rows.count, 1), arrays.work_dtype(x.dtype))
-    flat_bits = fused.flat(bits, rows)
-    encode_rows(fused.flat(x, rows), flat_bits, levels, scales=scales, code=code)
-    finish(next(passes.parts_of(rows, device=True)), code, flat_bits, list(scales))
-
-
-def _fits_one_launch(x: Array, bits: Array, levels: int, rows: Rows) -> bool:
-    """Whether `x` is on a device, and a team of threads holds whole rows of it."""
-    if not arrays.on_device(x) or not x.size:
-        return False
-    return fused.team_of(rows.length, x.dtype, levels, np.ndim(bits) > 0) is not None
 
 
 def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:

@@ -88,6 +88,14 @@ def for_each_part(
         blocks.each(run, list(parts_of(rows, block=block)), rows.count * rows.length)
 
 
+def write(task: Callable[[Array], None], target: Array, shape: tuple[int, ...]) -> None:
+    """Have `task` write `target` as an array of `shape`: itself where its strides allow it."""
+    flat = target.reshape(shape)
+    task(flat)
+    if not arrays.library(flat).may_share_memory(flat, target):
+        target[...] = flat.reshape(target.shape)
+
+
 def partial_results(
     primitive: Reduction, rows: Rows, inputs: tuple[Array, ...], scales: list[Array]
 ) -> list[Array]:

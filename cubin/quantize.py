@@ -9,7 +9,7 @@ import numpy as np
 
 from cubin import arrays, greedy, solvers
 from cubin.arrays import Array
-from cubin.code import BinaryCode, decode, level_signs
+from cubin.code import BinaryCode, level_signs
 from cubin.passes import Part
 from cubin.solvers import Solver, search
 
@@ -106,21 +106,12 @@ def multibit(
         y = arrays.output(out, x)
         limits, levels = arrays.as_bits(bits, x, limit=SOLVERS[solver], look=solve is not None)
         weights = _weights(importance, x, solver)
-        view = rows.view(y)
-
-        def reconstruct(part: Part, code: Array, bits: Array, scales: list[Array]) -> None:
-            target = view[part.block]
-            flat = target.reshape(code.shape)
-            decode(code, bits, *scales, y=flat)
-            if not arrays.library(flat).may_share_memory(flat, target):
-                target[...] = flat.reshape(target.shape)
-
         x = arrays.apart(x, y)
         if solve is None or _greedy_is_best(levels, weights):
             greedy.approximate(x, _spread(limits, x), levels, rows, y)
         else:
-            solvers.fit(x, _spread(limits, x), levels, rows, reconstruct, solver=solve,
-                        importance=weights)  # fmt: skip
+            solvers.approximate(x, _spread(limits, x), levels, rows, y, solver=solve,
+                                importance=weights)  # fmt: skip
     return y
 
 
@@ -243,8 +234,8 @@ def quantize(
         if solve is None or _greedy_is_best(levels, weights):
             greedy.encode(x, _spread(limits, x), levels, rows, store)
         else:
-            solvers.fit(x, _spread(limits, x), levels, rows, store, solver=solve,
-                        importance=weights)  # fmt: skip
+            solvers.encode(x, _spread(limits, x), levels, rows, store, solver=solve,
+                           importance=weights)  # fmt: skip
         if check_finite and not bool(xp.isfinite(scales).all()):
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
     stored = int(limits) if isinstance(limits, np.generic) else limits

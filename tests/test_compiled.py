@@ -181,7 +181,7 @@ def solved(solver, x, levels):
     """Scales and codes by the definition and by the compiled form."""
     magnitudes = Magnitudes(x, np.uint8(levels), levels, None)
     expected = Fit(magnitudes, solver(magnitudes, levels), levels)
-    codes, scales = loops.compiled_form(solver)(x, levels)
+    codes, scales = loops.solve(x, levels, *search.rule(solver))
     return (np.stack(expected.scales), expected.codes(x, np.uint8(levels))), (scales, codes)
 
 
@@ -217,8 +217,8 @@ def test_solvers_on_what_is_not_finite(rng, solver):
     np.testing.assert_array_equal(codes, expected_codes)
 
 
-def test_solvers_that_are_not_compiled():
-    assert loops.compiled_form(search.optimal) is None
+def test_solvers_that_follow_no_rule():
+    assert search.rule(search.optimal) is None
 
 
 @pytest.mark.parametrize("solver", ["refined", "alternating"])

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks, passes
+from cubin import arrays, blocks, fused, passes
 from cubin.arrays import Array, Rows
+from cubin.code import decode
 from cubin.passes import Part
-from cubin.solvers import search
+from cubin.solvers import search, teams
 from cubin.solvers.cells import Cells
 from cubin.solvers.fits import Fit
 from cubin.solvers.magnitudes import Magnitudes
@@ -29,7 +30,48 @@ Finish = Callable[[Part, Array, Array, "list[Array]"], None]
 rows' scales, (rows, 1) for each level."""
 
 
-def fit(
+def approximate(
+    x: Array,
+    bits: Any,
+    levels: int,
+    rows: Rows,
+    y: Array,
+    *,
+    solver: Solver,
+    importance: Array | None = None,
+) -> None:
+    """Write the approximation of `x` to `y`, which is `x` itself or does not overlap it.
+
+    `bits` is a uint8 scalar, or an array of x's shape, as is `importance`. There is at least one
+    level.
+    """
+    rule: Any = search.rule(solver) if importance is None else None
+    if rule is not None and _fits_one_launch(x, bits, levels, rows):
+        fused.approximate(teams.reconstruct_rows, x, bits, rows, y, levels, *rule)
+        return
+    view = rows.view(y)
+    loops = _loops(x, bits, levels, rows)
+
+    def solve(part: Part) -> None:
+        own = _cut(x, rows, part)
+
+        def reconstruct(flat: Array) -> None:
+            loops.reconstruct(own, levels, *rule, y=flat)
+
+        passes.write(reconstruct, view[part.block], own.shape)
+
+    def decode_part(part: Part, codes: Array, bits: Array, scales: list[Array]) -> None:
+        passes.write(
+            lambda flat: decode(codes, bits, *scales, y=flat), view[part.block], codes.shape
+        )
+
+    if rule is not None and loops is not None:
+        blocks.each(solve, list(_whole_rows(rows, levels, blocks.BLOCK)), x.size)
+    else:
+        _fit(x, bits, levels, rows, decode_part, solver, importance)
+
+
+def encode(
     x: Array,
     bits: Any,
     levels: int,
@@ -39,60 +81,74 @@ def fit(
     solver: Solver,
     importance: Array | None = None,
 ) -> None:
-    """Solve all rows of `x`, and hand every part of them with its codes to `finish`.
-
-    `bits` is a uint8 scalar, or an array of x's shape, as is `importance`. There is at least one
-    level.
-    """
-    device = arrays.on_device(x)
-
-    def fitted(x: Array, bits: Any, importance: Array | None) -> Fit:
-        magnitudes = Magnitudes(x, bits, levels, importance)
-        return Fit(magnitudes, solver(magnitudes, levels), levels)
-
-    compiled = _compiled(x, bits, levels, rows, solver, importance)
+    """Hand every part of the rows with its codes to `finish`; the arguments are approximate's."""
+    rule: Any = search.rule(solver) if importance is None else None
+    if rule is not None and _fits_one_launch(x, bits, levels, rows):
+        whole = next(passes.parts_of(rows, device=True))
+        finish(whole, *fused.encode(teams.solve_rows, x, bits, rows, levels, *rule))
+        return
+    loops = _loops(x, bits, levels, rows)
 
     def solve(part: Part) -> None:
-        own = [_cut(array, rows, part) for array in (x, bits, importance)]
-        if compiled is not None:
-            codes, scales = compiled(own[0], levels)
-            finish(part, codes, bits, scales)
-            return
-        found = fitted(*own)
-        if long:
-            fits[part.rows.start] = found
-        else:
-            finish(part, found.codes(*own[:2]), own[1], found.scales)
+        codes, scales = loops.solve(_cut(x, rows, part), levels, *rule)
+        finish(part, codes, bits, scales)
 
-    def encode(part: Part, x: Array, bits: Any) -> None:
-        found = fits[part.rows.start]
-        finish(part, found.codes(x, bits), bits, found.scales)
-
-    long = rows.length > BLOCK and not device
-    fits: dict[int, Fit] = {}
-    size = rows.count * rows.length
-    block = DEVICE_BLOCK if device else BLOCK if compiled is None else blocks.BLOCK
-    parts = list(_whole_rows(rows, levels, block)) if size else []
-    if device:
-        for part in parts:
-            solve(part)
+    if rule is not None and loops is not None:
+        blocks.each(solve, list(_whole_rows(rows, levels, blocks.BLOCK)), x.size)
     else:
-        blocks.each(solve, parts, size)
-        if long:
-            passes.for_each_part(encode, rows, x, bits)
+        _fit(x, bits, levels, rows, finish, solver, importance)
 
 
-def _compiled(
-    x: Array, bits: Any, levels: int, rows: Rows, solver: Solver, importance: Array | None
-) -> Any:
-    """The compiled form of the solver, where there is one for such rows and it pays, else None."""
+def _fits_one_launch(x: Array, bits: Any, levels: int, rows: Rows) -> bool:
+    room = teams.ROOM
+    return levels <= teams.MAX_LEVELS and fused.holds(x, levels, np.ndim(bits) > 0, rows, room)
+
+
+def _loops(x: Array, bits: Any, levels: int, rows: Rows) -> Any:
+    """The compiled loops, where there are some for such rows and they pay, else None."""
     if arrays.on_device(x) or blocks.compiled(x.size) is None:
         return None
     from cubin.solvers import loops  # needs Numba
 
-    plain = np.ndim(bits) == 0 and importance is None and x.dtype != np.float64
-    fits = 2 <= levels <= loops.MAX_LEVELS and rows.length <= BLOCK
-    return loops.compiled_form(solver) if plain and fits else None
+    plain = np.ndim(bits) == 0 and x.dtype != np.float64
+    return loops if plain and 2 <= levels <= loops.MAX_LEVELS and rows.length <= BLOCK else None
+
+
+def _fit(
+    x: Array,
+    bits: Any,
+    levels: int,
+    rows: Rows,
+    finish: Finish,
+    solver: Solver,
+    importance: Array | None,
+) -> None:
+    """Solve all rows on sorted magnitudes, and hand every part of them to `finish`."""
+    device = arrays.on_device(x)
+    long = rows.length > BLOCK and not device
+    fits: dict[int, Fit] = {}
+
+    def solve(part: Part) -> None:
+        own_x, own_bits, weights = (_cut(array, rows, part) for array in (x, bits, importance))
+        magnitudes = Magnitudes(own_x, own_bits, levels, weights)
+        found = Fit(magnitudes, solver(magnitudes, levels), levels)
+        if long:
+            fits[part.rows.start] = found
+        else:
+            finish(part, found.codes(own_x, own_bits), own_bits, found.scales)
+
+    def finish_piece(part: Part, x: Array, bits: Any) -> None:
+        found = fits[part.rows.start]
+        finish(part, found.codes(x, bits), bits, found.scales)
+
+    parts = list(_whole_rows(rows, levels, DEVICE_BLOCK if device else BLOCK)) if x.size else []
+    if device:
+        for part in parts:
+            solve(part)
+    else:
+        blocks.each(solve, parts, x.size)
+        if long:
+            passes.for_each_part(finish_piece, rows, x, bits)
 
 
 def _cut(array: Any, rows: Rows, part: Part) -> Any:

@@ -7,16 +7,13 @@ overflows or vanishes, and elements that all have the same number of bits, 2 to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from cubin import blocks
+from cubin import blocks, compiled
 from cubin.arrays import Array
 from cubin.compiled import loop
-from cubin.solvers import search
 from cubin.solvers.cells import DEPENDENT
 
 MAX_LEVELS = 4
@@ -282,31 +279,28 @@ def encode(x: Array, edges: Array, table: Array, codes: Array) -> None:
 
 # ---------------------------------------------------------------- as the solvers are called
 
-Rows = Callable[[Array, int], "tuple[Array, list[Array]]"]
-"""Takes rows, (rows, n), and levels; gives packed codes, (rows, n), and scales, each (rows, 1).
 
-The codes last until the thread solves more rows.
-"""
-
-
-def compiled_form(solver: Callable[..., Any]) -> Rows | None:
-    """What does the work of a solver of `cubin.solvers.search`, if that is compiled."""
-    if solver is search.refined:
-        return partial(_solve, refit=True, iterations=0)
-    if isinstance(solver, partial) and solver.func is search.alternating:
-        iterations = solver.keywords["iterations"]
-        limit = search.MAX_ITERATIONS if iterations is None else iterations
-        return partial(_solve, refit=False, iterations=limit)
-    return None
+def solve(x: Array, levels: int, refit: bool, iterations: int) -> tuple[Array, list[Array]]:
+    """Packed codes, which last until this thread solves more rows, and scales, each (rows, 1)."""
+    x, scales, edges, table = _solved(x, levels, refit, iterations)
+    codes = blocks.spare("codes", x.shape, np.uint16)
+    encode(x, edges, table, codes)
+    return codes, list(scales[:, :, None])
 
 
-def _solve(x: Array, levels: int, *, refit: bool, iterations: int) -> tuple[Array, list[Array]]:
+def reconstruct(x: Array, levels: int, refit: bool, iterations: int, *, y: Array) -> None:
+    """What the codes and scales of rows stand for."""
+    codes, scales = solve(x, levels, refit, iterations)
+    compiled.decode(codes, np.uint8(levels), *scales, y=y)
+
+
+def _solved(
+    x: Array, levels: int, refit: bool, iterations: int
+) -> tuple[Array, Array, Array, Array]:
     x = np.ascontiguousarray(x, np.float32)
     cells = 1 << (levels - 1)
     scales = np.empty((levels, len(x)), np.float32)
     edges = np.empty((len(x), cells - 1), np.float32)
     table = np.empty((len(x), cells), np.uint16)
     fit(x, levels, refit, iterations, scales, edges, table)
-    codes = blocks.spare("codes", x.shape, np.uint16)
-    encode(x, edges, table, codes)
-    return codes, list(scales[:, :, None])
+    return x, scales, edges, table

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,6 +65,16 @@ def alternating(magnitudes: Magnitudes, levels: int, iterations: int | None) -> 
     start = _fitted(magnitudes, cells, levels)
     before = MAX_ITERATIONS if iterations is None else iterations - 1
     return _nearest(magnitudes, _alternated(magnitudes, start, before).values)
+
+
+def rule(solver: Any) -> tuple[bool, int] | None:
+    """Whether a solver refits, and how often it alternates; None if it does something else."""
+    if solver is refined:
+        return True, 0
+    if isinstance(solver, partial) and solver.func is alternating:
+        iterations = solver.keywords["iterations"]
+        return False, MAX_ITERATIONS + 1 if iterations is None else iterations
+    return None
 
 
 def optimal(magnitudes: Magnitudes, levels: int) -> dict[int, Cells]:

@@ -1,0 +1,81 @@
+"""The solvers `refined` and `alternating` on whole rows in one launch, for device arrays.
+
+A team of threads holds the magnitudes of a row, unsorted, as `cubin.fused` describes. Each
+least-squares step is one pass over them for every threshold.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from cubin import fused
+from cubin.arrays import Array
+from cubin.code import decode
+from cubin.kernels import FLOATS, Launch, raw, source
+from cubin.solvers import search
+from cubin.solvers.fits import Fit
+from cubin.solvers.magnitudes import Magnitudes
+
+_CUDA = source(__file__)
+
+MAX_LEVELS = 4
+"""From here on sorting pays: the thresholds double with every level."""
+
+ROOM: fused.Room = ((16, 12, 8), (16, 12, 8), (8, 8, 4))
+"""How many elements a thread holds, beside the state of a solver."""
+
+
+def _launch(
+    x: Array, bits: Array, levels: int, refit: bool, iterations: int, *outputs: Array
+) -> Launch:
+    options = (np.int32(refit), np.int32(iterations))
+    return fused.launch(x, bits, levels, *outputs, room=ROOM, options=options)
+
+
+@raw(
+    "T x, uint8 bits, static int levels, static bool refit, static int iterations",
+    "T y",
+    code=_CUDA,
+    launch=_launch,
+    types=FLOATS,
+    preamble=fused.TEAMS,
+)
+def reconstruct_rows(
+    x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int, *, y: np.ndarray
+) -> None:
+    """What the codes and scales of whole rows stand for."""
+    fit = _fitted(x, bits, levels, refit, iterations)
+    decode.function(fit.codes(x, bits), bits, *fit.scales, y=y)
+
+
+@raw(
+    "T x, uint8 bits, static int levels, static bool refit, static int iterations",
+    "W scales, uint16 code",
+    code=_CUDA,
+    launch=_launch,
+    types=FLOATS,
+    preamble=fused.TEAMS,
+)
+def solve_rows(
+    x: np.ndarray,
+    bits: np.ndarray,
+    levels: int,
+    refit: bool,
+    iterations: int,
+    *,
+    scales: np.ndarray,
+    code: np.ndarray,
+) -> None:
+    """The scales of whole rows, (levels, rows, 1), and their packed codes."""
+    fit = _fitted(x, bits, levels, refit, iterations)
+    for level, scale in enumerate(fit.scales):
+        scales[level] = scale
+    code[...] = fit.codes(x, bits)
+
+
+def _fitted(x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int) -> Fit:
+    solver = search.refined if refit else partial(search.alternating, iterations=iterations)
+    magnitudes = Magnitudes(x, bits, levels, None)
+    return Fit(magnitudes, solver(magnitudes, levels), levels)

@@ -334,6 +334,47 @@ def test_warp_barriers_order_shared_memory():
         run((body % "__syncwarp();").replace("t ^ 1", "t ^ 32"), [np.arange(64, dtype=np.int32)])
 
 
+FORGET = 'asm volatile("" ::: "memory");'
+
+
+@pytest.mark.parametrize(
+    ("body", "grid"),
+    [
+        (f"s = a[0]; __syncwarp(); int v = s; {FORGET}"
+         f" if (t == 31) {{ v += s; {FORGET} s = 9; }}", 1),
+        ("s = a[0]; __syncwarp(); int v = s; if (lane > 15) { __syncwarp(0xffff0000u);"
+         " if (t == 31) s = 9; }", 1),
+        ("s = a[0]; __syncwarp(); atomicAdd(&s, 1);"
+         f" int v = 0; if (t == 31) {{ {FORGET} v = s; }}", 1),
+        ("atomicAdd(a, 1); __syncthreads(); int v = blockIdx.x && t == 0 ? *a : 0;", 2),
+        (f"int v = *a; __syncthreads(); if (i == 63) {{ v += *a; {FORGET} *a = v; }}", 2),
+        ("a[4 * t + 1] = 3; __syncwarp();"
+         " int v = __ldg(reinterpret_cast<const int4*>(a) + t).y;", 1),
+    ],
+    ids=["reads again", "barrier of half a warp", "adds in a warp", "adds in two blocks",
+         "reads in two blocks", "read-only cache over a part"],
+)  # fmt: skip
+def test_races_with_others_than_the_last_thread(body, grid):
+    """The thread that races was itself the last to touch the memory."""
+    with pytest.raises(ptx.Race):
+        run("__shared__ int s; " + body + " b[i] = v;",
+            [np.zeros(128, np.int32), np.zeros(64, np.int32)], grid=grid, block=32)  # fmt: skip
+
+
+def test_no_race_with_those_that_a_warp_barrier_orders():
+    (found,) = run(
+        """__shared__ int s[4]; if (lane % 8 == 0) s[t / 8] = t; __syncwarp();
+        for (int k = 0; k < 3; ++k) {
+          const int v = s[t / 8] + s[t / 8]; __syncwarp(0xffu << lane / 8 * 8);
+          if (lane % 8 == k) s[t / 8] = v + 1; __syncwarp(0xffu << lane / 8 * 8);
+        }
+        __syncwarp(); a[i] = s[3 - t / 8];""",
+        [np.zeros(32, np.int32)],
+        block=32,
+    )
+    assert found.tolist() == [8 * start + 7 for start in (24, 16, 8, 0) for _ in range(8)]
+
+
 def test_launches_are_counted():
     x = np.zeros(1000, np.float32)
     with ptx.launches() as seen:

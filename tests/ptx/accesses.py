@@ -187,7 +187,7 @@ class Accesses(Operands):
                     if fresh.any():
                         bad = lanes[fresh] if len(fresh) > 1 else lanes
                         b.fail(faults.UninitializedRead, "global memory nothing wrote", what, bad)
-                if constant and segment.was_written(offsets):
+                if constant and segment.was_written(offsets, size):
                     b.fail(
                         faults.Race,
                         "read through the read-only cache what this launch writes",
@@ -214,7 +214,7 @@ class Accesses(Operands):
             b.check_layout("shared", where, size, s, what)
             at, now, shadow = b.shared_cells(where, size, s)
             lanes = b.lanes(s)
-            fresh = (shadow.writer[at] < 0).reshape(len(lanes), -1).any(axis=1)
+            fresh = ~shadow.written(at).reshape(len(lanes), -1).all(axis=1)
             if fresh.any():
                 b.fail(faults.UninitializedRead, "shared memory nothing wrote", what, lanes[fresh])
             if not strong:
@@ -409,7 +409,7 @@ class Accesses(Operands):
                 where = where & _INSIDE
                 b.check_layout("shared", where, size, s, what)
                 at, now, shadow = b.shared_cells(where, size, s)
-                fresh = shadow.writer[at] < 0
+                fresh = ~shadow.written(at)
                 if fresh.any():
                     b.fail(
                         faults.UninitializedRead,

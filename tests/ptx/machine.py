@@ -169,7 +169,7 @@ class Batch:
         self.block = np.repeat(np.arange(blocks, dtype=np.int32), threads)
         stride = -(-threads // 32) * 32
         self.clock = Clock((self.block + first) * stride + self.thread, stride, first, blocks)
-        self.warp = self.clock.number // 32 - first * (stride // 32)
+        self.warp = self.clock.warp
         self.registers: list[Array | None] = [None] * len(kernel.function.registers)
         self.exited = np.zeros(size, bool)
         self.ready: dict[int, list[NDArray[np.intp]]] = {}

@@ -98,6 +98,18 @@ def test_functions_that_are_not_inlined():
     assert found.tolist() == [mix(i, 3) + mix(3, i) for i in range(64)]
 
 
+def test_arguments_of_different_size():
+    """NVRTC gives the arguments of all calls the same names."""
+    top = """struct Many { int item[16]; };
+    __device__ __noinline__ int sum(Many m) {
+      int s = 0; for (int k = 0; k < 16; ++k) s += m.item[k]; return s; }
+    __device__ __noinline__ int next(int x) { return x > 99 ? x * x : x + 1; }"""
+    body = """Many m; for (int k = 0; k < 16; ++k) m.item[k] = k * i;
+    a[i] = sum(m) + next(i);"""
+    (found,) = run(body, [np.zeros(64, np.int32)], top=top)
+    assert found.tolist() == [120 * i + i + 1 for i in range(64)]
+
+
 def test_local_arrays_and_constants():
     top = "__constant__ int table[5] = {3, 1, 4, 1, 5}; __device__ const float more[2] = {.5f, 2};"
     a, b = run(
@@ -115,6 +127,13 @@ def test_local_arrays_and_constants():
         expected.append(sum(own[k * i & 7] for k in range(8)))
     assert a.tolist() == expected
     assert b.tolist() == [0.5, 2.0] * 32
+
+
+def test_constants_of_odd_size():
+    top = "__constant__ int tens[3] = {10, 20, 30}; __constant__ char small[5] = {1, 2, 3, 4, 5};"
+    (found,) = run("a[i] = tens[a[i] % 3] * small[a[i] % 5];", [np.arange(64, dtype=np.int32)],
+                   top=top)  # fmt: skip
+    assert found.tolist() == [10 * (i % 3 + 1) * (i % 5 + 1) for i in range(64)]
 
 
 def test_grids_and_blocks_of_three_axes():
@@ -175,6 +194,23 @@ def test_generic_pointers_to_every_space():
     i = np.arange(64)
     np.testing.assert_array_equal(b, np.where(i % 3 == 0, 1000 + i, i))
     np.testing.assert_array_equal(a, 1000 + i + (i % 3 == 0))
+
+
+def test_atomics_through_generic_pointers():
+    a, b = run(
+        """__shared__ int s; if (t == 0) s = 0; __syncthreads();
+        atomicAdd(i % 3 == 0 ? &s : i % 3 == 1 ? a : b, i); __syncthreads(); if (t == 0) b[1] = s;
+        """,
+        [np.zeros(64, np.int32), np.zeros(64, np.int32)],
+    )
+    assert [a[0], b[0], b[1]] == [sum(range(k, 64, 3)) for k in (1, 2, 0)]
+
+
+@pytest.mark.parametrize("use", ["*p = 1;", "b[i] = *p;", "atomicAdd(p, 1);"])
+@pytest.mark.parametrize("place", ["a[0] - 4ll", "a[0]", "a[0] + 0x7700000000000000ll"])
+def test_addresses_that_are_nowhere(use, place):
+    with pytest.raises(ptx.OutOfBounds, match="argument"):
+        run(f"int* p = reinterpret_cast<int*>({place}); {use}", [np.zeros(64, np.int32)] * 2)
 
 
 def test_dynamic_shared_memory_of_mixed_types():
@@ -251,6 +287,21 @@ def test_votes_and_matches():
             assert same[start + k] == sum(1 << m for m in range(32) if warp[m] == warp[k])
     assert flags.tolist() == [14] * 64
     assert a.tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("start", [0, 2**60, 2**63])
+def test_matches_of_wide_values(start):
+    x = np.random.default_rng(0).integers(0, 4, 64).astype(np.uint64) + np.uint64(start)
+    _, same, everyone = run(
+        """b[i] = __match_any_sync(0xffffffffu, a[i]); int all;
+        c[i] = __match_all_sync(0xffffffffu, a[i], &all) + all
+             + (__match_all_sync(0xffffffffu, a[i] >> 2, &all) != 0) + all;""",
+        [x, np.zeros(64, np.uint32), np.zeros(64, np.uint32)],
+    )
+    for k in range(64):
+        warp = x[k // 32 * 32 :][:32]
+        assert same[k] == sum(1 << lane for lane in range(32) if warp[lane] == x[k])
+    assert everyone.tolist() == [2] * 64
 
 
 def test_warp_reductions_of_integers():

@@ -64,7 +64,7 @@ class Layout:
         if dynamic:
             pieces.append((at, dynamic, b""))
             at += dynamic
-        end = max((start + size for start, size, _ in pieces), default=0)
+        end = max((start + -(-size // 16) * 16 for start, size, _ in pieces), default=0)
         valid = np.zeros(end + _GUARD if pieces else 0, bool)
         data = np.zeros(len(valid), np.uint8)
         for start, size, content in pieces:

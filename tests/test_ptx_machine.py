@@ -269,6 +269,55 @@ def test_shuffles():
     np.testing.assert_array_equal(results[4], x[base + lane // 8 * 8 + 1])
 
 
+@pytest.mark.parametrize("dtype", [np.uint64, np.int64, np.float64])
+def test_shuffles_of_wide_values(dtype):
+    x = np.random.default_rng(0).integers(-(2**63), 2**63, 64).view(dtype)
+    x = np.where(np.isnan(x), 0, x)
+    _, best, other = run(
+        """auto v = a[i]; c[i] = __shfl_xor_sync(0xffffffffu, v, 5);
+        for (int k = 4; k; k /= 2) {
+          const auto other = __shfl_xor_sync(0xffffffffu, v, k); v = v > other ? v : other; }
+        b[i] = v;""",
+        [x, np.zeros(64, dtype), np.zeros(64, dtype)],
+    )
+    np.testing.assert_array_equal(best, np.repeat(x.reshape(8, 8).max(axis=1), 8))
+    np.testing.assert_array_equal(other, x[np.arange(64) ^ 5])
+
+
+def test_tiles_with_structs_in_shared_memory():
+    top = """struct State { double sum[3]; int steps; };
+    template<int LANES> __device__ State& state() {
+      __shared__ State states[64 / LANES]; return states[threadIdx.x / LANES]; }
+    template<int LANES> __device__ double halve_until_small(double x) {
+      const int rank = threadIdx.x % LANES;
+      State& own = state<LANES>();
+      if (rank < 3) own.sum[rank] = 0;
+      if (rank == 3) own.steps = 0;
+      __syncwarp();
+      double most = x;
+      for (int k = LANES / 2; k; k /= 2) most = fmax(most, __shfl_xor_sync(~0u, most, k));
+      for (int turn = 0; __any_sync(~0u, most >= 1); ++turn) {
+        if (most >= 1 && rank == 0) { own.sum[turn % 3] += most; ++own.steps; }
+        if (most >= 1) most /= 2;
+        __syncwarp();
+      }
+      return own.sum[0] + 1e3 * own.sum[1] + 1e6 * own.sum[2] + 1e9 * own.steps;
+    }"""
+    x = np.random.default_rng(0).uniform(0, 40, 64)
+    _, found = run("b[i] = halve_until_small<8>(a[i]) + halve_until_small<16>(a[i]);",
+                   [x, np.zeros(64)], top=top)  # fmt: skip
+
+    def expected(most):
+        sums, steps = [0, 0, 0], 0
+        while most >= 1:
+            sums[steps % 3] += most
+            most, steps = most / 2, steps + 1
+        return sums[0] + 1e3 * sums[1] + 1e6 * sums[2] + 1e9 * steps
+
+    eights, sixteens = ([expected(m) for m in x.reshape(-1, n).max(axis=1)] for n in (8, 16))
+    np.testing.assert_array_equal(found, np.repeat(eights, 8) + np.repeat(sixteens, 16))
+
+
 def test_votes_and_matches():
     x = np.random.default_rng(0).integers(0, 4, 64).astype(np.int32)
     a, ballot, same, flags = run(

@@ -47,15 +47,13 @@ class Clock:
             self.known = np.zeros((warps, 32, 32), np.int32)
         warp, lane = self.warp[lanes], self.number[lanes] % 32
         self.tick[np.unique(warp)] += 1
-        groups = np.unique(np.stack((warp, masks.astype(np.int64) + 0 * warp)), axis=1)
-        members = (groups[1][:, None] >> _LANES & 1).astype(bool)
+        groups = np.unique(warp.astype(np.int64) << 32 | masks)
+        of_warp, members = groups >> 32, (groups[:, None] >> _LANES & 1).astype(bool)
         self.known[warp, lane, lane] = self.tick[warp]
-        seen = np.where(members[:, :, None], self.known[groups[0]], 0).max(axis=1)
-        old = self.known[groups[0]]
-        new = np.where(members[:, :, None], np.maximum(old, seen[:, None, :]), old)
-        for index, warp_index in enumerate(groups[0]):
-            mask = members[index]
-            self.known[warp_index, mask] = new[index, mask]
+        seen = np.where(members[:, :, None], self.known[of_warp], 0).max(axis=1)
+        group, member = np.nonzero(members)
+        at = of_warp[group], member
+        self.known[at] = np.maximum(self.known[at], seen[group])
 
     def unheard(self, number: Ints, tick: Ints) -> NDArray[np.uint32]:
         """The lanes of each thread's warp, as bits, that it has not waited for since `tick`."""

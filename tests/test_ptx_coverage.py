@@ -8,7 +8,7 @@ pytest.importorskip("cupy")
 
 from tests.ptx import coverage
 from tests.ptx.device import module as xp
-from tests.ptx.mutate import units
+from tests.ptx.mutate import EQUIVALENT, mutants, units
 from tests.ptx.plugin import ARCH
 
 pytestmark = pytest.mark.kernels
@@ -35,3 +35,7 @@ def test_every_cuda_line_is_executed(whole_run):
     """100 % of the lines, on the architecture of this run."""
     missed = {name: coverage.of_text(text, ARCH).missed for name, text in units().items()}
     assert {name: lines for name, lines in missed.items() if lines} == {}
+
+
+def test_only_mutants_are_explained():
+    assert EQUIVALENT.keys() <= {mutant.edited for mutant in mutants()}

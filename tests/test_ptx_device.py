@@ -211,6 +211,9 @@ def test_impossible_launches():
         kernel((1,), (1025,), (x,))
     with pytest.raises(ValueError, match="shared"):
         kernel((1,), (1,), (x,), shared_mem=200_000)
+    for grid, block in (((1, 65536), (1,)), ((1, 1, 65536), (1,)), ((1,), (1, 1, 65))):
+        with pytest.raises(ValueError, match="65535"):
+            kernel(grid, block, (x,))
     bounded = xp.RawKernel(
         'extern "C" __global__ void __launch_bounds__(64) f(float* x) { x[threadIdx.x] = 0; }', "f"
     )

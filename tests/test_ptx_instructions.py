@@ -317,7 +317,7 @@ def test_single_precision_flushes_subnormals_as_cupy_compiles():
 
 
 def test_minimum_and_maximum_drop_nan_and_order_zeros():
-    a, b = pairs(np.array([0.0, -0.0, 1.0, -2.0, np.nan, np.inf], np.float32))
+    a, b = pairs(np.array([0.0, -0.0, 1.0, -2.0, np.nan, np.inf, -np.inf], np.float32))
 
     def least(x, y):
         if math.isnan(x) or math.isnan(y):
@@ -326,6 +326,11 @@ def test_minimum_and_maximum_drop_nan_and_order_zeros():
 
     def most(x, y):
         return y if math.isnan(x) else x if math.isnan(y) else -least(-x, -y)
+
+    preamble = """__device__ float with_nan(float a, float b) {
+    float r; asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b)); return r; }"""
+    got = evaluate("with_nan(a, b)", np.float32, a, b, preamble=preamble)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(a) | np.isnan(b))
 
     for expression, exact in {"fminf(a, b)": least, "fmaxf(a, b)": most}.items():
         expected = np.array([exact(*p) for p in zip(a.tolist(), b.tolist(), strict=True)])
@@ -412,16 +417,75 @@ def test_directed_rounding_of_conversions():
     )
 
 
-def neighbours(value):
-    """The float32 values around an exact number."""
-    near = np.float32(min(max(value, Fraction(-(10**38) * 3)), Fraction(10**38) * 3))
-    if value > Fraction(float(np.finfo(np.float32).max)):
-        return float(np.finfo(np.float32).max), math.inf
-    if value < -Fraction(float(np.finfo(np.float32).max)):
-        return -math.inf, -float(np.finfo(np.float32).max)
-    low = near if Fraction(float(near)) <= value else np.nextafter(near, np.float32(-np.inf))
-    high = near if Fraction(float(near)) >= value else np.nextafter(near, np.float32(np.inf))
+def neighbours(value, dtype=np.float32):
+    """The floats around an exact number."""
+    most = Fraction(float(np.finfo(dtype).max))
+    if abs(value) > most:
+        return (float(most), math.inf) if value > 0 else (-math.inf, -float(most))
+    near = dtype(value.numerator / value.denominator)
+    low = near if Fraction(float(near)) <= value else np.nextafter(near, dtype(-np.inf))
+    high = near if Fraction(float(near)) >= value else np.nextafter(near, dtype(np.inf))
     return float(low), float(high)
+
+
+EXACT = {
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "div": lambda x, y: x / y,
+    "fma": lambda x, y: x * y + x,
+}
+
+
+def rounded(name, mode, x, y, dtype):
+    """``x <name> y`` as IEEE 754 rounds it; fma adds x to the product."""
+    function = EXACT[name]
+    with np.errstate(all="ignore"):
+        plain = function(np.float64(x), np.float64(y))
+        sums = {"add": (x, y), "sub": (x, -y), "fma": (np.float64(x) * np.float64(y), x)}
+    if not (math.isfinite(x) and math.isfinite(y)) or (name == "div" and not y):
+        return plain
+    exact = function(Fraction(float(x)), Fraction(float(y)))
+    if exact:
+        low, high = neighbours(exact, dtype)
+        result = {"m": low, "p": high, "z": low if exact > 0 else high}[mode]
+        return math.copysign(result, 1 if exact > 0 else -1)
+    if mode == "m" and any(v or np.signbit(v) for v in sums.get(name, ())):
+        return -0.0
+    return plain
+
+
+@pytest.mark.parametrize("mode", ["m", "p", "z"])
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_directed_rounding_of_arithmetic(name, mode, dtype):
+    values = [0.0, -0.0, 1.0, -1.5, 3.0, 0.1, 16777217.0, np.inf, np.nan]
+    limits = np.finfo(dtype)
+    a, b = pairs(np.array([*values, limits.max, -limits.max, limits.smallest_subnormal], dtype))
+    size, letter, c_type = (32, "f", "float") if dtype == np.float32 else (64, "d", "double")
+    third = ", %1" if name == "fma" else ""
+    preamble = f"""__device__ {c_type} f({c_type} a, {c_type} b) {{
+    {c_type} r; asm("{name}.r{mode}.f{size} %0, %1, %2{third};"
+                    : "={letter}"(r) : "{letter}"(a), "{letter}"(b)); return r; }}"""
+    expected = [rounded(name, mode, x, y, dtype) for x, y in zip(a, b, strict=True)]
+    got = evaluate("f(a, b)", dtype, a, b, preamble=preamble)
+    np.testing.assert_array_equal(bits(got), bits(np.array(expected, dtype)))
+
+
+@pytest.mark.parametrize("mode", ["m", "p", "z"])
+def test_directed_rounding_of_roots_and_inverses(mode):
+    x = np.array([0.0, -0.0, 2.0, 3.0, 0.1, 9.0, np.inf, 1e-40, 3e38], np.float32)
+    move = {"m": np.inf, "p": -np.inf, "z": np.inf}[mode]
+    with np.errstate(all="ignore"):
+        wide = {"sqrt": np.sqrt(x.astype(np.longdouble)), "rcp": 1 / x.astype(np.longdouble)}
+        for name, exact in wide.items():
+            preamble = f"""__device__ float f(float a) {{
+            float r; asm("{name}.r{mode}.f32 %0, %1;" : "=f"(r) : "f"(a)); return r; }}"""
+            nearest = exact.astype(np.float32)
+            wrong = nearest < exact if mode == "p" else nearest > exact
+            expected = np.where(wrong, np.nextafter(nearest, np.float32(-move)), nearest)
+            got = evaluate("f(a)", np.float32, x, preamble=preamble)
+            np.testing.assert_array_equal(bits(got), bits(expected), name)
 
 
 def test_half_precision(rng):
@@ -446,6 +510,74 @@ def test_half_precision(rng):
             f"__half_as_ushort(__high2half(__hmul2({pair}, {pair})))", np.uint16, a, b
         ).view(np.float16)
         np.testing.assert_array_equal(bits(got), bits(q * q))
+
+
+def test_saturation_masks_and_products_of_parts():
+    a, b = pairs(INT32)
+    x, y = a.view(np.uint32), b.view(np.uint32)
+    preamble = """
+    __device__ int plus(int a, int b) {
+      int r; asm("add.sat.s32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+    __device__ int minus(int a, int b) {
+      int r; asm("sub.sat.s32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+    __device__ unsigned clamped(unsigned a, unsigned b) {
+      unsigned r; asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+    __device__ unsigned wrapped(unsigned a, unsigned b) {
+      unsigned r; asm("bmsk.wrap.b32 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }"""
+
+    def check(expression, exact, inputs, dtype):
+        expected = [exact(*(int(v) for v in row)) for row in zip(*inputs, strict=True)]
+        got = evaluate(expression, dtype, *inputs, preamble=preamble)
+        np.testing.assert_array_equal(got, np.array(expected, dtype), expression)
+
+    def products(p, q, width, first):
+        halves = (wrap(p >> 16 * k, 16, width < 0) for k in (0, 1))
+        octets = (wrap(q >> 8 * (first + k), 8, width < 0) for k in (0, 1))
+        total = sum(h * o for h, o in zip(halves, octets, strict=True)) + 5
+        return wrap(total, 32, width < 0)
+
+    check("plus(a, b)", lambda p, q: min(max(p + q, -(2**31)), 2**31 - 1), (a, b), np.int32)
+    check("minus(a, b)", lambda p, q: min(max(p - q, -(2**31)), 2**31 - 1), (a, b), np.int32)
+    mask = lambda p, q: ((1 << q) - 1 << p) & 0xFFFFFFFF  # noqa: E731
+    check("clamped(a, b)", lambda p, q: mask(min(p, 32), min(q, 32)), (x, y), np.uint32)
+    check("wrapped(a, b)", lambda p, q: mask(p & 31, q & 31), (x, y), np.uint32)
+    check("__dp2a_lo(a, b, 5)", lambda p, q: products(p, q, -1, 0), (a, b), np.int32)
+    check("__dp2a_hi(a, b, 5)", lambda p, q: products(p, q, -1, 2), (a, b), np.int32)
+    check("__dp2a_lo(a, b, 5u)", lambda p, q: products(p, q, 1, 0), (x, y), np.uint32)
+    check("__dp2a_hi(a, b, 5u)", lambda p, q: products(p, q, 1, 2), (x, y), np.uint32)
+
+
+def test_comparisons_that_give_numbers():
+    a, b = pairs(FLOAT)
+    p, q = flushed(a), flushed(b)
+    for test, compare in {"lt": np.less, "neu": np.not_equal, "geu": lambda x, y: ~(x < y)}.items():
+        for flag, (x, y) in {".ftz": (p, q), "": (a, b)}.items():
+            preamble = f"""__device__ int f(float a, float b) {{ int r;
+            asm("set.{test}{flag}.u32.f32 %0, %1, %2;" : "=r"(r) : "f"(a), "f"(b)); return r; }}"""
+            got = evaluate("f(a, b)", np.int32, a, b, preamble=preamble)
+            np.testing.assert_array_equal(got, -compare(x, y).astype(np.int32), test + flag)
+
+
+def test_comparisons_of_pairs_of_halves():
+    values = np.array([0.0, -0.0, 1.0, -2.5, 6e-8, np.inf, np.nan], np.float16)
+    a, b = pairs(values.view(np.uint16))
+    x, y = a.view(np.float16), b.view(np.float16)
+    one, two = "__ushort_as_half(a)", "__ushort_as_half(b)"
+    sides = f"__half2({one}, {two}), __half2({two}, {one})"
+    for test, compare in {
+        "eq": np.equal,
+        "lt": np.less,
+        "ge": np.greater_equal,
+        "neu": np.not_equal,
+        "ltu": lambda u, v: ~(u >= v),
+    }.items():
+        low, high = compare(x, y), compare(y, x)
+        np.testing.assert_array_equal(
+            evaluate(f"__h{test}2_mask({sides})", np.uint32, a, b), low * 0xFFFF + high * 0xFFFF0000
+        )
+        np.testing.assert_array_equal(evaluate(f"__hb{test}2({sides})", np.bool_, a, b), low & high)
+        got = evaluate(f"__half_as_ushort(__high2half(__h{test}2({sides})))", np.uint16, a, b)
+        np.testing.assert_array_equal(got.view(np.float16), high)
 
 
 def exact_fma(a, b, c):
@@ -483,12 +615,98 @@ def test_fma_rounds_once(data, width):
     assert got == nearest(exact, dtype)
 
 
+@pytest.mark.parametrize("scale", [0, -340, -320, -160, 150, 154])
+def test_fma_of_tiny_and_huge_numbers(scale, rng):
+    """Parts that a product in two halves would lose, or that overflow on the way."""
+    a = rng.normal(size=200) * 10.0 ** (scale // 2)
+    b = rng.normal(size=200) * 10.0 ** (scale - scale // 2)
+    c = -a * b * rng.choice([1, 1 + 2**-52, 0.5, 0], 200)
+    a[:4], b[:4], c[:4] = (
+        [-0.0, 1e300, 1e-300, 1e308],
+        [1, 1e300, 1e-300, 10],
+        [-0.0, 0, -0.0, -1e308],
+    )
+    expected = []
+    for x, y, z in zip(a, b, c, strict=True):
+        exact = exact_fma(x, y, z)
+        with np.errstate(over="ignore"):
+            plain = x * y + z
+        limit = math.inf if exact > 0 else -math.inf
+        expected.append(
+            plain if not exact else limit if abs(exact) >= 2**1024 else nearest(exact, np.float64)
+        )
+    got = evaluate("fma(a, b, c)", np.float64, a, b, c)
+    np.testing.assert_array_equal(bits(got), bits(np.array(expected)))
+
+
 def test_contraction_is_one_rounding():
     a = np.float32([1 + 2**-12, 3.1415927, 1e10])
     expected = [nearest(exact_fma(v, v, -1), np.float32) for v in a]
     np.testing.assert_array_equal(evaluate("a * a + b", np.float32, a, np.float32(-1)), expected)
     apart = evaluate("__fmul_rn(a, a) + b", np.float32, a, np.float32(-1))
     np.testing.assert_array_equal(apart, a * a - 1)
+
+
+def test_plain_ptx_keeps_subnormals():
+    a, b = pairs(FLOAT)
+    with np.errstate(all="ignore"):
+        expected = {"add": a + b, "sub": a - b, "mul": a * b, "div": a / b}
+    for name, exact in expected.items():
+        preamble = f"""__device__ float f(float a, float b) {{
+        float r; asm("{name}.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b)); return r; }}"""
+        got = evaluate("f(a, b)", np.float32, a, b, preamble=preamble)
+        np.testing.assert_array_equal(bits(got), bits(exact), name)
+
+
+@pytest.mark.parametrize("mode", ["m", "p", "z"])
+def test_rounding_doubles_to_floats(mode, rng):
+    most = float(np.finfo(np.float32).max)
+    x = np.concatenate((
+        rng.normal(size=100) * 10.0 ** rng.integers(-48, 39, 100),
+        [0.1, -0.1, 1e-40, -1e-50, 1e300, -1e300, most, -most * 1.00000001],
+        [0.0, -0.0, np.inf, -np.inf, np.nan],
+    ))  # fmt: skip
+    preamble = f"""__device__ float f(double a) {{
+    float r; asm("cvt.r{mode}.f32.f64 %0, %1;" : "=f"(r) : "d"(a)); return r; }}"""
+    got = evaluate("f(a)", np.float32, x, preamble=preamble)
+    expected = []
+    for value in x.tolist():
+        if not math.isfinite(value) or not value:
+            expected.append(value)
+            continue
+        low, high = neighbours(Fraction(value))
+        result = {"m": low, "p": high, "z": low if value > 0 else high}[mode]
+        expected.append(math.copysign(result, value))
+    np.testing.assert_array_equal(bits(got), bits(np.array(expected, np.float32)))
+
+
+def test_predicates_within_a_statement():
+    a, b = pairs(FLOAT)
+    preamble = """
+    __device__ float pick(float a, float b) { float r; asm("{ .reg .pred p;"
+      " setp.geu.f32 p, %1, %2; selp.f32 %0, %1, %2, p; }" : "=f"(r) : "f"(a), "f"(b)); return r; }
+    __device__ int both(float a, float b) { int r; asm("{ .reg.pred p, q;"
+      " setp.lt.and.f32 p|q, %1, %2, 1; @p mov.b32 %0, 1; @!p selp.b32 %0, 2, 3, q; }"
+      : "=r"(r) : "f"(a), "f"(b)); return r; }"""
+    got = evaluate("pick(a, b)", np.float32, a, b, preamble=preamble)
+    np.testing.assert_array_equal(bits(got), bits(np.where(~(a < b), a, b)))
+    got = evaluate("both(a, b)", np.int32, a, b, preamble=preamble)
+    np.testing.assert_array_equal(got, np.where(a < b, 1, 2))
+
+
+def test_the_bits_of_floats_as_integers():
+    a, b = pairs(FLOAT)
+    i, j = a.view(np.int32), b.view(np.int32)
+    got = evaluate("__float_as_int(a) < __float_as_int(b) ? a : b", np.float32, a, b)
+    np.testing.assert_array_equal(bits(got), bits(np.where(i < j, a, b)))
+    got = evaluate("__int_as_float(max(__float_as_int(a) & 0x7fffffff, __float_as_int(b)))",
+                   np.float32, a, b)  # fmt: skip
+    np.testing.assert_array_equal(bits(got), bits(np.maximum(i & 0x7FFFFFFF, j).view(np.float32)))
+    x = np.array([0.0, -0.0, 1.5, -0.1, np.inf, 5e-324])
+    got = evaluate("__double_as_longlong(a)", np.int64, x)
+    np.testing.assert_array_equal(got, x.view(np.int64))
+    got = evaluate("__longlong_as_double(__double_as_longlong(a))", np.float64, x)
+    np.testing.assert_array_equal(bits(got), bits(x))
 
 
 def test_approximate_units_are_close():

@@ -98,6 +98,18 @@ def test_functions_that_are_not_inlined():
     assert found.tolist() == [mix(i, 3) + mix(3, i) for i in range(64)]
 
 
+def test_arguments_of_different_size():
+    """NVRTC gives the arguments of all calls the same names."""
+    top = """struct Many { int item[16]; };
+    __device__ __noinline__ int sum(Many m) {
+      int s = 0; for (int k = 0; k < 16; ++k) s += m.item[k]; return s; }
+    __device__ __noinline__ int next(int x) { return x > 99 ? x * x : x + 1; }"""
+    body = """Many m; for (int k = 0; k < 16; ++k) m.item[k] = k * i;
+    a[i] = sum(m) + next(i);"""
+    (found,) = run(body, [np.zeros(64, np.int32)], top=top)
+    assert found.tolist() == [120 * i + i + 1 for i in range(64)]
+
+
 def test_local_arrays_and_constants():
     top = "__constant__ int table[5] = {3, 1, 4, 1, 5}; __device__ const float more[2] = {.5f, 2};"
     a, b = run(
@@ -115,6 +127,13 @@ def test_local_arrays_and_constants():
         expected.append(sum(own[k * i & 7] for k in range(8)))
     assert a.tolist() == expected
     assert b.tolist() == [0.5, 2.0] * 32
+
+
+def test_constants_of_odd_size():
+    top = "__constant__ int tens[3] = {10, 20, 30}; __constant__ char small[5] = {1, 2, 3, 4, 5};"
+    (found,) = run("a[i] = tens[a[i] % 3] * small[a[i] % 5];", [np.arange(64, dtype=np.int32)],
+                   top=top)  # fmt: skip
+    assert found.tolist() == [10 * (i % 3 + 1) * (i % 5 + 1) for i in range(64)]
 
 
 def test_grids_and_blocks_of_three_axes():
@@ -177,6 +196,23 @@ def test_generic_pointers_to_every_space():
     np.testing.assert_array_equal(a, 1000 + i + (i % 3 == 0))
 
 
+def test_atomics_through_generic_pointers():
+    a, b = run(
+        """__shared__ int s; if (t == 0) s = 0; __syncthreads();
+        atomicAdd(i % 3 == 0 ? &s : i % 3 == 1 ? a : b, i); __syncthreads(); if (t == 0) b[1] = s;
+        """,
+        [np.zeros(64, np.int32), np.zeros(64, np.int32)],
+    )
+    assert [a[0], b[0], b[1]] == [sum(range(k, 64, 3)) for k in (1, 2, 0)]
+
+
+@pytest.mark.parametrize("use", ["*p = 1;", "b[i] = *p;", "atomicAdd(p, 1);"])
+@pytest.mark.parametrize("place", ["a[0] - 4ll", "a[0]", "a[0] + 0x7700000000000000ll"])
+def test_addresses_that_are_nowhere(use, place):
+    with pytest.raises(ptx.OutOfBounds, match="argument"):
+        run(f"int* p = reinterpret_cast<int*>({place}); {use}", [np.zeros(64, np.int32)] * 2)
+
+
 def test_dynamic_shared_memory_of_mixed_types():
     a, b = run(
         """extern __shared__ double d[]; float* f = reinterpret_cast<float*>(d + 64);
@@ -233,6 +269,55 @@ def test_shuffles():
     np.testing.assert_array_equal(results[4], x[base + lane // 8 * 8 + 1])
 
 
+@pytest.mark.parametrize("dtype", [np.uint64, np.int64, np.float64])
+def test_shuffles_of_wide_values(dtype):
+    x = np.random.default_rng(0).integers(-(2**63), 2**63, 64).view(dtype)
+    x = np.where(np.isnan(x), 0, x)
+    _, best, other = run(
+        """auto v = a[i]; c[i] = __shfl_xor_sync(0xffffffffu, v, 5);
+        for (int k = 4; k; k /= 2) {
+          const auto other = __shfl_xor_sync(0xffffffffu, v, k); v = v > other ? v : other; }
+        b[i] = v;""",
+        [x, np.zeros(64, dtype), np.zeros(64, dtype)],
+    )
+    np.testing.assert_array_equal(best, np.repeat(x.reshape(8, 8).max(axis=1), 8))
+    np.testing.assert_array_equal(other, x[np.arange(64) ^ 5])
+
+
+def test_tiles_with_structs_in_shared_memory():
+    top = """struct State { double sum[3]; int steps; };
+    template<int LANES> __device__ State& state() {
+      __shared__ State states[64 / LANES]; return states[threadIdx.x / LANES]; }
+    template<int LANES> __device__ double halve_until_small(double x) {
+      const int rank = threadIdx.x % LANES;
+      State& own = state<LANES>();
+      if (rank < 3) own.sum[rank] = 0;
+      if (rank == 3) own.steps = 0;
+      __syncwarp();
+      double most = x;
+      for (int k = LANES / 2; k; k /= 2) most = fmax(most, __shfl_xor_sync(~0u, most, k));
+      for (int turn = 0; __any_sync(~0u, most >= 1); ++turn) {
+        if (most >= 1 && rank == 0) { own.sum[turn % 3] += most; ++own.steps; }
+        if (most >= 1) most /= 2;
+        __syncwarp();
+      }
+      return own.sum[0] + 1e3 * own.sum[1] + 1e6 * own.sum[2] + 1e9 * own.steps;
+    }"""
+    x = np.random.default_rng(0).uniform(0, 40, 64)
+    _, found = run("b[i] = halve_until_small<8>(a[i]) + halve_until_small<16>(a[i]);",
+                   [x, np.zeros(64)], top=top)  # fmt: skip
+
+    def expected(most):
+        sums, steps = [0, 0, 0], 0
+        while most >= 1:
+            sums[steps % 3] += most
+            most, steps = most / 2, steps + 1
+        return sums[0] + 1e3 * sums[1] + 1e6 * sums[2] + 1e9 * steps
+
+    eights, sixteens = ([expected(m) for m in x.reshape(-1, n).max(axis=1)] for n in (8, 16))
+    np.testing.assert_array_equal(found, np.repeat(eights, 8) + np.repeat(sixteens, 16))
+
+
 def test_votes_and_matches():
     x = np.random.default_rng(0).integers(0, 4, 64).astype(np.int32)
     a, ballot, same, flags = run(
@@ -251,6 +336,21 @@ def test_votes_and_matches():
             assert same[start + k] == sum(1 << m for m in range(32) if warp[m] == warp[k])
     assert flags.tolist() == [14] * 64
     assert a.tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("start", [0, 2**60, 2**63])
+def test_matches_of_wide_values(start):
+    x = np.random.default_rng(0).integers(0, 4, 64).astype(np.uint64) + np.uint64(start)
+    _, same, everyone = run(
+        """b[i] = __match_any_sync(0xffffffffu, a[i]); int all;
+        c[i] = __match_all_sync(0xffffffffu, a[i], &all) + all
+             + (__match_all_sync(0xffffffffu, a[i] >> 2, &all) != 0) + all;""",
+        [x, np.zeros(64, np.uint32), np.zeros(64, np.uint32)],
+    )
+    for k in range(64):
+        warp = x[k // 32 * 32 :][:32]
+        assert same[k] == sum(1 << lane for lane in range(32) if warp[lane] == x[k])
+    assert everyone.tolist() == [2] * 64
 
 
 def test_warp_reductions_of_integers():
@@ -332,6 +432,47 @@ def test_warp_barriers_order_shared_memory():
         run(body % "", [np.arange(64, dtype=np.int32)])
     with pytest.raises(ptx.Race):  # a warp barrier orders one warp only
         run((body % "__syncwarp();").replace("t ^ 1", "t ^ 32"), [np.arange(64, dtype=np.int32)])
+
+
+FORGET = 'asm volatile("" ::: "memory");'
+
+
+@pytest.mark.parametrize(
+    ("body", "grid"),
+    [
+        (f"s = a[0]; __syncwarp(); int v = s; {FORGET}"
+         f" if (t == 31) {{ v += s; {FORGET} s = 9; }}", 1),
+        ("s = a[0]; __syncwarp(); int v = s; if (lane > 15) { __syncwarp(0xffff0000u);"
+         " if (t == 31) s = 9; }", 1),
+        ("s = a[0]; __syncwarp(); atomicAdd(&s, 1);"
+         f" int v = 0; if (t == 31) {{ {FORGET} v = s; }}", 1),
+        ("atomicAdd(a, 1); __syncthreads(); int v = blockIdx.x && t == 0 ? *a : 0;", 2),
+        (f"int v = *a; __syncthreads(); if (i == 63) {{ v += *a; {FORGET} *a = v; }}", 2),
+        ("a[4 * t + 1] = 3; __syncwarp();"
+         " int v = __ldg(reinterpret_cast<const int4*>(a) + t).y;", 1),
+    ],
+    ids=["reads again", "barrier of half a warp", "adds in a warp", "adds in two blocks",
+         "reads in two blocks", "read-only cache over a part"],
+)  # fmt: skip
+def test_races_with_others_than_the_last_thread(body, grid):
+    """The thread that races was itself the last to touch the memory."""
+    with pytest.raises(ptx.Race):
+        run("__shared__ int s; " + body + " b[i] = v;",
+            [np.zeros(128, np.int32), np.zeros(64, np.int32)], grid=grid, block=32)  # fmt: skip
+
+
+def test_no_race_with_those_that_a_warp_barrier_orders():
+    (found,) = run(
+        """__shared__ int s[4]; if (lane % 8 == 0) s[t / 8] = t; __syncwarp();
+        for (int k = 0; k < 3; ++k) {
+          const int v = s[t / 8] + s[t / 8]; __syncwarp(0xffu << lane / 8 * 8);
+          if (lane % 8 == k) s[t / 8] = v + 1; __syncwarp(0xffu << lane / 8 * 8);
+        }
+        __syncwarp(); a[i] = s[3 - t / 8];""",
+        [np.zeros(32, np.int32)],
+        block=32,
+    )
+    assert found.tolist() == [8 * start + 7 for start in (24, 16, 8, 0) for _ in range(8)]
 
 
 def test_launches_are_counted():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tests.ptx import arithmetic, faults
-from tests.ptx.machine import SHARED, Batch, Selection, Step
+from tests.ptx.machine import Batch, Selection, Step
 from tests.ptx.operands import SPACES, Array, Operands, Read, Write, bits_of
 from tests.ptx.program import (
     Address,
@@ -19,31 +19,32 @@ from tests.ptx.program import (
     UnsupportedInstruction,
     Vector,
 )
-from tests.ptx.races import Flags
+from tests.ptx.races import Flags, Lanes
 
 _STRONG = {"volatile", "relaxed", "acquire", "release", "mmio"}
 _NAMES = {0: "global", 1: "shared", 2: "local", 3: "const", 4: "param"}
 _INSIDE = np.int64((1 << 56) - 1)
 
 
-def _by_window(
-    b: Batch,
-    s: Selection,
-    where: NDArray[np.int64],
-    own: dict[str, Callable[[Batch, Selection, NDArray[np.int64]], Array]],
-    shape: tuple[int, np.dtype[np.generic]],
-) -> Array:
-    """A generic load: each lane reads the memory that its address lies in."""
+def _windows(
+    space: str, where: NDArray[np.int64]
+) -> Iterator[tuple[str, Selection, NDArray[np.int64]]]:
+    """The memories that addresses lie in: name, which of them (``None``: all), places there."""
     window = where >> 56
-    if (window == window[0]).all():
-        return own[_NAMES.get(int(window[0]), "global")](b, s, where & _INSIDE)
-    lanes = b.lanes(s)
-    result = np.empty((len(lanes), shape[0]), shape[1])
-    for one in np.unique(window):
-        mine = np.flatnonzero(window == one)
-        name = _NAMES.get(int(one), "global")
-        result[mine] = own[name](b, lanes[mine], where[mine] & _INSIDE)
-    return result
+    if space in ("shared", "local", "param"):
+        yield space, None, where
+    elif (window == window[0]).all():
+        yield _place(int(window[0]), where, None)
+    else:
+        for one in np.unique(window):
+            yield _place(int(one), where, np.flatnonzero(window == one))
+
+
+def _place(
+    window: int, where: NDArray[np.int64], mine: Selection
+) -> tuple[str, Selection, NDArray[np.int64]]:
+    own = where if mine is None else where[mine]
+    return (_NAMES[window], mine, own & _INSIDE) if window in _NAMES else ("global", mine, own)
 
 
 _ATOMICS: dict[str, Callable[..., Array]] = {
@@ -187,7 +188,7 @@ class Accesses(Operands):
                     if fresh.any():
                         bad = lanes[fresh] if len(fresh) > 1 else lanes
                         b.fail(faults.UninitializedRead, "global memory nothing wrote", what, bad)
-                if constant and segment.was_written(offsets):
+                if constant and segment.was_written(offsets, size):
                     b.fail(
                         faults.Race,
                         "read through the read-only cache what this launch writes",
@@ -214,7 +215,7 @@ class Accesses(Operands):
             b.check_layout("shared", where, size, s, what)
             at, now, shadow = b.shared_cells(where, size, s)
             lanes = b.lanes(s)
-            fresh = (shadow.writer[at] < 0).reshape(len(lanes), -1).any(axis=1)
+            fresh = ~shadow.written(at).reshape(len(lanes), -1).all(axis=1)
             if fresh.any():
                 b.fail(faults.UninitializedRead, "shared memory nothing wrote", what, lanes[fresh])
             if not strong:
@@ -257,10 +258,14 @@ class Accesses(Operands):
         }
 
         def load(b: Batch, s: Selection) -> Array:
-            where = address(b, s)
-            if space in ("shared", "local", "param"):
-                return own[space](b, s, where)
-            return _by_window(b, s, where, own, (many, wanted))
+            parts, lanes = list(_windows(space, address(b, s))), b.lanes(s)
+            name, everyone, at = parts[0]
+            if everyone is None:
+                return own[name](b, s, at)
+            result = np.empty((len(lanes), many), wanted)
+            for name, mine, at in parts:
+                result[mine] = own[name](b, lanes[mine], at)
+            return result
 
         return load
 
@@ -346,23 +351,17 @@ class Accesses(Operands):
             "shared": store_shared,
             "local": store_local,
             "const": store_const,
+            "param": store_const,
         }
 
         def step(b: Batch, s: Selection) -> None:
-            where = address(b, s)
             lanes = b.lanes(s)
             values = np.stack([np.broadcast_to(r(b, s), lanes.shape) for r in reads], axis=1)
-            if space in ("shared", "local"):
-                own[space](b, s, where, values)
-                return
-            window = where >> 56
-            if (window == window[0]).all():
-                name = _NAMES[int(window[0])]
-                own[name](b, s, where & _INSIDE, values)
-                return
-            for one in np.unique(window):
-                mine = np.flatnonzero(window == one)
-                own[_NAMES[int(one)]](b, lanes[mine], where[mine] & _INSIDE, values[mine])
+            for name, mine, at in _windows(space, address(b, s)):
+                if mine is None:
+                    own[name](b, s, at, values)
+                else:
+                    own[name](b, lanes[mine], at, values[mine])
 
         return step
 
@@ -401,38 +400,54 @@ class Accesses(Operands):
                 left = np.delete(left, first)
             return old
 
-        def step(b: Batch, s: Selection) -> None:
-            lanes = b.lanes(s)
-            where = np.broadcast_to(address(b, s), lanes.shape)
-            values = [np.broadcast_to(r(b, s), lanes.shape) for r in reads]
-            if space == "shared" or (space == "generic" and (where >> 56 == SHARED >> 56).all()):
-                where = where & _INSIDE
-                b.check_layout("shared", where, size, s, what)
-                at, now, shadow = b.shared_cells(where, size, s)
-                fresh = shadow.writer[at] < 0
-                if fresh.any():
-                    b.fail(
-                        faults.UninitializedRead,
-                        "shared memory nothing wrote",
-                        what,
-                        lanes[fresh.reshape(len(lanes), -1).any(axis=1)],
-                    )
-                bad, _ = shadow.write(at, now, atomic=True)
-                race = None if bad is None else bad.reshape(len(lanes), -1).any(axis=1)
-                old = apply(b.shared_bytes, b.shared_place(where, s), values)
-            else:
-                parts = b.reach_global(where, size, s, what)
-                if len(parts) != 1:
-                    raise UnsupportedInstruction(f"one atomic on several arrays: {what.text}")
-                index, offsets, _ = parts[0]
-                segment = b.reach.segments[index]
-                marks = segment.allocation.written
-                if marks is not None and not marks[offsets[:, None] + np.arange(size)].all():
-                    b.fail(faults.UninitializedRead, "global memory nothing wrote", what, lanes)
-                race, _ = segment.write(offsets, size, b.moment(s), atomic=True)
-                old = apply(segment.allocation.bytes, offsets, values)
+        def fail(b: Batch, race: Flags | None, lanes: Lanes) -> None:
             if race is not None:
                 b.fail(faults.Race, "atomic on what others use without one", what, lanes[race])
+
+        def change_shared(
+            b: Batch, lanes: Lanes, where: NDArray[np.int64], values: list[Array]
+        ) -> Array:
+            b.check_layout("shared", where, size, lanes, what)
+            at, now, shadow = b.shared_cells(where, size, lanes)
+            fresh = ~shadow.written(at).reshape(len(lanes), -1).all(axis=1)
+            if fresh.any():
+                b.fail(faults.UninitializedRead, "shared memory nothing wrote", what, lanes[fresh])
+            race, _ = shadow.write(at, now, atomic=True)
+            fail(b, None if race is None else race.reshape(len(lanes), -1).any(axis=1), lanes)
+            return apply(b.shared_bytes, b.shared_place(where, lanes), values)
+
+        def change_global(
+            b: Batch, lanes: Lanes, where: NDArray[np.int64], values: list[Array]
+        ) -> Array:
+            old = np.empty(len(lanes), wanted)
+            for index, offsets, chosen in b.reach_global(where, size, lanes, what):
+                segment, own = b.reach.segments[index], b.lanes(chosen)
+                marks = segment.allocation.written
+                if marks is not None:
+                    fresh = ~marks[offsets[:, None] + np.arange(size)].all(axis=1)
+                    if fresh.any():
+                        b.fail(
+                            faults.UninitializedRead,
+                            "global memory nothing wrote",
+                            what,
+                            own[fresh],
+                        )
+                fail(b, segment.write(offsets, size, b.moment(own), atomic=True)[0], own)
+                mine = np.searchsorted(lanes, own)
+                old[mine] = apply(segment.allocation.bytes, offsets, [v[mine] for v in values])
+            return old
+
+        own = {"shared": change_shared, "global": change_global}
+
+        def step(b: Batch, s: Selection) -> None:
+            lanes, old = b.lanes(s), np.empty(len(b.lanes(s)), wanted)
+            where = np.broadcast_to(address(b, s), lanes.shape)
+            values = [np.broadcast_to(r(b, s), lanes.shape) for r in reads]
+            for name, mine, at in _windows(space, where):
+                if name not in own:
+                    raise UnsupportedInstruction(f"atomic on {name} memory: {what.text}")
+                chosen = np.arange(len(lanes)) if mine is None else mine
+                old[chosen] = own[name](b, lanes[chosen], at, [v[chosen] for v in values])
             write(b, s, old)
 
         return step

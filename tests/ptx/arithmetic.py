@@ -7,7 +7,9 @@ that are NaN are the one canonical NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,18 +87,66 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     """``a * b + c`` with one rounding.
 
     For float64 the sum of three parts is rounded to odd before the last addition (Boldo and
-    Melquiond 2008); it is exact unless the product's error is itself subnormal.
+    Melquiond 2008), where no part can overflow or be subnormal.
     """
     if a.dtype == np.float64:
-        x, y, z = (v.astype(np.float64) for v in (a, b, c))
+        x, y, z = np.broadcast_arrays(a, b, c)
         product, error = _two_product(x, y)
         high, low = _two_sum(z, error)
         total, rest = _two_sum(product, high)
-        result = total + _to_odd(*_two_sum(rest, low))
-        plain = x * y + z
-        return np.where(np.isfinite(plain) & np.isfinite(result), result, plain)
+        plain = (x == 0) | (y == 0) | ~np.isfinite((x, y, z)).all(axis=0)
+        result = np.where(plain, product + z, total + _to_odd(*_two_sum(rest, low)))
+        sizes = np.abs((x, y, z, product))
+        usual = plain | ((sizes < 2.0**900).all(axis=0) & (sizes[3] > 2.0**-900))
+        if not usual.all():
+            rare = np.flatnonzero(~usual)
+            result[rare] = _exactly("fma", "rn", x[rare], y[rare], z[rare])
+        return result
     product = a.astype(np.float64) * b.astype(np.float64)
     return _to_odd(*_two_sum(product, c.astype(np.float64))).astype(a.dtype)
+
+
+_EXACT: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "fma": lambda a, b, c: a * b + c,
+}
+
+
+def _exactly(name: str, mode: str, *arguments: Array) -> NDArray[np.float64]:
+    """Double precision by way of fractions, one thread after the other, in any rounding mode."""
+    rows = zip(*np.broadcast_arrays(*arguments), strict=True)
+    return np.array([_rounded(name, mode, row) for row in rows], np.float64)
+
+
+def _rounded(name: str, mode: str, row: tuple[np.float64, ...]) -> np.float64:
+    function = _EXACT[name]
+    if not np.isfinite(row).all() or (name == "div" and row[1] == 0):
+        return function(*row)
+    exact = function(*(Fraction(float(value)) for value in row))
+    if not exact:
+        return _downward_zero(name, function, row) if mode == "rm" else function(*row)
+    try:
+        value = exact.numerator / exact.denominator
+    except OverflowError:
+        value = np.inf if exact > 0 else -np.inf
+    limit, wrong = {
+        "rn": (value, False),
+        "rz": (0, abs(value) > abs(exact)),
+        "rm": (-np.inf, value > exact),
+        "rp": (np.inf, value < exact),
+    }[mode]
+    return np.nextafter(value, limit) if wrong else np.float64(value)
+
+
+def _downward_zero(name: str, function: Operation, arguments: Sequence[Array]) -> Array:
+    """A result that is exactly 0, rounded down: sums that cancel are -0."""
+    if name not in ("add", "sub", "fma"):
+        return function(*arguments)
+    first, *middle, last = arguments
+    return -function(-first, *middle, -last)
 
 
 def _minimum(a: Array, b: Array) -> Array:
@@ -294,14 +344,36 @@ def _approximate(function: Callable[[NDArray[np.float64]], NDArray[np.float64]])
     return lambda a: function(a.astype(np.float64)).astype(a.dtype)
 
 
+def _parts(a: Array, many: int) -> NDArray[np.int64]:
+    """`many` equal parts of each integer, lowest first."""
+    kind = np.dtype(f"{a.dtype.kind}{a.dtype.itemsize // many}")
+    return np.ascontiguousarray(a).view(kind).reshape(-1, many).astype(np.int64)
+
+
 def dot_bytes(a: Array, b: Array, c: Array) -> Array:
     """``dp4a``: the four products of the bytes of `a` and `b`, added to `c`."""
-    kinds = (np.dtype(f"{v.dtype.kind}1") for v in (a, b))
-    x, y = (
-        np.ascontiguousarray(v).view(kind).reshape(-1, 4).astype(np.int64)
-        for v, kind in zip((a, b), kinds, strict=True)
-    )
-    return ((x * y).sum(axis=1) + c).astype(c.dtype)
+    return ((_parts(a, 4) * _parts(b, 4)).sum(axis=1) + c).astype(c.dtype)
+
+
+def dot_halves(a: Array, b: Array, c: Array, high: bool) -> Array:
+    """``dp2a``: the products of the halves of `a` and two bytes of `b`, added to `c`."""
+    pair = _parts(b, 4)[:, 2:] if high else _parts(b, 4)[:, :2]
+    return ((_parts(a, 2) * pair).sum(axis=1) + c).astype(c.dtype)
+
+
+def _bit_mask(position: Array, length: Array, clamp: bool) -> Array:
+    """``bmsk``: `length` ones from `position` on."""
+    start, count = (np.minimum(v, 32) if clamp else v & 31 for v in (position, length))
+    return _shift_left(_shift_left(np.ones(1, np.uint64), count) - 1, start).astype(np.uint32)
+
+
+def _saturated(function: Operation) -> Operation:
+    def compute(a: Array, b: Array) -> Array:
+        limits = np.iinfo(a.dtype)
+        exact = function(a.astype(np.int64), b.astype(np.int64))
+        return np.clip(exact, limits.min, limits.max).astype(a.dtype)
+
+    return compute
 
 
 _BINARY: dict[str, Operation] = {
@@ -376,6 +448,10 @@ def operation(opcode: tuple[str, ...], kind: str) -> Operation | None:
         return lambda a, b, c: a * b + c
     if name == "bfind":
         return lambda a: highest_bit(a, "shiftamt" in flags)
+    if name == "bmsk":
+        return lambda a, b: _bit_mask(a, b, "clamp" in flags)
+    if "sat" in flags and kind == "s32" and name in ("add", "sub"):
+        return _saturated(_BINARY[name])
     if flags & {"sat", "cc"}:
         return None
     return _INTEGER.get(name)
@@ -385,6 +461,9 @@ def _float_operation(name: str, flags: set[str], kind: str) -> Operation | None:
     directed = flags & {"rz", "rm", "rp"}
     if directed and kind == "f32" and name in _DIRECTED:
         return _directed_operation(name, flags, directed)
+    if directed and kind == "f64" and name in _EXACT:
+        (mode,) = directed
+        return lambda *arguments: _exactly(name, mode, *arguments)
     if flags - _MODIFIERS or (kind == "f64" and "approx" in flags and name != "rcp"):
         return None
     if name in _SIGN:
@@ -399,7 +478,8 @@ def _float_operation(name: str, flags: set[str], kind: str) -> Operation | None:
         values = [flush(a) for a in arguments] if ftz else arguments
         result = function(*values)
         if "NaN" in flags:
-            result = np.where(np.isnan(values[0] + values[1]), np.nan, result).astype(result.dtype)
+            nan = np.isnan(values[0]) | np.isnan(values[1])
+            result = np.where(nan, np.nan, result).astype(result.dtype)
         if "sat" in flags:
             result = np.where(result > 0, np.minimum(result, 1), 0).astype(result.dtype)
         if "relu" in flags:
@@ -415,8 +495,12 @@ _DIRECTED: dict[str, Callable[..., NDArray[np.float64]]] = {
     "sub": lambda a, b: _to_odd(*_two_sum(a, -b)),
     "mul": lambda a, b: a * b,
     "fma": lambda a, b, c: _to_odd(*_two_sum(a * b, c)),
+    "div": lambda a, b: a / b,
+    "rcp": lambda a: 1 / a,
+    "sqrt": lambda a: np.sqrt(a),
 }
-"""Single precision in float64: exact, or rounded to odd, so that any rounding can follow."""
+"""Single precision in float64: exact, rounded to odd, or never near a boundary (quotients, roots),
+so that any rounding can follow."""
 
 
 def _directed_operation(name: str, flags: set[str], directed: set[str]) -> Operation:
@@ -424,7 +508,10 @@ def _directed_operation(name: str, flags: set[str], directed: set[str]) -> Opera
 
     def compute(*arguments: Array) -> Array:
         values = [flush(a) for a in arguments] if ftz else arguments
-        exact = function(*(v.astype(np.float64) for v in values))
+        wide = [v.astype(np.float64) for v in values]
+        exact = function(*wide)
+        if "rm" in directed:
+            exact = np.where(exact == 0, _downward_zero(name, function, wide), exact)
         result = canonical(_towards(exact.astype(np.float32), exact, directed))
         return flush(result) if ftz else result
 

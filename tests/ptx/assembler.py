@@ -12,7 +12,7 @@ from tests.ptx.accesses import Accesses
 from tests.ptx.compiler import Compiled
 from tests.ptx.crossings import Crossings
 from tests.ptx.machine import Batch, Block, Kernel, Selection, Step
-from tests.ptx.operands import HALVES, SPACES, WINDOWS, Array
+from tests.ptx.operands import HALVES, SPACES, WINDOWS, Array, bits_of
 from tests.ptx.program import (
     Immediate,
     Instruction,
@@ -165,10 +165,19 @@ class Assembler(Accesses, Crossings):
             raise UnsupportedInstruction(what.text)
         left, right = (self.read(o, kind, what) for o in what.operands[1:])
         write = self.write(what.operands[0], what)
-        yes = np.array(1.0, np.float32) if target == "f32" else np.array(0xFFFFFFFF, np.uint32)
-        return lambda b, s: write(
-            b, s, np.where(function(left(b, s), right(b, s)), yes, yes.dtype.type(0))
-        )
+        flush = arithmetic.flush if "ftz" in what.opcode and kind == "f32" else lambda a: a
+        if target[0] == "f":
+            yes = np.ones((), HALVES.get(target) or arithmetic.TYPES[target])
+        else:
+            width = 2 if kind in HALVES else int(target[1:]) // 8
+            yes = ~np.zeros((), bits_of(width))
+
+        def step(b: Batch, s: Selection) -> None:
+            result = function(flush(left(b, s)), flush(right(b, s)))
+            value = np.where(result, yes, yes.dtype.type(0))
+            write(b, s, value.view(np.uint32)[:, 0].copy() if kind in HALVES else value)
+
+        return step
 
     def do_selp(self, what: Instruction) -> Step:
         kind = what.opcode[-1]
@@ -193,6 +202,17 @@ class Assembler(Accesses, Crossings):
         ]
         write = self.write(what.operands[0], what)
         return lambda b, s: write(b, s, arithmetic.dot_bytes(*(r(b, s) for r in sources)))
+
+    def do_dp2a(self, what: Instruction) -> Step:
+        _, side, first, second = what.opcode
+        kinds = (first, second, "s32" if "s32" in (first, second) else "u32")
+        sources = [
+            self.read(o, kind, what) for o, kind in zip(what.operands[1:], kinds, strict=True)
+        ]
+        write = self.write(what.operands[0], what)
+        return lambda b, s: write(
+            b, s, arithmetic.dot_halves(*(r(b, s) for r in sources), side == "hi")
+        )
 
     def do_prmt(self, what: Instruction) -> Step:
         if what.opcode != ("prmt", "b32"):

@@ -231,8 +231,8 @@ class Crossings(Operands):
             chosen = _narrow(b, lanes)
             value = np.broadcast_to(read(b, chosen), lanes.shape)
             group = _groups(b, lanes, masks)
-            _, alike = np.unique(np.stack((group, value)), axis=1, return_inverse=True)
-            alike = alike.ravel()
+            number = np.unique(value, return_inverse=True)[1]
+            alike = np.unique(group * len(lanes) + number, return_inverse=True)[1]
             bits = np.float64(2) ** (b.thread[lanes] % 32)
             same = np.bincount(alike, bits)[alike].astype(np.uint32)
             whole = np.bincount(group, bits)[group].astype(np.uint32)

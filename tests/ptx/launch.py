@@ -13,6 +13,8 @@ from tests.ptx.machine import Batch, Geometry, Kernel, Layout, batches
 from tests.ptx.memory import Allocation, Bytes, Reach
 
 MOST_THREADS = 1024
+MOST_DEEP = 64
+MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 MOST_SHARED = 48 * 1024
 
 
@@ -88,6 +90,11 @@ def run(
     if not 0 < geometry.threads <= min(limit, MOST_THREADS):
         raise ValueError(
             f"{kernel.title}: {geometry.threads} threads in a block of at most {limit}"
+        )
+    if geometry.block[2] > MOST_DEEP or any(np.greater(geometry.grid, MOST_BLOCKS)):
+        raise ValueError(
+            f"{kernel.title}: grid {geometry.grid} of blocks {geometry.block}, over "
+            f"{MOST_BLOCKS} or {MOST_DEEP} deep"
         )
     variables = [*kernel.function.variables, *kernel.program.variables.values()]
     shared, constant, local = (

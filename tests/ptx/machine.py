@@ -64,7 +64,7 @@ class Layout:
         if dynamic:
             pieces.append((at, dynamic, b""))
             at += dynamic
-        end = max((start + size for start, size, _ in pieces), default=0)
+        end = max((start + -(-size // 16) * 16 for start, size, _ in pieces), default=0)
         valid = np.zeros(end + _GUARD if pieces else 0, bool)
         data = np.zeros(len(valid), np.uint8)
         for start, size, content in pieces:
@@ -169,7 +169,7 @@ class Batch:
         self.block = np.repeat(np.arange(blocks, dtype=np.int32), threads)
         stride = -(-threads // 32) * 32
         self.clock = Clock((self.block + first) * stride + self.thread, stride, first, blocks)
-        self.warp = self.clock.number // 32 - first * (stride // 32)
+        self.warp = self.clock.warp
         self.registers: list[Array | None] = [None] * len(kernel.function.registers)
         self.exited = np.zeros(size, bool)
         self.ready: dict[int, list[NDArray[np.intp]]] = {}

@@ -72,15 +72,11 @@ class Segment:
         if size < self.granule:
             factor = self.granule // size
             base = self.allocation.address
+            skip = (self.start - base) // size - (self.start - base) // self.granule * factor
             for name in ("_read", "_written"):
-                old = getattr(self, name)
-                skip = (self.start - base) // size - (self.start - base) // self.granule * factor
-                setattr(self, name, np.repeat(old, factor)[skip:])
+                setattr(self, name, np.repeat(getattr(self, name), factor)[skip:])
             if self.shadow is not None:
-                self.shadow.refine(factor)
-                skip = (self.start - base) // size - (self.start - base) // self.granule * factor
-                for name, array in vars(self.shadow).items():
-                    setattr(self.shadow, name, array[skip:])
+                self.shadow.refine(factor, skip)
             self.granule = size
 
     def _cells(
@@ -127,11 +123,13 @@ class Segment:
         bad, twice = self.shadow.write(*self._cells(offsets, size, now), atomic=atomic)
         return _per_lane(bad, len(now.number)), _per_lane(twice, len(now.number))
 
-    def was_written(self, offsets: NDArray[np.int64]) -> bool:
-        """Whether the launch itself wrote any of these bytes."""
+    def was_written(self, offsets: NDArray[np.int64], size: int) -> bool:
+        """Whether the launch itself wrote any of these `size` bytes."""
         if self.shadow is None:
             return False
-        return bool((self.shadow.writer[self._granule_of(offsets)] >= 0).any())
+        parts = range(max(1, size // self.granule))
+        at = self._granule_of(offsets)
+        return any(bool(self.shadow.written(at + part).any()) for part in parts)
 
 
 def _per_lane(flags: Flags | None, lanes: int) -> Flags | None:

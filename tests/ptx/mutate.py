@@ -46,6 +46,8 @@ EQUIVALENT: dict[str, str] = {
         "a sign of 0 is dealt with before"
     ),
     "for (int i = 0; i <= LEVELS - 1; ++i)": "the body runs where i < level, and level < LEVELS",
+    "if constexpr (LEVEL + 1 <= LEVELS)": "one more branch, for a level that there is not",
+    "double total = 1;": "only sums beyond the largest float start there: 1 is lost in them",
 }
 """Why a survivor changes nothing, by the line after the edit."""
 

@@ -95,7 +95,8 @@ class Operands:
         self.program = program
         self.spaces = {v.name: v.space for v in function.variables if v.space != "param"}
         self.spaces |= {v.name: v.space for v in program.variables.values()}
-        self.local_params = {v.name: v for v in function.variables if v.space == "param"}
+        arguments = sorted(function.variables, key=lambda v: v.size)  # a name can serve many calls
+        self.local_params = {v.name: v for v in arguments if v.space == "param"}
         self.parameters: dict[str, tuple[int, int]] = {}
         at = 0
         for variable in function.params:

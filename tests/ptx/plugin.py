@@ -35,8 +35,8 @@ def device(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iter
     from tests.ptx import compiler
     from tests.ptx.device import architecture, module
 
-    if not compiler.CACHE and pytestconfig.cache is not None:
-        compiler.CACHE.append(pytestconfig.cache.mkdir("ptx"))
+    if not compiler.CACHE and (cache := getattr(pytestconfig, "cache", None)) is not None:
+        compiler.CACHE.append(cache.mkdir("ptx"))
     monkeypatch.setattr("cubin.arrays.cupy", lambda: module)
     with architecture(ARCH):
         yield module

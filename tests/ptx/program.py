@@ -236,7 +236,7 @@ class _Scope:
         self.ranges.pop()
 
     def declare(self, text: str) -> None:
-        match = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text.strip(), re.DOTALL)
+        match = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", text.strip(), re.DOTALL)
         if match is None:
             raise UnsupportedInstruction(f"declaration: {text.strip()}")
         width = 0 if match[1] == "pred" else WIDTHS[match[1]]

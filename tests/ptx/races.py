@@ -9,8 +9,9 @@ Lanes = NDArray[np.intp]
 Ints = NDArray[np.int32]
 Flags = NDArray[np.bool_]
 
-_NOBODY = -1
-_SAME_WARP, _SAME_BLOCK, _ANY = 1, 2, 3
+NOBODY = -1
+_SAME_BLOCK, _ANY = 1, 2
+_LANES = np.arange(32)
 
 
 class Clock:
@@ -27,43 +28,39 @@ class Clock:
         self.first = first
         self.block = numbers // stride - first
         self.epoch = np.zeros(blocks, np.int32)
-        self.tick: Ints | None = None
-        self.known: NDArray[np.int32] | None = None
+        self.warp = numbers // 32 - first * (stride // 32)
+        self.tick: Ints | None = None  # warp barriers so far, per warp
+        self.known: NDArray[np.int32] | None = None  # how much of each other lane a lane waited for
 
     def now(self, lanes: Lanes) -> Moment:
         """The present moment of `lanes`."""
         alike = (self.epoch == self.epoch[0]).all()
         time = self.epoch[:1].copy() if alike else self.epoch[self.block[lanes]]
-        tick = np.zeros(1, np.int32) if self.tick is None else self.tick[lanes]
+        tick = np.zeros(1, np.int32) if self.tick is None else self.tick[self.warp[lanes]]
         return Moment(self, self.number[lanes], time, tick)
 
     def pass_warp_barrier(self, lanes: Lanes, masks: NDArray[np.uint32]) -> None:
         """Order the memory accesses of the lanes that each mask names."""
         if self.tick is None or self.known is None:
-            self.tick = np.zeros(len(self.number), np.int32)
             warps = len(self.epoch) * self.stride // 32
+            self.tick = np.zeros(warps, np.int32)
             self.known = np.zeros((warps, 32, 32), np.int32)
-        self.tick[lanes] += 1
-        warp, lane = self._local_warp(self.number[lanes]), self.number[lanes] % 32
-        groups = np.unique(np.stack((warp, masks.astype(np.int64) + 0 * warp)), axis=1)
-        members = (groups[1][:, None] >> np.arange(32) & 1).astype(bool)
-        self.known[warp, lane, lane] = self.tick[lanes]
-        seen = np.where(members[:, :, None], self.known[groups[0]], 0).max(axis=1)
-        old = self.known[groups[0]]
-        new = np.where(members[:, :, None], np.maximum(old, seen[:, None, :]), old)
-        for index, warp_index in enumerate(groups[0]):
-            mask = members[index]
-            self.known[warp_index, mask] = new[index, mask]
+        warp, lane = self.warp[lanes], self.number[lanes] % 32
+        self.tick[np.unique(warp)] += 1
+        groups = np.unique(warp.astype(np.int64) << 32 | masks)
+        of_warp, members = groups >> 32, (groups[:, None] >> _LANES & 1).astype(bool)
+        self.known[warp, lane, lane] = self.tick[warp]
+        seen = np.where(members[:, :, None], self.known[of_warp], 0).max(axis=1)
+        group, member = np.nonzero(members)
+        at = of_warp[group], member
+        self.known[at] = np.maximum(self.known[at], seen[group])
 
-    def _local_warp(self, numbers: Ints) -> Ints:
-        return numbers // 32 - self.first * (self.stride // 32)
-
-    def heard(self, earlier: Ints, tick: Ints, number: Ints) -> Flags:
-        """True where a warp barrier lies between an access of `earlier` and one of `number`."""
+    def unheard(self, number: Ints, tick: Ints) -> NDArray[np.uint32]:
+        """The lanes of each thread's warp, as bits, that it has not waited for since `tick`."""
         if self.known is None:
-            return np.zeros(len(number), bool)
-        known = self.known[self._local_warp(number), number % 32, earlier % 32]
-        return known > tick
+            return np.full(len(number), 2**32 - 1, np.uint32)
+        known = self.known[number // 32 - self.first * (self.stride // 32), number % 32]
+        return ((known <= tick[:, None]) @ (1 << _LANES)).astype(np.uint32)
 
 
 class Moment:
@@ -80,60 +77,105 @@ class Moment:
         parts = (np.repeat(a, many) if len(a) > 1 else a for a in (self.time, self.tick))
         return Moment(self.clock, np.repeat(self.number, many), *parts)
 
-    def unordered(self, earlier: Ints, time: Ints, tick: Ints) -> Flags:
-        """True where nothing orders an access of thread `earlier` before these."""
-        stride, number = self.clock.stride, self.number
-        result: Flags = (earlier // stride != number // stride) | (time >= self.time)
-        if self.clock.known is not None and result.any():
-            close = np.flatnonzero(result & (earlier // 32 == number // 32))
-            result[close] = ~self.clock.heard(earlier[close], tick[close], number[close])
-        return result
+
+class Uses:
+    """Of every granule of a piece of memory: who used it last, and who else did in no order.
+
+    Of the others, `crowd` holds those in the warp of the last one, as bits, itself included;
+    `others` is how far away the rest are.
+    """
+
+    def __init__(self, granules: int) -> None:
+        self.who = np.full(granules, NOBODY, np.int32)
+        self.time = np.zeros(granules, np.int32)
+        self.tick = np.zeros(granules, np.int32)
+        self.crowd = np.zeros(granules, np.uint32)
+        self.others = np.zeros(granules, np.int8)
+
+    def refine(self, factor: int, skip: int) -> None:
+        """Make every granule `factor` granules, and leave out the first `skip` of them."""
+        for name, array in vars(self).items():
+            setattr(self, name, np.repeat(array, factor)[skip:])
+
+    def _open(
+        self, at: NDArray[np.int64], now: Moment
+    ) -> tuple[NDArray[np.int8], NDArray[np.uint32]]:
+        """The uses that nothing orders before `now`: how far away, and lanes of the same warp."""
+        who, number = self.who[at], now.number
+        far, near = np.zeros(len(at), np.int8), np.zeros(len(at), np.uint32)
+        if (who == NOBODY).all():
+            return far, near
+        recent = self.time[at] >= now.time
+        others = self.others[at]
+        far = np.where(recent | (others == _ANY), others, far)
+        same_warp = who // 32 == number // 32
+        distance = _distance(who, number, now.clock.stride)
+        apart = (who != NOBODY) & ~same_warp & (recent | (distance == _ANY))
+        far = np.maximum(far, np.where(apart, distance, np.int8(0)))
+        close = np.flatnonzero(same_warp & recent)
+        near[close] = self.crowd[at[close]]
+        if now.clock.known is not None and close.size:
+            near[close] &= now.clock.unheard(number[close], self.tick[at[close]])
+        return far, near
+
+    def unordered(self, at: NDArray[np.int64], now: Moment) -> Flags:
+        """True where nothing orders another thread's use before `now`."""
+        far, near = self._open(at, now)
+        return (far > 0) | (near & ~_bit(now.number) != 0)
+
+    def replace(self, at: NDArray[np.int64], now: Moment) -> None:
+        """Note uses, and forget those before."""
+        self.who[at] = now.number
+        self.time[at] = now.time
+        self.tick[at] = now.tick
+        self.crowd[at] = _bit(now.number)
+        self.others[at] = 0
+
+    def add(self, at: NDArray[np.int64], now: Moment) -> None:
+        """Note uses beside those before that nothing orders."""
+        number = now.number
+        far, near = self._open(at, now)
+        self.replace(at, now)
+        crowd = near | _bit(number)
+        self.crowd[at], self.others[at] = crowd, far
+        twice = np.flatnonzero(self.who[at] != number)
+        if twice.size:
+            at, last, number, crowd = at[twice], self.who[at[twice]], number[twice], crowd[twice]
+            same_warp = last // 32 == number // 32
+            np.bitwise_or.at(self.crowd, at[same_warp], crowd[same_warp])
+            distance = np.where(same_warp, 0, _distance(last, number, now.clock.stride))
+            for level in (_SAME_BLOCK, _ANY):
+                where = at[distance == level]
+                self.others[where] = np.maximum(self.others[where], level)
+
+    def forget(self, at: NDArray[np.int64]) -> None:
+        """As if nobody had used these."""
+        self.who[at] = NOBODY
+        self.others[at] = 0
 
 
 class Shadow:
-    """The last writer and the readers since, of every granule of a piece of memory."""
+    """Who wrote and who has since read every granule of a piece of memory."""
 
     def __init__(self, granules: int) -> None:
-        self.writer = np.full(granules, _NOBODY, np.int32)
-        self.write_time = np.zeros(granules, np.int32)
-        self.write_tick = np.zeros(granules, np.int32)
+        self.writes = Uses(granules)
+        self.reads = Uses(granules)
         self.atomic = np.zeros(granules, bool)
-        self.reader = np.full(granules, _NOBODY, np.int32)
-        self.read_time = np.zeros(granules, np.int32)
-        self.read_tick = np.zeros(granules, np.int32)
-        self.others = np.zeros(granules, np.int8)
 
-    def refine(self, factor: int) -> None:
-        """Make every granule `factor` granules."""
-        for name, array in vars(self).items():
-            setattr(self, name, np.repeat(array, factor))
+    def refine(self, factor: int, skip: int = 0) -> None:
+        """Make every granule `factor` granules, and leave out the first `skip` of them."""
+        self.writes.refine(factor, skip)
+        self.reads.refine(factor, skip)
+        self.atomic = np.repeat(self.atomic, factor)[skip:]
+
+    def written(self, at: NDArray[np.int64]) -> Flags:
+        """True where anybody wrote."""
+        return self.writes.who[at] != NOBODY
 
     def read(self, at: NDArray[np.int64], now: Moment) -> Flags | None:
         """Note reads; True where another thread's write is not ordered before."""
-        number = now.number
-        writer = self.writer[at]
-        bad = (writer != number) & (writer != _NOBODY)
-        if bad.any():
-            bad &= now.unordered(writer, self.write_time[at], self.write_tick[at])
-        reader = self.reader[at]
-        more = (reader != number) & (reader != _NOBODY)
-        others = np.zeros(len(at), np.int8)
-        if more.any():
-            more &= now.unordered(reader, self.read_time[at], self.read_tick[at])
-            others[more] = np.maximum(
-                self.others[at[more]], _distance(reader[more], number[more], now.clock.stride)
-            )
-        self.reader[at] = number
-        self.read_time[at] = now.time
-        self.read_tick[at] = now.tick
-        self.others[at] = others
-        twice = np.flatnonzero(self.reader[at] != number)
-        if twice.size:
-            last = self.reader[at[twice]]
-            distance = _distance(last, number[twice], now.clock.stride)
-            for level in (_SAME_WARP, _SAME_BLOCK, _ANY):
-                where = at[twice[distance == level]]
-                self.others[where] = np.maximum(self.others[where], level)
+        bad = self.writes.unordered(at, now)
+        self.reads.add(at, now)
         return bad if bad.any() else None
 
     def write(
@@ -144,38 +186,27 @@ class Shadow:
         Returns where another thread's access is not ordered before, and where two lanes of one
         warp write the same granule by this very instruction: one of them wins.
         """
-        number = now.number
-        writer = self.writer[at]
-        bad = (writer != number) & (writer != _NOBODY)
+        bad = self.writes.unordered(at, now)
         if atomic:
             bad &= ~self.atomic[at]
-        if bad.any():
-            bad &= now.unordered(writer, self.write_time[at], self.write_tick[at])
-        reader, others = self.reader[at], self.others[at]
-        after = (reader != _NOBODY) & ((reader != number) | (others > 0))
-        if after.any():
-            time = self.read_time[at]
-            bad |= after & (
-                now.unordered(reader, time, self.read_tick[at])
-                | (others == _ANY)
-                | ((others == _SAME_BLOCK) & (time >= now.time))
-            )
-        self.writer[at] = number
-        self.write_time[at] = now.time
-        self.write_tick[at] = now.tick
+        bad |= self.reads.unordered(at, now)
+        if atomic:
+            self.writes.add(at, now)
+        else:
+            self.writes.replace(at, now)
         self.atomic[at] = atomic
-        self.reader[at] = _NOBODY
-        self.others[at] = 0
-        winner = self.writer[at]
-        twice = winner != number
+        self.reads.forget(at)
+        winner = self.writes.who[at]
+        twice = winner != now.number
         if not atomic and twice.any():
-            bad |= twice & (winner // 32 != number // 32)
+            bad |= twice & (winner // 32 != now.number // 32)
         return (bad if bad.any() else None), (twice if twice.any() else None)
 
 
+def _bit(number: Ints) -> NDArray[np.uint32]:
+    """The place of a lane in a mask of its warp."""
+    return np.uint32(1) << (number % 32).astype(np.uint32)
+
+
 def _distance(first: Ints, second: Ints, stride: int) -> NDArray[np.int8]:
-    return np.where(
-        first // 32 == second // 32,
-        _SAME_WARP,
-        np.where(first // stride == second // stride, _SAME_BLOCK, _ANY),
-    ).astype(np.int8)
+    return np.where(first // stride == second // stride, _SAME_BLOCK, _ANY).astype(np.int8)

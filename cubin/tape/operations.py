@@ -6,7 +6,8 @@ broadcast, its gradient is summed over the axes along which it was repeated.
 
 An operand may also be a plain array or a number. It is a constant: it has no gradient, and takes
 on the dtype of the nodes that it meets, so that float32 stays float32. Nodes of different dtypes
-promote as in NumPy, and each gradient has the dtype of its own node.
+promote as in NumPy, and each gradient has the dtype of its own node. Sums of float16 are taken in
+float32, along every axis and in both libraries.
 
 References
 ----------
@@ -22,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from cubin.arrays import Array, as_integer, library, on_device
+from cubin.arrays import Array, as_integer, library, on_device, work_dtype
 from cubin.tape.node import Node, PullBack
 
 Operand: TypeAlias = Node | Array
@@ -68,7 +69,7 @@ def _summed(g: Array, operand: Array) -> Array:
     )
     axes = (*range(lead), *stretched)
     if axes:
-        g = g.sum(axis=axes).reshape(operand.shape)
+        g = g.sum(axis=axes, dtype=work_dtype(g.dtype)).reshape(operand.shape)
     return g.astype(operand.dtype, copy=False)
 
 
@@ -146,20 +147,28 @@ def matmul(a: Operand, b: Operand) -> Node:
 
 def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     """The sum over `axis` (an int, a tuple, or None for all); the gradient repeats g along it."""
-    xp, v = _values(x=x)
+    _, v = _values(x=x)
     axes = _axes(axis, v.ndim)
-    kept = tuple(1 if number in axes else length for number, length in enumerate(v.shape))
-    return _node(
-        v.sum(axis=axis, keepdims=keepdims),
-        (x, lambda g: xp.broadcast_to(g.reshape(kept), v.shape)),
-    )
+    total = v.sum(axis=axes, keepdims=keepdims, dtype=work_dtype(v.dtype))
+    return _node(total.astype(v.dtype, copy=False), (x, lambda g: _repeated(g, axes, v)))
 
 
 def mean(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     """The mean of the n elements along `axis`; the gradient repeats g / n along it."""
     _, v = _values(x=x)
-    count = math.prod(v.shape[number] for number in _axes(axis, v.ndim))
-    return divide(sum(x, axis, keepdims), count)
+    axes, work = _axes(axis, v.ndim), work_dtype(v.dtype)
+    count = math.prod(v.shape[number] for number in axes)
+    total = v.sum(axis=axes, keepdims=keepdims, dtype=work)
+    return _node(
+        (total / count).astype(v.dtype, copy=False),
+        (x, lambda g: _repeated(g.astype(work, copy=False) / count, axes, v)),
+    )
+
+
+def _repeated(g: Array, axes: tuple[int, ...], v: Array) -> Array:
+    """`g`, which has lost these axes of `v`, in v's shape and dtype."""
+    kept = tuple(1 if number in axes else length for number, length in enumerate(v.shape))
+    return library(v).broadcast_to(g.reshape(kept).astype(v.dtype, copy=False), v.shape)
 
 
 def _axes(axis: Axes, ndim: int) -> tuple[int, ...]:

@@ -297,6 +297,18 @@ def test_elementwise_values(xp, host):
         np.testing.assert_allclose(host(value).ravel(), expected, rtol=1e-14)
 
 
+def test_float16_is_summed_in_float32(xp, host):
+    x, bias = Node(xp.ones((10_000, 3), np.float16)), Node(xp.zeros(3, np.float16))
+    np.testing.assert_array_equal(host(tape.sum(x, 0).value), np.full(3, 10_000))
+    (gx,) = gradients(tape.add(x, bias), [bias], seed=x.value)
+    np.testing.assert_array_equal(host(gx), np.full(3, 10_000))
+    many = Node(xp.ones(100_000, np.float16))
+    average = tape.mean(many)
+    assert average.value == 1
+    (gx,) = gradients(average, [many])
+    np.testing.assert_array_equal(host(gx), np.full(100_000, np.float16(1e-5)))
+
+
 def test_repeated_indices_accumulate(xp, host):
     x = Node(xp.zeros(3))
     seed = xp.asarray([1.0, 2.0, 4.0, 8.0])

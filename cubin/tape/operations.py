@@ -21,9 +21,17 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.lib.array_utils import normalize_axis_tuple
 
-from cubin.arrays import Array, as_integer, library, on_device, work_dtype
+from cubin.arrays import (
+    Array,
+    as_integer,
+    as_real,
+    as_real_below,
+    axes_of,
+    library,
+    on_device,
+    work_dtype,
+)
 from cubin.tape.node import Node, PullBack
 
 Operand: TypeAlias = Node | Array
@@ -48,6 +56,8 @@ def _value(name: str, operand: Operand, dtype: np.dtype | None) -> Any:
     if isinstance(operand, (int, float)):
         return operand
     if isinstance(operand, np.ndarray) or on_device(operand):
+        if operand.dtype.kind not in "biuf":
+            raise TypeError(f"{name} must hold real numbers, got {operand.dtype}")
         return operand if dtype is None else operand.astype(dtype, copy=False)
     raise TypeError(
         f"{name} must be a Node, an array or a number, got {type(operand).__qualname__}"
@@ -148,7 +158,7 @@ def matmul(a: Operand, b: Operand) -> Node:
 def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     """The sum over `axis` (an int, a tuple, or None for all); the gradient repeats g along it."""
     _, v = _values(x=x)
-    axes = _axes(axis, v.ndim)
+    axes = _axes("axis", axis, v.shape)
     total = v.sum(axis=axes, keepdims=keepdims, dtype=work_dtype(v.dtype))
     return _node(total.astype(v.dtype, copy=False), (x, lambda g: _repeated(g, axes, v)))
 
@@ -156,7 +166,7 @@ def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
 def mean(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     """The mean of the n elements along `axis`; the gradient repeats g / n along it."""
     _, v = _values(x=x)
-    axes, work = _axes(axis, v.ndim), work_dtype(v.dtype)
+    axes, work = _axes("axis", axis, v.shape), work_dtype(v.dtype)
     count = math.prod(v.shape[number] for number in axes)
     total = v.sum(axis=axes, keepdims=keepdims, dtype=work)
     return _node(
@@ -171,8 +181,8 @@ def _repeated(g: Array, axes: tuple[int, ...], v: Array) -> Array:
     return library(v).broadcast_to(g.reshape(kept).astype(v.dtype, copy=False), v.shape)
 
 
-def _axes(axis: Axes, ndim: int) -> tuple[int, ...]:
-    return tuple(range(ndim)) if axis is None else normalize_axis_tuple(axis, ndim, "axis")
+def _axes(name: str, axis: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(len(shape))) if axis is None else axes_of(name, axis, shape)
 
 
 def reshape(x: Operand, shape: int | tuple[int, ...]) -> Node:
@@ -184,7 +194,9 @@ def reshape(x: Operand, shape: int | tuple[int, ...]) -> Node:
 def transpose(x: Operand, axes: tuple[int, ...] | None = None) -> Node:
     """x with its axes permuted, reversed by default; the gradient is g permuted back."""
     _, v = _values(x=x)
-    order = tuple(reversed(range(v.ndim))) if axes is None else _axes(axes, v.ndim)
+    order = tuple(reversed(range(v.ndim))) if axes is None else _axes("axes", axes, v.shape)
+    if len(order) != v.ndim:
+        raise ValueError(f"axes must name each of the {v.ndim} axes of x once, got {axes}")
     back = tuple(order.index(axis) for axis in range(len(order)))
     return _node(v.transpose(order), (x, lambda g: g.transpose(back)))
 
@@ -259,10 +271,10 @@ def clip(x: Operand, low: float, high: float) -> Node:
     Raises
     ------
     ValueError
-        If `low` exceeds `high`.
+        If `low` exceeds `high`, or one is NaN.
     """
-    low, high = float(low), float(high)
-    if low > high:
+    low, high = as_real("low", low), as_real("high", high)
+    if not low <= high:
         raise ValueError(f"low must not exceed high, got low={low} and high={high}")
     _, v = _values(x=x)
     return _node(v.clip(low, high), (x, lambda g: g * ((v >= low) & (v <= high))))
@@ -299,10 +311,11 @@ def prelu(x: Operand, slope: Operand) -> Node:
 
 def _per_channel(name: str, parameter: Array, x: Array) -> Array:
     """`parameter`, one value for each index of x's axis 1, in a shape that broadcasts to x."""
-    if x.ndim < 2 or parameter.shape != x.shape[1:2]:
+    shape = np.shape(parameter)
+    if x.ndim < 2 or shape != x.shape[1:2]:
         raise ValueError(
             f"{name} must have one value per channel, axis 1 of x of shape {x.shape}, "
-            f"got shape {parameter.shape}"
+            f"got shape {shape}"
         )
     return parameter.reshape((-1,) + (1,) * (x.ndim - 2))
 
@@ -570,7 +583,7 @@ def batch_norm(
     momentum : float
         The weight of the batch in the new running statistics, from 0 to 1.
     epsilon : float
-        Added to the variance.
+        Added to the variance, at least 0.
 
     Returns
     -------
@@ -582,16 +595,23 @@ def batch_norm(
     Raises
     ------
     ValueError
-        If a shape does not fit, or a channel has a single element in training.
+        If a shape does not fit, a channel has a single element in training, or `momentum` or
+        `epsilon` is out of range.
 
     References
     ----------
     S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
     """
+    if not isinstance(running, (tuple, list)) or len(running) != 2:
+        raise TypeError(
+            f"running must be a pair (mean, variance), got {type(running).__qualname__}"
+        )
     _, v, scale, offset, mean, variance = _values(
         x=x, gamma=gamma, beta=beta, mean=running[0], variance=running[1]
     )
-    momentum, epsilon = float(momentum), float(epsilon)
+    momentum, epsilon = as_real("momentum", momentum), as_real_below("epsilon", epsilon, math.inf)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must lie in 0 .. 1, got {momentum}")
     for name, parameter in (("gamma", scale), ("beta", offset),
                             ("running mean", mean), ("running variance", variance)):  # fmt: skip
         _per_channel(name, parameter, v)
@@ -705,7 +725,7 @@ def dropout(x: Operand, rate: float, rng: Any) -> Node:
     Raises
     ------
     TypeError
-        If `rng` draws arrays of another library than x's.
+        If `rng` is no generator, or draws arrays of another library than x's.
     ValueError
         If `rate` is out of range.
 
@@ -713,11 +733,12 @@ def dropout(x: Operand, rate: float, rng: Any) -> Node:
     ----------
     N. Srivastava et al., "Dropout", JMLR 15, 2014.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"rate must lie in 0 <= rate < 1, got {rate}")
+    rate = as_real_below("rate", rate, 1)
+    if not hasattr(rng, "random"):
+        raise TypeError(f"rng must be a random generator, got {type(rng).__qualname__}")
     _, v = _values(x=x)
     kept = rng.random(v.shape, dtype=np.float32) >= rate
-    return multiply(x, kept.astype(v.dtype) / (1 - float(rate)))
+    return multiply(x, kept.astype(v.dtype) / (1 - rate))
 
 
 # ---------------------------------------------------------------- operators

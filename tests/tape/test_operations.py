@@ -520,6 +520,22 @@ PAIR = (np.zeros(4), np.ones(4))
             lambda: tape.batch_norm(np.ones((1, 4)), *PAIR, PAIR, train=True),
             r"x of shape \(1, 4\) has no two elements per channel",
         ),
+        (
+            lambda: tape.batch_norm(IMAGES, *PAIR, PAIR, train=True, momentum=2),
+            r"momentum must lie in 0 .. 1, got 2",
+        ),
+        (
+            lambda: tape.batch_norm(IMAGES, *PAIR, PAIR, train=True, epsilon=-1),
+            "epsilon must lie in 0 <= epsilon < inf, got -1",
+        ),
+        (
+            lambda: tape.batch_norm(IMAGES, 1.0, 0.0, PAIR, train=True),
+            r"gamma must have one value per channel.*got shape \(\)",
+        ),
+        (lambda: tape.clip(IMAGES, np.nan, 1), "low must not exceed high, got low=nan"),
+        (lambda: tape.transpose(IMAGES, (0, 1)), r"axes must name each of the 4 axes of x once"),
+        (lambda: tape.transpose(IMAGES, (0, 1, 2, 2)), r"axes \(0, 1, 2, 2\) names an axis"),
+        (lambda: tape.sum(IMAGES, (0, 0)), r"axis \(0, 0\) names an axis of x twice"),
         (lambda: tape.clip(IMAGES, 1, -1), "low must not exceed high, got low=1.0 and high=-1.0"),
         (lambda: tape.dropout(IMAGES, 1.0, None), "rate must lie in 0 <= rate < 1, got 1.0"),
         (lambda: tape.dropout(IMAGES, np.nan, None), "rate must lie in 0 <= rate < 1, got nan"),
@@ -546,8 +562,8 @@ PAIR = (np.zeros(4), np.ones(4))
         (lambda: tape.matmul(IMAGES, THREE), "matmul"),
         (lambda: tape.add(IMAGES, THREE), "broadcast"),
         (lambda: tape.reshape(THREE, (2, 2)), "reshape"),
-        (lambda: tape.sum(THREE, 1), "axis 1 is out of bounds"),
-        (lambda: tape.mean(THREE, -2), "axis -2 is out of bounds"),
+        (lambda: tape.sum(THREE, 1), "axis 1 is out of range"),
+        (lambda: tape.mean(THREE, -2), "axis -2 is out of range"),
     ],
 )
 def test_bad_values_are_refused(call, message):
@@ -566,6 +582,17 @@ def test_bad_values_are_refused(call, message):
             lambda: tape.softmax_cross_entropy(np.ones((1, 3)), np.array([0.0])),
             "labels must be an integer array, got float64",
         ),
+        (lambda: tape.sum(IMAGES, "x"), "axis must be an integer, got str"),
+        (lambda: tape.clip(IMAGES, "x", 1), "low must be a real number, got str"),
+        (lambda: tape.dropout(IMAGES, "x", None), "rate must be a real number, got str"),
+        (lambda: tape.dropout(IMAGES, 0.5, 1), "rng must be a random generator, got int"),
+        (
+            lambda: tape.batch_norm(IMAGES, *PAIR, None, train=True),
+            r"running must be a pair \(mean, variance\), got NoneType",
+        ),
+        (lambda: tape.add(IMAGES, np.array([None])), "b must hold real numbers, got object"),
+        (lambda: tape.add(IMAGES, np.array([1j])), "b must hold real numbers, got complex128"),
+        (lambda: tape.add(np.array(["1"]), IMAGES), "a must hold real numbers, got <U1"),
         (lambda: tape.exp("x"), "x must be a Node, an array or a number, got str"),
     ],
 )

@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -359,8 +360,11 @@ class Checkpoint:
         """Read a checkpoint; None where there is none yet."""
         if not path.exists():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            state = {name: arrays[name] for name in arrays.files}
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                state = {name: arrays[name] for name in arrays.files}
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UsageError(f"{path} is damaged ({error}): delete it") from error
         made_with = json.loads(str(state.pop("text.settings")))
         history = json.loads(str(state.pop("text.history")))
         if made_with != json.loads(json.dumps(asdict(settings))):
@@ -678,8 +682,11 @@ def comparison(results: Results, network: str, activations: str) -> Iterator[str
             f"({difference.count} seeds, margin {MARGIN}): {verdict}."
         )
     for weights in MAPS:
-        gain = results.difference(network, by_weights[weights], by_weights[1])
-        yield f"{network}, {by_weights[weights].name} against 1 bit: {gain} points."
+        arm, one = by_weights[weights], by_weights[1]
+        yield (
+            f"{network}, {arm.name} against {one.name}: "
+            f"{results.difference(network, arm, one)} points."
+        )
     found = ". ".join(f"{verdict}: {'; '.join(names)}" for verdict, names in verdicts.items())
     cheapest = min(results.bits(network, by_weights[name], "effective") for name in MAPS)
     two_bits = results.bits(network, by_weights[2], "effective")

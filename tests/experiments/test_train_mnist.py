@@ -201,6 +201,15 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path):
         Checkpoint.load(tmp_path / "x.npz", replace(TINY, epochs=3))
 
 
+@pytest.mark.parametrize("length", [0, 100, 1000])
+def test_damaged_checkpoint_is_named(tmp_path, length):
+    path = tmp_path / "x.npz"
+    Checkpoint({"parameter.w": np.zeros(1000)}, []).save(path, TINY)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(experiment.UsageError, match=r"x\.npz is damaged .*: delete it"):
+        Checkpoint.load(path, TINY)
+
+
 def test_runs_have_checkpoints_of_their_own():
     runs = experiment.all_runs(3)
     assert len({run.path(Path("x")) for run in runs}) == len(set(runs)) == len(runs)
@@ -303,6 +312,15 @@ def test_findings_say_which_map_matches():
     assert lines[-1].startswith("Verdict for the CNN with activations of full precision")
     assert "falls short: 1.4 bits, budget." in lines[-1]
     assert "matches: 1 bit; 1.4 bits, random; 1.4 bits, middle-out." in lines[-1]
+
+
+def test_findings_name_both_arms_that_they_compare():
+    accuracies = {FULL: [0.98, 0.982]}
+    accuracies |= {arm: [0.95, 0.952] for arm in experiment.FAMILIES["full precision"]}
+    accuracies |= {arm: [0.9, 0.902] for arm in experiment.FAMILIES["1 bit"]}
+    lines = experiment.findings(results_of(accuracies))
+    start = "CNN, 1.4 bits, budget, activations 1 against 1 bit, activations 1: 0.00"
+    assert [line for line in lines if line.startswith(start)]
 
 
 # Figures

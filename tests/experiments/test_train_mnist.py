@@ -163,6 +163,38 @@ def test_every_parameter_is_trained(rng):
             assert gradient.dtype == np.float32
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "arm",
+    [
+        FULL,
+        experiment.BOTH_ONE,
+        Arm("map", weights="budget"),
+        Arm("map", weights="random", weight_surrogate="scale_aware"),
+    ],
+    ids=lambda arm: f"{arm.weights}-{arm.activations}-{arm.weight_surrogate}",
+)
+def test_training_step_moves_nothing_between_host_and_device(
+    device, rng, forbid_moves, monkeypatch, arm
+):
+    small = ((2, 1, 3, 3), (3, 2, 3, 3), (2, 3, 3, 3), (10, 2))
+    monkeypatch.setitem(experiment.NETWORKS, "CNN", small)
+    parameters, running = parts_of("CNN")
+    maps = {
+        str(n): experiment.bit_map(arm, parameters[f"weights.{n}"], 0, n)
+        for n in experiment.hidden_layers("CNN")
+    }
+    maps = experiment.maps_beside(maps, device)
+    state = [{k: device.asarray(v) for k, v in part.items()} for part in (parameters, running, {})]
+    images = device.asarray(rng.normal(size=(3, 1, 8, 8)).astype(np.float32))
+    labels = device.asarray(np.arange(3))
+    forbid_moves()
+    for _ in range(2):
+        *state, _, _ = experiment.train_step(
+            Run("CNN", arm, 0), *state, maps, images, labels, progress=0.5, rate=0.01
+        )
+
+
 # Checkpoints
 
 

@@ -619,8 +619,9 @@ def batch_norm(
         z, batch_mean, batch_variance = _standardized(x, epsilon)
         count = v.size // v.shape[1]
         running = (
-            (1 - momentum) * mean + momentum * batch_mean,
-            (1 - momentum) * variance + momentum * count / (count - 1) * batch_variance,
+            (1 - momentum) * mean + (momentum * batch_mean).astype(mean.dtype),
+            (1 - momentum) * variance
+            + (momentum * count / (count - 1) * batch_variance).astype(variance.dtype),
         )
     else:
         factor = (_per_channel("running variance", variance, v) + epsilon) ** -0.5
@@ -630,26 +631,34 @@ def batch_norm(
 
 
 def _standardized(x: Operand, epsilon: float) -> tuple[Node, Array, Array]:
-    """x with mean 0 and variance 1 in each channel, and the mean and variance that it had."""
+    """x with mean 0 and variance 1 in each channel, and the mean and variance that it had.
+
+    Float16 is squared and averaged in float32, as the mean and the variance are returned.
+    """
     _, v = _values(x=x)
+    work = work_dtype(v.dtype)
     axes = (0, *range(2, v.ndim))
     if v.size <= v.shape[1]:
         raise ValueError(
             f"x of shape {v.shape} has no two elements per channel: its variance in training "
             "means nothing"
         )
-    mean = v.mean(axis=axes, keepdims=True)
+    mean = v.mean(axis=axes, keepdims=True, dtype=work)
     centred = v - mean
     variance = (centred * centred).mean(axis=axes, keepdims=True)
     factor = (variance + epsilon) ** -0.5
     z = centred * factor
 
     def pull_back(g: Array) -> Array:
-        level = g.mean(axis=axes, keepdims=True)
+        level = g.mean(axis=axes, keepdims=True, dtype=work)
         tilt = (g * z).mean(axis=axes, keepdims=True)
-        return factor * (g - level - z * tilt)
+        return (factor * (g - level - z * tilt)).astype(v.dtype, copy=False)
 
-    return _node(z, (x, pull_back)), mean.reshape(-1), variance.reshape(-1)
+    return (
+        _node(z.astype(v.dtype, copy=False), (x, pull_back)),
+        mean.reshape(-1),
+        variance.reshape(-1),
+    )
 
 
 def softmax_cross_entropy(logits: Operand, labels: Array) -> Node:

@@ -441,6 +441,23 @@ def test_batch_norm_running_statistics_keep_float32():
     assert [array.dtype for array in running] == [np.float32] * 2
 
 
+def test_batch_norm_of_float16_does_not_overflow(xp, host):
+    values, seed = 3e3 * normal(50, 2), normal(50, 2, seed=1)
+    found = []
+    for dtype in (np.float16, np.float64):
+        x, one, zero = (
+            Node(xp.asarray(v.astype(dtype))) for v in (values, np.ones(2), np.zeros(2))
+        )
+        running = (zero.value, one.value)
+        y, (mean, _) = tape.batch_norm(x, one, zero, running, train=True, momentum=1e-4)
+        assert y.value.dtype == mean.dtype == dtype
+        (gx,) = gradients(y, [x], seed=xp.asarray(seed))
+        assert gx.dtype == dtype
+        found.append([host(each).astype(float) for each in (y.value, 3e3 * gx)])
+    for half, exact in zip(*found, strict=True):
+        np.testing.assert_allclose(half, exact, rtol=2e-2, atol=4e-3)
+
+
 def test_batch_norm_of_a_constant_channel_is_finite():
     x = Node(np.full((4, 1), 7.0, np.float32))
     y, _ = tape.batch_norm(x, np.ones(1), np.zeros(1), (np.zeros(1), np.ones(1)), train=True)

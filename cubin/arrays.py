@@ -213,6 +213,21 @@ def as_integer(name: str, value: object) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__qualname__}") from None
 
 
+def as_real(name: str, value: object) -> float:
+    """`value` as a float; TypeError for booleans and for what is no real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a real number, got {type(value).__qualname__}")
+    return float(value)
+
+
+def as_real_below(name: str, value: object, bound: float) -> float:
+    """`value` as a float with 0 <= value < bound; ValueError for others."""
+    number = as_real(name, value)
+    if not 0 <= number < bound:
+        raise ValueError(f"{name} must lie in 0 <= {name} < {bound}, got {value}")
+    return number
+
+
 # ---------------------------------------------------------------- rows
 
 

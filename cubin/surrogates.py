@@ -71,12 +71,15 @@ def surrogate(slope: str) -> Callable[[Callable[..., Any]], Elementwise]:
     ------
     ValueError
         If there is a primitive of that name already, other than a surrogate of the same module:
-        a cell of a notebook can be run again.
+        a cell of a notebook can be run again. If a parameter has no default value.
     """
 
     def decorate(function: Callable[..., Any]) -> Elementwise:
         v, *parameters = inspect.signature(function).parameters.values()
         names = [parameter.name for parameter in parameters]
+        for parameter in parameters:
+            if parameter.default is parameter.empty:
+                raise ValueError(f"{parameter.name} of {function.__name__!r} needs a default value")
 
         def pull_back(x: np.ndarray, gy: np.ndarray, *values: Any, gx: np.ndarray) -> None:
             work = arrays.work_dtype(x.dtype)
@@ -282,11 +285,10 @@ def _found(what: str, registry: Mapping[str, Any], name: str) -> Any:
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a real number, got {type(value).__qualname__}")
-    if not 0 < value < math.inf:
+    number = arrays.as_real(name, value)
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
+    return number
 
 
 # ---------------------------------------------------------------- of the multibit approximation

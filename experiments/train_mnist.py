@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -266,7 +267,7 @@ def forward(
     running: Mapping[str, Array],
     images: Array,
     arm: Arm,
-    maps: Mapping[str, np.ndarray],
+    maps: Mapping[str, Array],
     *,
     train: bool,
     progress: float = 1.0,
@@ -359,8 +360,11 @@ class Checkpoint:
         """Read a checkpoint; None where there is none yet."""
         if not path.exists():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            state = {name: arrays[name] for name in arrays.files}
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                state = {name: arrays[name] for name in arrays.files}
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UsageError(f"{path} is damaged ({error}): delete it") from error
         made_with = json.loads(str(state.pop("text.settings")))
         history = json.loads(str(state.pop("text.history")))
         if made_with != json.loads(json.dumps(asdict(settings))):
@@ -374,6 +378,41 @@ class Checkpoint:
 def part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The entries whose names start with a prefix, without it."""
     return {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
+
+
+def maps_beside(maps: Mapping[str, np.ndarray], xp: Any) -> dict[str, Array]:
+    """The maps in the library of the weights; a number of bits stays a number."""
+    return {name: xp.asarray(bits) if bits.ndim else bits for name, bits in maps.items()}
+
+
+def train_step(
+    run: Run,
+    parameters: Mapping[str, Array],
+    running: Mapping[str, Array],
+    moments: Mapping[str, Array],
+    maps: Mapping[str, Array],
+    images: Array,
+    labels: Array,
+    *,
+    progress: float,
+    rate: float,
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array], Array, Array]:
+    """One step of Adam: parameters, running statistics, moments, the loss, the share named right.
+
+    Nothing is moved between host and device.
+    """
+    nodes = {name: Node(value) for name, value in parameters.items()}
+    logits, new_running = forward(
+        run.network, nodes, running, images, run.arm, maps, train=True, progress=progress
+    )
+    loss = tape.softmax_cross_entropy(logits, labels)
+    found = dict(zip(nodes, tape.gradients(loss, nodes.values()), strict=True))
+    moved, moments = tape.adam(parameters, found, moments, rate)
+    for number in hidden_layers(run.network):
+        name = f"weights.{number}"
+        moved[name] = moved[name].clip(-1, 1)
+    share = (logits.value.argmax(axis=1) == labels).mean()
+    return moved, new_running, moments, loss.value, share
 
 
 def train_epoch(run: Run, folder: Path, settings: Settings) -> dict[str, Any]:
@@ -391,7 +430,7 @@ def train_epoch(run: Run, folder: Path, settings: Settings) -> dict[str, Any]:
     parameters, running, moments = (
         part(state, prefix) for prefix in ("parameter.", "running.", "optimizer.")
     )
-    maps = part(checkpoint.state, "map.")
+    maps = maps_beside(part(checkpoint.state, "map."), xp)
     training, validation, test = digits_parts(settings.per_class)
 
     rng = np.random.default_rng([run.seed, epoch, 1 if run.warm else 2])
@@ -403,25 +442,13 @@ def train_epoch(run: Run, folder: Path, settings: Settings) -> dict[str, Any]:
     for step in range(steps):
         batch = slice(step * settings.batch, (step + 1) * settings.batch)
         progress = (epoch + step / steps) / run.epochs(settings)
-        nodes = {name: Node(value) for name, value in parameters.items()}
-        logits, running = forward(
-            run.network, nodes, running, images[batch], run.arm, maps,
-            train=True, progress=progress,
+        top = settings.warm_rate if run.warm else settings.rate
+        parameters, running, moments, loss, share = train_step(
+            run, parameters, running, moments, maps, images[batch], labels[batch],
+            progress=progress, rate=top * (1 + math.cos(math.pi * progress)) / 2,
         )  # fmt: skip
-        loss = tape.softmax_cross_entropy(logits, labels[batch])
-        found = tape.gradients(loss, nodes.values())
-        rate = settings.warm_rate if run.warm else settings.rate
-        parameters, moments = tape.adam(
-            parameters,
-            dict(zip(nodes, found, strict=True)),
-            moments,
-            rate * (1 + math.cos(math.pi * progress)) / 2,
-        )
-        for number in hidden_layers(run.network):
-            name = f"weights.{number}"
-            parameters[name] = parameters[name].clip(-1, 1)
-        losses.append(loss.value)
-        hits.append((logits.value.argmax(axis=1) == labels[batch]).mean())
+        losses.append(loss)
+        hits.append(share)
 
     def accuracy(digits: Digits) -> float:
         return measured_accuracy(run, parameters, running, maps, digits, xp)
@@ -473,7 +500,7 @@ def measured_accuracy(
     return right / len(digits.labels)
 
 
-def weight_bits(run: Run, parameters: Any, maps: Mapping[str, np.ndarray]) -> tuple[float, float]:
+def weight_bits(run: Run, parameters: Any, maps: Mapping[str, Array]) -> tuple[float, float]:
     """Payload and effective bits per weight of the hidden layers."""
     payload = effective = total = 0.0
     for number in hidden_layers(run.network):
@@ -678,8 +705,11 @@ def comparison(results: Results, network: str, activations: str) -> Iterator[str
             f"({difference.count} seeds, margin {MARGIN}): {verdict}."
         )
     for weights in MAPS:
-        gain = results.difference(network, by_weights[weights], by_weights[1])
-        yield f"{network}, {by_weights[weights].name} against 1 bit: {gain} points."
+        arm, one = by_weights[weights], by_weights[1]
+        yield (
+            f"{network}, {arm.name} against {one.name}: "
+            f"{results.difference(network, arm, one)} points."
+        )
     found = ". ".join(f"{verdict}: {'; '.join(names)}" for verdict, names in verdicts.items())
     cheapest = min(results.bits(network, by_weights[name], "effective") for name in MAPS)
     two_bits = results.bits(network, by_weights[2], "effective")

@@ -209,6 +209,16 @@ def test_names_are_unique(unregistered):
     assert surrogates.SIGN["ste"].__doc__.startswith("The straight-through estimator")
 
 
+def test_parameters_need_defaults(unregistered):
+    with pytest.raises(ValueError, match="t of 'bare' needs a default value"):
+
+        @surrogates.surrogate("t")
+        def bare(v, t):
+            return t + 0 * v
+
+    assert "bare" not in surrogates.SIGN
+
+
 def test_a_definition_can_be_run_again(unregistered):
     for value in (2.0, 3.0):
 

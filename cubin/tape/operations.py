@@ -6,7 +6,8 @@ broadcast, its gradient is summed over the axes along which it was repeated.
 
 An operand may also be a plain array or a number. It is a constant: it has no gradient, and takes
 on the dtype of the nodes that it meets, so that float32 stays float32. Nodes of different dtypes
-promote as in NumPy, and each gradient has the dtype of its own node.
+promote as in NumPy, and each gradient has the dtype of its own node. Sums of float16 are taken in
+float32, along every axis and in both libraries.
 
 References
 ----------
@@ -20,9 +21,17 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.lib.array_utils import normalize_axis_tuple
 
-from cubin.arrays import Array, as_integer, library, on_device
+from cubin.arrays import (
+    Array,
+    as_integer,
+    as_real,
+    as_real_below,
+    axes_of,
+    library,
+    on_device,
+    work_dtype,
+)
 from cubin.tape.node import Node, PullBack
 
 Operand: TypeAlias = Node | Array
@@ -47,6 +56,8 @@ def _value(name: str, operand: Operand, dtype: np.dtype | None) -> Any:
     if isinstance(operand, (int, float)):
         return operand
     if isinstance(operand, np.ndarray) or on_device(operand):
+        if operand.dtype.kind not in "biuf":
+            raise TypeError(f"{name} must hold real numbers, got {operand.dtype}")
         return operand if dtype is None else operand.astype(dtype, copy=False)
     raise TypeError(
         f"{name} must be a Node, an array or a number, got {type(operand).__qualname__}"
@@ -68,7 +79,7 @@ def _summed(g: Array, operand: Array) -> Array:
     )
     axes = (*range(lead), *stretched)
     if axes:
-        g = g.sum(axis=axes).reshape(operand.shape)
+        g = g.sum(axis=axes, dtype=work_dtype(g.dtype)).reshape(operand.shape)
     return g.astype(operand.dtype, copy=False)
 
 
@@ -146,24 +157,32 @@ def matmul(a: Operand, b: Operand) -> Node:
 
 def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     """The sum over `axis` (an int, a tuple, or None for all); the gradient repeats g along it."""
-    xp, v = _values(x=x)
-    axes = _axes(axis, v.ndim)
-    kept = tuple(1 if number in axes else length for number, length in enumerate(v.shape))
-    return _node(
-        v.sum(axis=axis, keepdims=keepdims),
-        (x, lambda g: xp.broadcast_to(g.reshape(kept), v.shape)),
-    )
+    _, v = _values(x=x)
+    axes = _axes("axis", axis, v.shape)
+    total = v.sum(axis=axes, keepdims=keepdims, dtype=work_dtype(v.dtype))
+    return _node(total.astype(v.dtype, copy=False), (x, lambda g: _repeated(g, axes, v)))
 
 
 def mean(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     """The mean of the n elements along `axis`; the gradient repeats g / n along it."""
     _, v = _values(x=x)
-    count = math.prod(v.shape[number] for number in _axes(axis, v.ndim))
-    return divide(sum(x, axis, keepdims), count)
+    axes, work = _axes("axis", axis, v.shape), work_dtype(v.dtype)
+    count = math.prod(v.shape[number] for number in axes)
+    total = v.sum(axis=axes, keepdims=keepdims, dtype=work)
+    return _node(
+        (total / count).astype(v.dtype, copy=False),
+        (x, lambda g: _repeated(g.astype(work, copy=False) / count, axes, v)),
+    )
 
 
-def _axes(axis: Axes, ndim: int) -> tuple[int, ...]:
-    return tuple(range(ndim)) if axis is None else normalize_axis_tuple(axis, ndim, "axis")
+def _repeated(g: Array, axes: tuple[int, ...], v: Array) -> Array:
+    """`g`, which has lost these axes of `v`, in v's shape and dtype."""
+    kept = tuple(1 if number in axes else length for number, length in enumerate(v.shape))
+    return library(v).broadcast_to(g.reshape(kept).astype(v.dtype, copy=False), v.shape)
+
+
+def _axes(name: str, axis: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(len(shape))) if axis is None else axes_of(name, axis, shape)
 
 
 def reshape(x: Operand, shape: int | tuple[int, ...]) -> Node:
@@ -175,7 +194,9 @@ def reshape(x: Operand, shape: int | tuple[int, ...]) -> Node:
 def transpose(x: Operand, axes: tuple[int, ...] | None = None) -> Node:
     """x with its axes permuted, reversed by default; the gradient is g permuted back."""
     _, v = _values(x=x)
-    order = tuple(reversed(range(v.ndim))) if axes is None else _axes(axes, v.ndim)
+    order = tuple(reversed(range(v.ndim))) if axes is None else _axes("axes", axes, v.shape)
+    if len(order) != v.ndim:
+        raise ValueError(f"axes must name each of the {v.ndim} axes of x once, got {axes}")
     back = tuple(order.index(axis) for axis in range(len(order)))
     return _node(v.transpose(order), (x, lambda g: g.transpose(back)))
 
@@ -250,10 +271,10 @@ def clip(x: Operand, low: float, high: float) -> Node:
     Raises
     ------
     ValueError
-        If `low` exceeds `high`.
+        If `low` exceeds `high`, or one is NaN.
     """
-    low, high = float(low), float(high)
-    if low > high:
+    low, high = as_real("low", low), as_real("high", high)
+    if not low <= high:
         raise ValueError(f"low must not exceed high, got low={low} and high={high}")
     _, v = _values(x=x)
     return _node(v.clip(low, high), (x, lambda g: g * ((v >= low) & (v <= high))))
@@ -290,10 +311,11 @@ def prelu(x: Operand, slope: Operand) -> Node:
 
 def _per_channel(name: str, parameter: Array, x: Array) -> Array:
     """`parameter`, one value for each index of x's axis 1, in a shape that broadcasts to x."""
-    if x.ndim < 2 or parameter.shape != x.shape[1:2]:
+    shape = np.shape(parameter)
+    if x.ndim < 2 or shape != x.shape[1:2]:
         raise ValueError(
             f"{name} must have one value per channel, axis 1 of x of shape {x.shape}, "
-            f"got shape {parameter.shape}"
+            f"got shape {shape}"
         )
     return parameter.reshape((-1,) + (1,) * (x.ndim - 2))
 
@@ -561,7 +583,7 @@ def batch_norm(
     momentum : float
         The weight of the batch in the new running statistics, from 0 to 1.
     epsilon : float
-        Added to the variance.
+        Added to the variance, at least 0.
 
     Returns
     -------
@@ -573,16 +595,23 @@ def batch_norm(
     Raises
     ------
     ValueError
-        If a shape does not fit, or a channel has a single element in training.
+        If a shape does not fit, a channel has a single element in training, or `momentum` or
+        `epsilon` is out of range.
 
     References
     ----------
     S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
     """
+    if not isinstance(running, (tuple, list)) or len(running) != 2:
+        raise TypeError(
+            f"running must be a pair (mean, variance), got {type(running).__qualname__}"
+        )
     _, v, scale, offset, mean, variance = _values(
         x=x, gamma=gamma, beta=beta, mean=running[0], variance=running[1]
     )
-    momentum, epsilon = float(momentum), float(epsilon)
+    momentum, epsilon = as_real("momentum", momentum), as_real_below("epsilon", epsilon, math.inf)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must lie in 0 .. 1, got {momentum}")
     for name, parameter in (("gamma", scale), ("beta", offset),
                             ("running mean", mean), ("running variance", variance)):  # fmt: skip
         _per_channel(name, parameter, v)
@@ -590,8 +619,9 @@ def batch_norm(
         z, batch_mean, batch_variance = _standardized(x, epsilon)
         count = v.size // v.shape[1]
         running = (
-            (1 - momentum) * mean + momentum * batch_mean,
-            (1 - momentum) * variance + momentum * count / (count - 1) * batch_variance,
+            (1 - momentum) * mean + (momentum * batch_mean).astype(mean.dtype),
+            (1 - momentum) * variance
+            + (momentum * count / (count - 1) * batch_variance).astype(variance.dtype),
         )
     else:
         factor = (_per_channel("running variance", variance, v) + epsilon) ** -0.5
@@ -601,26 +631,34 @@ def batch_norm(
 
 
 def _standardized(x: Operand, epsilon: float) -> tuple[Node, Array, Array]:
-    """x with mean 0 and variance 1 in each channel, and the mean and variance that it had."""
+    """x with mean 0 and variance 1 in each channel, and the mean and variance that it had.
+
+    Float16 is squared and averaged in float32, as the mean and the variance are returned.
+    """
     _, v = _values(x=x)
+    work = work_dtype(v.dtype)
     axes = (0, *range(2, v.ndim))
     if v.size <= v.shape[1]:
         raise ValueError(
             f"x of shape {v.shape} has no two elements per channel: its variance in training "
             "means nothing"
         )
-    mean = v.mean(axis=axes, keepdims=True)
+    mean = v.mean(axis=axes, keepdims=True, dtype=work)
     centred = v - mean
     variance = (centred * centred).mean(axis=axes, keepdims=True)
     factor = (variance + epsilon) ** -0.5
     z = centred * factor
 
     def pull_back(g: Array) -> Array:
-        level = g.mean(axis=axes, keepdims=True)
+        level = g.mean(axis=axes, keepdims=True, dtype=work)
         tilt = (g * z).mean(axis=axes, keepdims=True)
-        return factor * (g - level - z * tilt)
+        return (factor * (g - level - z * tilt)).astype(v.dtype, copy=False)
 
-    return _node(z, (x, pull_back)), mean.reshape(-1), variance.reshape(-1)
+    return (
+        _node(z.astype(v.dtype, copy=False), (x, pull_back)),
+        mean.reshape(-1),
+        variance.reshape(-1),
+    )
 
 
 def softmax_cross_entropy(logits: Operand, labels: Array) -> Node:
@@ -696,7 +734,7 @@ def dropout(x: Operand, rate: float, rng: Any) -> Node:
     Raises
     ------
     TypeError
-        If `rng` draws arrays of another library than x's.
+        If `rng` is no generator, or draws arrays of another library than x's.
     ValueError
         If `rate` is out of range.
 
@@ -704,11 +742,12 @@ def dropout(x: Operand, rate: float, rng: Any) -> Node:
     ----------
     N. Srivastava et al., "Dropout", JMLR 15, 2014.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"rate must lie in 0 <= rate < 1, got {rate}")
+    rate = as_real_below("rate", rate, 1)
+    if not hasattr(rng, "random"):
+        raise TypeError(f"rng must be a random generator, got {type(rng).__qualname__}")
     _, v = _values(x=x)
     kept = rng.random(v.shape, dtype=np.float32) >= rate
-    return multiply(x, kept.astype(v.dtype) / (1 - float(rate)))
+    return multiply(x, kept.astype(v.dtype) / (1 - rate))
 
 
 # ---------------------------------------------------------------- operators

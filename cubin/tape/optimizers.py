@@ -6,12 +6,13 @@ empty before the first step; saved as arrays and loaded again, it resumes the ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from typing import TypeAlias
 
 import numpy as np
 
-from cubin.arrays import Array, as_floats, library, like
+from cubin.arrays import Array, as_floats, as_real_below, library, like
 
 Arrays: TypeAlias = Mapping[str, Array]
 
@@ -38,7 +39,10 @@ def sgd(
         One for each parameter, of its shape.
     state : dict of array
         The state that the step before returned, or an empty dict.
-    learning_rate, momentum : float
+    learning_rate : float
+        At least 0.
+    momentum : float
+        0 <= momentum < 1.
 
     Returns
     -------
@@ -51,7 +55,8 @@ def sgd(
     TypeError
         If an array is none of floats, or a gradient is in another library than its parameter.
     ValueError
-        If the names or shapes of parameters, gradients and state do not agree.
+        If the names or shapes of parameters, gradients and state do not agree, or a number is out
+        of range.
 
     References
     ----------
@@ -59,8 +64,10 @@ def sgd(
     """
     gradients = _matching(parameters, gradients)
     old = _moments(state, parameters, ("velocity",))
-    velocity = {name: float(momentum) * old["velocity", name] + g for name, g in gradients.items()}
-    moved = {name: p - float(learning_rate) * velocity[name] for name, p in parameters.items()}
+    rate = as_real_below("learning_rate", learning_rate, math.inf)
+    momentum = as_real_below("momentum", momentum, 1)
+    velocity = {name: momentum * old["velocity", name] + g for name, g in gradients.items()}
+    moved = {name: p - rate * velocity[name] for name, p in parameters.items()}
     return moved, {f"velocity.{name}": value for name, value in velocity.items()}
 
 
@@ -90,10 +97,11 @@ def adam(
     state : dict of array
         The state that the step before returned, or an empty dict.
     learning_rate : float
+        At least 0.
     betas : (float, float)
-        The decay rates of the two moments.
+        The decay rates of the two moments, 0 <= beta < 1.
     epsilon : float
-        Added to the root of the second moment.
+        Added to the root of the second moment, at least 0.
 
     Returns
     -------
@@ -107,7 +115,8 @@ def adam(
     TypeError
         If an array is none of floats, or a gradient is in another library than its parameter.
     ValueError
-        If the names or shapes of parameters, gradients and state do not agree.
+        If the names or shapes of parameters, gradients and state do not agree, or a number is out
+        of range.
 
     References
     ----------
@@ -117,15 +126,18 @@ def adam(
     gradients = _matching(parameters, gradients)
     old = _moments(state, parameters, ("first", "second"), counters=("step",))
     step = int(state["step"]) + 1 if state else 1
-    beta_1, beta_2 = (float(beta) for beta in betas)
-    rate = float(learning_rate) / (1 - beta_1**step)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    beta_1, beta_2 = (as_real_below("beta", beta, 1) for beta in betas)
+    epsilon = as_real_below("epsilon", epsilon, math.inf)
+    rate = as_real_below("learning_rate", learning_rate, math.inf) / (1 - beta_1**step)
     moved = {}
     new_state = {"step": np.array(step)}
     for name, p in parameters.items():
         g = gradients[name]
         first = beta_1 * old["first", name] + (1 - beta_1) * g
         second = beta_2 * old["second", name] + (1 - beta_2) * (g * g)
-        moved[name] = p - rate * first / ((second / (1 - beta_2**step)) ** 0.5 + float(epsilon))
+        moved[name] = p - rate * first / ((second / (1 - beta_2**step)) ** 0.5 + epsilon)
         new_state[f"first.{name}"], new_state[f"second.{name}"] = first, second
     return moved, new_state
 

@@ -163,6 +163,38 @@ def test_every_parameter_is_trained(rng):
             assert gradient.dtype == np.float32
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "arm",
+    [
+        FULL,
+        experiment.BOTH_ONE,
+        Arm("map", weights="budget"),
+        Arm("map", weights="random", weight_surrogate="scale_aware"),
+    ],
+    ids=lambda arm: f"{arm.weights}-{arm.activations}-{arm.weight_surrogate}",
+)
+def test_training_step_moves_nothing_between_host_and_device(
+    device, rng, forbid_moves, monkeypatch, arm
+):
+    small = ((2, 1, 3, 3), (3, 2, 3, 3), (2, 3, 3, 3), (10, 2))
+    monkeypatch.setitem(experiment.NETWORKS, "CNN", small)
+    parameters, running = parts_of("CNN")
+    maps = {
+        str(n): experiment.bit_map(arm, parameters[f"weights.{n}"], 0, n)
+        for n in experiment.hidden_layers("CNN")
+    }
+    maps = experiment.maps_beside(maps, device)
+    state = [{k: device.asarray(v) for k, v in part.items()} for part in (parameters, running, {})]
+    images = device.asarray(rng.normal(size=(3, 1, 8, 8)).astype(np.float32))
+    labels = device.asarray(np.arange(3))
+    forbid_moves()
+    for _ in range(2):
+        *state, _, _ = experiment.train_step(
+            Run("CNN", arm, 0), *state, maps, images, labels, progress=0.5, rate=0.01
+        )
+
+
 # Checkpoints
 
 
@@ -199,6 +231,15 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path):
     Checkpoint({}, []).save(tmp_path / "x.npz", TINY)
     with pytest.raises(experiment.UsageError, match="other settings"):
         Checkpoint.load(tmp_path / "x.npz", replace(TINY, epochs=3))
+
+
+@pytest.mark.parametrize("length", [0, 100, 1000])
+def test_damaged_checkpoint_is_named(tmp_path, length):
+    path = tmp_path / "x.npz"
+    Checkpoint({"parameter.w": np.zeros(1000)}, []).save(path, TINY)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(experiment.UsageError, match=r"x\.npz is damaged .*: delete it"):
+        Checkpoint.load(path, TINY)
 
 
 def test_runs_have_checkpoints_of_their_own():
@@ -303,6 +344,15 @@ def test_findings_say_which_map_matches():
     assert lines[-1].startswith("Verdict for the CNN with activations of full precision")
     assert "falls short: 1.4 bits, budget." in lines[-1]
     assert "matches: 1 bit; 1.4 bits, random; 1.4 bits, middle-out." in lines[-1]
+
+
+def test_findings_name_both_arms_that_they_compare():
+    accuracies = {FULL: [0.98, 0.982]}
+    accuracies |= {arm: [0.95, 0.952] for arm in experiment.FAMILIES["full precision"]}
+    accuracies |= {arm: [0.9, 0.902] for arm in experiment.FAMILIES["1 bit"]}
+    lines = experiment.findings(results_of(accuracies))
+    start = "CNN, 1.4 bits, budget, activations 1 against 1 bit, activations 1: 0.00"
+    assert [line for line in lines if line.startswith(start)]
 
 
 # Figures

@@ -37,3 +37,33 @@ def device(device, monkeypatch):
     monkeypatch.setattr(engine.Module, "lib", tricks, raising=False)
     monkeypatch.setattr(engine.Module, "add", Add(), raising=False)
     return device
+
+
+@pytest.fixture
+def forbid_moves(device, monkeypatch):
+    """A function that lets every later move between host and device fail."""
+    stand_in = pytest.importorskip("tests.ptx.device")
+    if device is not stand_in.module:
+        pytest.skip("CuPy's arrays cannot be watched, those of the stand-in can")
+    plain = stand_in.Module.asarray
+
+    def refuse(what):
+        def moved(*_, **__):
+            raise AssertionError(f"{what} moves data between host and device")
+
+        return moved
+
+    def asarray(self, values, *options):
+        if not isinstance(values, stand_in.ndarray):
+            refuse("asarray")()
+        return plain(self, values, *options)
+
+    def forbid():
+        methods = ("get", "set", "item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+        for name in methods:
+            monkeypatch.setattr(stand_in.ndarray, name, refuse(f"ndarray.{name}"))
+        for name in ("asarray", "array"):
+            monkeypatch.setattr(stand_in.Module, name, asarray)
+        monkeypatch.setattr(stand_in.Module, "asnumpy", refuse("asnumpy"))
+
+    return forbid

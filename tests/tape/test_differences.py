@@ -28,6 +28,20 @@ def test_wrong_gradient_is_found_and_named(factor):
         check_gradient(lambda x, y: product(x, y, factor), X, Y)
 
 
+def test_small_factor_is_found_where_the_products_would_cancel():
+    x, y = np.random.default_rng(0).standard_normal((2, 100, 100))
+    with pytest.raises(AssertionError, match="relative error 1e-05"):
+        check_gradient(lambda x, y: product(x, y, 1 + 1e-5), x, y)
+
+
+def test_gradient_of_another_shape_is_found():
+    def total(x: Node) -> Node:
+        return Node(x.value.sum(), ((x, lambda g: g),))
+
+    with pytest.raises(AssertionError, match=r"input 0 has shape \(\), the input \(3, 4\)"):
+        check_gradient(total, X)
+
+
 def test_single_wrong_element_is_found():
     with pytest.raises(AssertionError, match="input 0"):
         check_gradient(lambda x, y: product(x, y, share=11 / 12), X, Y)

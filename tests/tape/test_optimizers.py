@@ -148,3 +148,20 @@ def test_adam_state_without_its_step_is_refused():
     del state["step"]
     with pytest.raises(ValueError, match=r"missing \['step'\]"):
         adam(PARAMETERS, gradient_at(1), state)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "error", "message"),
+    [
+        (sgd, {"learning_rate": math.nan}, ValueError, "learning_rate must lie in .* got nan"),
+        (sgd, {"learning_rate": "x"}, TypeError, "learning_rate must be a real number, got str"),
+        (sgd, {"learning_rate": 1, "momentum": 1}, ValueError, "momentum must lie in .* got 1"),
+        (adam, {"learning_rate": -1}, ValueError, "learning_rate must lie in .* got -1"),
+        (adam, {"betas": (1.0, 0.9)}, ValueError, "beta must lie in 0 <= beta < 1, got 1.0"),
+        (adam, {"betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
+        (adam, {"epsilon": -1e-8}, ValueError, "epsilon must lie in .* got -1e-08"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(optimizer, options, error, message):
+    with pytest.raises(error, match=message):
+        run(optimizer, 1, **options)

@@ -116,6 +116,7 @@ def multibit(
                 target[...] = flat.reshape(target.shape)
 
         x = arrays.apart(x, y)
+        limits = arrays.apart(limits, y) if np.ndim(limits) else limits
         if solve is None or _greedy_is_best(levels, weights):
             greedy.approximate(x, _spread(limits, x), levels, rows, y)
         else:

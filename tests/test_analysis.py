@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import math
 
 import matplotlib as mpl
 import numpy as np
@@ -52,6 +53,17 @@ def test_overall_is_the_error_of_all_arrays_as_one(table, weights):
         assert row.relative_mse == pytest.approx(float(cubin.errors.relative_mse(x, y)))
         assert row.cosine_similarity == pytest.approx(float(cubin.errors.cosine_similarity(x, y)))
         assert row.max_abs_error == float(cubin.errors.max_abs_error(x, y))
+
+
+def test_overall_of_zeros():
+    [row] = error_per_bit_width(np.zeros((2, 3)), bits=[1]).overall()
+    assert (row.relative_mse, row.sqnr_db, row.cosine_similarity) == (0, math.inf, 1)
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_squares_that_float64_cannot_hold(size):
+    with pytest.raises(ValueError, match=r"array 'x': .*overflow or vanish"):
+        error_per_bit_width(np.array([[size, -2 * size]]), bits=[1])
 
 
 def test_kinds_of_arrays(weights, rng):

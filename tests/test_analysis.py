@@ -150,6 +150,28 @@ def test_plot(table):
     )
 
 
+@pytest.mark.parametrize("bits", [[2], [1, 2, 4]])
+def test_the_legend_hides_no_curve_and_fits(weights, bits):
+    solvers = ("greedy", "refined", "alternating", "optimal")
+    figure = error_per_bit_width(weights, bits, solvers).plot()
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend().get_window_extent()
+    assert not legend.overlaps(axes.get_window_extent())
+    assert not legend.overlaps(axes.xaxis.label.get_window_extent())
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert legend.y0 >= 0
+    assert all(line.get_marker() not in ("", "None") for line in axes.lines)
+
+
+def test_medians_count_exact_approximations():
+    arrays = [np.ones((3, 4)), np.eye(3), np.arange(8.0).reshape(2, 4)]
+    table = error_per_bit_width(arrays, bits=[1])
+    _, axes = new_figure()
+    draw_error_per_bit_width(axes, table)
+    assert axes.lines[0].get_ydata() == np.median([row.relative_mse for row in table.rows])
+
+
 def test_plot_of_exact_approximations():
     table = error_per_bit_width(np.ones((3, 4)), bits=[0, 1])
     _, axes = new_figure()

@@ -319,7 +319,21 @@ class BinaryCode:
         Parameters
         ----------
         path : str or path
+
+        Raises
+        ------
+        ValueError
+            If there are more than 16 levels, or the signs are not -1 or +1 exactly where `bits`
+            has a code: one bit per sign could not hold them.
         """
+        signs = _host(self.signs)
+        if len(signs) > arrays.MAX_BITS:
+            raise ValueError(f"a file holds up to {arrays.MAX_BITS} levels, got {len(signs)}")
+        for level, sign in enumerate(signs):
+            if not np.all(np.abs(sign) == np.greater(_host(self.bits), level)):
+                raise ValueError(
+                    f"signs of level {level} must be -1 or +1 where bits > {level}, else 0"
+                )
         layout = {
             "format": _FORMAT,
             "shape": list(self.shape),
@@ -330,9 +344,9 @@ class BinaryCode:
             "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
             "scales": np.asarray(_host(self.scales), order="C"),
             "bits": np.asarray(_host(self.bits), np.uint8, order="C"),
-            "signs": np.packbits(_host(self.signs).reshape(len(self.signs), -1) > 0, axis=1)
-            if self.signs.size
-            else np.zeros((len(self.signs), -(-math.prod(self.shape) // 8)), np.uint8),
+            "signs": np.packbits(signs.reshape(len(signs), -1) > 0, axis=1)
+            if signs.size
+            else np.zeros((len(signs), -(-math.prod(self.shape) // 8)), np.uint8),
         }
         path = os.fspath(path)
         # tempfile's own files are for their owner alone, and so would be what replaces `path`.

@@ -83,6 +83,23 @@ def test_a_file_is_replaced_only_by_a_whole_one(rng, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["code.npz"]
 
 
+@pytest.mark.parametrize(
+    ("signs", "bits"),
+    [
+        (np.ones((3, 4)), 2),
+        (np.zeros((1, 4)), 1),
+        (np.full((1, 4), 3), 1),
+        (np.ones((2, 2)), [1, 2]),
+        (np.ones((17, 4)), 1),
+    ],
+)
+def test_signs_that_a_file_cannot_hold(tmp_path, signs, bits):
+    code = BinaryCode(np.ones(len(signs)), signs.astype(np.int8), bits)
+    with pytest.raises(ValueError, match="level"):
+        code.save(tmp_path / "code.npz")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         BinaryCode.load(tmp_path / "none.npz")

@@ -82,7 +82,10 @@ def _host_array(name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, RuntimeError) as error:
-        raise TypeError(f"{name} of type {kind} is no array of numbers: {error}") from error
+        raise TypeError(
+            f"{name} of type {kind} is nothing that NumPy can read: {error}; "
+            "convert it first, to float32 or an integer type"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{name} is no array of numbers: {error}") from error
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
@@ -145,14 +148,17 @@ def as_bits(
     """The number of bits of each element of `x`, and the number of levels that this needs.
 
     The bits come back as a uint8 scalar, or as a uint8 array in x's library that broadcasts to
-    x's shape. A map that is on the device already is not looked at unless `look` is true, since
-    this would synchronise: it is clipped to 0 .. `limit`, and all `limit` levels are needed.
+    x's shape, perhaps a view of the map. A map that is on the device already is not looked at
+    unless `look` is true, since this would synchronise: it is clipped to 0 .. `limit`, and all
+    `limit` levels are needed.
     """
     if on_device(value):
         bits: Any = value
         _same_library("bits", bits, x)
     else:
         bits = _host_array("bits", value)
+    if isinstance(value, int) and bits.dtype == object:  # beyond 64 bits
+        raise ValueError(f"bits must lie in 0 .. {limit}, got {value}")
     if bits.dtype.kind not in "iu":
         raise TypeError(f"bits must be an integer or an integer array, got {bits.dtype}")
     _broadcasts("bits", bits, x.shape)
@@ -163,10 +169,18 @@ def as_bits(
     if low < 0 or high > limit:
         raise ValueError(f"bits must lie in 0 .. {limit}, got {low if low < 0 else high}")
     if on_device(bits):
-        return bits.astype(np.uint8), high
+        return bits.astype(np.uint8, copy=False), high
     if bits.ndim == 0:
         return np.uint8(high), high
-    return library(x).asarray(bits.astype(np.uint8)), high
+    return library(x).asarray(_low_bytes(bits)), high
+
+
+def _low_bytes(integers: np.ndarray) -> np.ndarray:
+    """The lowest byte of each integer: a view, since a copy of a large map would take memory."""
+    size = integers.itemsize
+    offset = 0 if sys.byteorder == "little" else size - 1
+    low = {"names": ["low"], "formats": [np.uint8], "offsets": [offset], "itemsize": size}
+    return integers.view(np.dtype(low))["low"]  # type: ignore[call-overload]
 
 
 def _broadcasts(name: str, array: Array, shape: tuple[int, ...]) -> None:

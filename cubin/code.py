@@ -6,8 +6,8 @@ import contextlib
 import html
 import json
 import math
+import operator
 import os
-import tempfile
 import zipfile
 from typing import Any
 
@@ -211,9 +211,16 @@ class BinaryCode:
             raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
         self.scales = scales
         self.signs = signs
-        self.bits: Any = int(limits) if isinstance(limits, np.generic) else limits
-        self.channel_axis = channel_axis
-        self.group_size = group_size
+        self.bits: Any = int(limits) if isinstance(limits, np.generic) else limits.copy()
+        # As plain integers, whatever stood for them, which the file's layout can hold.
+        self.channel_axis = (
+            tuple(map(operator.index, channel_axis))
+            if isinstance(channel_axis, (tuple, list))
+            else channel_axis
+            if channel_axis is None
+            else operator.index(channel_axis)
+        )
+        self.group_size = None if group_size is None else operator.index(group_size)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -312,7 +319,21 @@ class BinaryCode:
         Parameters
         ----------
         path : str or path
+
+        Raises
+        ------
+        ValueError
+            If there are more than 16 levels, or the signs are not -1 or +1 exactly where `bits`
+            has a code: one bit per sign could not hold them.
         """
+        signs = _host(self.signs)
+        if len(signs) > arrays.MAX_BITS:
+            raise ValueError(f"a file holds up to {arrays.MAX_BITS} levels, got {len(signs)}")
+        for level, sign in enumerate(signs):
+            if not np.all(np.abs(sign) == np.greater(_host(self.bits), level)):
+                raise ValueError(
+                    f"signs of level {level} must be -1 or +1 where bits > {level}, else 0"
+                )
         layout = {
             "format": _FORMAT,
             "shape": list(self.shape),
@@ -321,16 +342,17 @@ class BinaryCode:
         }
         members = {
             "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
-            "scales": _host(self.scales),
-            "bits": np.asarray(_host(self.bits), np.uint8),
-            "signs": np.packbits(_host(self.signs).reshape(len(self.signs), -1) > 0, axis=1)
-            if self.signs.size
-            else np.zeros((len(self.signs), -(-math.prod(self.shape) // 8)), np.uint8),
+            "scales": np.asarray(_host(self.scales), order="C"),
+            "bits": np.asarray(_host(self.bits), np.uint8, order="C"),
+            "signs": np.packbits(signs.reshape(len(signs), -1) > 0, axis=1)
+            if signs.size
+            else np.zeros((len(signs), -(-math.prod(self.shape) // 8)), np.uint8),
         }
         path = os.fspath(path)
-        handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".part")
+        # tempfile's own files are for their owner alone, and so would be what replaces `path`.
+        unfinished = os.path.join(os.path.dirname(path), f"{os.urandom(8).hex()}.part")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(unfinished, "xb") as file:
                 np.savez(file, allow_pickle=False, **members)
             os.replace(unfinished, path)
         except BaseException:
@@ -362,10 +384,8 @@ class BinaryCode:
             try:
                 members = _read_members(file)
                 return _decode(cls, members)
-            except (
-                ValueError, KeyError, TypeError, EOFError, OverflowError, NotImplementedError,
-                RuntimeError, zipfile.BadZipFile, UnicodeDecodeError, OSError,
-            ) as error:  # fmt: skip
+            # Damage shows in many ways: tokenize's own errors, MemoryError for a shape, ...
+            except Exception as error:
                 raise ValueError(f"{os.fspath(path)!r} is no intact BinaryCode: {error}") from error
 
 

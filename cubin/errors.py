@@ -89,7 +89,8 @@ class Errors:
         xp = arrays.library(self.error)
         both = xp.sqrt(self.power) * xp.sqrt(self.power_of_approx)
         same = (self.power == 0) & (self.power_of_approx == 0)
-        cosine = self.product / xp.where(both == 0, 1.0, both)
+        with np.errstate(invalid="ignore"):
+            cosine = self.product / xp.where(both == 0, 1.0, both)
         return xp.where(same, 1.0, xp.clip(cosine, -1.0, 1.0))
 
 

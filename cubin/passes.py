@@ -78,6 +78,9 @@ def for_each_part(
         flat = []
         for array, view in zip(inputs, views, strict=True):
             cut = array if view is None else view[part.block]
+            if view is not None and cut.dtype == np.uint8 and not device:
+                # The bytes of a map of wider integers lie apart: gathered once for all levels.
+                cut = np.ascontiguousarray(cut)
             flat.append(cut if view is None else cut.reshape(rows.flat_shape(cut.shape)))
         task(part, *flat)
 

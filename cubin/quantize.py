@@ -107,6 +107,7 @@ def multibit(
         limits, levels = arrays.as_bits(bits, x, limit=SOLVERS[solver], look=solve is not None)
         weights = _weights(importance, x, solver)
         x = arrays.apart(x, y)
+        limits = arrays.apart(limits, y) if np.ndim(limits) else limits
         if solve is None or _greedy_is_best(levels, weights):
             greedy.approximate(x, _spread(limits, x), levels, rows, y)
         else:

@@ -357,7 +357,10 @@ def run(arguments: argparse.Namespace) -> None:
         ) from error
 
     chosen = Chosen(pairs, arguments.group_size, library)
-    table = error_per_bit_width(chosen, arguments.bits, group_size=arguments.group_size)
+    try:
+        table = error_per_bit_width(chosen, arguments.bits, group_size=arguments.group_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     sample_table = error_per_bit_width(samples(size, library), arguments.bits)
     print(table)
     print(

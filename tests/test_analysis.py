@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import math
 
 import matplotlib as mpl
 import numpy as np
@@ -52,6 +53,17 @@ def test_overall_is_the_error_of_all_arrays_as_one(table, weights):
         assert row.relative_mse == pytest.approx(float(cubin.errors.relative_mse(x, y)))
         assert row.cosine_similarity == pytest.approx(float(cubin.errors.cosine_similarity(x, y)))
         assert row.max_abs_error == float(cubin.errors.max_abs_error(x, y))
+
+
+def test_overall_of_zeros():
+    [row] = error_per_bit_width(np.zeros((2, 3)), bits=[1]).overall()
+    assert (row.relative_mse, row.sqnr_db, row.cosine_similarity) == (0, math.inf, 1)
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_squares_that_float64_cannot_hold(size):
+    with pytest.raises(ValueError, match=r"array 'x': .*overflow or vanish"):
+        error_per_bit_width(np.array([[size, -2 * size]]), bits=[1])
 
 
 def test_kinds_of_arrays(weights, rng):
@@ -136,6 +148,28 @@ def test_plot(table):
     np.testing.assert_allclose(
         lines["Shannon bound, Gaussian"].get_ydata(), [0.25, 0.0625, 4.0**-4]
     )
+
+
+@pytest.mark.parametrize("bits", [[2], [1, 2, 4]])
+def test_the_legend_hides_no_curve_and_fits(weights, bits):
+    solvers = ("greedy", "refined", "alternating", "optimal")
+    figure = error_per_bit_width(weights, bits, solvers).plot()
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend().get_window_extent()
+    assert not legend.overlaps(axes.get_window_extent())
+    assert not legend.overlaps(axes.xaxis.label.get_window_extent())
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert legend.y0 >= 0
+    assert all(line.get_marker() not in ("", "None") for line in axes.lines)
+
+
+def test_medians_count_exact_approximations():
+    arrays = [np.ones((3, 4)), np.eye(3), np.arange(8.0).reshape(2, 4)]
+    table = error_per_bit_width(arrays, bits=[1])
+    _, axes = new_figure()
+    draw_error_per_bit_width(axes, table)
+    assert axes.lines[0].get_ydata() == np.median([row.relative_mse for row in table.rows])
 
 
 def test_plot_of_exact_approximations():

@@ -47,6 +47,15 @@ def test_what_is_refused_says_what_to_do(value, advice):
         arrays.as_floats("x", value)
 
 
+def test_tensors_that_numpy_cannot_read():
+    class Strange:
+        def __array__(self, dtype=None, copy=None):
+            raise TypeError("Got unsupported ScalarType BFloat16")
+
+    with pytest.raises(TypeError, match=r"BFloat16; convert it first, to float32"):
+        arrays.as_floats("x", Strange())
+
+
 def test_bfloat16_is_refused():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     with pytest.raises(TypeError, match="bfloat16"):
@@ -94,6 +103,16 @@ def test_views_of_rows_share_memory():
     x = np.zeros((4, 5, 6))
     for granularity in ({"channel_axis": (2, 0)}, {"group_size": 3}, {}):
         assert np.shares_memory(arrays.rows_of(x.shape, **granularity).view(x[::-1]), x)
+
+
+def test_maps_are_not_copied():
+    x = np.zeros((3, 4))
+    for dtype in "bBhHiIlLqQ":
+        bits = np.arange(12, dtype=dtype).reshape(4, 3).T[::-1]
+        found, levels = arrays.as_bits(bits, x)
+        assert (found.dtype, levels) == (np.uint8, 11)
+        assert np.shares_memory(found, bits)
+        np.testing.assert_array_equal(found, bits)
 
 
 @pytest.mark.kernels

@@ -24,6 +24,9 @@ def codes(rng):
         cubin.quantize(x, 2, channel_axis=0),
         cubin.quantize(x, bits, channel_axis=(2, 0)),
         cubin.quantize(x, bits, group_size=3),
+        cubin.quantize(np.asfortranarray(x), np.asfortranarray(bits), channel_axis=np.int64(1)),
+        cubin.quantize(x, bits.astype(np.uint8).T.copy().T, group_size=np.int8(3)),
+        BinaryCode(np.ones((3, 2)).T, np.ones((5, 3, 2), np.int8).T, 2, channel_axis=[0]),
         cubin.quantize(x.astype(np.float16), bits[:, :1, :1], channel_axis=0),
         cubin.quantize(x.astype(np.float64), 16, channel_axis=0),
         cubin.quantize(x, 0),
@@ -42,6 +45,20 @@ def test_files_hold_the_whole_code(codes, tmp_path):
         assert (loaded.channel_axis, loaded.group_size) == (code.channel_axis, code.group_size)
         assert loaded.effective_bits == code.effective_bits
     assert [p.name for p in tmp_path.iterdir()] == ["code.npz"]
+
+
+def test_files_are_as_readable_as_others(codes, tmp_path):
+    (tmp_path / "other").write_bytes(b"")
+    codes[0].save(tmp_path / "code.npz")
+    assert (tmp_path / "code.npz").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_code_keeps_a_map_of_its_own(rng):
+    bits = rng.integers(0, 4, 9, dtype=np.uint8)
+    code, same = (cubin.quantize(rng.normal(size=9), bits) for _ in range(2))
+    bits[:] = 0
+    assert code.bits.max() > 0
+    assert not np.shares_memory(code.bits, same.bits)
 
 
 def test_files_take_one_bit_per_sign(rng, tmp_path):
@@ -64,6 +81,23 @@ def test_a_file_is_replaced_only_by_a_whole_one(rng, tmp_path, monkeypatch):
         cubin.quantize(rng.normal(size=10), 2).save(path)
     assert BinaryCode.load(path) == old
     assert [p.name for p in tmp_path.iterdir()] == ["code.npz"]
+
+
+@pytest.mark.parametrize(
+    ("signs", "bits"),
+    [
+        (np.ones((3, 4)), 2),
+        (np.zeros((1, 4)), 1),
+        (np.full((1, 4), 3), 1),
+        (np.ones((2, 2)), [1, 2]),
+        (np.ones((17, 4)), 1),
+    ],
+)
+def test_signs_that_a_file_cannot_hold(tmp_path, signs, bits):
+    code = BinaryCode(np.ones(len(signs)), signs.astype(np.int8), bits)
+    with pytest.raises(ValueError, match="level"):
+        code.save(tmp_path / "code.npz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_file(tmp_path):
@@ -163,6 +197,13 @@ def test_the_archive_of_these_tests_is_sound(tmp_path):
         {"signs": header((1, 1), "|O") + b"1"},
         {"signs": b"\x93NUMPY\x03\x00"},
         {"signs": b""},
+        {"signs": header((1, 1)).replace(b"(1, 1), }", b"(1, 1),  ") + b"1"},
+        {
+            "layout": {"shape": [2**55]},
+            "scales": np.ones(0),
+            "bits": np.uint8(0),
+            "signs": np.ones((0, 2**52), np.uint8),
+        },
         {"scales": np.array([object()], object)},
     ],
 )

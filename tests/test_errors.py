@@ -68,6 +68,12 @@ def test_nan_is_not_hidden(xp, host, rng):
         np.testing.assert_array_equal(np.isnan(found), [False, True, False])
 
 
+def test_infinity_gives_nan_without_a_warning(xp):
+    x = xp.asarray(np.array([np.inf, 1.0]))
+    for name in ("relative_mse", "sqnr_db", "cosine_similarity", "max_abs_error"):
+        assert math.isnan(float(getattr(errors, name)(x, x)))
+
+
 def test_arguments():
     x = np.ones((2, 3))
     with pytest.raises(ValueError, match=r"approx has shape \(3,\)"):

@@ -310,6 +310,13 @@ def test_out_that_overlaps(rng):
     np.testing.assert_array_equal(base[1:], expected)
 
 
+def test_out_in_the_memory_of_the_map(rng):
+    x = rng.normal(size=5)
+    bits = rng.integers(0, 4, 5)
+    expected = cubin.multibit(x, bits)
+    np.testing.assert_array_equal(cubin.multibit(x, bits, out=bits.view(x.dtype)), expected)
+
+
 def test_lists_and_other_byte_orders():
     np.testing.assert_array_equal(cubin.multibit([-1.0, 3.0], 2), [-1, 3])
     swapped = np.array([-1.0, 3.0], ">f4")
@@ -327,7 +334,7 @@ def test_bits_that_are_not_integers(bits):
         cubin.multibit(np.ones(2), bits)
 
 
-@pytest.mark.parametrize("bits", [-1, 17, [1, -2], [17, 1]])
+@pytest.mark.parametrize("bits", [-1, 17, [1, -2], [17, 1], 2**70, -(2**70)])
 def test_bits_out_of_range(bits):
     with pytest.raises(ValueError, match=r"bits must lie in 0 \.\. 16, got"):
         cubin.multibit(np.ones(2), bits)

@@ -41,7 +41,8 @@ def draw_error_per_bit_width(axes: Any, table: ErrorTable) -> Any:
     for number, solver in enumerate(solvers):
         bits, low, middle, high = _quartiles(table, solver)
         color = COLORS[number % len(COLORS)]
-        axes.fill_between(bits, low, high, color=color, alpha=0.2, linewidth=0)
+        # Its edge is what is left of the band at a single bit width, as the limits' points are.
+        axes.fill_between(bits, low, high, color=color, alpha=0.2, linewidth=1)
         axes.plot(bits, middle, color=color, marker=MARKERS[number % len(MARKERS)],
                   label=f"{solver}: median and quartiles of {_count(table, solver)}")  # fmt: skip
     draw_limits(axes, [width for width in widths if width > 0])
@@ -50,7 +51,10 @@ def draw_error_per_bit_width(axes: Any, table: ErrorTable) -> Any:
     axes.set_xlabel("bits per element (payload)")
     axes.set_ylabel("relative mean squared error")
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(frameon=False, loc="upper right" if len(widths) > 1 else "best")
+    # Below the axes, where it hides no curve.
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize="small"
+    )
     return axes
 
 
@@ -73,8 +77,8 @@ def draw_limits(axes: Any, bits: Sequence[int]) -> Any:
 
     lloyd = [theory.lloyd_max(norm(), width).relative_mse for width in bits]
     shannon = [theory.shannon(norm(), width) for width in bits]
-    axes.plot(bits, lloyd, color="0.35", linestyle="--", label="Lloyd-Max, Gaussian")
-    axes.plot(bits, shannon, color="0.35", linestyle=":", label="Shannon bound, Gaussian")
+    axes.plot(bits, lloyd, color="0.35", ls="--", marker=".", label="Lloyd-Max, Gaussian")
+    axes.plot(bits, shannon, color="0.35", ls=":", marker="x", label="Shannon bound, Gaussian")
     return axes
 
 
@@ -86,10 +90,7 @@ def _count(table: ErrorTable, solver: str) -> str:
 def _quartiles(table: ErrorTable, solver: str) -> tuple[np.ndarray, ...]:
     rows = [row for row in table.rows if row.solver == solver]
     bits = sorted({row.bits for row in rows})
-    # An exact approximation has no place on a logarithmic axis.
-    errors = [
-        [row.relative_mse for row in rows if row.bits == width and row.relative_mse > 0] or [np.nan]
-        for width in bits
-    ]
-    quartiles = [np.quantile(errors_of, (0.25, 0.5, 0.75)) for errors_of in errors]
-    return (np.array(bits), *np.array(quartiles).reshape(-1, 3).T)
+    errors = [[row.relative_mse for row in rows if row.bits == width] for width in bits]
+    low, middle, high = np.array([np.quantile(some, (0.25, 0.5, 0.75)) for some in errors]).T
+    # An exact approximation has no place on a logarithmic axis: the band goes on to its end.
+    return np.array(bits), low, np.where(middle > 0, middle, np.nan), high

@@ -55,7 +55,8 @@ def error_per_bit_width(
         If an array is not floating point or a bit width no integer.
     ValueError
         If a solver is unknown, a bit width is out of range, an axis or group size does not fit an
-        array, or an array has NaN or infinity. The message names the array.
+        array, or an array has NaN or infinity, or values whose squares float64 cannot hold. The
+        message names the array.
 
     Examples
     --------
@@ -121,8 +122,11 @@ def _errors_of(
             multibit(x, width, channel_axis=None if group_size is not None else axis,
                      group_size=group_size, solver=solver, out=approx)  # fmt: skip
             found = errors.measure(x, approx)
-            if not np.isfinite(float(found.power)):
-                raise ValueError("it has NaN or infinity: clean it first, e.g. with nan_to_num")
+            if not np.isfinite(float(found.power)) or (found.power == 0 and found.worst > 0):
+                raise ValueError(
+                    "it has NaN or infinity, or the squares of its values overflow or vanish: "
+                    "clean it first, e.g. with nan_to_num, or scale it"
+                )
             yield ErrorRow.of(
                 found,
                 name=name,

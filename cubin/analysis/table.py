@@ -7,9 +7,11 @@ import dataclasses
 import html
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from cubin.errors import Errors
 
@@ -228,8 +230,9 @@ def _cells(row: ErrorRow) -> list[str]:
 
 def _together(rows: Sequence[ErrorRow]) -> ErrorRow:
     size = sum(row.size for row in rows)
-    error, power, power_of_approx, product = _sums(row.sums for row in rows)
-    worst = max((row.max_abs_error for row in rows), default=0.0)
+    # As NumPy's numbers, which give infinity and NaN where Python's raise.
+    error, power, power_of_approx, product = np.sum([row.sums for row in rows], axis=0)
+    worst = np.float64(max(row.max_abs_error for row in rows))
 
     def mean(name: str) -> float:
         return sum(getattr(row, name) * row.size for row in rows) / max(size, 1)
@@ -244,7 +247,3 @@ def _together(rows: Sequence[ErrorRow]) -> ErrorRow:
         payload_bits=mean("payload_bits"),
         effective_bits=mean("effective_bits"),
     )
-
-
-def _sums(parts: Iterable[tuple[float, ...]]) -> list[float]:
-    return [math.fsum(column) for column in zip(*parts, strict=True)]

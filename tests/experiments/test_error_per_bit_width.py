@@ -130,6 +130,13 @@ def test_overall_adds_up_the_weights_without_the_samples(tmp_path, net):
     assert errors["overall"][2] == pytest.approx(expected, rel=1e-6)
 
 
+def test_weights_of_zeros(tmp_path):
+    np.save(tmp_path / "w.npy", np.zeros((2, 3)))
+    status, errors = run(tmp_path, tmp_path / "w.npy", "--bits", "1,2", "--quick")
+    assert status == 0
+    assert errors["w"] == errors["overall"] == {1: 0, 2: 0}
+
+
 @pytest.mark.parametrize("axis", ["0", "1", "-1", "none"])
 def test_channel_axis(tmp_path, rng, axis):
     array = rng.standard_normal((6, 40)) * np.geomspace(1, 100, 6)[:, None]
@@ -208,6 +215,12 @@ def test_nan_weights(tmp_path, capsys):
     status = experiment.main([str(tmp_path / "w.npy"), "--output", str(tmp_path / "out")])
     assert_error(capsys, status, "NaN", "repair")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_weights_whose_squares_overflow(tmp_path, capsys):
+    np.save(tmp_path / "w.npy", np.full((2, 3), 1e200))
+    status = experiment.main([str(tmp_path / "w.npy"), "--output", str(tmp_path / "out")])
+    assert_error(capsys, status, "'w'", "overflow", "scale it")
 
 
 def test_integer_weights(tmp_path, capsys):

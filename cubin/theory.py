@@ -466,6 +466,11 @@ class _MagnitudeLaw:
         ends = np.abs(np.concatenate((quantiles, support))) / self.unit
         doublings = 2.0 ** np.arange(350)
         tail_power = doublings**3 * self._magnitude_pdf(doublings)
+        if tail_power[-1] > 1:
+            raise ValueError(
+                f"distribution {self._distribution.dist.name!r} could not be integrated: "
+                "its density does not fall off"
+            )
         reached = np.flatnonzero(tail_power > _RESOLVED)
         doublings = doublings[: reached[-1] + 2] if len(reached) else doublings[:1]
         edges = np.concatenate(([0.0], ends[np.isfinite(ends)], doublings))

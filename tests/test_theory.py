@@ -304,3 +304,8 @@ def test_a_density_that_cannot_be_integrated():
 
     with pytest.raises(ValueError, match="'halved' could not be integrated"):
         theory.greedy(Halved(a=0.0, name="halved")(), 2)
+
+
+def test_a_density_that_goes_on_forever():
+    with pytest.raises(ValueError, match=r"'vonmises' could not be integrated: .* fall off"):
+        theory.greedy(stats.vonmises(2), 2)

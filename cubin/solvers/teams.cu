@@ -57,7 +57,7 @@ template<> struct Edges<double> {
 template<class W, int E, class Bits> struct Magnitudes {
   W m[E];
   Bits bits;
-  unsigned int up;  // bit e is set where element e is positive
+  unsigned int up;  // bit e is set where element e is not zero or negative
 
   template<class Team, int N, int A, class T>
   __device__ void load(
@@ -69,7 +69,7 @@ template<class W, int E, class Bits> struct Magnitudes {
     up = 0;
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      if (positive(m[e])) up |= 1u << e;
+      if (positive(m[e]) || m[e] != m[e]) up |= 1u << e;
       m[e] = bits.coded(e, 0) ? absolute(m[e]) : W(0);
       most = max(most, Edges<W>::pattern(m[e]));
     }

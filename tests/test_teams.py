@@ -1,0 +1,229 @@
+"""Refined and alternating rows in one launch against the definition on sorted magnitudes."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+import cubin
+from cubin import arrays
+from cubin.solvers import teams
+
+pytestmark = pytest.mark.kernels
+
+RULES = {
+    "refined": (True, 0),
+    "greedy codes": (False, 0),
+    "once": (False, 1),
+    "twice": (False, 2),
+    "converged": (False, 1001),
+}
+TYPES = [np.float16, np.float32, np.float64]
+ARCHITECTURES = ["sm_70", "sm_80", "sm_90", "sm_100", "sm_120"]
+
+
+def sample(rng, shape, dtype, levels, mapped):
+    x = rng.normal(0, 2, shape).astype(dtype)
+    bits = rng.integers(0, levels + 1, shape).astype(np.uint8) if mapped else np.uint8(levels)
+    return x, bits
+
+
+def on(library, *values):
+    return [a if isinstance(a, np.generic) else library.asarray(a) for a in values]
+
+
+def solve(library, x, bits, levels, rule):
+    """Scales (levels, rows), codes and approximation."""
+    scales = library.empty((levels, len(x), 1), arrays.work_dtype(x.dtype))
+    code = library.empty(x.shape, np.uint16)
+    y = library.empty(x.shape, x.dtype)
+    inputs = on(library, x, bits)
+    teams.solve_rows(*inputs, levels, *rule, scales=scales, code=code)
+    teams.reconstruct_rows(*inputs, levels, *rule, y=y)
+    found = scales[..., 0], code, y
+    return found if library is np else tuple(a.get() for a in found)
+
+
+def check(device, x, bits, levels, rule, differing=0):
+    """Scales, codes and approximation are those of the definition, but for some rows.
+
+    Where a sum's rounding decides a sign or the last iteration, a row may end up elsewhere.
+    """
+    scales, code, y = solve(device, x, bits, levels, rule)
+    expected = solve(np, x, bits, levels, rule)
+    work = np.finfo(arrays.work_dtype(x.dtype)).eps
+    top = np.abs(x).max(axis=1).astype(np.float64)
+    close = (np.abs(scales - expected[0]) <= 16 * work * top).all(axis=0)
+    assert (~close).sum() <= differing
+    np.testing.assert_array_equal(code[close], expected[1][close])
+    error = np.abs(y[close].astype(np.float64) - expected[2][close])
+    stored = 64 * np.finfo(x.dtype).eps
+    assert (error <= stored * top[close, None]).all()
+    return scales, code, y
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_rules(rule, levels, mapped, device, rng):
+    x, bits = sample(rng, (13, 27), np.float32, levels, mapped)
+    check(device, x, bits, levels, rule, differing=1)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize("length", [1, 33, 128, 512, 2049, 4096])
+def test_rows_of_every_length(length, mapped, device, rng):
+    x, bits = sample(rng, (9 if length < 1000 else 2, length), np.float32, 3, mapped)
+    check(device, x, bits, 3, (False, 2), differing=1)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize(
+    ("dtype", "length"), [(np.float16, 64), (np.float64, 50), (np.float64, 1025)]
+)
+def test_rows_of_other_types(dtype, length, mapped, device, rng):
+    x, bits = sample(rng, (5, length), dtype, 2, mapped)
+    check(device, x, bits, 2, (False, 2))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rule", [(True, 0), (False, 2)])
+def test_degenerate_rows(rule, dtype, device):
+    """Fewer magnitudes than levels: exact where a code can be, never NaN."""
+    limits = np.finfo(dtype)
+    tiny, large = limits.smallest_subnormal, limits.max / 4
+    rows = [[0.0, -0.0] * 4, [0.3, -0.3] * 4, [tiny, -tiny] * 4, [large, -large] * 4, [1, 3] * 4]
+    x = np.array(rows, dtype)
+    for bits in (np.uint8(3), np.full(x.shape, 3, np.uint8)):
+        scales, _, y = solve(device, x, bits, 3, rule)
+        assert np.isfinite(scales).all()
+        np.testing.assert_array_equal(y, x)
+        np.testing.assert_array_equal(scales[1:, :4], 0)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_results_follow_the_scale(dtype, device, rng):
+    """x * 2^j has scales * 2^j, to the last bit, and the same codes."""
+    x, bits = sample(rng, (6, 50), dtype, 3, False)
+    scales, code, y = solve(device, x, bits, 3, (False, 2))
+    far = 2.0**4 if dtype == np.float16 else 2.0**100
+    found = solve(device, (x * dtype(far)).astype(dtype), bits, 3, (False, 2))
+    np.testing.assert_array_equal(found[0], scales * scales.dtype.type(far))
+    np.testing.assert_array_equal(found[1], code)
+    np.testing.assert_array_equal(found[2], y * dtype(far))
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize("length", [27, 1025])
+def test_nan_and_infinity_stay_in_their_row(length, mapped, device, rng):
+    x, bits = sample(rng, (5, length), np.float32, 3, mapped)
+    if mapped:
+        bits[:, 2] = 2
+    clean = solve(device, x, bits, 3, (False, 2))
+    x[1, 2], x[3, 2] = np.nan, -np.inf
+    scales, code, y = solve(device, x, bits, 3, (False, 2))
+    expected = solve(np, x, bits, 3, (False, 2))
+    assert np.isnan(scales[:, [1, 3]]).all()
+    np.testing.assert_array_equal(code[[1, 3]], expected[1][[1, 3]])
+    np.testing.assert_array_equal(y[[1, 3]], expected[2][[1, 3]])
+    for found, before in zip((scales.T, code, y), (clean[0].T, *clean[1:]), strict=True):
+        np.testing.assert_array_equal(found[[0, 2, 4]], before[[0, 2, 4]])
+
+
+def test_elements_without_bits_do_not_count(device):
+    x = np.array([[1, np.nan, -3, np.inf, 2, -8, 1, 4]], np.float32)
+    bits = np.array([[1, 0, 2, 0, 2, 2, 1, 0]], np.uint8)
+    _, code, y = check(device, x[:, [0, 2, 4, 5, 6, 7]], bits[:, [0, 2, 4, 5, 6, 7]], 2, (False, 2))
+    scales, whole, full = solve(device, x, bits, 2, (False, 2))
+    assert np.isfinite(scales).all()
+    np.testing.assert_array_equal(whole[:, [0, 2, 4, 5, 6, 7]], code)
+    np.testing.assert_array_equal(full[:, [0, 2, 4, 5, 6, 7]], y)
+    np.testing.assert_array_equal(full[:, [1, 3]], 0)
+
+
+# ---------------------------------------------------------------- in use
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "mapped"),
+    [((40, 27), 3, False), ((12, 32), 2, True), ((2, 4096), 3, False)],
+)
+@pytest.mark.parametrize("solver", ["refined", "alternating"])
+def test_one_launch_reads_x_once_and_writes_the_result_once(
+    solver, shape, levels, mapped, device, rng
+):
+    ptx = pytest.importorskip("tests.ptx")
+    x, bits = sample(rng, shape, np.float32, levels, mapped)
+    held = device.asarray(x)
+    y = device.empty(shape, np.float32)
+    with ptx.launches() as launches:
+        cubin.multibit(
+            held, int(bits) if not mapped else bits, channel_axis=0, solver=solver, out=y
+        )
+    (launch,) = (one for one in launches if "reconstruct_rows" in one.kernel)
+    assert launch.kernel.startswith("cubin_reconstruct_rows<")
+    assert mapped or len(launches) == 1
+    assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
+    assert launch.written == launch.written_unique == x.nbytes
+    code = cubin.quantize(held, bits if mapped else int(bits), channel_axis=0, solver=solver)
+    np.testing.assert_array_equal(code.dequantize().get(), y.get())
+
+
+@pytest.mark.parametrize("axis", [1, (0, 2)])
+def test_rows_of_any_axes(axis, device, rng):
+    x, bits = sample(rng, (3, 4, 5), np.float64, 2, True)
+    found = cubin.multibit(device.asarray(x), bits, channel_axis=axis, solver="alternating")
+    expected = cubin.multibit(x, bits, channel_axis=axis, solver="alternating")
+    np.testing.assert_allclose(found.get(), expected, rtol=0, atol=1e-12)
+
+
+def test_what_no_team_holds_is_sorted(device, rng):
+    ptx = pytest.importorskip("tests.ptx")
+    x = rng.normal(size=(1, 16385)).astype(np.float32)
+    for columns, bits in ((16385, 2), (100, 5)):
+        part = device.asarray(x[:, :columns])
+        with ptx.launches() as launches:
+            found = cubin.multibit(part, bits, channel_axis=0, solver="refined")
+        assert not any("reconstruct_rows" in launch.kernel for launch in launches)
+        expected = cubin.multibit(x[:, :columns], bits, channel_axis=0, solver="refined")
+        np.testing.assert_allclose(found.get(), expected, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- registers
+
+HEAVIEST = [
+    ("Tile<8>", "float", 4, 4, 16, 4, "false"),
+    ("Block", "float", 4, 4, 16, 4, "false"),
+    ("Block", "float", 1, 1, 12, 4, "false"),
+    ("Block", "float", 1, 1, 8, 4, "true"),
+    ("Block", "float16", 8, 8, 16, 4, "false"),
+    ("Block", "double", 2, 2, 8, 4, "false"),
+    ("Tile<32>", "double", 1, 1, 4, 4, "true"),
+]
+"""The kernels that take the most registers, of every kind of team."""
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_registers_hold_the_row(arch, device, monkeypatch):
+    """No spills, and 1024 threads on a multiprocessor of 65536 registers."""
+    compiler = pytest.importorskip("tests.ptx.compiler")
+    from tests.ptx import device as engine
+
+    asked = []
+
+    def take(source, options, names=()):
+        asked.append((source, options))
+        return compiler.Compiled(source, arch, b"", "", {name: name for name in names})
+
+    monkeypatch.setattr(engine, "_compiled", take)
+    names = [teams.solve_rows.name_of(template) for template in HEAVIEST]
+    device.RawModule(code=teams.solve_rows.source, name_expressions=names).compile()
+    ((source, options),) = asked
+    log = compiler.compile(source, arch, (*options, "--ptxas-options=-v"), names).log
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert spills == [("0", "0")] * len(names)
+    registers = [int(used) for used in re.findall(r"Used (\d+) registers", log)]
+    assert len(registers) == len(names)
+    assert max(registers) <= 64

@@ -230,10 +230,12 @@ def _holders(mutant: Mutant) -> list[kernels.Primitive]:
 
 def _first_tests(mutant: Mutant) -> list[str]:
     """Tests to run first, as pytest's arguments: those nearest to the kernels concerned."""
-    names = sorted(p.name for p in _holders(mutant) if not isinstance(p, kernels.Raw))
+    holders = _holders(mutant)
+    names = sorted(p.name for p in holders if not isinstance(p, kernels.Raw))
     if names:
         return ["tests/test_kernels.py", "-k", f"equals and ({' or '.join(names)})"]
-    return ["tests/test_fused.py", "-k", "not registers"]
+    files = {"cubin.greedy": "tests/test_fused.py", "cubin.solvers.teams": "tests/test_teams.py"}
+    return [*sorted({files[p.function.__module__] for p in holders}), "-k", "not registers"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -63,7 +63,7 @@ class Primitive:
     inputs, outputs : tuple of (type, name)
         The kernel's parameters. A type is a dtype's name or a letter that stands for one; it
         starts with ``raw`` if the kernel indexes the array itself, with ``*`` if it is variadic,
-        with ``static`` if the kernel is compiled for its value.
+        with ``static`` if it is a value that decides about the launch.
     types : tuple of mapping
         The dtypes which the letters take in use: what the tests compile and execute.
     """

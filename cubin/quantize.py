@@ -187,8 +187,10 @@ def quantize(
       more, the best that alternating finds from several starts, among them those of the other
       solvers: none of them has a lower error.
 
-    On a device these three look at the map and the importance, and at whether rows have
-    converged, which synchronises.
+    On a device, ``refined`` and ``alternating`` with at most 4 bits and no importance take one
+    launch where a block of threads holds a row, and synchronise only to look at a map that is on
+    the device. Otherwise rows are sorted, and whether they have converged is looked at, which
+    synchronises, as looking at the importance does.
 
     References
     ----------

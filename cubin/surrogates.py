@@ -34,13 +34,6 @@ SIGN: dict[str, Elementwise] = {}
 """The surrogates of the sign by name."""
 
 _CUDA = """
-__device__ __forceinline__ float times(float a, float b) {
-  float product;
-  asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
-  return product;
-}
-__device__ __forceinline__ double times(double a, double b) { return a * b; }
-
 // slope * g; where the slope is 0 or NaN, an infinite g does not count.
 template<class W> __device__ W pulled(W slope, W g) {
   return absolute(slope) > 0 ? times(slope, g) : W(0);

@@ -9,18 +9,20 @@ import numpy as np
 
 from cubin import arrays, blocks, fused, passes
 from cubin.arrays import Array, Rows
-from cubin.code import decode
 from cubin.passes import Part
 from cubin.solvers import search, teams
 from cubin.solvers.cells import Cells
 from cubin.solvers.fits import Fit
-from cubin.solvers.magnitudes import Magnitudes
+from cubin.solvers.magnitudes import Magnitudes, Unsorted
 
 Solver = Callable[[Magnitudes, int], dict[int, Cells]]
 """Takes the magnitudes of rows and the number of levels; gives cells by number of bits."""
 
 BLOCK = 1 << 19
 """Elements, or cells of a solver's states, that the host works on at a time."""
+
+FEW_PASSES = 12
+"""Thresholds that rows are compared with in less time than they are sorted in."""
 
 DEVICE_BLOCK = 1 << 24
 """The same on a device."""
@@ -60,15 +62,13 @@ def approximate(
 
         passes.write(reconstruct, view[part.block], own.shape)
 
-    def decode_part(part: Part, codes: Array, bits: Array, scales: list[Array]) -> None:
-        passes.write(
-            lambda flat: decode(codes, bits, *scales, y=flat), view[part.block], codes.shape
-        )
+    def decode(part: Part, found: Fit, x: Array, bits: Any) -> None:
+        passes.write(lambda flat: found.approximate(x, bits, flat), view[part.block], x.shape)
 
     if rule is not None and loops is not None:
         blocks.each(solve, list(_whole_rows(rows, levels, blocks.BLOCK)), x.size)
     else:
-        _fit(x, bits, levels, rows, decode_part, solver, importance)
+        _fit(x, bits, levels, rows, decode, solver, importance)
 
 
 def encode(
@@ -93,10 +93,13 @@ def encode(
         codes, scales = loops.solve(_cut(x, rows, part), levels, *rule)
         finish(part, codes, bits, scales)
 
+    def hand_over(part: Part, found: Fit, x: Array, bits: Any) -> None:
+        finish(part, found.codes(x, bits), bits, found.scales)
+
     if rule is not None and loops is not None:
         blocks.each(solve, list(_whole_rows(rows, levels, blocks.BLOCK)), x.size)
     else:
-        _fit(x, bits, levels, rows, finish, solver, importance)
+        _fit(x, bits, levels, rows, hand_over, solver, importance)
 
 
 def _fits_one_launch(x: Array, bits: Any, levels: int, rows: Rows) -> bool:
@@ -119,29 +122,33 @@ def _fit(
     bits: Any,
     levels: int,
     rows: Rows,
-    finish: Finish,
+    finish: Callable[[Part, Fit, Array, Any], None],
     solver: Solver,
     importance: Array | None,
 ) -> None:
-    """Solve all rows on sorted magnitudes, and hand every part of them to `finish`."""
+    """Solve all rows, and hand every part of them with its fit, elements and bits to `finish`."""
     device = arrays.on_device(x)
     long = rows.length > BLOCK and not device
+    unsorted = _is_quick(x, bits, levels, rows, solver, importance)
     fits: dict[int, Fit] = {}
 
     def solve(part: Part) -> None:
         own_x, own_bits, weights = (_cut(array, rows, part) for array in (x, bits, importance))
-        magnitudes = Magnitudes(own_x, own_bits, levels, weights)
+        if unsorted:
+            magnitudes: Magnitudes = Unsorted(own_x, levels)
+        else:
+            magnitudes = Magnitudes(own_x, own_bits, levels, weights)
         found = Fit(magnitudes, solver(magnitudes, levels), levels)
         if long:
             fits[part.rows.start] = found
         else:
-            finish(part, found.codes(own_x, own_bits), own_bits, found.scales)
+            finish(part, found, own_x, own_bits)
 
     def finish_piece(part: Part, x: Array, bits: Any) -> None:
-        found = fits[part.rows.start]
-        finish(part, found.codes(x, bits), bits, found.scales)
+        finish(part, fits[part.rows.start], x, bits)
 
-    parts = list(_whole_rows(rows, levels, DEVICE_BLOCK if device else BLOCK)) if x.size else []
+    block = DEVICE_BLOCK if device else blocks.BLOCK if unsorted else BLOCK
+    parts = list(_whole_rows(rows, levels, block)) if x.size else []
     if device:
         for part in parts:
             solve(part)
@@ -149,6 +156,18 @@ def _fit(
         blocks.each(solve, parts, x.size)
         if long:
             passes.for_each_part(finish_piece, rows, x, bits)
+
+
+def _is_quick(
+    x: Array, bits: Any, levels: int, rows: Rows, solver: Solver, importance: Array | None
+) -> bool:
+    """Whether a solver asks for so few sums of the rows that sorting them does not pay."""
+    rule = search.rule(solver)
+    if rule is None or arrays.on_device(x) or np.ndim(bits) or importance is not None:
+        return False
+    # m levels have 2^(m-1) - 1 thresholds: once for every m, and again in every iteration.
+    count = (1 << levels) - 1 - levels + rule[1] * ((1 << (levels - 1)) - 1)
+    return count <= FEW_PASSES and rows.length <= blocks.BLOCK
 
 
 def _cut(array: Any, rows: Rows, part: Part) -> Any:

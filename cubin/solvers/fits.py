@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 
 from cubin.arrays import Array
+from cubin.code import decode
 from cubin.solvers.cells import Cells, fitted
 from cubin.solvers.magnitudes import Magnitudes
+
+_COUNTED = 8
+"""Up to so many cells, counting the edges below a magnitude is faster than bisection."""
 
 
 class Fit:
@@ -72,17 +76,43 @@ class Fit:
 
         `x`, (rows, n), and `bits` may be some columns of what was fitted.
         """
+        return self._xp.take(self._codes, self._entries(x, bits))
+
+    def approximate(self, x: Array, bits: Any, y: Array) -> None:
+        """Write what the codes and scales of elements stand for, as `decode` gives it."""
+        xp, count = self._xp, len(self._unit)
+        codes = self._codes.reshape(count, -1)
+        depths: Any = np.uint8(self._levels)
+        if self._mapped:
+            depths = xp.repeat(xp.arange(self._levels + 1, dtype=np.uint8), 2 * self._cells)
+            depths = xp.broadcast_to(depths, codes.shape)
+        values = xp.empty(codes.shape, y.dtype)
+        decode(codes, depths, *self.scales, y=values)
+        y[...] = xp.take(values.ravel(), self._entries(x, bits))
+
+    def _entries(self, x: Array, bits: Any) -> Array:
+        """Where the codes of elements stand among those of all rows."""
         xp = self._xp
         magnitude = abs(x) / self._unit
         table = xp.arange(len(x))[:, None]
         if self._mapped:
             table = table * (self._levels + 1) + bits
+        if self._mapped or self._cells > _COUNTED:
+            position = self._bisected(magnitude, table)
+        else:
+            position = xp.zeros(x.shape, np.uint8)
+            for edge in self._edges.reshape(len(x), self._cells - 1).T:
+                position += magnitude > edge[:, None]
+        position += (x <= 0) * position.dtype.type(self._cells)
+        return position + table * (2 * self._cells)
+
+    def _bisected(self, magnitude: Array, table: Array) -> Array:
+        xp = self._xp
         first = table * (self._cells - 1) - 1
-        position: Any = 0
+        position = xp.zeros(magnitude.shape, np.int64)
         step = self._cells >> 1
         while step:
-            position = (
-                position + (magnitude > xp.take(self._edges, first + (position + step))) * step
-            )
+            edge = xp.take(self._edges, first + (position + step))
+            position += (magnitude > edge) * step
             step >>= 1
-        return xp.take(self._codes, (2 * table + (x <= 0)) * self._cells + position)
+        return position

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays
+from cubin import arrays, blocks
 from cubin.arrays import Array
-from cubin.signs import as_integers
+from cubin.signs import as_integers, where
 
 CHUNK = 1 << 17
 """Running sums that are worked on at a time."""
@@ -47,15 +47,8 @@ class Magnitudes:
     """
 
     def __init__(self, x: Array, bits: Any, levels: int, importance: Array | None) -> None:
-        xp = self.xp = arrays.library(x)
-        self.count, self.length = x.shape
-        mapped = self.mapped = np.ndim(bits) > 0
-        magnitude = abs(x).astype(arrays.work_dtype(x.dtype), copy=False)
-        if mapped:
-            magnitude = xp.where(bits > 0, magnitude, 0)
-        self.unit, self.valid = _unit(xp, magnitude)
-        magnitude /= self.unit
-        magnitude[~self.valid] = 0
+        magnitude = self._scaled(x, bits, levels)
+        xp, mapped = self.xp, self.mapped
         weight = None if importance is None else _weights(xp, importance, bits)
         if mapped or weight is not None:
             order = xp.argsort(magnitude, axis=1)
@@ -66,11 +59,24 @@ class Magnitudes:
             weight = None if weight is None else xp.take_along_axis(weight, order, 1)
         else:
             magnitude = xp.sort(magnitude, axis=1)
-        self.depths = tuple(range(1, levels + 1)) if mapped else (levels,)
         self._starts = _starts(xp, bits, self.depths, x.shape)
         self._values = magnitude.ravel()
         self._mass = None if weight is None else _running_sums(xp, weight)
         self._first = _running_sums(xp, magnitude if weight is None else magnitude * weight)
+
+    def _scaled(self, x: Array, bits: Any, levels: int) -> Array:
+        """The magnitudes in units; sets all attributes."""
+        xp = self.xp = arrays.library(x)
+        self.count, self.length = x.shape
+        self.mapped = np.ndim(bits) > 0
+        self.depths = tuple(range(1, levels + 1)) if self.mapped else (levels,)
+        magnitude = abs(x).astype(arrays.work_dtype(x.dtype), copy=False)
+        if self.mapped:
+            magnitude = xp.where(bits > 0, magnitude, 0)
+        self.unit, self.valid = _unit(xp, magnitude)
+        magnitude /= self.unit
+        magnitude[~self.valid] = 0
+        return magnitude
 
     def totals(self, depth: int) -> tuple[Array, Array]:
         """The weight and the weighted magnitudes of all elements with this number of bits."""
@@ -133,6 +139,45 @@ class Magnitudes:
             position = xp.where(below & (probe > position), probe, position)
             step >>= 1
         return position
+
+
+class Unsorted(Magnitudes):
+    """The magnitudes of NumPy rows as they lie, without bit map or importance.
+
+    Every threshold takes a pass over its row. As long as a solver asks for few of them this is
+    faster than sorting.
+    """
+
+    def __init__(self, x: np.ndarray, levels: int) -> None:
+        self._magnitude = self._scaled(x, np.uint8(levels), levels)
+        self._total = self._magnitude.sum(axis=1, dtype=np.float64)
+        self._last: tuple[Any, ...] = (None, None, None)
+
+    def sums(self, rows: Array, depth: int, thresholds: Array) -> tuple[Array, Array]:
+        """As of sorted magnitudes; what was asked for last is kept."""
+        if self._last[0] is not thresholds:
+            self._last = (thresholds, *self._sums(rows, thresholds))
+        return self._last[1:]
+
+    def _sums(self, rows: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        every = len(rows) == self.count
+        m = self._magnitude if every else self._magnitude[rows]
+        above = blocks.spare("above", m.shape, np.bool_)
+        kept = blocks.spare("kept", m.shape, m.dtype)
+        mass, first = np.zeros((2, len(thresholds) + 2, len(rows)))
+        mass[0], first[0] = self.length, self._total[rows]
+        for cell, edge in enumerate(thresholds, start=1):
+            np.greater(m, edge[:, None], out=above)
+            if self.length < _LONG:
+                mass[cell] = above.sum(axis=1)
+            else:  # this is vectorized for whole arrays alone
+                mass[cell] = [np.count_nonzero(row) for row in above]
+            where(above, m, out=kept)
+            kept.sum(axis=1, dtype=np.float64, out=first[cell])
+        return mass[:-1] - mass[1:], first[:-1] - first[1:]
+
+
+_LONG = 512
 
 
 def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:

@@ -541,6 +541,21 @@ def test_sixteen_refined_levels(rng):
     assert errors[2] < errors[1] < errors[0] < 4e-3
 
 
+@pytest.mark.parametrize("length", [1, 7, 100, 600])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_unsorted_rows_have_the_sums_of_sorted_ones(rng, dtype, length):
+    x = rng.normal(size=(9, length)).astype(dtype)
+    x[2], x[3, 0] = 0, np.inf
+    plain = magnitudes.Magnitudes(x, np.uint8(3), 3, None)
+    unsorted = magnitudes.Unsorted(x, 3)
+    for rows in (np.arange(9), np.array([0, 3, 8])):
+        thresholds = np.sort(rng.uniform(-0.1, 2, (3, len(rows))), axis=0).astype(plain.unit.dtype)
+        expected = plain.sums(rows, 3, thresholds)
+        for found in (unsorted.sums(rows, 3, thresholds), unsorted.sums(rows, 3, thresholds)):
+            np.testing.assert_array_equal(found[0], expected[0])
+            np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-12 * length)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_memory_at_eight_bits(monkeypatch, rng, solver):
     """2 GB for 4096 x 4096: there is no table of all sums for every element."""

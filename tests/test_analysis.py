@@ -67,7 +67,7 @@ def test_squares_that_float64_cannot_hold(size):
 
 
 def test_kinds_of_arrays(weights, rng):
-    one = error_per_bit_width(rng.normal(size=(4, 5)), bits=[1])
+    one = error_per_bit_width(rng.normal(size=(4, 5)), bits=1)
     assert [row.name for row in one.rows] == ["x"]
     several = error_per_bit_width(list(weights.values()), bits=[1])
     assert [row.name for row in several.rows] == ["0", "1"]

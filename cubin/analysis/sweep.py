@@ -20,7 +20,7 @@ Axis = int | tuple[int, ...] | None
 
 def error_per_bit_width(
     arrays: Mapping[str, Array] | Iterable[Any] | Array,
-    bits: Iterable[int] = range(1, 9),
+    bits: int | Iterable[int] = range(1, 9),
     solvers: Sequence[str] = ("greedy",),
     channel_axis: Axis = 0,
     *,
@@ -35,7 +35,7 @@ def error_per_bit_width(
         ``(name, array)`` or ``(name, array, channel_axis)``. An iterable is consumed one array at
         a time, so that a generator can read weights that do not fit in memory together. Arrays
         are float16, float32 or float64, NumPy's or CuPy's, of any shape.
-    bits : iterable of int
+    bits : int or iterable of int
         The bit widths, 0 to 16.
     solvers : sequence of str
         The solvers of `cubin.quantize`.
@@ -66,7 +66,8 @@ def error_per_bit_width(
     >>> [round(row.relative_mse, 2) for row in table.rows]
     [0.36, 0.13]
     """
-    widths = [checked.as_integer("bits", width) for width in bits]
+    given = bits if isinstance(bits, Iterable) else [bits]
+    widths = [checked.as_integer("bits", width) for width in given]
     for width in widths:
         if not 0 <= width <= checked.MAX_BITS:
             raise ValueError(f"bits must lie in 0 .. {checked.MAX_BITS}, got {width}")

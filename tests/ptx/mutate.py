@@ -45,6 +45,9 @@ EQUIVALENT: dict[str, str] = {
     "total = sign == 0 ? y : sign >= 0 ? plus(y, scale) : minus(y, scale)": (
         "a sign of 0 is dealt with before"
     ),
+    "for (int cell = first_used(LEVELS) + leader(); cell <= CELLS; cell += Team::LEADERS)": (
+        "the cell after the last begins a depth, so it gets no edge; its value is not looked at"
+    ),
     "for (int i = 0; i <= LEVELS - 1; ++i)": "the body runs where i < level, and level < LEVELS",
     "if constexpr (LEVEL + 1 <= LEVELS)": "one more branch, for a level that there is not",
     "double total = 1;": "only sums beyond the largest float start there: 1 is lost in them",

@@ -48,6 +48,12 @@ EQUIVALENT: dict[str, str] = {
     "for (int cell = first_used(LEVELS) + leader(); cell <= CELLS; cell += Team::LEADERS)": (
         "the cell after the last begins a depth, so it gets no edge; its value is not looked at"
     ),
+    "static __device__ unsigned int exponent(Pattern m) { return max(m >> 23, 2u); }": (
+        "twice the unit of rows of the smallest normal numbers does as well"
+    ),
+    "static __device__ unsigned long long exponent(Pattern m) { return max(m >> 52, 2ull); }": (
+        "twice the unit of rows of the smallest normal numbers does as well"
+    ),
     "for (int i = 0; i <= LEVELS - 1; ++i)": "the body runs where i < level, and level < LEVELS",
     "if constexpr (LEVEL + 1 <= LEVELS)": "one more branch, for a level that there is not",
     "double total = 1;": "only sums beyond the largest float start there: 1 is lost in them",

@@ -143,6 +143,16 @@ def test_elements_without_bits_do_not_count(device):
     np.testing.assert_array_equal(full[:, [1, 3]], 0)
 
 
+def test_elements_without_bits_do_not_set_the_unit(device, rng):
+    """Beside them, squares of the others would vanish."""
+    x, bits = sample(rng, (3, 24), np.float64, 3, True)
+    expected = solve(device, x, bits, 3, (False, 5))
+    far = 2.0**-700
+    found = solve(device, np.where(bits, x * far, 1.0), bits, 3, (False, 5))
+    for one, other in zip(found, (expected[0] * far, expected[1], expected[2] * far), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 # ---------------------------------------------------------------- in use
 
 

@@ -27,8 +27,8 @@ MAX_LEVELS = 4
 CHUNK = 1 << 13
 """Elements that stay in the first cache while they are added up above one edge after the other."""
 
-# Where four magnitudes may overflow, they are divided by the unit.
-_LARGE, _UNIT = np.float32(2.0**126), np.float32(4)
+# What magnitudes are divided by where four of them overflow.
+_UNIT = np.float32(4)
 
 
 @loop()
@@ -40,18 +40,20 @@ def _rounded_down(value: float) -> Any:
 # ---------------------------------------------------------------- sums
 
 
-# Four are added in float32, which has twice the lanes: numbers that are equal do not round.
+# Four are added in float32, which has twice the lanes: numbers that are equal do not round. NaN is
+# not below an edge, so that it shows in the sums.
 @loop()
-def _sums_of_four(a: Array, b: Array, c: Array, d: Array, edge: float, sums: Array) -> int:
-    """Add up the elements above an edge, and give their number."""
-    zero, count = np.float32(0), np.int32(0)
+def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
+    """Add up what lies above an edge in columns of four, and give its number."""
+    zero, below = np.float32(0), np.int32(0)
     for j in range(sums.size):
-        first = (a[j] if a[j] > edge else zero) + (b[j] if b[j] > edge else zero)
-        second = (c[j] if c[j] > edge else zero) + (d[j] if d[j] > edge else zero)
-        sums[j] = first + second
+        a, b, c, d = fours[0, j], fours[1, j], fours[2, j], fours[3, j]
         # In 32 bits, or the lanes are halved.
-        count = np.int32(count + (a[j] > edge) + (b[j] > edge) + (c[j] > edge) + (d[j] > edge))
-    return count
+        below = np.int32(below + (a <= edge) + (b <= edge) + (c <= edge) + (d <= edge))
+        first = (zero if a <= edge else a) + (zero if b <= edge else b)
+        second = (zero if c <= edge else c) + (zero if d <= edge else d)
+        sums[j] = first + second
+    return fours.size - below
 
 
 # Sums alone may be reordered.
@@ -64,53 +66,51 @@ def _sum(values: Array) -> float:
 
 
 @loop()
-def _above(m: Array, edge: float, spare: Array) -> tuple[int, float]:
-    q = m.size // 4
-    sums = spare[:q]
-    a, b, c, d = m[:q], m[q : 2 * q], m[2 * q : 3 * q], m[3 * q : 4 * q]
-    count, total = np.int64(_sums_of_four(a, b, c, d, edge, sums)), _sum(sums)
-    for j in range(4 * q, m.size):
-        if m[j] > edge:
-            count += 1
-            total += m[j]
-    return count, total
-
-
-@loop()
 def _add_up(m: Array, edges: Array, cells: range, number: Array, total: Array, spare: Array) -> None:
     """Find what lies above the lower edges of cells."""
     for cell in cells:
         number[cell], total[cell] = 0, 0
     for start in range(0, m.size, CHUNK):
         chunk = m[start : start + CHUNK]
+        columns = chunk.size // 4
+        fours, rest = chunk[: 4 * columns].reshape(4, columns), chunk[4 * columns :]
+        sums = spare[:columns]
         for cell in cells:
-            more, sum_of_more = _above(chunk, edges[cell - 1] if cell else np.float32(-1), spare)
-            number[cell] += more
-            total[cell] += sum_of_more
+            edge = edges[cell - 1] if cell else np.float32(-1)
+            number[cell] += _sums_of_four(fours, edge, sums)
+            total[cell] += _sum(sums)
+            for j in range(rest.size):
+                if not rest[j] <= edge:
+                    number[cell] += 1
+                    total[cell] += rest[j]
 
 
 # ---------------------------------------------------------------- least squares
 
 
 @loop()
-def _sign(code: int, level: int) -> float:
-    return 2.0 * (code >> level & 1) - 1.0
+def _signed(value: float, code: int, level: int) -> float:
+    return value if code >> level & 1 else -value
 
 
 @loop()
 def _set_equations(
     codes: Array, levels: int, number: Array, total: Array, equations: Array
 ) -> None:
-    equations[: levels + 1, :levels] = 0
+    for j in range(levels):
+        equations[levels, j] = 0
+        for i in range(j):
+            equations[j, i] = 0
+        equations[j, j] = number[0]
     above, above_total = 0.0, 0.0
     for cell in range((1 << (levels - 1)) - 1, -1, -1):
         mass, first = number[cell] - above, total[cell] - above_total
         above, above_total = number[cell], total[cell]
+        code = codes[cell]
         for j in range(levels):
-            sign = _sign(codes[cell], j)
-            equations[levels, j] += sign * first
-            for i in range(j, levels):
-                equations[i, j] += sign * _sign(codes[cell], i) * mass
+            equations[levels, j] += _signed(first, code, j)
+            for i in range(j):
+                equations[j, i] += _signed(mass, code >> j ^ ~code >> i, 0)
 
 
 @loop()
@@ -181,7 +181,7 @@ def _split(
     for cell in range(cells - 1, -1, -1):
         value = 0.0
         for i in range(level):
-            value += scales[i] * _sign(codes[cell], i)
+            value += _signed(scales[i], codes[cell], i)
         cut = _rounded_down(value)
         # The edges above this cell have moved up already.
         if cell + 1 < cells:
@@ -215,13 +215,9 @@ def _in_order(found: Array, unit: float, codes: Array, scales: Array) -> None:
 
 
 @loop()
-def _magnitudes(x: Array, m: Array) -> bool:
-    """Write |x|, and give whether no sum of four can overflow."""
-    small = True
+def _magnitudes(x: Array, m: Array) -> None:
     for j in range(m.size):
         m[j] = abs(x[j])
-        small &= m[j] < _LARGE
-    return small
 
 
 @loop()
@@ -265,9 +261,11 @@ def fit(
     for row in range(len(x)):
         edge, code = edges[row], codes[row]
         unit = 1.0
-        if not _magnitudes(x[row], m):
-            unit = _UNIT if _tame(m) else np.nan
+        _magnitudes(x[row], m)
         _add_up(m, edge, range(1), number, total, spare)
+        if not total[0] < np.inf:
+            unit = _UNIT if _tame(m) else np.nan
+            _add_up(m, edge, range(1), number, total, spare)
         code[0] = 1
         for level in range(levels):
             if level:

@@ -5,9 +5,9 @@ added up in one pass over the row, while it is in the cache. They take float32, 
 in float64 overflows or vanishes, and elements that all have the same number of bits, 2 to
 `MAX_LEVELS`.
 
-What the cells of a row hold is kept as `number` and `total`: how many magnitudes lie above the lower
-edge of a cell, and their sum. `equations` are the normal equations of least squares, the right side
-below the lower triangle.
+What the cells of a row hold is kept as `number` and `total`: how many magnitudes lie above the
+lower edge of a cell, and their sum. `equations` are the normal equations of least squares: the
+lower triangle, and the right side as one more line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from cubin import blocks, compiled
 from cubin.arrays import Array
-from cubin.compiled import loop
+from cubin.compiled import float64_sum, loop
 from cubin.solvers.cells import DEPENDENT
 
 MAX_LEVELS = 4
@@ -28,7 +28,7 @@ CHUNK = 1 << 13
 """Elements that stay in the first cache while they are added up above one edge after the other."""
 
 # What magnitudes are divided by where four of them overflow.
-_UNIT = np.float32(4)
+_UNIT = 4.0
 
 
 @loop()
@@ -56,17 +56,10 @@ def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
     return fours.size - below
 
 
-# Sums alone may be reordered.
-@loop(fastmath={"reassoc"})
-def _sum(values: Array) -> float:
-    total = 0.0
-    for j in range(values.size):
-        total += np.float64(values[j])
-    return total
-
-
 @loop()
-def _add_up(m: Array, edges: Array, cells: range, number: Array, total: Array, spare: Array) -> None:
+def _add_up(
+    m: Array, edges: Array, cells: range, number: Array, total: Array, spare: Array
+) -> None:
     """Find what lies above the lower edges of cells."""
     for cell in cells:
         number[cell], total[cell] = 0, 0
@@ -78,7 +71,7 @@ def _add_up(m: Array, edges: Array, cells: range, number: Array, total: Array, s
         for cell in cells:
             edge = edges[cell - 1] if cell else np.float32(-1)
             number[cell] += _sums_of_four(fours, edge, sums)
-            total[cell] += _sum(sums)
+            total[cell] += float64_sum(sums)
             for j in range(rest.size):
                 if not rest[j] <= edge:
                     number[cell] += 1

@@ -1,7 +1,7 @@
 """The loops over rows as Numba compiles them: what the CUDA kernels do, a row at a time.
 
-They mirror the primitives of `cubin.greedy`: the same signs, and scales that differ in the order
-of a float64 sum alone. They release the GIL and take contiguous arrays of shape (rows, n) in the
+They mirror the primitives of `cubin.greedy`: the same signs, and scales that differ in how a sum
+is rounded alone. They release the GIL and take contiguous arrays of shape (rows, n) in the
 work dtype; `bits` is a uint8 array of that shape, or None where all elements have all levels.
 
 Four levels at a time are held in registers. A level that is missing has the scale 0, which
@@ -21,6 +21,9 @@ from cubin import arrays
 from cubin.arrays import Array
 
 GROUP = 4
+
+LONG = 1 << 10
+"""Elements of a row from which on it pays to cut it in four."""
 
 
 def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -99,6 +102,45 @@ def _early_sum(r: Array, bits: Array | None, row: int, level: int, a: float) -> 
     return total, count
 
 
+# Where all elements count, four are added in float32 first, which has twice the lanes of float64:
+# numbers that are equal do not round.
+@loop()
+def _sums_of_four(fours: Array, a: float, b: float, c: float, sums: Array) -> None:
+    for j in range(sums.size):
+        first = _folded(fours[0, j], a, b, c) + _folded(fours[1, j], a, b, c)
+        second = _folded(fours[2, j], a, b, c) + _folded(fours[3, j], a, b, c)
+        sums[j] = first + second
+
+
+@loop()
+def _early_sums_of_four(fours: Array, a: float, sums: Array) -> None:
+    for j in range(sums.size):
+        first = abs(abs(fours[0, j]) - a) + abs(abs(fours[1, j]) - a)
+        second = abs(abs(fours[2, j]) - a) + abs(abs(fours[3, j]) - a)
+        sums[j] = first + second
+
+
+@loop(fastmath={"reassoc"})
+def float64_sum(values: Array) -> float:
+    total = 0.0
+    for j in range(values.size):
+        total += np.float64(values[j])
+    return total
+
+
+@loop()
+def _whole_sum(r: Array, level: int, a: float, b: float, c: float, spare: Array) -> float:
+    columns = r.size // 4
+    fours, rest, sums = r[: 4 * columns].reshape(4, columns), r[4 * columns :], spare[:columns]
+    if level % GROUP < 2:
+        _early_sums_of_four(fours, a, sums)
+    else:
+        _sums_of_four(fours, a, b, c, sums)
+    total = float64_sum(sums) + _sum(rest, None, 0, level, a, b, c)[0]
+    # Four may overflow that do not in float64.
+    return total if total < np.inf else _sum(r, None, 0, level, a, b, c)[0]
+
+
 @loop()
 def _fold(r: Array, scales: Array, row: int, first: int) -> None:
     """Take the levels `first` to first + 3 off the magnitudes `r`."""
@@ -112,15 +154,19 @@ def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
     """Find the scales, (levels, rows): the mean |residual| at each level, 0 without a code."""
     levels, rows = scales.shape
     zero = scales.dtype.type(0)
-    spare = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
+    rest = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
+    spare = np.empty(x.shape[1] // 4, x.dtype)
+    quick = x.itemsize == 4 and x.shape[1] >= LONG
     for row in range(rows):
         r = x[row]
         if levels > GROUP:
-            spare[:] = r
-            r = spare
+            rest[:] = r
+            r = rest
         a = b = c = zero
         for level in range(levels):
-            if level < 2:
+            if bits is None and quick:
+                total, count = _whole_sum(r, level, a, b, c, spare), r.size
+            elif level < 2:
                 total, count = _early_sum(r, bits, row, level, a)
             else:
                 total, count = _sum(r, bits, row, level, a, b, c)

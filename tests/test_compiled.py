@@ -122,6 +122,21 @@ def test_constant_rows_are_exact():
     np.testing.assert_array_equal(second, 0)
 
 
+@pytest.mark.parametrize("levels", [2, 4, 9])
+def test_long_rows(rng, levels):
+    x = rng.normal(size=(5, 4 * compiled.LONG + 3)).astype(np.float32)
+    x[0] = 0.3
+    x[1] *= 3e38 / np.abs(x[1]).max()
+    x[2, 5] = np.nan
+    x[3, -1] = np.inf
+    with np.errstate(all="ignore"):
+        expected = np.stack(greedy._level_scales(x, np.uint8(levels), levels))
+    found = np.stack(compiled.level_scales(x, np.uint8(levels), levels))
+    np.testing.assert_array_equal(found[:, 0], [[x[0, 0]], *[[0]] * (levels - 1)])
+    np.testing.assert_allclose(found[:, [1, 4]], expected[:, [1, 4]], rtol=1e-5)
+    np.testing.assert_array_equal(found[:, [2, 3]], expected[:, [2, 3]])
+
+
 @pytest.mark.parametrize("lay_out", [np.asfortranarray, lambda x: x[::-1, ::-1], np.asarray])
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_whole_arrays(rng, monkeypatch, lay_out, axis):
@@ -215,6 +230,22 @@ def test_solvers_on_what_is_not_finite(rng, solver):
     np.testing.assert_allclose(np.stack(scales), expected, rtol=1e-6)
     assert np.isnan(expected[:, 1:3]).all()
     np.testing.assert_array_equal(codes, expected_codes)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_on_large_numbers_and_rows_of_several_chunks(rng, solver):
+    x = rng.normal(size=(3, 2 * loops.CHUNK + 7)).astype(np.float32)
+    x[0] *= np.finfo(np.float32).max / np.abs(x[0]).max()
+    x[1] = np.finfo(np.float32).max
+    (expected, expected_codes), (scales, codes) = solved(solver, x, 3)
+    top = np.abs(x).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.stack(scales) / top, expected / top, atol=1e-6)
+    assert (codes != expected_codes).mean() < 1e-4
+    y = np.empty_like(x)
+    loops.reconstruct(x, 3, *search.rule(solver), y=y)
+    decoded = np.empty_like(x)
+    code.decode(codes, np.uint8(3), *scales, y=decoded)
+    np.testing.assert_array_equal(y, decoded)
 
 
 def test_solvers_that_follow_no_rule():

@@ -1,8 +1,13 @@
 """The solvers `refined` and `alternating` as Numba compiles them, a row at a time.
 
-They do what `cubin.solvers.search` does, without sorting: each least-squares step is one pass over
-the row per threshold, while it is in the cache. They take float32, for which no square in float64
-overflows or vanishes, and elements that all have the same number of bits, 2 to `MAX_LEVELS`.
+They do what `cubin.solvers.search` does, without sorting: the elements above an edge of cells are
+added up in one pass over the row, while it is in the cache. They take float32, for which no square
+in float64 overflows or vanishes, and elements that all have the same number of bits, 2 to
+`MAX_LEVELS`.
+
+What the cells of a row hold is kept as `number` and `total`: how many magnitudes lie above the
+lower edge of a cell, and their sum. `equations` are the normal equations of least squares: the
+lower triangle, and the right side as one more line.
 """
 
 from __future__ import annotations
@@ -13,11 +18,17 @@ import numpy as np
 
 from cubin import blocks, compiled
 from cubin.arrays import Array
-from cubin.compiled import loop
+from cubin.compiled import float64_sum, loop
 from cubin.solvers.cells import DEPENDENT
 
 MAX_LEVELS = 4
-"""From here on sorting pays: the thresholds double with every level."""
+"""From here on sorting pays: the edges double with every level."""
+
+CHUNK = 1 << 13
+"""Elements that stay in the first cache while they are added up above one edge after the other."""
+
+# What magnitudes are divided by where four of them overflow.
+_UNIT = 4.0
 
 
 @loop()
@@ -26,99 +37,107 @@ def _rounded_down(value: float) -> Any:
     return np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded
 
 
-# Sums alone may be reordered. Four of them share what a pass loads; counts are exact in float32.
-@loop(fastmath={"reassoc"})
-def _sums_above(
-    m: Array, a: float, b: float, c: float, d: float, count: Array, total: Array
+# ---------------------------------------------------------------- sums
+
+
+# Four are added in float32, which has twice the lanes: numbers that are equal do not round. NaN is
+# not below an edge, so that it shows in the sums.
+@loop()
+def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
+    """Add up what lies above an edge in columns of four, and give its number."""
+    zero, below = np.float32(0), np.int32(0)
+    for j in range(sums.size):
+        a, b, c, d = fours[0, j], fours[1, j], fours[2, j], fours[3, j]
+        # In 32 bits, or the lanes are halved.
+        below = np.int32(below + (a <= edge) + (b <= edge) + (c <= edge) + (d <= edge))
+        first = (zero if a <= edge else a) + (zero if b <= edge else b)
+        second = (zero if c <= edge else c) + (zero if d <= edge else d)
+        sums[j] = first + second
+    return fours.size - below
+
+
+@loop()
+def _add_up(
+    m: Array, edges: Array, cells: range, number: Array, total: Array, spare: Array
 ) -> None:
-    zero, one = np.float32(0), np.float32(1)
-    count_a, count_b, count_c, count_d = zero, zero, zero, zero
-    total_a, total_b, total_c, total_d = 0.0, 0.0, 0.0, 0.0
-    for j in range(m.size):
-        value = np.float64(m[j])
-        total_a += value if m[j] > a else 0.0
-        total_b += value if m[j] > b else 0.0
-        total_c += value if m[j] > c else 0.0
-        total_d += value if m[j] > d else 0.0
-        count_a += one if m[j] > a else zero
-        count_b += one if m[j] > b else zero
-        count_c += one if m[j] > c else zero
-        count_d += one if m[j] > d else zero
-    count[0], count[1], count[2], count[3] = count_a, count_b, count_c, count_d
-    total[0], total[1], total[2], total[3] = total_a, total_b, total_c, total_d
+    """Find what lies above the lower edges of cells."""
+    for cell in cells:
+        number[cell], total[cell] = 0, 0
+    for start in range(0, m.size, CHUNK):
+        chunk = m[start : start + CHUNK]
+        columns = chunk.size // 4
+        fours, rest = chunk[: 4 * columns].reshape(4, columns), chunk[4 * columns :]
+        sums = spare[:columns]
+        for cell in cells:
+            edge = edges[cell - 1] if cell else np.float32(-1)
+            number[cell] += _sums_of_four(fours, edge, sums)
+            total[cell] += float64_sum(sums)
+            for j in range(rest.size):
+                if not rest[j] <= edge:
+                    number[cell] += 1
+                    total[cell] += rest[j]
 
 
-@loop(fastmath={"reassoc"})
-def _sums_of_two(m: Array, a: float, count: Array, total: Array) -> None:
-    zero, one = np.float32(0), np.float32(1)
-    count_a, total_a, total_all = zero, 0.0, 0.0
-    for j in range(m.size):
-        value = np.float64(m[j])
-        total_all += value
-        total_a += value if m[j] > a else 0.0
-        count_a += one if m[j] > a else zero
-    count[0], count[1] = m.size, count_a
-    total[0], total[1] = total_all, total_a
+# ---------------------------------------------------------------- least squares
 
 
 @loop()
-def _sums(m: Array, edges: Array, cells: int, mass: Array, first: Array) -> None:
-    """The number and the sum of the magnitudes in each cell."""
-    never = np.float32(np.inf)
-    if cells <= 2:
-        _sums_of_two(m, edges[0] if cells > 1 else never, mass, first)
-    else:
-        for cell in range(0, cells, 4):
-            a = edges[cell - 1] if cell else np.float32(-1)
-            b, c, d = edges[cell], edges[cell + 1], edges[cell + 2]
-            _sums_above(m, a, b, c, d, mass[cell : cell + 4], first[cell : cell + 4])
-    for cell in range(cells - 1):
-        mass[cell] -= mass[cell + 1]
-        first[cell] -= first[cell + 1]
+def _signed(value: float, code: int, level: int) -> float:
+    return value if code >> level & 1 else -value
 
 
 @loop()
-def _sign(code: int, level: int) -> float:
-    return 2.0 * (code >> level & 1) - 1.0
-
-
-@loop()
-def _fitted(
-    m: Array, edges: Array, codes: Array, levels: int, cells: int, scales: Array, spare: Array
-) -> float:
-    """Write the least-squares scales of the codes of cells; give what they explain."""
-    mass, first = spare[0], spare[1]
-    _sums(m, edges, cells, mass, first)
-    gram, target = np.zeros((levels, levels)), np.zeros(levels)
-    for cell in range(cells):
-        for i in range(levels):
-            sign = _sign(codes[cell], i)
-            target[i] += sign * first[cell]
-            for j in range(i + 1):
-                gram[i, j] += sign * _sign(codes[cell], j) * mass[cell]
-    factor, inverse = np.zeros((levels, levels)), np.zeros(levels)
+def _set_equations(
+    codes: Array, levels: int, number: Array, total: Array, equations: Array
+) -> None:
     for j in range(levels):
-        pivot, right = gram[j, j], target[j]
-        for p in range(j):
-            pivot -= factor[j, p] * factor[j, p] * inverse[p]
-            right -= factor[j, p] * scales[p]
-        inverse[j] = 1 / pivot if pivot > DEPENDENT * gram[j, j] else 0.0
-        scales[j] = right * inverse[j]
-        for i in range(j + 1, levels):
-            entry = gram[i, j]
-            for p in range(j):
-                entry -= factor[i, p] * factor[j, p] * inverse[p]
-            factor[i, j] = entry
+        equations[levels, j] = 0
+        for i in range(j):
+            equations[j, i] = 0
+        equations[j, j] = number[0]
+    above, above_total = 0.0, 0.0
+    for cell in range((1 << (levels - 1)) - 1, -1, -1):
+        mass, first = number[cell] - above, total[cell] - above_total
+        above, above_total = number[cell], total[cell]
+        code = codes[cell]
+        for j in range(levels):
+            equations[levels, j] += _signed(first, code, j)
+            for i in range(j):
+                equations[j, i] += _signed(mass, code >> j ^ ~code >> i, 0)
+
+
+@loop()
+def _mean(equations: Array, level: int, scales: Array) -> float:
+    """The mean of what the levels before leave of the magnitudes, with the signs of a level."""
+    total = equations[level + 1, level]
+    for i in range(level):
+        total -= equations[level, i] * scales[i]
+    return total / max(equations[0, 0], 1)
+
+
+@loop()
+def _solve(equations: Array, levels: int, scales: Array) -> float:
+    """Write the least-squares scales, which overwrites the equations; give what they explain."""
+    count = equations[0, 0]
+    for p in range(levels):
+        pivot, right = equations[p, p], equations[levels, p]
+        # A level whose signs depend linearly on those before it adds nothing.
+        inverse = 1 / pivot if pivot > DEPENDENT * count else 0.0
+        scales[p] = right * inverse
+        for j in range(p + 1, levels):
+            for i in range(j, levels):
+                equations[i, j] -= equations[i, p] * equations[j, p] * inverse
+            equations[levels, j] -= equations[j, p] * scales[p]
+        equations[p, p] = inverse
     gain = 0.0
     for j in range(levels - 1, -1, -1):
+        gain += equations[levels, j] * scales[j]
         for i in range(j + 1, levels):
-            scales[j] -= factor[i, j] * inverse[j] * scales[i]
-    for i in range(levels):
-        row = gram[i, i] * scales[i]
-        for j in range(i):
-            row += 2 * gram[i, j] * scales[j]
-        gain += scales[i] * (2 * target[i] - row)
+            scales[j] -= equations[i, j] * equations[j, j] * scales[i]
     return gain
+
+
+# ---------------------------------------------------------------- cells
 
 
 @loop()
@@ -127,10 +146,10 @@ def _nearest(scales: Array, levels: int, edges: Array, codes: Array, sums: Array
     cells = 1 << (levels - 1)
     for cell in range(cells):
         # In the order in which levels are added one by one: the last decides first.
-        code, value = 1, scales[0]
+        code, value = 1, abs(scales[0])
         for level in range(1, levels):
             plus = cell >> (level - 1) & 1
-            value += scales[level] if plus else -scales[level]
+            value += abs(scales[level]) if plus else -abs(scales[level])
             code |= plus << level
         if value < 0:
             code, value = code ^ ((1 << levels) - 1), -value
@@ -144,49 +163,66 @@ def _nearest(scales: Array, levels: int, edges: Array, codes: Array, sums: Array
 
 
 @loop()
-def _split(scales: Array, level: int, edges: Array, codes: Array) -> None:
-    """Every cell cut where the residual after the first levels changes its sign."""
+def _split(
+    scales: Array, level: int, edges: Array, codes: Array, number: Array, total: Array
+) -> None:
+    """Every cell cut where the residual after the first levels changes its sign.
+
+    What lies above the edges that there were is known.
+    """
     cells = 1 << (level - 1)
-    old = edges[: cells - 1].copy()
-    before = codes[:cells].copy()
-    for cell in range(cells):
+    for cell in range(cells - 1, -1, -1):
         value = 0.0
         for i in range(level):
-            value += scales[i] * _sign(before[cell], i)
+            value += _signed(scales[i], codes[cell], i)
         cut = _rounded_down(value)
+        # The edges above this cell have moved up already.
+        if cell + 1 < cells:
+            edges[2 * cell + 1] = edges[cell]
+            cut = min(cut, edges[cell])
         if cell > 0:
-            cut = max(cut, old[cell - 1])
-        if cell + 1 < cells:
-            cut = min(cut, old[cell])
+            cut = max(cut, edges[cell - 1])
         edges[2 * cell] = cut
-        if cell + 1 < cells:
-            edges[2 * cell + 1] = old[cell]
-        codes[2 * cell] = before[cell]
-        codes[2 * cell + 1] = before[cell] | 1 << level
+        codes[2 * cell + 1] = codes[cell] | 1 << level
+        codes[2 * cell] = codes[cell]
+        number[2 * cell], total[2 * cell] = number[cell], total[cell]
 
 
 @loop()
-def _successive(
-    m: Array, levels: int, refit: bool, edges: Array, codes: Array, scales: Array, spare: Array
-) -> None:
-    codes[0] = 1
+def _in_order(found: Array, unit: float, codes: Array, scales: Array) -> None:
+    """Write scales that are not negative and descend, and change the codes to go with them."""
+    levels = len(found)
+    moved = np.zeros_like(codes)
     for level in range(levels):
-        if level:
-            _split(scales, level, edges, codes)
-        cells = 1 << level
-        if refit:
-            _fitted(m, edges, codes, level + 1, cells, scales, spare)
-            continue
-        # A scale is the mean of what the cells' values leave.
-        mass, first = spare[0], spare[1]
-        _sums(m, edges, cells, mass, first)
-        total = 0.0
-        for cell in range(cells):
-            value = 0.0
-            for i in range(level):
-                value += scales[i] * _sign(codes[cell], i)
-            total += _sign(codes[cell], level) * (first[cell] - mass[cell] * value)
-        scales[level] = total / max(m.size, 1)
+        own, place = abs(found[level]), 0
+        for other in range(levels):
+            more = abs(found[other])
+            place += more > own or (more == own and other < level)
+        scales[place] = np.float32(own * unit)
+        for cell in range(len(codes)):
+            moved[cell] |= (codes[cell] >> level & 1 ^ int(found[level] < 0)) << place
+    codes[:] = moved
+
+
+# ---------------------------------------------------------------- rows
+
+
+@loop()
+def _magnitudes(x: Array, m: Array) -> None:
+    for j in range(m.size):
+        m[j] = abs(x[j])
+
+
+@loop()
+def _tame(m: Array) -> bool:
+    """Divide magnitudes by `_UNIT`, or make them 0 if not all are finite; give whether they are."""
+    finite = True
+    for j in range(m.size):
+        finite &= m[j] < np.float32(np.inf)
+        m[j] /= _UNIT
+    if not finite:
+        m[:] = 0
+    return finite
 
 
 @loop()
@@ -211,70 +247,89 @@ def fit(
     """
     cells = 1 << (levels - 1)
     m = np.empty(x.shape[1], np.float32)
-    spare = np.empty((2, cells))
-    found, renewed = np.empty(levels), np.empty(levels)
+    spare = np.empty(min(m.size, CHUNK) // 4, np.float32)
+    number, total, sums = np.empty(cells), np.empty(cells), np.empty(cells)
+    equations = np.empty((levels + 1, levels))
+    found = np.empty(levels)
     for row in range(len(x)):
-        finite = True
-        for j in range(m.size):
-            m[j] = abs(x[row, j])
-            finite &= m[j] < np.float32(np.inf)
-        if not finite:
-            m[:] = 0
         edge, code = edges[row], codes[row]
-        _successive(m, levels, refit, edge, code, found, spare)
-        if not refit and iterations > 0:
-            gain = _fitted(m, edge, code, levels, cells, found, spare)
-            found[:] = np.abs(found)
-            for _ in range(iterations - 1):
-                _nearest(found, levels, edge, code, spare[0])
-                raised = _fitted(m, edge, code, levels, cells, renewed, spare)
+        unit = 1.0
+        _magnitudes(x[row], m)
+        _add_up(m, edge, range(1), number, total, spare)
+        if not total[0] < np.inf:
+            unit = _UNIT if _tame(m) else np.nan
+            _add_up(m, edge, range(1), number, total, spare)
+        code[0] = 1
+        for level in range(levels):
+            if level:
+                _split(found, level, edge, code, number, total)
+                _add_up(m, edge, range(1, 1 << level, 2), number, total, spare)
+            _set_equations(code, level + 1, number, total, equations)
+            if refit:
+                _solve(equations, level + 1, found)
+            else:
+                found[level] = _mean(equations, level, found)
+        if not refit:
+            gain = _solve(equations, levels, found)
+            for _ in range(iterations):
+                _nearest(found, levels, edge, code, sums)
+                _add_up(m, edge, range(1, cells), number, total, spare)
+                _set_equations(code, levels, number, total, equations)
+                raised = _solve(equations, levels, found)
                 if not raised > gain:
                     break
-                found[:], gain = np.abs(renewed), raised
-            _nearest(found, levels, edge, code, spare[0])
-        _fitted(m, edge, code, levels, cells, found, spare)
-        _in_order(found, code, finite, scales[:, row])
-
-
-@loop()
-def _in_order(found: Array, codes: Array, finite: bool, scales: Array) -> None:
-    """Write scales that are not negative and descend, and change the codes to go with them."""
-    levels = len(found)
-    order = np.argsort(-np.abs(found), kind="mergesort")
-    for cell in range(len(codes)):
-        old, code = codes[cell], 0
-        for level in range(levels):
-            source = order[level]
-            code |= ((old >> source & 1) ^ int(found[source] < 0)) << level
-        codes[cell] = code
-    for level in range(levels):
-        scales[level] = np.float32(abs(found[order[level]])) if finite else np.float32(np.nan)
+                gain = raised
+        if unit > 1:
+            edge *= _UNIT
+        _in_order(found, unit, code, scales[:, row])
 
 
 # ---------------------------------------------------------------- what they give
 
 
 @loop()
-def _above(x: Array, edge: float, value: int, code: Array) -> None:
+def _of_four(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
+    never = np.float32(np.inf)
+    two = table.size == 2
+    a, b, c = edges[0], never if two else edges[1], never if two else edges[2]
+    p, q = table[0], table[1]
+    r, s = q if two else table[2], q if two else table[3]
     for j in range(x.size):
-        code[j] = value if abs(x[j]) > edge else code[j]
+        m = abs(x[j])
+        own = q if m > a else p
+        own = r if m > b else own
+        own = s if m > c else own
+        given[j] = mirror - own if x[j] <= 0 else own
 
 
 @loop()
-def _turn(x: Array, every: int, code: Array) -> None:
+def _of_eight(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
+    a, b, c, d, e, f, g = edges[0], edges[1], edges[2], edges[3], edges[4], edges[5], edges[6]
+    p, q, r, s = table[0], table[1], table[2], table[3]
+    t, u, v, w = table[4], table[5], table[6], table[7]
     for j in range(x.size):
-        code[j] ^= every if x[j] <= 0 else code.dtype.type(0)
+        m = abs(x[j])
+        own = q if m > a else p
+        own = r if m > b else own
+        own = s if m > c else own
+        own = t if m > d else own
+        own = u if m > e else own
+        own = v if m > f else own
+        own = w if m > g else own
+        given[j] = mirror - own if x[j] <= 0 else own
 
 
 @loop()
-def encode(x: Array, edges: Array, table: Array, codes: Array) -> None:
-    """The packed codes of elements, (rows, n), from those of the cells of their rows."""
-    rows, cells = table.shape
-    for row in range(rows):
-        codes[row] = table[row, 0]
-        for cell in range(1, cells):
-            _above(x[row], edges[row, cell - 1], table[row, cell], codes[row])
-        _turn(x[row], codes.dtype.type(2 * cells - 1), codes[row])
+def give(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
+    """Write for each element, (rows, n), what the table of its row has for its cell.
+
+    Elements that are not positive get `mirror` less that.
+    """
+    for row in range(len(x)):
+        if table.shape[1] > 4:
+            _of_eight(x[row], edges[row], table[row], mirror, given[row])
+        else:
+            _of_four(x[row], edges[row], table[row], mirror, given[row])
 
 
 # ---------------------------------------------------------------- as the solvers are called
@@ -284,23 +339,31 @@ def solve(x: Array, levels: int, refit: bool, iterations: int) -> tuple[Array, l
     """Packed codes, which last until this thread solves more rows, and scales, each (rows, 1)."""
     x, scales, edges, table = _solved(x, levels, refit, iterations)
     codes = blocks.spare("codes", x.shape, np.uint16)
-    encode(x, edges, table, codes)
-    return codes, list(scales[:, :, None])
+    give(x, edges, table, np.uint16((1 << levels) - 1), codes)
+    return codes, scales
 
 
 def reconstruct(x: Array, levels: int, refit: bool, iterations: int, *, y: Array) -> None:
     """What the codes and scales of rows stand for."""
-    codes, scales = solve(x, levels, refit, iterations)
-    compiled.decode(codes, np.uint8(levels), *scales, y=y)
+    own, scales, edges, table = _solved(x, levels, refit, iterations)
+    values = np.empty(table.shape, y.dtype)
+    compiled.decode(table, np.uint8(levels), *scales, y=values)
+    work = own.dtype
+    direct = y.dtype == work and y.flags.c_contiguous and not np.may_share_memory(own, y)
+    target = y if direct else np.empty(own.shape, work)
+    # The sums of levels are odd, and +0 where they cancel.
+    give(own, edges, values.astype(work, copy=False), work.type(0), target)
+    if not direct:
+        y[...] = target
 
 
 def _solved(
     x: Array, levels: int, refit: bool, iterations: int
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, list[Array], Array, Array]:
     x = np.ascontiguousarray(x, np.float32)
     cells = 1 << (levels - 1)
     scales = np.empty((levels, len(x)), np.float32)
     edges = np.empty((len(x), cells - 1), np.float32)
     table = np.empty((len(x), cells), np.uint16)
     fit(x, levels, refit, iterations, scales, edges, table)
-    return x, scales, edges, table
+    return x, list(scales[:, :, None]), edges, table

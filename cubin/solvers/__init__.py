@@ -21,7 +21,7 @@ Solver = Callable[[Magnitudes, int], dict[int, Cells]]
 BLOCK = 1 << 19
 """Elements, or cells of a solver's states, that the host works on at a time."""
 
-FEW_PASSES = 12
+FEW_PASSES = 6
 """Thresholds that rows are compared with in less time than they are sorted in."""
 
 DEVICE_BLOCK = 1 << 24

@@ -338,7 +338,10 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
     if (Team::rank() == 0) {
       code[0] = 1;
 #pragma unroll
-      for (int depth = 1; depth <= LEVELS; ++depth) edge[first_of(depth)] = Edges<W>::lowest();
+      for (int depth = 1; depth <= LEVELS; ++depth) {
+        edge[first_of(depth)] = Edges<W>::lowest();
+        scale[depth - 1] = 0;  // compilers read it ahead
+      }
     }
     Team::sync();
 #pragma unroll 1

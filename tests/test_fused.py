@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 
 from cubin import arrays, fused, greedy, kernels
 from cubin.kernels import FLOATS, raw
+from tests.registers import assert_registers_suffice
 
 SHORT = [1, 7, 27, 31, 32, 33, 127, 128, 129]
 LONG = [1000, 1023, 1024, 1025, 4096, 8191, 8192, 8193, 16383, 16384]
@@ -361,25 +360,8 @@ HEAVIEST = [
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_registers_hold_the_row(arch, device, monkeypatch):
     """No spills, and 1024 threads on a multiprocessor of 65536 registers."""
-    compiler = pytest.importorskip("tests.ptx.compiler")
-    from tests.ptx import device as engine
-
-    asked = []
-
-    def take(source, options, names=()):
-        asked.append((source, options))
-        return compiler.Compiled(source, arch, b"", "", {name: name for name in names})
-
-    monkeypatch.setattr(engine, "_compiled", take)
     names = [kernel.name_of(template) for kernel, template in HEAVIEST]
-    device.RawModule(code=HEAVIEST[0][0].source, name_expressions=names).compile()
-    ((source, options),) = asked
-    log = compiler.compile(source, arch, (*options, "--ptxas-options=-v"), names).log
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert spills == [("0", "0")] * len(names)
-    registers = [int(used) for used in re.findall(r"Used (\d+) registers", log)]
-    assert len(registers) == len(names)
-    assert max(registers) <= 64
+    assert_registers_suffice(arch, device, monkeypatch, HEAVIEST[0][0].source, names)
 
 
 # ---------------------------------------------------------------- the decorator

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 
 import cubin
 from cubin import arrays
 from cubin.solvers import teams
+from tests.registers import assert_registers_suffice
 
 pytestmark = pytest.mark.kernels
 
@@ -218,22 +217,5 @@ HEAVIEST = [
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_registers_hold_the_row(arch, device, monkeypatch):
     """No spills, and 1024 threads on a multiprocessor of 65536 registers."""
-    compiler = pytest.importorskip("tests.ptx.compiler")
-    from tests.ptx import device as engine
-
-    asked = []
-
-    def take(source, options, names=()):
-        asked.append((source, options))
-        return compiler.Compiled(source, arch, b"", "", {name: name for name in names})
-
-    monkeypatch.setattr(engine, "_compiled", take)
     names = [teams.solve_rows.name_of(template) for template in HEAVIEST]
-    device.RawModule(code=teams.solve_rows.source, name_expressions=names).compile()
-    ((source, options),) = asked
-    log = compiler.compile(source, arch, (*options, "--ptxas-options=-v"), names).log
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert spills == [("0", "0")] * len(names)
-    registers = [int(used) for used in re.findall(r"Used (\d+) registers", log)]
-    assert len(registers) == len(names)
-    assert max(registers) <= 64
+    assert_registers_suffice(arch, device, monkeypatch, teams.solve_rows.source, names)

@@ -132,11 +132,11 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
   }
 }
 
-// Scales lie level by level; bit i of a code is set where level i of the element has the sign +1.
+// Scales and signs lie level by level; where an element has no code its sign is 0.
 template<class Team, class T, int N, int A, int E, int LEVELS, bool MAP, class W = typename Work<T>::type>
 __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS) cubin_encode_rows(
-    const T* x, const unsigned char* bits, W* scales, unsigned short* code,
-    long long rows, int length, long long x_step, long long bits_step, long long code_step) {
+    const T* x, const unsigned char* bits, W* scales, signed char* signs,
+    long long rows, int length, long long x_step, long long bits_step, long long sign_step) {
   const long long row = Team::row();
   const int own = row < rows ? length : 0;
   W values[E];
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
   typename BitsOf<N, E, MAP>::type map;
   map.template load<Team, N, A>(bits + row * bits_step, own);
   W scale[LEVELS];
-  const int levels = fit<Team, N>(values, map, scale);
+  fit<Team, N>(values, map, scale);
   int rank = Team::rank();
   forget(rank);
   if (own && rank == 0) {
@@ -156,21 +156,21 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
     const int at = place<Team, N>(pack, rank);
     if (at >= own) break;
     map.forget_levels();
-    Pack<unsigned short, N, A> result;
+    W r[N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const int e = pack * N + j;
-      W r = values[e];
-      unsigned int word = 0;
+    for (int j = 0; j < N; ++j) r[j] = values[pack * N + j];
+    signed char* target = signs + row * sign_step + at;
 #pragma unroll
-      for (int level = 0; level < LEVELS; ++level) {
-        if (level >= levels) break;
-        const bool up = positive(r);
-        if (up && map.coded(e, level)) word |= 1u << level;
-        r = up ? minus(r, scale[level]) : plus(r, scale[level]);
+    for (int level = 0; level < LEVELS; ++level) {
+      Pack<signed char, N, A> result;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const bool up = positive(r[j]);
+        result.item[j] = map.coded(pack * N + j, level) ? (up ? 1 : -1) : 0;
+        r[j] = up ? minus(r[j], scale[level]) : plus(r[j], scale[level]);
       }
-      result.item[j] = word;
+      *reinterpret_cast<Pack<signed char, N, A>*>(target) = result;
+      target += rows * sign_step;
     }
-    *reinterpret_cast<Pack<unsigned short, N, A>*>(code + row * code_step + at) = result;
   }
 }

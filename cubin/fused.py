@@ -114,19 +114,6 @@ def approximate(primitive: Raw, x: Array, bits: Array, rows: Rows, y: Array, *st
         view[...] = target.reshape(view.shape)
 
 
-def encode(
-    primitive: Raw, x: Array, bits: Array, rows: Rows, levels: int, *static: Any
-) -> tuple[Array, Array, list[Array]]:
-    """The codes that `primitive` gives in one launch and the bits, both (rows, length), and the
-    scales, (rows, 1) for each level."""
-    xp = arrays.library(x)
-    code = xp.empty((rows.count, rows.length), np.uint16)
-    scales = xp.empty((levels, rows.count, 1), arrays.work_dtype(x.dtype))
-    own_bits = flat(bits, rows)
-    primitive(flat(x, rows), own_bits, levels, *static, scales=scales, code=code)
-    return code, own_bits, list(scales)
-
-
 def launch(
     x: Array,
     bits: Array,
@@ -137,14 +124,14 @@ def launch(
 ) -> Launch:
     """The launch of a kernel on rows that have a team.
 
-    `x`, a map `bits` and the last output have the shape (rows, length) and elements side by side;
-    the other outputs are contiguous. A scalar `bits` equals `levels`. `options` are the kernel's
-    last parameters.
+    `x`, a map `bits` and the last output have the shape (rows, length) and elements side by side.
+    Other outputs are contiguous, as is a last one with such an array for each level. A scalar
+    `bits` equals `levels`. `options` are the kernel's last parameters.
     """
     mapped = np.ndim(bits) > 0
     moved = (x, bits, outputs[-1]) if mapped else (x, outputs[-1])
     aligned = math.gcd(16, *[array.data.ptr // array.itemsize for array in moved])
-    steps = [array.strides[0] // array.itemsize for array in moved]
+    steps = [array.strides[-2] // array.itemsize for array in moved]
     template, grid, threads, sizes = _plan(x.shape, x.dtype, levels, mapped, room, aligned, *steps)
     pointers = (x, bits if mapped else _NO_MAP, *outputs)
     return Launch(template, grid, threads, (*pointers, *sizes, *options))

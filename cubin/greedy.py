@@ -15,6 +15,8 @@ import numpy as np
 
 from cubin import arrays, blocks, fused, passes
 from cubin.arrays import Array, Rows
+from cubin.code import level_signs
+from cubin.encoding import Encoding
 from cubin.kernels import FLOATS, elementwise, raw, reduction, source
 from cubin.passes import Part
 from cubin.signs import as_integers, where
@@ -154,20 +156,22 @@ def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndar
 
 @raw(
     "T x, uint8 bits, static int levels",
-    "W scales, uint16 code",
+    "W scales, int8 signs",
     code=fused.CUDA,
     preamble=fused.TEAMS,
     launch=fused.launch,
     types=FLOATS,
 )
 def encode_rows(
-    x: np.ndarray, bits: np.ndarray, levels: int, *, scales: np.ndarray, code: np.ndarray
+    x: np.ndarray, bits: np.ndarray, levels: int, *, scales: np.ndarray, signs: np.ndarray
 ) -> None:
-    """The scales of whole rows, (levels, rows, 1), and their packed codes."""
+    """The scales of whole rows, (levels, rows, 1), and their signs, (levels, rows, length)."""
     found = _level_scales(x, bits, levels)
+    code = np.empty(x.shape, np.uint16)
+    codes.function(x, bits, *found, code=code)
     for level, scale in enumerate(found):
         scales[level] = scale
-    codes.function(x, bits, *found, code=code)
+        level_signs.function(code, bits, np.uint8(level), sign=signs[level])
 
 
 def _opposite(x: np.ndarray) -> np.ndarray:
@@ -206,18 +210,18 @@ def approximate(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> Non
     fit(x, bits, levels, rows, finish)
 
 
-def encode(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
-    """Hand every part's codes, packed as by `codes`, with its bits and scales to `finish`."""
+def encode(x: Array, bits: Array, encoding: Encoding) -> None:
+    """Fill in the scales and signs of `x`."""
+    levels, rows = len(encoding.scales), encoding.rows
     if fused.holds(x, levels, np.ndim(bits) > 0, rows):
-        whole = next(passes.parts_of(rows, device=True))
-        finish(whole, *fused.encode(encode_rows, x, bits, rows, levels))
+        encoding.fill(encode_rows, x, bits)
         return
     loops = _loops(x)
 
     def pack(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
         code = arrays.library(x).empty(x.shape, np.uint16)
         loops.codes(x, bits, *scales, code=code)
-        finish(part, code, bits, scales)
+        encoding.store(part, code, bits, scales)
 
     fit(x, bits, levels, rows, pack)
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from cubin import arrays, greedy, solvers
 from cubin.arrays import Array
-from cubin.code import BinaryCode, level_signs
-from cubin.passes import Part
+from cubin.code import BinaryCode
+from cubin.encoding import Encoding
 from cubin.solvers import Solver, search
 
 SOLVERS = {
@@ -222,28 +222,16 @@ def quantize(
         weights = _weights(importance, x, solver)
         if check_finite:
             _check_finite(x, rows)
-        scales = xp.zeros((levels, rows.count), x.dtype)
-        signs = xp.empty((levels, *x.shape), np.int8)
-        views = [rows.view(signs[level, ...]) for level in range(levels)]
-
-        def store(part: Part, code: Array, bits: Array, found: list[Array]) -> None:
-            sign = xp.empty(code.shape, np.int8)
-            for level, scale in enumerate(found):
-                level_signs(code, bits, np.uint8(level), sign=sign)
-                target = views[level][part.block]
-                target[...] = sign.reshape(target.shape)
-                scales[level, part.rows] = scale[:, 0]
-
+        encoding = Encoding(x, levels, rows)
         if solve is None or _greedy_is_best(levels, weights):
-            greedy.encode(x, _spread(limits, x), levels, rows, store)
+            greedy.encode(x, _spread(limits, x), encoding)
         else:
-            solvers.encode(x, _spread(limits, x), levels, rows, store, solver=solve,
-                           importance=weights)  # fmt: skip
-        if check_finite and not bool(xp.isfinite(scales).all()):
+            solvers.encode(x, _spread(limits, x), encoding, solver=solve, importance=weights)
+        if check_finite and not bool(xp.isfinite(encoding.scales).all()):
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
     stored = int(limits) if isinstance(limits, np.generic) else limits
-    scales = scales.reshape(levels, *rows.scale_shape)
-    return BinaryCode(scales, signs, stored, channel_axis, group_size)
+    scales = encoding.scales.reshape(levels, *rows.scale_shape)
+    return BinaryCode(scales, encoding.signs, stored, channel_axis, group_size)
 
 
 def _solver(name: str, iterations: int | None) -> Solver | None:

@@ -11,6 +11,7 @@ import pytest
 
 import cubin
 from cubin import arrays, blocks, code, greedy
+from cubin.encoding import Encoding
 from cubin.solvers import search
 from cubin.solvers.fits import Fit
 from cubin.solvers.magnitudes import Magnitudes
@@ -147,23 +148,18 @@ def test_whole_arrays(rng, monkeypatch, lay_out, axis):
     def run(bits):
         y = np.empty_like(x)
         greedy.approximate(x, bits, 5, rows, y)
-        packed = np.zeros((rows.count, rows.length), np.uint16)
-        flat = packed.reshape(rows.view(x).shape)
-
-        def store(part, packed_part, bits, scales):
-            flat[part.block] = packed_part.reshape(flat[part.block].shape)
-
-        greedy.encode(x, bits, 5, rows, store)
-        return y, packed
+        encoding = Encoding(x, 5, rows)
+        greedy.encode(x, bits, encoding)
+        return y, encoding.signs
 
     for given in (np.uint8(5), bits):
-        y, packed = run(given)
+        y, signs = run(given)
         with monkeypatch.context() as patch:
             patch.setattr(blocks, "COMPILED", x.size + 1)
-            expected, expected_packed = run(given)
+            expected, expected_signs = run(given)
         close = np.isclose(y, expected, rtol=0, atol=1e-5)
         assert close.mean() > 0.9999  # a residual that is rounding error has any sign
-        np.testing.assert_array_equal(packed[rows.flat(close)], expected_packed[rows.flat(close)])
+        np.testing.assert_array_equal(signs[:, close], expected_signs[:, close])
 
 
 def test_in_place(rng):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from cubin import arrays, fused, greedy, kernels
+from cubin.code import level_signs
+from cubin.encoding import Encoding
 from cubin.kernels import FLOATS, raw
 from tests.registers import assert_registers_suffice
 
@@ -26,17 +28,27 @@ def on(device, *values):
 
 
 def encode(device, x, bits, levels):
-    """What the kernel gives: scales (levels, rows, 1) and codes."""
+    """What the kernel gives: scales (levels, rows, 1) and signs (levels, rows, n)."""
     scales = device.empty((levels, len(x), 1), arrays.work_dtype(x.dtype))
-    code = device.empty(x.shape, np.uint16)
-    greedy.encode_rows(x, bits, levels, scales=scales, code=code)
-    return scales.get(), code.get()
+    signs = device.empty((levels, *x.shape), np.int8)
+    greedy.encode_rows(x, bits, levels, scales=scales, signs=signs)
+    return scales.get(), signs.get()
 
 
 def approximate(device, x, bits, levels):
     y = device.empty(x.shape, x.dtype)
     greedy.approximate_rows(x, bits, levels, y=y)
     return y.get()
+
+
+def signs_of(x, bits, scales):
+    """The signs that the definition gives for these scales."""
+    code = np.empty(x.shape, np.uint16)
+    greedy.codes(x, bits, *scales, code=code)
+    signs = np.empty((len(scales), *x.shape), np.int8)
+    for level, sign in enumerate(signs):
+        level_signs(code, bits, np.uint8(level), sign=sign)
+    return signs
 
 
 def check_scales(x, bits, scales):
@@ -54,13 +66,11 @@ def check_scales(x, bits, scales):
 
 
 def check(device, x, bits, levels):
-    """Scales are right, and codes and approximation are exactly what they make of x."""
+    """Scales are right, and signs and approximation are exactly what they make of x."""
     inputs = on(device, x, bits)
-    scales, code = encode(device, *inputs, levels)
+    scales, signs = encode(device, *inputs, levels)
     check_scales(x, bits, scales)
-    expected = np.empty(x.shape, np.uint16)
-    greedy.codes(x, bits, *scales, code=expected)
-    np.testing.assert_array_equal(code, expected)
+    np.testing.assert_array_equal(signs, signs_of(x, bits, scales))
     y, wanted = approximate(device, *inputs, levels), np.empty_like(x)
     greedy.approximation(x, bits, *scales, y=wanted)
     np.testing.assert_array_equal(y, wanted)
@@ -109,8 +119,8 @@ def test_a_row_ends_at_its_last_level(device, rng, host):
     x, bits = sample(rng, (4, 2048), np.float32, 2, True)
     y, few = on(device, x, bits)
     with ptx.launches() as launches:
-        encode(device, y, few, 16)
-        encode(device, y, device.asarray(bits * 8), 16)
+        approximate(device, y, few, 16)
+        approximate(device, y, device.asarray(bits * 8), 16)
     assert launches[0].instructions < launches[1].instructions / 4
     scales, _ = encode(device, y, few, 16)
     assert (scales[2:] == 0).all()
@@ -146,16 +156,15 @@ def test_nan_and_infinity_stay_in_their_row(length, mapped, device, rng):
         bits[[3, 5, 8], 2] = 2
     broken = x.copy()
     broken[3, 2], broken[5, 2], broken[8, 2] = np.nan, np.inf, -np.inf
-    scales, code = encode(device, *on(device, broken, bits), 2)
+    scales, signs = encode(device, *on(device, broken, bits), 2)
     y = approximate(device, *on(device, broken, bits), 2)
     rest = np.delete(np.arange(12), [3, 5, 8])
     np.testing.assert_array_equal(y[rest], before[rest])
     np.testing.assert_array_equal(scales[:, rest], clean[:, rest])
-    wanted, expected = np.empty_like(y), np.empty_like(code)
+    wanted = np.empty_like(y)
     greedy.approximate_rows(broken, bits, 2, y=wanted)
-    greedy.codes(broken, bits, *scales, code=expected)
     np.testing.assert_array_equal(y[[3, 5, 8]], wanted[[3, 5, 8]])
-    np.testing.assert_array_equal(code, expected)
+    np.testing.assert_array_equal(signs, signs_of(broken, bits, scales))
 
 
 @pytest.mark.kernels
@@ -263,11 +272,11 @@ def test_nothing_to_do(shape, levels, device):
     rows = arrays.rows_of(shape, 0)
     greedy.approximate(x, np.uint8(levels), levels, rows, y)
     assert not y.get().any()
-    found = []
-    greedy.encode(x, np.uint8(levels), levels, rows, lambda *part: found.append(part))
-    ((_, code, _, scales),) = found
-    assert not code.get().any()
-    assert [scale.shape for scale in scales] == [(shape[0], 1)] * levels
+    encoding = Encoding(x, levels, rows)
+    greedy.encode(x, np.uint8(levels), encoding)
+    assert encoding.signs.size == 0
+    assert encoding.scales.shape == (levels, shape[0])
+    assert not encoding.scales.get().any()
 
 
 @pytest.mark.kernels
@@ -295,13 +304,13 @@ def test_one_launch_reads_x_once_and_writes_the_result_once(shape, dtype, mapped
     assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
     assert launch.written == launch.written_unique == x.nbytes
 
-    found = []
+    encoding = Encoding(held, 2, rows)
     with ptx.launches() as launches:
-        greedy.encode(held, map_, 2, rows, lambda *part: found.append(part))
+        greedy.encode(held, map_, encoding)
     (launch,) = launches
-    ((_, code, _, scales),) = found
     assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
-    assert launch.written == launch.written_unique == code.nbytes + sum(s.nbytes for s in scales)
+    scales = 4 * encoding.scales.size if dtype == np.float16 else encoding.scales.nbytes
+    assert launch.written == launch.written_unique == encoding.signs.nbytes + scales
 
 
 @pytest.mark.kernels

@@ -34,33 +34,33 @@ def on(library, *values):
 
 
 def solve(library, x, bits, levels, rule):
-    """Scales (levels, rows), codes and approximation."""
+    """Scales (levels, rows), signs (levels, rows, n) and approximation."""
     scales = library.empty((levels, len(x), 1), arrays.work_dtype(x.dtype))
-    code = library.empty(x.shape, np.uint16)
+    signs = library.empty((levels, *x.shape), np.int8)
     y = library.empty(x.shape, x.dtype)
     inputs = on(library, x, bits)
-    teams.solve_rows(*inputs, levels, *rule, scales=scales, code=code)
+    teams.solve_rows(*inputs, levels, *rule, scales=scales, signs=signs)
     teams.reconstruct_rows(*inputs, levels, *rule, y=y)
-    found = scales[..., 0], code, y
+    found = scales[..., 0], signs, y
     return found if library is np else tuple(a.get() for a in found)
 
 
 def check(device, x, bits, levels, rule, differing=0):
-    """Scales, codes and approximation are those of the definition, but for some rows.
+    """Scales, signs and approximation are those of the definition, but for some rows.
 
     Where a sum's rounding decides a sign or the last iteration, a row may end up elsewhere.
     """
-    scales, code, y = solve(device, x, bits, levels, rule)
+    scales, signs, y = solve(device, x, bits, levels, rule)
     expected = solve(np, x, bits, levels, rule)
     work = np.finfo(arrays.work_dtype(x.dtype)).eps
     top = np.abs(x).max(axis=1).astype(np.float64)
     close = (np.abs(scales - expected[0]) <= 16 * work * top).all(axis=0)
     assert (~close).sum() <= differing
-    np.testing.assert_array_equal(code[close], expected[1][close])
+    np.testing.assert_array_equal(signs[:, close], expected[1][:, close])
     error = np.abs(y[close].astype(np.float64) - expected[2][close])
     stored = 64 * np.finfo(x.dtype).eps
     assert (error <= stored * top[close, None]).all()
-    return scales, code, y
+    return scales, signs, y
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
@@ -104,13 +104,13 @@ def test_degenerate_rows(rule, dtype, device):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_results_follow_the_scale(dtype, device, rng):
-    """x * 2^j has scales * 2^j, to the last bit, and the same codes."""
+    """x * 2^j has scales * 2^j, to the last bit, and the same signs."""
     x, bits = sample(rng, (6, 50), dtype, 3, False)
-    scales, code, y = solve(device, x, bits, 3, (False, 2))
+    scales, signs, y = solve(device, x, bits, 3, (False, 2))
     far = 2.0**4 if dtype == np.float16 else 2.0**100
     found = solve(device, (x * dtype(far)).astype(dtype), bits, 3, (False, 2))
     np.testing.assert_array_equal(found[0], scales * scales.dtype.type(far))
-    np.testing.assert_array_equal(found[1], code)
+    np.testing.assert_array_equal(found[1], signs)
     np.testing.assert_array_equal(found[2], y * dtype(far))
 
 
@@ -122,22 +122,26 @@ def test_nan_and_infinity_stay_in_their_row(length, mapped, device, rng):
         bits[:, 2] = 2
     clean = solve(device, x, bits, 3, (False, 2))
     x[1, 2], x[3, 2] = np.nan, -np.inf
-    scales, code, y = solve(device, x, bits, 3, (False, 2))
+    scales, signs, y = solve(device, x, bits, 3, (False, 2))
     expected = solve(np, x, bits, 3, (False, 2))
     assert np.isnan(scales[:, [1, 3]]).all()
-    np.testing.assert_array_equal(code[[1, 3]], expected[1][[1, 3]])
+    np.testing.assert_array_equal(signs[:, [1, 3]], expected[1][:, [1, 3]])
     np.testing.assert_array_equal(y[[1, 3]], expected[2][[1, 3]])
-    for found, before in zip((scales.T, code, y), (clean[0].T, *clean[1:]), strict=True):
-        np.testing.assert_array_equal(found[[0, 2, 4]], before[[0, 2, 4]])
+    np.testing.assert_array_equal(y[[0, 2, 4]], clean[2][[0, 2, 4]])
+    for found, before in ((scales, clean[0]), (signs, clean[1])):
+        np.testing.assert_array_equal(found[:, [0, 2, 4]], before[:, [0, 2, 4]])
 
 
 def test_elements_without_bits_do_not_count(device):
     x = np.array([[1, np.nan, -3, np.inf, 2, -8, 1, 4]], np.float32)
     bits = np.array([[1, 0, 2, 0, 2, 2, 1, 0]], np.uint8)
-    _, code, y = check(device, x[:, [0, 2, 4, 5, 6, 7]], bits[:, [0, 2, 4, 5, 6, 7]], 2, (False, 2))
+    _, signs, y = check(
+        device, x[:, [0, 2, 4, 5, 6, 7]], bits[:, [0, 2, 4, 5, 6, 7]], 2, (False, 2)
+    )
     scales, whole, full = solve(device, x, bits, 2, (False, 2))
     assert np.isfinite(scales).all()
-    np.testing.assert_array_equal(whole[:, [0, 2, 4, 5, 6, 7]], code)
+    np.testing.assert_array_equal(whole[..., [0, 2, 4, 5, 6, 7]], signs)
+    np.testing.assert_array_equal(whole[..., [1, 3]], 0)
     np.testing.assert_array_equal(full[:, [0, 2, 4, 5, 6, 7]], y)
     np.testing.assert_array_equal(full[:, [1, 3]], 0)
 
@@ -176,7 +180,11 @@ def test_one_launch_reads_x_once_and_writes_the_result_once(
     assert mapped or len(launches) == 1
     assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
     assert launch.written == launch.written_unique == x.nbytes
-    code = cubin.quantize(held, bits if mapped else int(bits), channel_axis=0, solver=solver)
+    with ptx.launches() as launches:
+        code = cubin.quantize(held, bits if mapped else int(bits), channel_axis=0, solver=solver)
+    (launch,) = (one for one in launches if "solve_rows" in one.kernel)
+    assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
+    assert launch.written == launch.written_unique == code.signs.nbytes + code.scales.nbytes
     np.testing.assert_array_equal(code.dequantize().get(), y.get())
 
 

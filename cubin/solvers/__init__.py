@@ -9,6 +9,7 @@ import numpy as np
 
 from cubin import arrays, blocks, fused, passes
 from cubin.arrays import Array, Rows
+from cubin.encoding import Encoding
 from cubin.passes import Part
 from cubin.solvers import search, teams
 from cubin.solvers.cells import Cells
@@ -26,10 +27,6 @@ FEW_PASSES = 6
 
 DEVICE_BLOCK = 1 << 24
 """The same on a device."""
-
-Finish = Callable[[Part, Array, Array, "list[Array]"], None]
-"""Takes a part of the rows, the packed codes of its elements and their bits as (rows, n), and the
-rows' scales, (rows, 1) for each level."""
 
 
 def approximate(
@@ -74,27 +71,25 @@ def approximate(
 def encode(
     x: Array,
     bits: Any,
-    levels: int,
-    rows: Rows,
-    finish: Finish,
+    encoding: Encoding,
     *,
     solver: Solver,
     importance: Array | None = None,
 ) -> None:
-    """Hand every part of the rows with its codes to `finish`; the arguments are approximate's."""
+    """Fill in the scales and signs of `x`; the other arguments are those of `approximate`."""
+    levels, rows = len(encoding.scales), encoding.rows
     rule: Any = search.rule(solver) if importance is None else None
     if rule is not None and _fits_one_launch(x, bits, levels, rows):
-        whole = next(passes.parts_of(rows, device=True))
-        finish(whole, *fused.encode(teams.solve_rows, x, bits, rows, levels, *rule))
+        encoding.fill(teams.solve_rows, x, bits, *rule)
         return
     loops = _loops(x, bits, levels, rows)
 
     def solve(part: Part) -> None:
         codes, scales = loops.solve(_cut(x, rows, part), levels, *rule)
-        finish(part, codes, bits, scales)
+        encoding.store(part, codes, bits, scales)
 
     def hand_over(part: Part, found: Fit, x: Array, bits: Any) -> None:
-        finish(part, found.codes(x, bits), bits, found.scales)
+        encoding.store(part, found.codes(x, bits), bits, found.scales)
 
     if rule is not None and loops is not None:
         blocks.each(solve, list(_whole_rows(rows, levels, blocks.BLOCK)), x.size)

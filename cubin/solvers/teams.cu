@@ -419,11 +419,11 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
   }
 }
 
-// Scales lie level by level; bit i of a code is set where level i of the element has the sign +1.
+// Scales and signs lie level by level; where an element has no code its sign is 0.
 template<class Team, class T, int N, int A, int E, int LEVELS, bool MAP, class W = typename Work<T>::type>
 __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS) cubin_solve_rows(
-    const T* x, const unsigned char* bits, W* scales, unsigned short* code,
-    long long rows, int length, long long x_step, long long bits_step, long long code_step,
+    const T* x, const unsigned char* bits, W* scales, signed char* signs,
+    long long rows, int length, long long x_step, long long bits_step, long long sign_step,
     int refit, int iterations) {
   __shared__ Row<Team, T, LEVELS, MAP> shared[Team::ROWS];
   Row<Team, T, LEVELS, MAP>& found = shared[Team::slot()];
@@ -442,14 +442,23 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
     if (at >= own) break;
-    Pack<unsigned short, N, A> result;
+    int code[N], depth[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const int e = pack * N + j, depth = elements.bits.depth(e, LEVELS);
-      const int cell = found.cell_of(elements.m[e], depth);
-      const int every = (1 << depth) - 1;
-      result.item[j] = depth ? found.code[cell] ^ (elements.up >> e & 1 ? 0 : every) : 0;
+      const int e = pack * N + j;
+      depth[j] = elements.bits.depth(e, LEVELS);
+      const int cell = found.cell_of(elements.m[e], depth[j]);
+      code[j] = depth[j] ? found.code[cell] ^ (elements.up >> e & 1 ? 0 : ~0) : 0;
     }
-    *reinterpret_cast<Pack<unsigned short, N, A>*>(code + row * code_step + at) = result;
+    signed char* target = signs + row * sign_step + at;
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) {
+      Pack<signed char, N, A> result;
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        result.item[j] = level < depth[j] ? (code[j] >> level & 1) * 2 - 1 : 0;
+      *reinterpret_cast<Pack<signed char, N, A>*>(target) = result;
+      target += rows * sign_step;
+    }
   }
 }

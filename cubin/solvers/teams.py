@@ -12,7 +12,7 @@ import numpy as np
 
 from cubin import fused
 from cubin.arrays import Array
-from cubin.code import decode
+from cubin.code import decode, level_signs
 from cubin.kernels import FLOATS, Launch, raw, source
 from cubin.solvers import search
 from cubin.solvers.fits import Fit
@@ -52,7 +52,7 @@ def reconstruct_rows(
 
 @raw(
     "T x, uint8 bits, static int levels, static bool refit, static int iterations",
-    "W scales, uint16 code",
+    "W scales, int8 signs",
     code=_CUDA,
     launch=_launch,
     types=FLOATS,
@@ -66,13 +66,14 @@ def solve_rows(
     iterations: int,
     *,
     scales: np.ndarray,
-    code: np.ndarray,
+    signs: np.ndarray,
 ) -> None:
-    """The scales of whole rows, (levels, rows, 1), and their packed codes."""
+    """The scales of whole rows, (levels, rows, 1), and their signs, (levels, rows, length)."""
     fit = _fitted(x, bits, levels, refit, iterations)
+    code = fit.codes(x, bits)
     for level, scale in enumerate(fit.scales):
         scales[level] = scale
-    code[...] = fit.codes(x, bits)
+        level_signs.function(code, bits, np.uint8(level), sign=signs[level])
 
 
 def _fitted(x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int) -> Fit:

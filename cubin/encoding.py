@@ -1,0 +1,64 @@
+"""The scales and signs of an array, as the solvers fill them in: in one launch or part by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cubin import arrays, fused
+from cubin.arrays import Array, Rows
+from cubin.code import level_signs
+from cubin.kernels import Raw
+from cubin.passes import Part
+
+
+class Encoding:
+    """Scales and signs that wait to be filled in.
+
+    Parameters
+    ----------
+    x : array
+    levels : int
+    rows : Rows
+        The layout of `x`.
+
+    Attributes
+    ----------
+    scales : array in the dtype of x, shape (levels, rows)
+    signs : array of int8, shape (levels, *x.shape)
+    """
+
+    def __init__(self, x: Array, levels: int, rows: Rows) -> None:
+        xp = self._xp = arrays.library(x)
+        self.rows = rows
+        self.scales = xp.zeros((levels, rows.count), x.dtype)
+        self.signs = xp.empty((levels, *x.shape), np.int8)
+
+    def fill(self, primitive: Raw, x: Array, bits: Any, *static: Any) -> None:
+        """Have one launch of `primitive` write everything."""
+        rows, levels = self.rows, len(self.scales)
+        view = rows.view(self.signs, lead=1)
+        target = view if view.flags.c_contiguous else self._xp.empty(view.shape, np.int8)
+        scales = self._xp.empty(self.scales.shape, arrays.work_dtype(x.dtype))
+        primitive(
+            fused.flat(x, rows),
+            fused.flat(bits, rows),
+            levels,
+            *static,
+            scales=scales[..., None],
+            signs=target.reshape(levels, rows.count, rows.length),
+        )
+        if target is not view:
+            view[...] = target
+        self.scales = scales.astype(x.dtype, copy=False)
+
+    def store(self, part: Part, code: Array, bits: Array, scales: list[Array]) -> None:
+        """Take the packed codes of some rows, with their bits as (rows, n), and their scales,
+        (rows, 1) for each level."""
+        sign = self._xp.empty(code.shape, np.int8)
+        for level, scale in enumerate(scales):
+            level_signs(code, bits, np.uint8(level), sign=sign)
+            target = self.rows.view(self.signs[level, ...])[part.block]
+            target[...] = sign.reshape(target.shape)
+            self.scales[level, part.rows] = scale[:, 0]

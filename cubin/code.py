@@ -29,10 +29,12 @@ from cubin.signs import as_integers, where
 )
 def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: np.ndarray) -> None:
     """The sign at a level of packed codes: bit `level` as -1 or +1, 0 where there is no code."""
-    np.right_shift(code, level, out=sign, casting="unsafe")
-    np.bitwise_and(sign, 1, out=sign)
-    np.subtract(sign + sign, 1, out=sign)
-    np.multiply(sign, np.greater(bits, level), out=sign)
+    bit = np.bitwise_and(code, np.uint16(1) << level)
+    np.not_equal(bit, 0, out=sign, casting="unsafe")
+    np.add(sign, sign, out=sign)
+    np.subtract(sign, 1, out=sign)
+    if np.ndim(bits) or level >= bits:
+        np.multiply(sign, np.greater(bits, level), out=sign)
 
 
 @elementwise(

@@ -291,6 +291,15 @@ def _decode(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
 
 
 @loop()
+def _level_signs(code: Array, bits: Array | None, level: int, sign: Array) -> None:
+    for row in range(len(code)):
+        own, target = code[row], sign[row]
+        for j in range(own.size):
+            value = np.int8(2 * (own[j] >> level & 1) - 1)
+            target[j] = value if _hot(bits, row, j, level) else np.int8(0)
+
+
+@loop()
 def _first_codes(code: Array, bits: Array | None, row: int, stored: Array, y: Array) -> None:
     """Write the sum of the first four levels."""
     a, b, c, d = _padded(stored, row, 0)
@@ -352,6 +361,14 @@ def decode(code: Array, bits: Array, *scales: Array, y: Array) -> None:
     _decode(np.ascontiguousarray(code), _map(bits), stored.astype(work, copy=False), target)
     if not direct:
         y[...] = target
+
+
+def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:
+    """`code.level_signs`, at a level that `bits` has if it is a scalar."""
+    target = sign if sign.flags.c_contiguous else np.empty(sign.shape, np.int8)
+    _level_signs(np.ascontiguousarray(code), _map(bits), np.uint16(level), target)
+    if target is not sign:
+        sign[...] = target
 
 
 def _work(x: Array) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, fused
+from cubin import arrays, blocks, fused, passes
 from cubin.arrays import Array, Rows
 from cubin.code import level_signs
 from cubin.kernels import Raw
@@ -34,6 +34,8 @@ class Encoding:
         self.rows = rows
         self.scales = xp.zeros((levels, rows.count), x.dtype)
         self.signs = xp.empty((levels, *x.shape), np.int8)
+        loops = None if arrays.on_device(x) else blocks.compiled(x.size)
+        self._signs_at: Any = level_signs if loops is None else loops.level_signs
 
     def fill(self, primitive: Raw, x: Array, bits: Any, *static: Any) -> None:
         """Have one launch of `primitive` write everything."""
@@ -56,9 +58,11 @@ class Encoding:
     def store(self, part: Part, code: Array, bits: Array, scales: list[Array]) -> None:
         """Take the packed codes of some rows, with their bits as (rows, n), and their scales,
         (rows, 1) for each level."""
-        sign = self._xp.empty(code.shape, np.int8)
         for level, scale in enumerate(scales):
-            level_signs(code, bits, np.uint8(level), sign=sign)
-            target = self.rows.view(self.signs[level, ...])[part.block]
-            target[...] = sign.reshape(target.shape)
             self.scales[level, part.rows] = scale[:, 0]
+            target = self.rows.view(self.signs[level, ...])[part.block]
+
+            def find(flat: Array, level: int = level) -> None:
+                self._signs_at(code, bits, np.uint8(level), sign=flat)
+
+            passes.write(find, target, code.shape)

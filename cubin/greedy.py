@@ -51,19 +51,20 @@ def level_sums(
     np.abs(x, out=m)
     for scale in scales:
         np.abs(np.subtract(m, scale, out=m), out=m)
-    _sum(m, bits, len(scales), total, count)
+    hot = _hot(m, bits, len(scales), count)
+    np.sum(hot, axis=-1, keepdims=True, dtype=np.float64, out=total)
 
 
-def _sum(m: np.ndarray, bits: np.ndarray, level: int, total: np.ndarray, count: np.ndarray) -> None:
-    """Sum and count the magnitudes at a level; those without a code there are overwritten."""
+def _hot(m: np.ndarray, bits: np.ndarray, level: int, count: np.ndarray) -> np.ndarray:
+    """Count the elements with a code at a level; give their magnitudes, others are now 0."""
     if np.ndim(bits):
         hot = blocks.spare("hot", m.shape, np.bool_)
         np.greater(bits, level, out=hot)
         where(hot, m, out=m)
         np.sum(hot, axis=-1, keepdims=True, dtype=np.int64, out=count)
-    else:
-        m, count[...] = (m, m.shape[-1]) if bits > level else (m[..., :0], 0)
-    np.sum(m, axis=-1, keepdims=True, dtype=np.float64, out=total)
+        return m
+    m, count[...] = (m, m.shape[-1]) if bits > level else (m[..., :0], 0)
+    return m
 
 
 @reduction(
@@ -99,7 +100,7 @@ def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.nd
     step = blocks.spare("step", x.shape, work)
     sign = as_integers(blocks.spare("sign", x.shape, work))
     total = y if y.dtype == work else blocks.spare("total", x.shape, work)
-    total[...] = 0
+    so_far: Any = work.type(0)
     last = len(scales) - 1
     for level, scale in enumerate(scales):
         np.bitwise_and(word, top, out=sign)
@@ -110,12 +111,12 @@ def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.nd
                 hot = blocks.spare("hot", x.shape, np.bool_)
                 np.greater(bits, level, out=hot)
                 where(hot, step, out=step)
-            np.subtract(total, step, out=total)
+            so_far = np.subtract(so_far, step, out=total)
         if level < last:
             np.bitwise_or(sign, as_integers(scale), out=as_integers(step))
             np.subtract(opposite, step, out=opposite)
-    if total is not y:
-        y[...] = total
+    if so_far is not y:
+        y[...] = so_far
 
 
 @elementwise(
@@ -286,7 +287,7 @@ def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     for level in range(levels):
         if scales:
             np.abs(np.subtract(m, scales[-1], out=m), out=m)
-        _sum(m, bits, level, total, count)
+        passes.row_sums(_hot(m, bits, level, count), total, zeros=np.ndim(bits) > 0)
         scales.append(_scale(total, count, x))
     return scales
 

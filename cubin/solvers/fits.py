@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from cubin import arrays, blocks
 from cubin.arrays import Array
 from cubin.code import decode
+from cubin.signs import as_integers
 from cubin.solvers.cells import Cells, fitted
 from cubin.solvers.magnitudes import Magnitudes
 
@@ -76,6 +78,9 @@ class Fit:
 
         `x`, (rows, n), and `bits` may be some columns of what was fitted.
         """
+        if self._counts_edges(x):
+            every = np.uint16((1 << self._levels) - 1)
+            return self._counted(x, self._codes.reshape(len(x), -1), every)
         return self._xp.take(self._codes, self._entries(x, bits))
 
     def approximate(self, x: Array, bits: Any, y: Array) -> None:
@@ -88,7 +93,38 @@ class Fit:
             depths = xp.broadcast_to(depths, codes.shape)
         values = xp.empty(codes.shape, y.dtype)
         decode(codes, depths, *self.scales, y=values)
-        y[...] = xp.take(values.ravel(), self._entries(x, bits))
+        if self._counts_edges(x):
+            words = as_integers(values)
+            top = words.dtype.type(1 << (8 * words.itemsize - 1))
+            # The sums of levels are odd, and +0 where they cancel.
+            np.add(self._counted(x, words, top).view(y.dtype), 0, out=y)
+        else:
+            y[...] = xp.take(values.ravel(), self._entries(x, bits))
+
+    def _counts_edges(self, x: Array) -> bool:
+        return not (self._mapped or self._cells > _COUNTED or arrays.on_device(x))
+
+    def _counted(self, x: np.ndarray, words: np.ndarray, mirror: Any) -> np.ndarray:
+        """For each element the word of its cell, with the bits of `mirror` flipped where x <= 0.
+
+        Edge by edge, the bits are flipped in which the words of two cells differ.
+        """
+        chosen = np.empty(x.shape, words.dtype)
+        edges = self._edges.reshape(len(x), self._cells - 1, 1)
+        changes = words[:, 1:] ^ words[:, :-1]
+        for rows in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1])):
+            own, flipped = x[rows], chosen[rows]
+            beyond = blocks.spare("beyond", own.shape, np.bool_)
+            step = blocks.spare("step", own.shape, words.dtype)
+            np.multiply(np.less_equal(own, 0, out=beyond), mirror, out=flipped)
+            np.bitwise_xor(flipped, words[rows][:, :1], out=flipped)
+            magnitude = blocks.spare("magnitude", own.shape, self._unit.dtype)
+            np.divide(np.abs(own, out=magnitude), self._unit[rows], out=magnitude)
+            for cell in range(self._cells - 1):
+                np.greater(magnitude, edges[rows][:, cell], out=beyond)
+                change = changes[rows][:, cell : cell + 1]
+                np.bitwise_xor(flipped, np.multiply(beyond, change, out=step), out=flipped)
+        return chosen
 
     def _entries(self, x: Array, bits: Any) -> Array:
         """Where the codes of elements stand among those of all rows."""
@@ -97,12 +133,7 @@ class Fit:
         table = xp.arange(len(x))[:, None]
         if self._mapped:
             table = table * (self._levels + 1) + bits
-        if self._mapped or self._cells > _COUNTED:
-            position = self._bisected(magnitude, table)
-        else:
-            position = xp.zeros(x.shape, np.uint8)
-            for edge in self._edges.reshape(len(x), self._cells - 1).T:
-                position += magnitude > edge[:, None]
+        position = self._bisected(magnitude, table)
         position += (x <= 0) * position.dtype.type(self._cells)
         return position + table * (2 * self._cells)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks
+from cubin import arrays, blocks, passes
 from cubin.arrays import Array
-from cubin.signs import as_integers, where
+from cubin.signs import as_integers
 
 CHUNK = 1 << 17
 """Running sums that are worked on at a time."""
@@ -150,7 +150,8 @@ class Unsorted(Magnitudes):
 
     def __init__(self, x: np.ndarray, levels: int) -> None:
         self._magnitude = self._scaled(x, np.uint8(levels), levels)
-        self._total = self._magnitude.sum(axis=1, dtype=np.float64)
+        self._total = np.empty((self.count, 1))
+        passes.row_sums(self._magnitude, self._total)
         self._last: tuple[Any, ...] = (None, None, None)
 
     def sums(self, rows: Array, depth: int, thresholds: Array) -> tuple[Array, Array]:
@@ -162,22 +163,18 @@ class Unsorted(Magnitudes):
     def _sums(self, rows: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         every = len(rows) == self.count
         m = self._magnitude if every else self._magnitude[rows]
-        above = blocks.spare("above", m.shape, np.bool_)
         kept = blocks.spare("kept", m.shape, m.dtype)
-        mass, first = np.zeros((2, len(thresholds) + 2, len(rows)))
+        word = kept.view(f"i{m.itemsize}")
+        mass, first = np.zeros((2, len(thresholds) + 2, len(rows), 1))
         mass[0], first[0] = self.length, self._total[rows]
         for cell, edge in enumerate(thresholds, start=1):
-            np.greater(m, edge[:, None], out=above)
-            if self.length < _LONG:
-                mass[cell] = above.sum(axis=1)
-            else:  # this is vectorized for whole arrays alone
-                mass[cell] = [np.count_nonzero(row) for row in above]
-            where(above, m, out=kept)
-            kept.sum(axis=1, dtype=np.float64, out=first[cell])
-        return mass[:-1] - mass[1:], first[:-1] - first[1:]
-
-
-_LONG = 512
+            # The sign bit is set above the edge: spread, it is -1 there.
+            np.subtract(edge[:, None], m, out=kept)
+            np.right_shift(word, 8 * m.itemsize - 1, out=word)
+            mass[cell] = -np.sum(word, axis=1, keepdims=True, dtype=word.dtype)
+            np.bitwise_and(word, m.view(word.dtype), out=word)
+            passes.row_sums(kept, first[cell])
+        return (mass[:-1] - mass[1:])[..., 0], (first[:-1] - first[1:])[..., 0]
 
 
 def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:

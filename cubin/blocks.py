@@ -24,6 +24,9 @@ BLOCK = 1 << 17
 THREADED = 1 << 22
 """Elements from which on threads pay: 16 MB of float32."""
 
+KEPT = 1 << 19
+"""Elements of the largest array that a thread keeps for its next block."""
+
 WORKERS = 16
 """The most threads: the memory is saturated then, and what each of them keeps stays small."""
 
@@ -85,11 +88,11 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
 def spare(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array of arbitrary content, the same memory whenever this thread asks for `name`.
 
-    Memory that is new each time costs more than the work on a block of it. What is larger than a
-    block is not kept.
+    Memory that is new each time costs more than the work on it. What is larger than `KEPT` is not
+    kept.
     """
     size = math.prod(shape)
-    if size > BLOCK:
+    if size > KEPT:
         return np.empty(shape, dtype)
     kept = _spares.__dict__
     nbytes = size * np.dtype(dtype).itemsize

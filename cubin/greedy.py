@@ -51,20 +51,19 @@ def level_sums(
     np.abs(x, out=m)
     for scale in scales:
         np.abs(np.subtract(m, scale, out=m), out=m)
-    hot = _hot(m, bits, len(scales), count)
-    np.sum(hot, axis=-1, keepdims=True, dtype=np.float64, out=total)
+    _sum(m, bits, len(scales), total, count)
 
 
-def _hot(m: np.ndarray, bits: np.ndarray, level: int, count: np.ndarray) -> np.ndarray:
-    """Count the elements with a code at a level; give their magnitudes, others are now 0."""
+def _sum(m: np.ndarray, bits: np.ndarray, level: int, total: np.ndarray, count: np.ndarray) -> None:
+    """Sum and count the magnitudes at a level; those without a code there are overwritten."""
     if np.ndim(bits):
         hot = blocks.spare("hot", m.shape, np.bool_)
         np.greater(bits, level, out=hot)
         where(hot, m, out=m)
         np.sum(hot, axis=-1, keepdims=True, dtype=np.int64, out=count)
-        return m
-    m, count[...] = (m, m.shape[-1]) if bits > level else (m[..., :0], 0)
-    return m
+    else:
+        m, count[...] = (m, m.shape[-1]) if bits > level else (m[..., :0], 0)
+    np.sum(m, axis=-1, keepdims=True, dtype=np.float64, out=total)
 
 
 @reduction(
@@ -287,7 +286,7 @@ def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     for level in range(levels):
         if scales:
             np.abs(np.subtract(m, scales[-1], out=m), out=m)
-        passes.row_sums(_hot(m, bits, level, count), total, zeros=np.ndim(bits) > 0)
+        _sum(m, bits, level, total, count)
         scales.append(_scale(total, count, x))
     return scales
 

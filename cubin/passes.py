@@ -99,33 +99,6 @@ def write(task: Callable[[Array], None], target: Array, shape: tuple[int, ...]) 
         target[...] = flat.reshape(target.shape)
 
 
-def row_sums(values: np.ndarray, out: np.ndarray, *, zeros: bool = False) -> None:
-    """Write the sums of rows, (rows, n), to `out`, float64 of shape (rows, 1).
-
-    Four floats are added in float32, which has twice the lanes: numbers that are equal do not
-    round. Among `zeros` three may, so that all is added in float64.
-    """
-    count, length = values.shape
-    columns = length // 4
-    if values.dtype != np.float32 or zeros or columns < _SHORT:
-        np.sum(values, axis=1, keepdims=True, dtype=np.float64, out=out)
-        return
-    first, second, third, fourth = (values[:, i * columns : (i + 1) * columns] for i in range(4))
-    sums, others = blocks.spare("sums", (2, count, columns), np.float32)
-    np.add(first, second, out=sums)
-    np.add(third, fourth, out=others)
-    np.add(sums, others, out=sums)
-    np.sum(sums, axis=1, keepdims=True, dtype=np.float64, out=out)
-    out += np.sum(values[:, 4 * columns :], axis=1, keepdims=True, dtype=np.float64)
-    # Four may overflow that do not in float64.
-    for row in np.flatnonzero(~(out < np.inf)):
-        out[row] = np.sum(values[row], dtype=np.float64)
-
-
-_SHORT = 64
-"""Columns below which a sum costs no more than its calls."""
-
-
 def partial_results(
     primitive: Reduction, rows: Rows, inputs: tuple[Array, ...], scales: list[Array]
 ) -> list[Array]:

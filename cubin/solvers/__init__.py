@@ -22,7 +22,7 @@ Solver = Callable[[Magnitudes, int], dict[int, Cells]]
 BLOCK = 1 << 19
 """Elements, or cells of a solver's states, that the host works on at a time."""
 
-FEW_PASSES = 6
+FEW_PASSES = 25
 """Thresholds that rows are compared with in less time than they are sorted in."""
 
 DEVICE_BLOCK = 1 << 24
@@ -142,7 +142,7 @@ def _fit(
     def finish_piece(part: Part, x: Array, bits: Any) -> None:
         finish(part, fits[part.rows.start], x, bits)
 
-    block = DEVICE_BLOCK if device else blocks.BLOCK if unsorted else BLOCK
+    block = DEVICE_BLOCK if device else BLOCK
     parts = list(_whole_rows(rows, levels, block)) if x.size else []
     if device:
         for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,10 @@ class Fit:
         """
         if self._counts_edges(x):
             every = np.uint16((1 << self._levels) - 1)
-            return self._counted(x, self._codes.reshape(len(x), -1), every)
+            codes = np.empty(x.shape, np.uint16)
+            for rows, chosen in self._counted(x, self._codes.reshape(len(x), -1), every):
+                codes[rows] = chosen
+            return codes
         return self._xp.take(self._codes, self._entries(x, bits))
 
     def approximate(self, x: Array, bits: Any, y: Array) -> None:
@@ -96,35 +100,38 @@ class Fit:
         if self._counts_edges(x):
             words = as_integers(values)
             top = words.dtype.type(1 << (8 * words.itemsize - 1))
-            # The sums of levels are odd, and +0 where they cancel.
-            np.add(self._counted(x, words, top).view(y.dtype), 0, out=y)
+            for rows, chosen in self._counted(x, words, top):
+                # The sums of levels are odd, and +0 where they cancel.
+                np.add(chosen.view(y.dtype), 0, out=y[rows])
         else:
             y[...] = xp.take(values.ravel(), self._entries(x, bits))
 
     def _counts_edges(self, x: Array) -> bool:
         return not (self._mapped or self._cells > _COUNTED or arrays.on_device(x))
 
-    def _counted(self, x: np.ndarray, words: np.ndarray, mirror: Any) -> np.ndarray:
-        """For each element the word of its cell, with the bits of `mirror` flipped where x <= 0.
+    def _counted(
+        self, x: np.ndarray, words: np.ndarray, mirror: Any
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Rows, and for each element the word of its cell; where x <= 0, with `mirror` flipped.
 
-        Edge by edge, the bits are flipped in which the words of two cells differ.
+        Edge by edge, those bits are flipped in which the words of two cells differ.
         """
-        chosen = np.empty(x.shape, words.dtype)
-        edges = self._edges.reshape(len(x), self._cells - 1, 1)
-        changes = words[:, 1:] ^ words[:, :-1]
-        for rows in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1])):
-            own, flipped = x[rows], chosen[rows]
+        edges = self._edges.reshape(len(x), self._cells - 1)
+        changes = words[:, : self._cells - 1] ^ words[:, 1 : self._cells]
+        for (rows,) in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1])):
+            own = x[rows]
             beyond = blocks.spare("beyond", own.shape, np.bool_)
-            step = blocks.spare("step", own.shape, words.dtype)
-            np.multiply(np.less_equal(own, 0, out=beyond), mirror, out=flipped)
-            np.bitwise_xor(flipped, words[rows][:, :1], out=flipped)
+            chosen = blocks.spare("chosen", own.shape, words.dtype)
+            np.multiply(np.less_equal(own, 0, out=beyond), mirror, out=chosen)
+            np.bitwise_xor(chosen, words[rows, :1], out=chosen)
             magnitude = blocks.spare("magnitude", own.shape, self._unit.dtype)
             np.divide(np.abs(own, out=magnitude), self._unit[rows], out=magnitude)
+            step = blocks.spare("step", own.shape, words.dtype)
             for cell in range(self._cells - 1):
-                np.greater(magnitude, edges[rows][:, cell], out=beyond)
-                change = changes[rows][:, cell : cell + 1]
-                np.bitwise_xor(flipped, np.multiply(beyond, change, out=step), out=flipped)
-        return chosen
+                np.greater(magnitude, edges[rows, cell, None], out=beyond)
+                np.multiply(beyond, changes[rows, cell, None], out=step)
+                np.bitwise_xor(chosen, step, out=chosen)
+            yield rows, chosen
 
     def _entries(self, x: Array, bits: Any) -> Array:
         """Where the codes of elements stand among those of all rows."""

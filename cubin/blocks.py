@@ -6,8 +6,10 @@ the number of threads, so that results are the same on every machine.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import itertools
 import math
 import os
 import threading
@@ -63,18 +65,15 @@ def tile(shape: Sequence[int], size: int = BLOCK) -> Iterator[Block]:
 
 def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     """Run `task` on every block; `size` is the number of elements of all of them."""
-    workers = min(_processors(), WORKERS, len(blocks)) if size >= THREADED else 1
-    waiting = deque(blocks)
+    workers = max(1, min(_processors(), WORKERS, len(blocks))) if size >= THREADED else 1
+    # Threads keep apart: side by side in new memory, each would clear the page that they share.
+    ends = [len(blocks) * number // workers for number in range(workers + 1)]
+    shares = [deque(blocks[start:stop]) for start, stop in itertools.pairwise(ends)]
 
-    def work(_: int) -> None:
-        # Whoever is free takes the next block: popleft is atomic.
+    def work(number: int) -> None:
         with np.errstate(all="ignore"):
             np.setbufsize(_BUFFER)  # until this errstate ends
-            while True:
-                try:
-                    block = waiting.popleft()
-                except IndexError:
-                    return
+            for block in _taken(shares[number:] + shares[:number]):
                 task(block)
 
     if workers <= 1:
@@ -83,6 +82,15 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     with ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(work, range(workers)):
             pass
+
+
+def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:
+    """The first share from its start, then what is left of the others from their ends."""
+    takes = [shares[0].popleft, *(share.pop for share in shares[1:])]
+    for take in takes:  # these are atomic
+        with contextlib.suppress(IndexError):
+            while True:
+                yield take()
 
 
 def spare(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,10 +22,28 @@ def test_tiles_cover_every_element_once_and_in_order(shape, size):
     assert seen == list(range(numbers.size))
 
 
-def test_every_task_runs_once_on_several_threads():
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 6, 100])
+def test_every_task_runs_once_on_several_threads(monkeypatch, workers, count):
+    monkeypatch.setattr(blocks, "_processors", lambda: workers)
     done = []
-    blocks.each(done.append, range(100), size=blocks.THREADED)
-    assert sorted(done) == list(range(100))
+    blocks.each(done.append, range(count), size=blocks.THREADED)
+    assert sorted(done) == list(range(count))
+
+
+def test_a_thread_takes_over_what_another_has_left(monkeypatch):
+    """The first task blocks its thread until all others are done."""
+    monkeypatch.setattr(blocks, "_processors", lambda: 2)
+    rest = threading.Semaphore(0)
+
+    def task(number):
+        if number == 0:
+            for _ in range(19):
+                assert rest.acquire(timeout=20)
+        else:
+            rest.release()
+
+    blocks.each(task, range(20), size=blocks.THREADED)
 
 
 @pytest.mark.parametrize("size", [1, blocks.THREADED])

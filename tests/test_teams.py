@@ -103,6 +103,15 @@ def test_degenerate_rows(rule, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+def test_a_magnitude_on_an_edge_lies_below_it(dtype, device):
+    """The residual of 2 after one level is 0, which has the sign -1."""
+    x = np.array([[2, 1, 3, 2, -2, -2, 1, 3, 2]], dtype)
+    for rule in ((True, 0), (False, 0), (False, 1)):
+        _, signs, _ = check(device, x, np.uint8(2), 2, rule)
+        np.testing.assert_array_equal(signs[1], [[-1, -1, 1, -1, 1, 1, -1, 1, -1]])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_results_follow_the_scale(dtype, device, rng):
     """x * 2^j has scales * 2^j, to the last bit, and the same signs."""
     x, bits = sample(rng, (6, 50), dtype, 3, False)
@@ -115,9 +124,11 @@ def test_results_follow_the_scale(dtype, device, rng):
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
-@pytest.mark.parametrize("length", [27, 1025])
-def test_nan_and_infinity_stay_in_their_row(length, mapped, device, rng):
-    x, bits = sample(rng, (5, length), np.float32, 3, mapped)
+@pytest.mark.parametrize(
+    ("dtype", "length"), [(np.float32, 27), (np.float32, 1025), (np.float64, 27)]
+)
+def test_nan_and_infinity_stay_in_their_row(dtype, length, mapped, device, rng):
+    x, bits = sample(rng, (5, length), dtype, 3, mapped)
     if mapped:
         bits[:, 2] = 2
     clean = solve(device, x, bits, 3, (False, 2))

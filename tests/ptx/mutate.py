@@ -1,8 +1,9 @@
 """Mutate the CUDA text of the shipped kernels, and count the mutants that the tests kill.
 
 Run as ``python -m tests.ptx.mutate``. Every mutant is one edit: an operator, a constant, a bound
-or a barrier. It runs the kernel tests in a process of its own until one fails. A survivor whose
-PTX is that of the kernel itself is equivalent; `EQUIVALENT` says why any other one is.
+or a barrier. It runs the kernel tests in a process of its own until one fails; those go first that
+have killed most. A survivor whose PTX is that of the kernel itself is equivalent; `EQUIVALENT` says
+why any other one is.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import multiprocessing
 import os
 import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
 import pytest
+from tqdm.auto import tqdm
 
 import cubin
 from cubin import kernels
@@ -34,6 +37,9 @@ OPERATORS = {
     "<<=": ">>=", ">>=": "<<=",
 }  # fmt: skip
 """What an operator between spaces becomes."""
+
+FIRST = 10
+"""How many tests run first, those that have killed most so far."""
 
 EQUIVALENT: dict[str, str] = {
     "for (int level = 0; level <= (int)sizeof...(Scales); ++level) {": (
@@ -160,13 +166,27 @@ def mutants() -> Iterator[Mutant]:
 # ---------------------------------------------------------------- running
 
 
+Code = frozenset[str]
+"""Digests of the PTX that tests compiled."""
+
+
 @dataclass
 class Outcome:
     """What became of a mutant: killed, survived or invalid (it does not compile)."""
 
     verdict: str
-    code: frozenset[str]
-    seconds: float
+    code: Code
+    killer: str | None = None
+
+
+class Watch:
+    """A plugin of pytest that remembers the first test that failed."""
+
+    failed: str | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed = self.failed or report.nodeid
 
 
 def _apply(mutant: Mutant) -> None:
@@ -180,18 +200,20 @@ def _normalized(ptx: str) -> str:
     return re.sub(r"(?m)^\s*(//|\.loc|\.file).*\n|^\s*\n", "", ptx)
 
 
-def try_out(mutant: Mutant | None, quick: Sequence[str], full: Sequence[str]) -> Outcome:
-    """Run the tests in this process with the mutant in place."""
-    start = time.perf_counter()
+def try_out(mutant: Mutant | None, stages: Sequence[Sequence[str]], plain: Code) -> Outcome:
+    """Run stages of tests in this process, with the mutant in place, until one fails.
+
+    Once they have compiled the very code of the kernel itself, they would not tell it apart.
+    """
     if mutant is not None:
         _apply(mutant)
     invalid: list[Exception] = []
     code: set[str] = set()
-    plain = device._compiled
+    original = device._compiled
 
     def watch(*arguments: object, **options: object) -> compiler.Compiled:
         try:
-            compiled = plain(*arguments, **options)
+            compiled = original(*arguments, **options)
         except compiler.CompileError as error:
             invalid.append(error)
             raise
@@ -200,32 +222,21 @@ def try_out(mutant: Mutant | None, quick: Sequence[str], full: Sequence[str]) ->
 
     device._compiled = watch
     always = ["-x", "-q", "-m", "kernels", "-o", "cache_dir=.pytest_cache/mutate"]
-    failed = bool(pytest.main([*always, *quick]))
-    if invalid:
-        verdict = "invalid"
-    elif failed:
-        verdict = "killed"
-    elif mutant is None:
-        verdict = "survived"
-    else:
-        seen = frozenset(code)
-        verdict = "survived"
-        if full and seen != _BASELINE:
-            verdict = "killed" if pytest.main([*always, *full]) else "survived"
-        return Outcome(verdict, seen, time.perf_counter() - start)
-    return Outcome(verdict, frozenset(code), time.perf_counter() - start)
+    for number, stage in enumerate(stages):
+        if number and code == plain:
+            break
+        seen = Watch()
+        failed = bool(pytest.main([*always, *stage], plugins=[seen]))
+        if failed or invalid:
+            return Outcome("invalid" if invalid else "killed", frozenset(code), seen.failed)
+    return Outcome("survived", frozenset(code))
 
 
-_BASELINE: frozenset[str] = frozenset()
-
-
-def _task(job: tuple[Mutant | None, Sequence[str], Sequence[str], frozenset[str]]) -> Outcome:
-    global _BASELINE
-    mutant, quick, full, _BASELINE = job
+def _task(mutant: Mutant | None, stages: Sequence[Sequence[str]], plain: Code) -> Outcome:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    return try_out(mutant, quick, full)
+    return try_out(mutant, stages, plain)
 
 
 def _holders(mutant: Mutant) -> list[kernels.Primitive]:
@@ -237,8 +248,8 @@ def _holders(mutant: Mutant) -> list[kernels.Primitive]:
     ]
 
 
-def _first_tests(mutant: Mutant) -> list[str]:
-    """Tests to run first, as pytest's arguments: those nearest to the kernels concerned."""
+def _nearest_tests(mutant: Mutant) -> list[str]:
+    """The tests nearest to the kernels concerned, as pytest's arguments."""
     holders = _holders(mutant)
     names = sorted(p.name for p in holders if not isinstance(p, kernels.Raw))
     if names:
@@ -263,39 +274,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*chosen, sep="\n")
         return 0
     full = [*options.full.split(), "--ignore-glob=*test_ptx_*"] if options.full else []
-    context = multiprocessing.get_context("fork")
-    with context.Pool(options.jobs, maxtasksperchild=1) as pool:
-        jobs = []
-        for mutant in chosen:
-            selected = _first_tests(mutant)
-            jobs.append((mutant, selected, () if mutant.edited in EQUIVALENT else full))
-        distinct = {tuple(selected) for _, selected, _ in jobs}
+    with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
         base = {
-            selected: pool.apply(_task, ((None, selected, (), frozenset()),))
-            for selected in sorted(distinct)
+            nearest: pool.apply(_task, (None, [nearest], frozenset()))
+            for nearest in sorted({tuple(_nearest_tests(mutant)) for mutant in chosen})
         }
-        broken = [selected for selected, outcome in base.items() if outcome.verdict != "survived"]
+        broken = [nearest for nearest, outcome in base.items() if outcome.verdict != "survived"]
         if broken:
             print("the tests fail without a mutant:", *broken[0], file=sys.stderr)
             return 2
-        tasks = ((m, s, f, base[tuple(s)].code) for m, s, f in jobs)
-        killed = valid = 0
-        unexplained = []
-        for mutant, outcome in zip(chosen, pool.imap(_task, tasks), strict=True):
-            selected = tuple(jobs[chosen.index(mutant)][1])
-            valid += outcome.verdict != "invalid"
-            killed += outcome.verdict == "killed"
-            if outcome.verdict != "survived":
-                continue
-            reason = EQUIVALENT.get(mutant.edited)
-            if outcome.code == base[selected].code:
-                reason = "compiles to the same PTX"
-            print(f"survived: {mutant}\n          {reason or 'NOT EXPLAINED'}", flush=True)
-            if reason is None:
-                unexplained.append(mutant)
-    print(f"killed {killed} of {valid}; {valid - killed - len(unexplained)} equivalent, "
-          f"{len(unexplained)} not explained, {len(chosen) - valid} do not compile")  # fmt: skip
-    return 1 if unexplained else 0
+        verdicts: Counter[str] = Counter()
+        for mutant, outcome in _outcomes(pool, chosen, full, base, 2 * options.jobs):
+            verdict = outcome.verdict
+            if verdict == "survived":
+                reason = EQUIVALENT.get(mutant.edited)
+                if outcome.code == base[tuple(_nearest_tests(mutant))].code:
+                    reason = "compiles to the same PTX"
+                verdict = "equivalent" if reason else "not explained"
+                print(f"survived: {mutant}\n          {reason or 'NOT EXPLAINED'}", flush=True)
+            verdicts[verdict] += 1
+    print(f"killed {verdicts['killed']} of {len(chosen) - verdicts['invalid']}; "
+          f"{verdicts['equivalent']} equivalent, {verdicts['not explained']} not explained, "
+          f"{verdicts['invalid']} do not compile")  # fmt: skip
+    return 1 if verdicts["not explained"] else 0
+
+
+def _outcomes(
+    pool: Pool,
+    chosen: Sequence[Mutant],
+    full: Sequence[str],
+    base: Mapping[tuple[str, ...], Outcome],
+    ahead: int,
+) -> Iterator[tuple[Mutant, Outcome]]:
+    """The outcomes in order. The tests that have killed most run first."""
+    killers: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    running: deque[tuple[Mutant, AsyncResult[Outcome]]] = deque()
+    waiting = deque(chosen)
+    with tqdm(total=len(chosen), disable=None) as progress:
+        while waiting or running:
+            while waiting and len(running) < ahead:
+                mutant = waiting.popleft()
+                nearest = tuple(_nearest_tests(mutant))
+                first = [test for test, _ in killers[nearest].most_common(FIRST)]
+                stages = [first, nearest] if first else [nearest]
+                if full and mutant.edited not in EQUIVALENT:
+                    stages.append(full)
+                task = (mutant, stages, base[nearest].code)
+                running.append((mutant, pool.apply_async(_task, task)))
+            mutant, result = running.popleft()
+            outcome = result.get()
+            if outcome.killer:
+                killers[tuple(_nearest_tests(mutant))][outcome.killer] += 1
+            progress.update()
+            yield mutant, outcome
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ class Uses:
         close = np.flatnonzero(same_warp & recent)
         near[close] = self.crowd[at[close]]
         if now.clock.known is not None and close.size:
-            near[close] &= now.clock.unheard(number[close], self.tick[at[close]])
+            shared = close[near[close] & ~_bit(number[close]) != 0]
+            if shared.size:
+                near[shared] &= now.clock.unheard(number[shared], self.tick[at[shared]])
         return far, near
 
     def unordered(self, at: NDArray[np.int64], now: Moment) -> Flags:

@@ -67,6 +67,9 @@ class Assembler(Accesses, Crossings):
             return lambda b, s: write(
                 b, s, function(*(r(b, s) for r in sources)).view(np.uint32)[:, 0].copy()
             )
+        if len(sources) == 2:  # most instructions
+            first, second = sources
+            return lambda b, s: write(b, s, function(first(b, s), second(b, s)))
         return lambda b, s: write(b, s, function(*(r(b, s) for r in sources)))
 
     def _source_kinds(self, what: Instruction, kind: str) -> list[str]:

@@ -15,6 +15,7 @@ from tests.ptx.plugin import (
     pytest_sessionfinish,
     pytest_terminal_summary,
     pytest_testnodedown,
+    pytest_xdist_setupnodes,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "pytest_sessionfinish",
     "pytest_terminal_summary",
     "pytest_testnodedown",
+    "pytest_xdist_setupnodes",
 ]
 
 

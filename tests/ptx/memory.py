@@ -25,8 +25,8 @@ _ADDRESSES = itertools.count(0x7F00_0000_0000, 1 << 34)
 class Allocation:
     """`size` bytes of device memory, never next to another allocation.
 
-    `written` marks the bytes that something wrote; ``None`` means all. `held` are the bytes where
-    something has written them all already, and its memory may become that of the device.
+    `written` marks the bytes that something wrote; ``None`` means all. `held` is memory that has
+    the bytes already and becomes the device's.
     """
 
     def __init__(self, size: int, *, written: bool, held: Bytes | None = None) -> None:

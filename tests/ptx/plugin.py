@@ -68,6 +68,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Each process has a core: BLAS threads of several would only wait for one another."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """A process of several has ended; one that died has no record, but fails a test."""
     if record := getattr(node, "workeroutput", {}).get("ptx"):

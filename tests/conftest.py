@@ -10,9 +10,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.ptx.plugin import device, pytest_collection_modifyitems, whole_run
+from tests.ptx.plugin import (
+    device,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+    pytest_xdist_setupnodes,
+)
 
-__all__ = ["device", "pytest_collection_modifyitems", "whole_run"]
+__all__ = [
+    "device",
+    "pytest_sessionfinish",
+    "pytest_terminal_summary",
+    "pytest_testnodedown",
+    "pytest_xdist_setupnodes",
+]
 
 
 @pytest.fixture(params=["numpy", pytest.param("device", marks=pytest.mark.kernels)])

@@ -39,7 +39,6 @@ __all__ = [
     "UninitializedRead",
     "UnsupportedInstruction",
     "compile",
-    "executed_kernels",
     "launches",
     "resources",
 ]
@@ -54,8 +53,3 @@ def launches() -> Iterator[list[Launch]]:
         yield found
     finally:
         found += LAUNCHES[start:]
-
-
-def executed_kernels() -> set[str]:
-    """The names of all kernels executed so far, without template arguments."""
-    return {launch.kernel.partition("<")[0] for launch in LAUNCHES}

@@ -11,6 +11,9 @@ from numpy.lib.array_utils import byte_bounds
 
 from tests.ptx.memory import Allocation
 
+_WORD = 8
+"""Bytes of the largest item of an access."""
+
 
 class Pointer:
     """Where an array's first element lies."""
@@ -247,7 +250,7 @@ class ndarray:
         if not copy and self.dtype == dtype:
             return self
         with np.errstate(all="ignore"):
-            return upload(self._host.astype(dtype))
+            return adopt(self._host.astype(dtype))
 
     def fill(self, value: Any) -> None:
         """Set every item."""
@@ -259,17 +262,18 @@ class ndarray:
         if method != "__call__":
             return NotImplemented
         out = options.pop("out", (None,))[0]
-        return _through_numpy(ufunc, inputs, {**options, "out": out})
+        return through_numpy(ufunc, inputs, {**options, "out": out})
 
     def __array_function__(
         self, function: Callable[..., Any], types: Any, inputs: Any, options: Any
     ) -> Any:
-        return _through_numpy(function, inputs, options)
+        return through_numpy(function, inputs, options)
 
     def _binary(function: Any, *, reverse: bool = False) -> Callable[..., ndarray]:
         def method(self: ndarray, other: Any) -> ndarray:
-            pair = (other, self) if reverse else (self, other)
-            return _through_numpy(function, pair, {})
+            left, right = self._host, _host_value(other)
+            with np.errstate(all="ignore"):
+                return adopt(function(right, left) if reverse else function(left, right))
 
         return method
 
@@ -298,13 +302,13 @@ class ndarray:
     __iand__, __ior__ = _update(operator.and_), _update(operator.or_)
 
     def __neg__(self) -> ndarray:
-        return upload(-self._host)
+        return adopt(-self._host)
 
     def __abs__(self) -> ndarray:
-        return upload(abs(self._host))
+        return adopt(abs(self._host))
 
     def __invert__(self) -> ndarray:
-        return upload(~self._host)
+        return adopt(~self._host)
 
 
 def allocate(shape: Any, dtype: Any, order: str = "C") -> ndarray:
@@ -325,6 +329,16 @@ def upload(values: Any) -> ndarray:
     return ndarray(host, allocation)
 
 
+def adopt(values: Any) -> ndarray:
+    """New `values` as device memory: their own where whole words fill it, else a copy."""
+    if isinstance(values, np.ndarray) and values.flags.owndata and values.nbytes % _WORD == 0:
+        order = "C" if values.flags.c_contiguous else "F" if values.flags.f_contiguous else None
+        if order and values.size:
+            held = values.reshape(-1, order=order).view(np.uint8)
+            return ndarray(values, Allocation(values.nbytes, written=True, held=held))
+    return upload(values)
+
+
 def _host_value(value: Any) -> Any:
     if isinstance(value, ndarray):
         return value._host
@@ -333,31 +347,31 @@ def _host_value(value: Any) -> Any:
     return value
 
 
+def _host_values(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_host_values, value))
+    return _host_value(value)
+
+
 def _host_index(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(_host_index(part) for part in index)
     return index._host if isinstance(index, ndarray) else index
 
 
-def _through_numpy(function: Callable[..., Any], inputs: Any, options: dict[str, Any]) -> Any:
+def through_numpy(function: Callable[..., Any], inputs: Any, options: dict[str, Any]) -> Any:
+    """The result of a function on device arrays, computed by NumPy."""
     out = options.get("out")
     if out is not None and not isinstance(out, ndarray):
         raise TypeError("Output arguments type must be cupy.ndarray")
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return type(value)(convert(item) for item in value)
-        return _host_value(value)
-
     with np.errstate(all="ignore"):
         result = function(
-            *(convert(i) for i in inputs), **{k: convert(v) for k, v in options.items()}
+            *map(_host_values, inputs), **{k: _host_values(v) for k, v in options.items()}
         )
     if out is not None:
         out._mark()
         return out
-    owners = {id(i._allocation): i._allocation for i in inputs if isinstance(i, ndarray)}
-    return wrap(result, owners.values())
+    return wrap(result, [i._allocation for i in inputs if isinstance(i, ndarray)])
 
 
 def wrap(result: Any, owners: Any = ()) -> Any:
@@ -371,13 +385,13 @@ def wrap(result: Any, owners: Any = ()) -> Any:
             for owner in owners:
                 if np.may_share_memory(result, owner.bytes):
                     return ndarray(result, owner)
-        return upload(result)
+        return adopt(result)
     return result
 
 
 def _method(name: str) -> Callable[..., Any]:
     def method(self: ndarray, *inputs: Any, **options: Any) -> Any:
-        return _through_numpy(getattr(np, name), (self, *inputs), options)
+        return through_numpy(getattr(np, name), (self, *inputs), options)
 
     method.__name__ = name
     return method

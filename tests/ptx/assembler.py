@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -66,6 +67,9 @@ class Assembler(Accesses, Crossings):
             return lambda b, s: write(
                 b, s, function(*(r(b, s) for r in sources)).view(np.uint32)[:, 0].copy()
             )
+        if len(sources) == 2:  # most instructions
+            first, second = sources
+            return lambda b, s: write(b, s, function(first(b, s), second(b, s)))
         return lambda b, s: write(b, s, function(*(r(b, s) for r in sources)))
 
     def _source_kinds(self, what: Instruction, kind: str) -> list[str]:
@@ -302,6 +306,9 @@ def assemble(compiled: Compiled, name: str, title: str) -> Kernel:
         assert end is not None
         blocks[start] = Block(start, tuple(steps), end, length)
         lines[start] = frozenset(i.line for i in body[start : start + length] if i.line[1])
+    # Kernels live as long as the process: without this, the collector walks them time and again.
+    gc.collect(1)
+    gc.freeze()
     return Kernel(
         name,
         title,

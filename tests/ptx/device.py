@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -227,6 +228,23 @@ class _Stream:
 _Stream.null = _Stream()
 
 
+@functools.cache
+def _numpys(name: str) -> Any:
+    """What `cupy` and `numpy` both have by this name; a function for device arrays."""
+    function = getattr(np, name, None)
+    if function is None or not hasattr(cupy, name):
+        raise AttributeError(f"the stand-in for CuPy has no {name!r}")
+    if not callable(function) or isinstance(function, type):
+        return function
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if any(isinstance(a, np.ndarray) and a.ndim for a in arguments):
+            raise TypeError(f"Unsupported type {np.ndarray}: cupy.{name} takes device arrays")
+        return array.through_numpy(function, arguments, options)
+
+    return call
+
+
 class Module:
     """What stands where ``cupy`` would: its functions on device arrays, computed by NumPy."""
 
@@ -289,19 +307,7 @@ class Module:
         return array.upload(np.arange(*arguments, **options))
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(np, name, None)
-        if function is None or not hasattr(cupy, name):
-            raise AttributeError(f"the stand-in for CuPy has no {name!r}")
-        if not callable(function) or isinstance(function, type):
-            return function
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            if any(isinstance(a, np.ndarray) and a.ndim for a in arguments):
-                raise TypeError(f"Unsupported type {np.ndarray}: cupy.{name} takes device arrays")
-            result = function(*arguments, **options)
-            return array.wrap(result) if isinstance(result, np.ndarray) else result
-
-        return call
+        return _numpys(name)
 
     def __repr__(self) -> str:
         return "<stand-in for cupy, executing PTX>"

@@ -54,7 +54,10 @@ class Lines:
 
 
 LAUNCHES: list[Launch] = []
-"""Every launch so far, oldest first."""
+"""Every launch of this process so far, oldest first."""
+
+EXECUTED: set[str] = set()
+"""The names of all kernels that ran so far, without template arguments."""
 
 COVERAGE: dict[tuple[str, str], Lines] = defaultdict(Lines)
 """Lines of every (architecture, source text) that ran so far."""
@@ -133,6 +136,7 @@ def run(
         sum(s.written_unique for s in parts),
     )
     LAUNCHES.append(launch)
+    EXECUTED.add(kernel.title.partition("<")[0])
     return launch
 
 

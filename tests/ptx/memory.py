@@ -25,16 +25,17 @@ _ADDRESSES = itertools.count(0x7F00_0000_0000, 1 << 34)
 class Allocation:
     """`size` bytes of device memory, never next to another allocation.
 
-    `written` marks the bytes that something wrote; ``None`` means all.
+    `written` marks the bytes that something wrote; ``None`` means all. `held` is memory that has
+    the bytes already and becomes the device's.
     """
 
-    def __init__(self, size: int, *, written: bool) -> None:
+    def __init__(self, size: int, *, written: bool, held: Bytes | None = None) -> None:
         padded = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
         if padded > (1 << 34) - _GUARD:
             raise MemoryError(f"{size} bytes")
         self.address = next(_ADDRESSES)
         self.size = size
-        self.bytes: Bytes = np.full(padded, UNWRITTEN, np.uint8)
+        self.bytes: Bytes = np.full(padded, UNWRITTEN, np.uint8) if held is None else held
         self.written: NDArray[np.bool_] | None = None if written else np.zeros(padded, bool)
 
 

@@ -40,16 +40,14 @@ def bits_of(width: int) -> np.dtype[np.generic]:
     return np.dtype(STATES[width])
 
 
-def _widen(value: Array, width: int) -> Array:
+def _widened(value: Array, bits: np.dtype[np.generic]) -> Array:
     """A result as a register's bits: zero- or sign-extended where the register is wider."""
-    if width == 0 or value.dtype == np.bool_:
+    if value.dtype == np.bool_:
         return value
-    if value.dtype.itemsize == width:
-        return value.view(bits_of(width))
     if value.dtype.kind == "f":
         value = value.view(bits_of(value.dtype.itemsize))
-    signed = np.dtype(f"i{width}") if value.dtype.kind == "i" else bits_of(width)
-    return value.astype(signed).view(bits_of(width))
+    signed = np.dtype(f"i{bits.itemsize}") if value.dtype.kind == "i" else bits
+    return value.astype(signed).view(bits)
 
 
 def _special(name: str, batch: Batch) -> Array:
@@ -116,6 +114,8 @@ class Operands:
             raise UnsupportedInstruction(f"type {kind}: {what.text}")
         wanted = np.dtype(arithmetic.TYPES[kind])
         match operand:
+            case Register(width=width) if width and wanted == bits_of(width):
+                return lambda b, s: b.get(operand, s)
             case Register(width=width) if width == wanted.itemsize or wanted == np.bool_:
                 return lambda b, s: b.get(operand, s).view(wanted)
             case Register(width=width) if width > wanted.itemsize:
@@ -168,8 +168,16 @@ class Operands:
         match operand:
             case None:
                 return lambda b, s, value: None
+            case Register(width=0):
+                return lambda b, s, value: b.put(operand, s, value)
             case Register(width=width):
-                return lambda b, s, value: b.put(operand, s, _widen(value, width))
+                bits = bits_of(width)
+
+                def put(b: Batch, s: Selection, value: Array) -> None:
+                    fits = value.dtype.itemsize == width and value.dtype != np.bool_
+                    b.put(operand, s, value.view(bits) if fits else _widened(value, bits))
+
+                return put
             case Vector(items=items):
                 writers = [self.write(item, what) for item in items]
 

@@ -1,4 +1,4 @@
-"""The engines that kernel tests run on, as pytest fixtures.
+"""The engines that kernel tests run on, as pytest fixtures; and what a whole run must execute.
 
 ``CUBIN_TEST_ENGINE`` chooses: ``ptx`` (the default) interprets NVRTC's PTX, ``cuda`` is CuPy on a
 GPU, ``numpy`` leaves the kernel tests out. ``CUBIN_TEST_ARCH`` is what the interpreter compiles
@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from tests.ptx import coverage
+from tests.ptx.launch import EXECUTED
+
 ENGINE = os.environ.get("CUBIN_TEST_ENGINE", "ptx")
 ARCH = os.environ.get("CUBIN_TEST_ARCH", "compute_80")
 
-LAST = {"test_every_kernel_is_executed", "test_every_cuda_line_is_executed"}
-"""The tests of these names look back at all others, so they run after them."""
+GAPS = pytest.StashKey[list[str]]()
+"""What a whole run left out."""
 
 
 @pytest.fixture
@@ -42,24 +45,58 @@ def device(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iter
         yield module
 
 
-@pytest.fixture
-def whole_run(request: pytest.FixtureRequest) -> None:
-    """Skips a test that only makes sense after all kernel tests have passed."""
-    config = request.config
+# ---------------------------------------------------------------- after the last test
+
+# Every kernel and every line of CUDA must run in some test. With several processes (pytest -n),
+# each hands its record over when it ends, and the one that started them looks at the sum.
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a whole run that passed, but left out a kernel or a line."""
+    if ENGINE != "ptx":
+        return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ptx"] = coverage.record()
+    elif exitstatus == pytest.ExitCode.OK and EXECUTED and _is_whole(session.config):
+        from cubin import kernels
+        from tests.ptx.mutate import units
+
+        names = (primitive.kernel_name for primitive in kernels.REGISTRY.values())
+        if found := coverage.gaps(names, units(), ARCH):
+            session.config.stash[GAPS] = found
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Each process has a core: BLAS threads of several would only wait for one another."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of several has ended; one that died has no record, but fails a test."""
+    if record := getattr(node, "workeroutput", {}).get("ptx"):
+        coverage.add(record)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name what a whole run left out."""
+    if found := config.stash.get(GAPS, []):
+        terminalreporter.section("CUDA that no test executes", red=True, bold=True)
+        for line in found:
+            terminalreporter.line(line)
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    """Whether no test was left out, but for those that ``-m kernels`` leaves out."""
     option = config.option
-    chosen = [path for path in config.args if path not in config.getini("testpaths")]
-    partly = (
-        chosen
+    return not (
+        [path for path in config.args if path not in config.getini("testpaths")]
         or option.keyword
         or option.markexpr not in ("", "kernels")
-        or any(getattr(option, name, None) for name in ("deselect", "ignore", "ignore_glob", "lf"))
+        or any(
+            getattr(option, name, None)
+            for name in ("deselect", "ignore", "ignore_glob", "lf", "stepwise")
+        )
     )
-    if partly or request.session.testsfailed:
-        pytest.skip("only after all tests have passed")
-    if ENGINE != "ptx":
-        pytest.skip("the interpreter keeps the record")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests that look back at all others last."""
-    items.sort(key=lambda item: item.name in LAST)

@@ -207,8 +207,13 @@ def _number(text: str) -> Immediate:
     raise ValueError(text)
 
 
+_BRACKET = re.compile(r"[{\[(]")
+
+
 def _split(text: str) -> list[str]:
     """Split operands at the commas that are not inside brackets."""
+    if not _BRACKET.search(text):
+        return [part for part in map(str.strip, text.split(",")) if part]
     parts, depth, start = [], 0, 0
     for position, character in enumerate(text):
         depth += (character in "{[(") - (character in "}])")

@@ -60,7 +60,8 @@ class Clock:
         if self.known is None:
             return np.full(len(number), 2**32 - 1, np.uint32)
         known = self.known[number // 32 - self.first * (self.stride // 32), number % 32]
-        return ((known <= tick[:, None]) @ (1 << _LANES)).astype(np.uint32)
+        since = known <= tick[:, None]
+        return np.packbits(since, axis=1, bitorder="little").view("<u4")[:, 0]
 
 
 class Moment:
@@ -107,15 +108,20 @@ class Uses:
             return far, near
         recent = self.time[at] >= now.time
         others = self.others[at]
+        used, distance = who != NOBODY, _distance(who, number, now.clock.stride)
+        elsewhere = used & (distance == _ANY)
+        if not (recent.any() or elsewhere.any() or others.any()):
+            return far, near  # a barrier came between
         far = np.where(recent | (others == _ANY), others, far)
         same_warp = who // 32 == number // 32
-        distance = _distance(who, number, now.clock.stride)
-        apart = (who != NOBODY) & ~same_warp & (recent | (distance == _ANY))
+        apart = used & ~same_warp & (recent | elsewhere)
         far = np.maximum(far, np.where(apart, distance, np.int8(0)))
         close = np.flatnonzero(same_warp & recent)
         near[close] = self.crowd[at[close]]
         if now.clock.known is not None and close.size:
-            near[close] &= now.clock.unheard(number[close], self.tick[at[close]])
+            shared = close[near[close] & ~_bit(number[close]) != 0]
+            if shared.size:
+                near[shared] &= now.clock.unheard(number[shared], self.tick[at[shared]])
         return far, near
 
     def unordered(self, at: NDArray[np.int64], now: Moment) -> Flags:

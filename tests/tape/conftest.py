@@ -27,7 +27,7 @@ def device(device, monkeypatch):
         """The ufunc, whose `at` adds in place."""
 
         def __call__(self, *operands):
-            return array._through_numpy(np.add, operands, {})
+            return array.through_numpy(np.add, operands, {})
 
         def at(self, x, key, values):
             np.add.at(x._host, array._host_index(key), array._host_value(values))

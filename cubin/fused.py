@@ -131,7 +131,8 @@ def launch(
     mapped = np.ndim(bits) > 0
     moved = (x, bits, outputs[-1]) if mapped else (x, outputs[-1])
     aligned = math.gcd(16, *[array.data.ptr // array.itemsize for array in moved])
-    steps = [array.strides[-2] // array.itemsize for array in moved]
+    # The stride of an axis of length 1 may be anything, and levels lie `rows` steps apart.
+    steps = [a.shape[-1] if a.flags.c_contiguous else a.strides[0] // a.itemsize for a in moved]
     template, grid, threads, sizes = _plan(x.shape, x.dtype, levels, mapped, room, aligned, *steps)
     pointers = (x, bits if mapped else _NO_MAP, *outputs)
     return Launch(template, grid, threads, (*pointers, *sizes, *options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import cubin
 from cubin import arrays, fused, greedy, kernels
 from cubin.code import level_signs
 from cubin.encoding import Encoding
@@ -249,6 +250,20 @@ def test_rows_of_any_axes(axis, device, rng):
     greedy.approximate(*on(device, x, bits), 2, rows, y)
     greedy.approximate(x, bits, 2, rows, wanted)
     np.testing.assert_allclose(y.get(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("solver", ["greedy", "alternating"])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((8, 1), 1), ((1, 8), 0), ((2, 3, 4), 1), ((4, 6), None)]
+)
+def test_signs_of_any_axes(shape, axis, solver, device, rng):
+    """Among them axes of length 1, whose strides may be anything."""
+    x, bits = sample(rng, shape, np.float32, 2, True)
+    found = cubin.quantize(device.asarray(x), bits, channel_axis=axis, solver=solver)
+    expected = cubin.quantize(x, bits, channel_axis=axis, solver=solver)
+    np.testing.assert_array_equal(found.signs.get(), expected.signs)
+    np.testing.assert_allclose(found.scales.get(), expected.scales, rtol=0, atol=1e-6)
 
 
 @pytest.mark.kernels

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import blocks, errors
+from cubin import blocks, errors, passes
 
 
 def expected(x, y, axis):
@@ -36,7 +36,8 @@ def test_against_numpy_in_float64(xp, host, rng, dtype, axis):
 
 
 def test_arrays_of_several_pieces(xp, host, rng):
-    x = rng.normal(size=(3, 2 * blocks.BLOCK + 99)).astype(np.float32)
+    size = (2 * blocks.BLOCK if xp is np else 4 * passes.CHUNK) + 99
+    x = rng.normal(size=(3, size)).astype(np.float32)
     y = cubin.multibit(x, 2)
     for axis in (None, 1):
         for name, value in expected(x, y, axis).items():

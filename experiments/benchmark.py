@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 
 import cubin
 from cubin import blocks
+from cubin.quantize import SOLVERS
 
 NAME = "benchmark"
 SEED = 0
@@ -44,6 +45,9 @@ HOST_CACHE = 64 << 20
 
 SLOWEST_PEER = 60.0
 """Seconds of a peer's first call from which on it is left out of the rounds."""
+
+PAUSE = 0.02
+"""Seconds before a call: OpenMP's threads spin on after the one before, and take its processors."""
 
 CUBIN = "cubin"
 REUSED = "cubin, out="
@@ -126,6 +130,12 @@ class Case:
     def levelled(self) -> bool:
         """Whether the number of levels matters."""
         return self.operation not in ("sign", "sign_grad", "ste_mask")
+
+    @property
+    def solver(self) -> str | None:
+        """The solver, if the operation is an approximation."""
+        named = "greedy" if self.operation == "multibit" else self.operation
+        return named if named in SOLVERS else None
 
     @property
     def label(self) -> str:
@@ -217,6 +227,7 @@ class Host:
         return self.torch.from_numpy(array) if self.torch else None
 
     def time(self, call: Callable[[], Any]) -> float:
+        time.sleep(PAUSE)
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
@@ -301,7 +312,7 @@ def inputs_of(case: Case, machine: Host | Device) -> list[Inputs]:
             tensors["gy"] = machine.tensor(gy.reshape(layout.flat))
         if case.mapped:
             tensors["bits"] = machine.tensor(bits.reshape(layout.flat))
-        out = xp.zeros_like(x) if case.operation in ("sign", "multibit") else None
+        out = xp.zeros_like(x) if case.operation == "sign" or case.solver else None
         found.append(Inputs(x, gy, bits, out, tensors))
     return found
 
@@ -313,8 +324,8 @@ def candidates_of(
     found = {CUBIN: _cubin(case, inputs)}
     if case.operation == "sign":
         found[REUSED] = lambda a: cubin.sign(a.x, out=a.out)
-    elif case.operation == "multibit":
-        options = case.layout.granularity
+    elif case.solver:
+        options = {"solver": case.solver, **case.layout.granularity}
         found[REUSED] = lambda a: cubin.multibit(a.x, a.bits, out=a.out, **options)
     if isinstance(machine, Host) and blocks.compiled(case.layout.size):
         found[WITHOUT_NUMBA] = functools.partial(_without_numba, found[CUBIN])
@@ -328,17 +339,15 @@ def _cubin(case: Case, inputs: Sequence[Inputs]) -> Callable[[Inputs], Any]:
     if case.operation == "dequantize":
         codes = {id(a): cubin.quantize(a.x, a.bits, check_finite=False, **options) for a in inputs}
         return lambda a: codes[id(a)].dequantize()
+    if case.solver:
+        return lambda a: cubin.multibit(a.x, a.bits, solver=case.solver, **options)
     return {
         "sign": lambda a: cubin.sign(a.x),
         "sign_grad": lambda a: cubin.sign_grad(a.x, a.gy),
         "ste_mask": lambda a: cubin.ste_mask(a.x),
         "multibit_grad": lambda a: cubin.multibit_grad(a.x, a.bits, a.gy),
-        "multibit": lambda a: cubin.multibit(a.x, a.bits, **options),
         "quantize": lambda a: cubin.quantize(a.x, a.bits, check_finite=False, **options),
-    }.get(
-        case.operation,
-        lambda a: cubin.multibit(a.x, a.bits, solver=case.operation, **options),
-    )
+    }[case.operation]
 
 
 def _without_numba(call: Callable[[Inputs], Any], inputs: Inputs) -> Any:

@@ -266,7 +266,8 @@ def _approximation(x: Array, bits: Array | None, scales: Array, stored: Array, y
 def _set(r: Array, bits: Array | None, row: int, level: int, code: Array) -> None:
     bit = code.dtype.type(1 << level)
     for j in range(r.size):
-        code[j] |= bit if r[j] > 0 and _hot(bits, row, j, level) else code.dtype.type(0)
+        up = (r[j] > 0) & _hot(bits, row, j, level)
+        code[j] |= bit if up else code.dtype.type(0)
 
 
 @loop()

@@ -60,6 +60,18 @@ EQUIVALENT: dict[str, str] = {
     "static __device__ unsigned long long exponent(Pattern m) { return max(m >> 52, 2ull); }": (
         "twice the unit of rows of the smallest normal numbers does as well"
     ),
+    "for (int i = 0; i <= level; ++i) cut += scale[i] * sign_at(code[cell], i);": (
+        "a level that is not found yet has the scale 0"
+    ),
+    "for (int i = 0; i < level; ++i) cut += scale[i] / sign_at(code[cell], i);": (
+        "a sign is 1 or -1"
+    ),
+    "if (cell >= first_of(level)) cut = fmax(cut, to_double(edge[cell]));": (
+        "the first edge and whatever is below 0 are both below every magnitude"
+    ),
+    "sum -= plus ? scale[level] : -scale[level];": (
+        "codes and scales have both changed their signs at that level"
+    ),
     "for (int i = 0; i <= LEVELS - 1; ++i)": "the body runs where i < level, and level < LEVELS",
     "if constexpr (LEVEL + 1 <= LEVELS)": "one more branch, for a level that there is not",
     "double total = 1;": "only sums beyond the largest float start there: 1 is lost in them",

@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cuda.pathfinder import find_nvidia_header_directory, load_nvidia_dynamic_lib
-
 SOURCE_NAME = "kernel.cu"
 """How NVRTC's name of the source text ends, in messages and in line information."""
 
@@ -88,6 +86,8 @@ class Resources:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
     return ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path)
 
 
@@ -102,6 +102,8 @@ def version() -> tuple[int, int]:
 @functools.cache
 def include_directory() -> Path:
     """The CUDA runtime headers; those of another CUDA version are refused."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
     directory = Path(find_nvidia_header_directory("cudart"))
     found = re.search(
         r"#define CUDART_VERSION\s+(\d+)", (directory / "cuda_runtime_api.h").read_text()

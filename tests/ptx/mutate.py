@@ -287,10 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     full = [*options.full.split(), "--ignore-glob=*test_ptx_*"] if options.full else []
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
-        base = {
-            nearest: pool.apply(_task, (None, [nearest], frozenset()))
-            for nearest in sorted({tuple(_nearest_tests(mutant)) for mutant in chosen})
-        }
+        sets = sorted({tuple(_nearest_tests(mutant)) for mutant in chosen})
+        plain = [(None, [nearest], frozenset()) for nearest in sets]
+        base = dict(zip(sets, pool.starmap(_task, plain, chunksize=1), strict=True))
         broken = [nearest for nearest, outcome in base.items() if outcome.verdict != "survived"]
         if broken:
             print("the tests fail without a mutant:", *broken[0], file=sys.stderr)

@@ -263,11 +263,13 @@ def _holders(mutant: Mutant) -> list[kernels.Primitive]:
 def _nearest_tests(mutant: Mutant) -> list[str]:
     """The tests nearest to the kernels concerned, as pytest's arguments."""
     holders = _holders(mutant)
-    names = sorted(p.name for p in holders if not isinstance(p, kernels.Raw))
+    raw = {p.function.__module__ for p in holders if isinstance(p, kernels.Raw)}
+    names = sorted(p.name for p in holders if p.types and not isinstance(p, kernels.Raw))
     if names:
         return ["tests/test_kernels.py", "-k", f"equals and ({' or '.join(names)})"]
     files = {"cubin.greedy": "tests/test_fused.py", "cubin.solvers.teams": "tests/test_teams.py"}
-    return [*sorted({files[p.function.__module__] for p in holders}), "-k", "not registers"]
+    nearest = sorted(files[module] for module in raw) or ["tests/test_surrogates.py"]
+    return [*nearest, "-k", "not registers"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

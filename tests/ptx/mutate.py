@@ -72,6 +72,10 @@ EQUIVALENT: dict[str, str] = {
     "sum -= plus ? scale[level] : -scale[level];": (
         "codes and scales have both changed their signs at that level"
     ),
+    "if (!(total < 1e300 / 1e300)) total = wide_sum_after(level, x, bits, scale);": (
+        "sums of 1 or more are taken in double anew: slower, and no less exact"
+    ),
+    "for (int e = 0; e <= E; ++e) forget(x[e]);": "it holds no instruction",
     "for (int i = 0; i <= LEVELS - 1; ++i)": "the body runs where i < level, and level < LEVELS",
     "if constexpr (LEVEL + 1 <= LEVELS)": "one more branch, for a level that there is not",
     "double total = 1;": "only sums beyond the largest float start there: 1 is lost in them",

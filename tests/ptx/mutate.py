@@ -76,6 +76,10 @@ EQUIVALENT: dict[str, str] = {
         "sums of 1 or more are taken in double anew: slower, and no less exact"
     ),
     "for (int e = 0; e <= E; ++e) forget(x[e]);": "it holds no instruction",
+    "for (int w = 0; w < E * 4; ++w) forget(word[w]);": "it holds no instruction",
+    "for (int which = first + threadIdx.x * step; which < end; which += 32 / step) {": (
+        "there are at most 15 sums, so nobody comes to a second one"
+    ),
     "for (int i = 0; i <= LEVELS - 1; ++i)": "the body runs where i < level, and level < LEVELS",
     "if constexpr (LEVEL + 1 <= LEVELS)": "one more branch, for a level that there is not",
     "double total = 1;": "only sums beyond the largest float start there: 1 is lost in them",

@@ -97,6 +97,16 @@ def test_rows_of_every_length(length, mapped, device, rng):
     check(device, x, bits, 3, (False, 2), differing=1)
 
 
+def test_every_warp_knows_the_largest(device, rng):
+    """A row of 1024 threads, with one far outlier: in the first, some other or the last warp."""
+    x, bits = sample(rng, (3, 16384), np.float32, 2, False)
+    x[[0, 1, 2], [3, 700, -1]] = 1e6
+    check(device, x, bits, 2, (True, 0))
+    x[1, -1] = np.nan
+    scales, _, _ = solve(device, x, bits, 2, (True, 0))
+    np.testing.assert_array_equal(np.isnan(scales), [[False, True, False]] * 2)
+
+
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
 @pytest.mark.parametrize(
     ("dtype", "length"), [(np.float16, 64), (np.float64, 50), (np.float64, 1025)]

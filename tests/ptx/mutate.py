@@ -80,6 +80,18 @@ EQUIVALENT: dict[str, str] = {
     "for (int which = first + threadIdx.x * step; which < end; which += 32 / step) {": (
         "there are at most 15 sums, so nobody comes to a second one"
     ),
+    "for (int w = 1; w < E / 4; ++w) forget(word[w]);": "it holds no instruction",
+    "own = sum_of_lanes<33>(own);": "the steps are those for 32",
+    "return most_of_lanes<33>(lane < blockDim.x / 32 ? of_warps[lane] : U(0));": (
+        "the steps are those for 32"
+    ),
+    "return most_of_lanes<32>(lane < blockDim.x / 32 ? of_warps[lane] : U(1));": (
+        "a row of zeros has the unit of the smallest number"
+    ),
+    "if (threadIdx.x % 32 == 1) of_warps[which][threadIdx.x / 32] = own;": (
+        "all lanes have the sum"
+    ),
+    "__device__ int count(int) const { return 1; }": "the total is the length of the row",
     "for (int i = 0; i <= LEVELS - 1; ++i)": "the body runs where i < level, and level < LEVELS",
     "if constexpr (LEVEL + 1 <= LEVELS)": "one more branch, for a level that there is not",
     "double total = 1;": "only sums beyond the largest float start there: 1 is lost in them",

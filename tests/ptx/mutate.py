@@ -81,6 +81,12 @@ EQUIVALENT: dict[str, str] = {
         "there are at most 15 sums, so nobody comes to a second one"
     ),
     "for (int w = 1; w < E / 4; ++w) forget(word[w]);": "it holds no instruction",
+    "if (Team::rank() != 0) inverse[p] = over;": "all leaders have the same value",
+    "for (int pack = 0; pack < E * N; ++pack) {": "no further pack begins before the row's end",
+    "__global__ void __launch_bounds__(Team::MOST_THREADS, 1024 * Team::MOST_THREADS) "
+    "cubin_solve_rows(": (
+        "it asks for more than there is, so it is ignored; the kernel fits without it"
+    ),
     "own = sum_of_lanes<33>(own);": "the steps are those for 32",
     "return most_of_lanes<33>(lane < blockDim.x / 32 ? of_warps[lane] : U(0));": (
         "the steps are those for 32"

@@ -87,6 +87,8 @@ EQUIVALENT: dict[str, str] = {
     "cubin_solve_rows(": (
         "it asks for more than there is, so it is ignored; the kernel fits without it"
     ),
+    "for (int pack = 0; pack <= E / N; ++pack) {": "no further pack begins before the row's end",
+    "Pattern most = 1;": "a row of zeros has the unit of the smallest number",
     "own = sum_of_lanes<33>(own);": "the steps are those for 32",
     "return most_of_lanes<33>(lane < blockDim.x / 32 ? of_warps[lane] : U(0));": (
         "the steps are those for 32"

@@ -23,7 +23,8 @@ BLOCK = 1 << 19
 """Elements, or cells of a solver's states, that the host works on at a time."""
 
 FEW_PASSES = 25
-"""Thresholds that rows are compared with in less time than they are sorted in."""
+"""Thresholds that rows are compared with in less time than they are sorted in: so many for long
+rows, half as many as there are elements for short ones."""
 
 DEVICE_BLOCK = 1 << 24
 """The same on a device."""
@@ -162,7 +163,7 @@ def _is_quick(
         return False
     # m levels have 2^(m-1) - 1 thresholds: once for every m, and again in every iteration.
     count = (1 << levels) - 1 - levels + rule[1] * ((1 << (levels - 1)) - 1)
-    return count <= FEW_PASSES and rows.length <= blocks.BLOCK
+    return count <= min(FEW_PASSES, rows.length // 2) and rows.length <= blocks.BLOCK
 
 
 def _cut(array: Any, rows: Rows, part: Part) -> Any:

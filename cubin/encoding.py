@@ -42,7 +42,7 @@ class Encoding:
         rows, levels = self.rows, len(self.scales)
         view = rows.view(self.signs, lead=1)
         target = view if view.flags.c_contiguous else self._xp.empty(view.shape, np.int8)
-        scales = self._xp.empty(self.scales.shape, arrays.work_dtype(x.dtype))
+        scales = self.scales.astype(arrays.work_dtype(x.dtype), copy=False)
         primitive(
             fused.flat(x, rows),
             fused.flat(bits, rows),

@@ -15,8 +15,7 @@ from tests.registers import assert_registers_suffice
 SHORT = [1, 7, 27, 31, 32, 33, 127, 128, 129]
 LONG = [1000, 1023, 1024, 1025, 4096, 8191, 8192, 8193, 16383, 16384]
 DTYPES = [np.float16, np.float32, np.float64]
-ARCHITECTURES = ["sm_70", "sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
-"""Where kernels take other numbers of registers: sm_86 and sm_89 are as sm_80."""
+ARCHITECTURES = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 
 def sample(rng, shape, dtype, levels, mapped):

@@ -9,7 +9,7 @@ pytest.importorskip("cupy")
 from cubin import arrays
 from tests.ptx import device as stand_in
 from tests.ptx.plugin import ENGINE
-from tests.test_kernels import COUNTS, cases, run
+from tests.test_kernels import cases, run
 
 pytestmark = [
     pytest.mark.kernels,
@@ -25,7 +25,7 @@ def sources(primitive, types, count, library, monkeypatch):
     return set(primitive.kernel(count).cached_codes.values())
 
 
-@pytest.mark.parametrize(("primitive", "types", "count"), list(cases(COUNTS)))
+@pytest.mark.parametrize(("primitive", "types", "count"), list(cases()))
 def test_the_sources_are_the_same(primitive, types, count, device, monkeypatch):
     there = sources(primitive, types, count, device, monkeypatch)
     here = sources(primitive, types, count, stand_in.module, monkeypatch)

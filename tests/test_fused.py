@@ -132,10 +132,11 @@ def test_a_row_ends_at_its_last_level(device, rng, host):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [3, 27, 100, 1023, 3000])
+@pytest.mark.parametrize("length", [3, 23, 27, 100, 1023, 3000])
 def test_equal_numbers_are_exact(length, dtype, device, rng):
     """Rows of one magnitude have it as their first scale to the last bit, also under maps."""
     values = rng.uniform(0.1, 10, (6, 1)).astype(np.float32).astype(dtype)
+    values[0] = 1.5 + 2**-22  # of float32 numbers, three times this is the hardest to round
     x = values * rng.choice(np.array([-1, 1], dtype), (6, length))
     scales, _ = encode(device, *on(device, x, np.uint8(2)), 2)
     np.testing.assert_array_equal(scales[0], values)
@@ -195,6 +196,15 @@ def test_elements_without_bits_do_not_count(device):
     y = approximate(device, *on(device, x, bits), 2)
     np.testing.assert_array_equal(scales[..., 0], [[2, 0], [1, 0]])
     np.testing.assert_array_equal(y, [[2, 0, -3, 0], [0] * 4])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("length", [5, 100, 1500])
+def test_rows_without_bits_have_scales_of_zero(length, device, rng):
+    x, _ = sample(rng, (3, length), np.float32, 2, False)
+    scales, y = check(device, x, np.zeros(x.shape, np.uint8), 2)
+    assert not scales.any()
+    assert not y.any()
 
 
 @pytest.mark.kernels
@@ -341,6 +351,15 @@ def test_rows_too_long_for_a_block_take_passes(device, rng):
     np.testing.assert_allclose(y.get(), wanted, rtol=1e-6)
     with pytest.raises(ValueError, match="no team holds 1 levels"):
         fused.launch(device.asarray(x), np.uint8(1), 1, y)
+
+
+@pytest.mark.kernels
+def test_a_long_row_without_codes_at_a_level(device, rng):
+    x, _ = sample(rng, (2, 32769), np.float32, 1, False)
+    bits = np.repeat(np.array([[1], [2]], np.uint8), x.shape[1], axis=1)
+    code = cubin.quantize(device.asarray(x), bits, channel_axis=0)
+    check_scales(x, bits, code.scales.get()[..., None])
+    assert code.scales.get()[1, 0] == 0
 
 
 # ---------------------------------------------------------------- geometry

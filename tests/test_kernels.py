@@ -32,7 +32,9 @@ def values(kind, shape, rng):
     if dtype == np.int8:
         return rng.integers(-1, 2, shape).astype(dtype)
     if dtype.kind in "iu":
-        return rng.integers(0, 6, shape).astype(dtype)
+        x = rng.integers(0, 6, shape).astype(dtype)
+        x.ravel()[2:4] = 1  # bits that bound the numbers 1 and -1 below
+        return x
     x = rng.normal(0, 2, shape).astype(dtype)
     special = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, np.finfo(dtype).smallest_subnormal]
     x.ravel()[: len(special)] = special

@@ -12,6 +12,7 @@ import pytest
 
 from tests.ptx.plugin import (
     device,
+    pytest_configure,
     pytest_sessionfinish,
     pytest_terminal_summary,
     pytest_testnodedown,
@@ -20,6 +21,7 @@ from tests.ptx.plugin import (
 
 __all__ = [
     "device",
+    "pytest_configure",
     "pytest_sessionfinish",
     "pytest_terminal_summary",
     "pytest_testnodedown",

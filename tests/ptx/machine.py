@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,7 @@ class Layout:
     offsets: dict[str, int]
     valid: NDArray[np.bool_]
     data: Bytes
+    _fitting: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, variables: Sequence[Variable], dynamic: int = 0) -> Layout:
@@ -71,6 +72,16 @@ class Layout:
             valid[start : start + size] = True
             data[start : start + len(content)] = np.frombuffer(content, np.uint8)
         return cls(offsets, valid, data)
+
+    def fits(self, offset: NDArray[np.int64], size: int) -> bool:
+        """Whether aligned accesses of `size` bytes at these offsets all stay inside variables."""
+        if size not in self._fitting:
+            whole = np.concatenate(([False], self.valid, np.zeros(size, bool)))
+            fitting = whole[:-size] & whole[size - 1 : -1]
+            fitting[1:][np.arange(len(self.valid)) % size != 0] = False
+            fitting[0] = False  # for whatever lies before
+            self._fitting[size] = fitting
+        return bool(self._fitting[size].take(offset + 1, mode="clip").all())
 
     @property
     def size(self) -> int:
@@ -506,6 +517,9 @@ class Batch:
         instruction: Instruction,
     ) -> None:
         """Bounds and alignment of shared, local and constant memory."""
+        layout = self.layouts[space]
+        if layout.fits(offset, size):
+            return
         lanes = self.lanes(chosen)
 
         def those(flags: Flags) -> Lanes:
@@ -516,7 +530,7 @@ class Batch:
             self.fail(
                 faults.Misaligned, f"address not a multiple of {size}", instruction, those(crooked)
             )
-        valid = self.layouts[space].valid
+        valid = layout.valid
         outside = (offset < 0) | (offset + size > len(valid))
         if not outside.any():
             outside = ~(valid[offset] & valid[offset + size - 1])
@@ -535,7 +549,7 @@ class Batch:
         """The granules of shared accesses, and who touches each."""
         if self.shared_shadow is None:
             self.shared_granule = size
-            self.shared_shadow = Shadow(len(self.shared_bytes) // size)
+            self.shared_shadow = Shadow(len(self.shared_bytes) // size, of_block=True)
         if size < self.shared_granule:
             self.shared_shadow.refine(self.shared_granule // size)
             self.shared_granule = size

@@ -7,6 +7,7 @@ for, ``compute_80`` unless set.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,11 @@ ARCH = os.environ.get("CUBIN_TEST_ARCH", "compute_80")
 
 GAPS = pytest.StashKey[list[str]]()
 """What a whole run left out."""
+
+
+def pytest_configure() -> None:
+    """Look for garbage less often: what tests parsed and assembled stays, and is much to look at."""
+    gc.set_threshold(100_000)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ Lanes = NDArray[np.intp]
 Ints = NDArray[np.int32]
 Flags = NDArray[np.bool_]
 
-NOBODY = -1
+NOBODY = NEVER = -1
 _SAME_BLOCK, _ANY = 1, 2
 _LANES = np.arange(32)
 
@@ -31,6 +31,9 @@ class Clock:
         self.warp = numbers // 32 - first * (stride // 32)
         self.tick: Ints | None = None  # warp barriers so far, per warp
         self.known: NDArray[np.int32] | None = None  # how much of each other lane a lane waited for
+        # Of each lane's last warp barrier: when it was, and the lanes that came.
+        self.met_at = np.zeros(blocks * stride, np.int32)
+        self.met = np.zeros(blocks * stride, np.uint32)
 
     def now(self, lanes: Lanes) -> Moment:
         """The present moment of `lanes`."""
@@ -47,13 +50,21 @@ class Clock:
             self.known = np.zeros((warps, 32, 32), np.int32)
         warp, lane = self.warp[lanes], self.number[lanes] % 32
         self.tick[np.unique(warp)] += 1
-        groups = np.unique(warp.astype(np.int64) << 32 | masks)
+        groups, group_of = np.unique(warp.astype(np.int64) << 32 | masks, return_inverse=True)
+        came = np.zeros(len(groups), np.uint32)
+        np.bitwise_or.at(came, group_of, _bit(lane))
+        slots = self.slots(self.number[lanes])
+        self.met[slots], self.met_at[slots] = came[group_of], self.tick[warp]
         of_warp, members = groups >> 32, (groups[:, None] >> _LANES & 1).astype(bool)
         self.known[warp, lane, lane] = self.tick[warp]
         seen = np.where(members[:, :, None], self.known[of_warp], 0).max(axis=1)
         group, member = np.nonzero(members)
         at = of_warp[group], member
         self.known[at] = np.maximum(self.known[at], seen[group])
+
+    def slots(self, number: Ints) -> Ints:
+        """Where the threads of this batch stand among all its lanes."""
+        return number - np.int32(self.first * self.stride)
 
     def unheard(self, number: Ints, tick: Ints) -> NDArray[np.uint32]:
         """The lanes of each thread's warp, as bits, that it has not waited for since `tick`."""
@@ -70,6 +81,7 @@ class Moment:
     def __init__(self, clock: Clock, number: Ints, time: Ints, tick: Ints) -> None:
         self.clock = clock
         self.number = number
+        self.bit = _bit(number)
         self.time = time
         self.tick = tick
 
@@ -86,32 +98,41 @@ class Uses:
     `others` is how far away the rest are.
     """
 
-    def __init__(self, granules: int) -> None:
+    def __init__(self, granules: int, *, of_block: bool) -> None:
+        self.of_block = of_block
         self.who = np.full(granules, NOBODY, np.int32)
-        self.time = np.zeros(granules, np.int32)
+        self.time = np.full(granules, NEVER, np.int32)
         self.tick = np.zeros(granules, np.int32)
         self.crowd = np.zeros(granules, np.uint32)
         self.others = np.zeros(granules, np.int8)
 
     def refine(self, factor: int, skip: int) -> None:
         """Make every granule `factor` granules, and leave out the first `skip` of them."""
-        for name, array in vars(self).items():
-            setattr(self, name, np.repeat(array, factor)[skip:])
+        for name in ("who", "time", "tick", "crowd", "others"):
+            setattr(self, name, np.repeat(getattr(self, name), factor)[skip:])
 
     def _open(
         self, at: NDArray[np.int64], now: Moment
-    ) -> tuple[NDArray[np.int8], NDArray[np.uint32]]:
+    ) -> tuple[NDArray[np.int8], NDArray[np.uint32]] | None:
         """The uses that nothing orders before `now`: how far away, and lanes of the same warp."""
-        who, number = self.who[at], now.number
-        far, near = np.zeros(len(at), np.int8), np.zeros(len(at), np.uint32)
-        if (who == NOBODY).all():
-            return far, near
         recent = self.time[at] >= now.time
+        if self.of_block and not recent.any():
+            return None
+        who, number = self.who[at], now.number
+        if (who == NOBODY).all():
+            return None
         others = self.others[at]
+        if self.of_block and now.clock.known is not None and not others.any():
+            slots = now.clock.slots(number)
+            met = (self.tick[at] < now.clock.met_at[slots]) & (who >> 5 == number >> 5)
+            met &= self.crowd[at] & ~now.clock.met[slots] == 0
+            if (met | ~recent).all():
+                return None
+        far, near = np.zeros(len(at), np.int8), np.zeros(len(at), np.uint32)
         used, distance = who != NOBODY, _distance(who, number, now.clock.stride)
         elsewhere = used & (distance == _ANY)
         if not (recent.any() or elsewhere.any() or others.any()):
-            return far, near  # a barrier came between
+            return None  # a barrier came between
         far = np.where(recent | (others == _ANY), others, far)
         same_warp = who // 32 == number // 32
         apart = used & ~same_warp & (recent | elsewhere)
@@ -119,31 +140,37 @@ class Uses:
         close = np.flatnonzero(same_warp & recent)
         near[close] = self.crowd[at[close]]
         if now.clock.known is not None and close.size:
-            shared = close[near[close] & ~_bit(number[close]) != 0]
+            shared = close[near[close] & ~now.bit[close] != 0]
             if shared.size:
                 near[shared] &= now.clock.unheard(number[shared], self.tick[at[shared]])
         return far, near
 
-    def unordered(self, at: NDArray[np.int64], now: Moment) -> Flags:
+    def unordered(self, at: NDArray[np.int64], now: Moment) -> Flags | None:
         """True where nothing orders another thread's use before `now`."""
-        far, near = self._open(at, now)
-        return (far > 0) | (near & ~_bit(now.number) != 0)
+        found = self._open(at, now)
+        if found is None:
+            return None
+        far, near = found
+        return (far > 0) | (near & ~now.bit != 0)
 
     def replace(self, at: NDArray[np.int64], now: Moment) -> None:
         """Note uses, and forget those before."""
         self.who[at] = now.number
         self.time[at] = now.time
         self.tick[at] = now.tick
-        self.crowd[at] = _bit(now.number)
+        self.crowd[at] = now.bit
         self.others[at] = 0
 
     def add(self, at: NDArray[np.int64], now: Moment) -> None:
         """Note uses beside those before that nothing orders."""
         number = now.number
-        far, near = self._open(at, now)
+        found = self._open(at, now)
         self.replace(at, now)
-        crowd = near | _bit(number)
-        self.crowd[at], self.others[at] = crowd, far
+        crowd = now.bit
+        if found is not None:
+            far, near = found
+            crowd = near | crowd
+            self.crowd[at], self.others[at] = crowd, far
         twice = np.flatnonzero(self.who[at] != number)
         if twice.size:
             at, last, number, crowd = at[twice], self.who[at[twice]], number[twice], crowd[twice]
@@ -157,15 +184,19 @@ class Uses:
     def forget(self, at: NDArray[np.int64]) -> None:
         """As if nobody had used these."""
         self.who[at] = NOBODY
+        self.time[at] = NEVER
         self.others[at] = 0
 
 
 class Shadow:
-    """Who wrote and who has since read every granule of a piece of memory."""
+    """Who wrote and who has since read every granule of a piece of memory.
 
-    def __init__(self, granules: int) -> None:
-        self.writes = Uses(granules)
-        self.reads = Uses(granules)
+    Shared memory is `of_block`: no two blocks have a granule in common.
+    """
+
+    def __init__(self, granules: int, *, of_block: bool = False) -> None:
+        self.writes = Uses(granules, of_block=of_block)
+        self.reads = Uses(granules, of_block=of_block)
         self.atomic = np.zeros(granules, bool)
 
     def refine(self, factor: int, skip: int = 0) -> None:
@@ -182,7 +213,7 @@ class Shadow:
         """Note reads; True where another thread's write is not ordered before."""
         bad = self.writes.unordered(at, now)
         self.reads.add(at, now)
-        return bad if bad.any() else None
+        return bad if bad is not None and bad.any() else None
 
     def write(
         self, at: NDArray[np.int64], now: Moment, *, atomic: bool = False
@@ -192,10 +223,11 @@ class Shadow:
         Returns where another thread's access is not ordered before, and where two lanes of one
         warp write the same granule by this very instruction: one of them wins.
         """
-        bad = self.writes.unordered(at, now)
-        if atomic:
-            bad &= ~self.atomic[at]
-        bad |= self.reads.unordered(at, now)
+        bad = np.zeros(len(at), bool)
+        for uses in (self.writes, self.reads):
+            flags = uses.unordered(at, now)
+            if flags is not None:
+                bad |= flags & ~self.atomic[at] if atomic and uses is self.writes else flags
         if atomic:
             self.writes.add(at, now)
         else:

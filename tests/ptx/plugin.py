@@ -25,7 +25,7 @@ GAPS = pytest.StashKey[list[str]]()
 
 
 def pytest_configure() -> None:
-    """Look for garbage less often: what tests parsed and assembled stays, and is much to look at."""
+    """Look for garbage less often: parsed and assembled kernels stay, and are much to look at."""
     gc.set_threshold(100_000)
 
 

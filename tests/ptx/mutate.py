@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 
-import hypothesis  # noqa: F401 -- here, so that no process of a mutant has to import it
 import pytest
 from tqdm.auto import tqdm
 

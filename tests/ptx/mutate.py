@@ -183,6 +183,7 @@ EQUIVALENT: dict[str, str] = {
         "there are at most 15 sums, so nobody comes to a second one"
     ),
     "word[w] = __vminu4(0x10101011u,": "no level lies beyond the sixteenth",
+    "return found ^ ((1 >> depth) - 1);": "bits beyond a cell's levels are not looked at",
 }
 """Why a survivor changes nothing, by the line after the edit."""
 

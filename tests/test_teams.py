@@ -140,6 +140,15 @@ def test_degenerate_rows(rule, dtype, device):
         np.testing.assert_array_equal(scales[1:, :4], 0)
 
 
+@pytest.mark.parametrize("length", [929, 1005, 1019])
+def test_pivots_of_rounding_errors_count_as_none(length, device, rng):
+    """Two magnitudes: the signs of the third level depend on the others, but for rounding."""
+    x = rng.choice(np.array([1.1, -1.1, 3.3], np.float32), (4, length))
+    scales, _, y = solve(device, x, np.uint8(3), 3, (True, 0))
+    assert not scales[2].any()
+    np.testing.assert_allclose(y, x, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_magnitude_on_an_edge_lies_below_it(dtype, device):
     """The residual of 2 after one level is 0, which has the sign -1."""

@@ -99,6 +99,21 @@ def test_cuts_do_not_pass_edges(mapped, device):
     check(device, x, bits, 4, (True, 0))
 
 
+def test_scales_that_least_squares_makes_negative(device):
+    """Under maps a level may turn round; its codes, both of them, turn with it."""
+    x = np.array([
+        [0.8, -0.1, 23.5, -2.6, 0, 0.5, -37, -0.3, 0, -0.9, 2.1],
+        [0.8, -0.1, -20.9, 2.7, 0, 0.1, 0, 0, 0, 0.3, 0.2],
+        [1.3, 0, 0, 0.8, -0.5, 0, -27.5, -4.5, 0.6, 4.5, 0.1],
+    ], np.float32)  # fmt: skip
+    bits = np.array([
+        [3, 1, 1, 1, 3, 3, 4, 0, 0, 2, 3],
+        [2, 1, 3, 0, 4, 1, 0, 2, 0, 0, 1],
+        [4, 1, 4, 1, 3, 1, 3, 1, 3, 2, 3],
+    ], np.uint8)  # fmt: skip
+    check(device, x, bits, 4, (True, 0))
+
+
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
 @pytest.mark.parametrize("length", [1, 33, 128, 512, 2049, 4096])
 def test_rows_of_every_length(length, mapped, device, rng):

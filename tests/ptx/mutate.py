@@ -189,6 +189,20 @@ EQUIVALENT: dict[str, str] = {
     "if (cell + 2 < first_of(level + 1)) cut = fmin(cut, to_double(edge[cell + 1]));": (
         "the cut below the last cell does not reach its edge: not in one of 190,000 random rows"
     ),
+    "if (i < LEVELS) total += sign / sign_at(code[cell], i) * (here.count - higher.count);": (
+        "a sign is 1 or -1"
+    ),
+    "for (int i = 0; i <= level; ++i) total -= line[entry_of(level, i)] * scale[i];": (
+        "a level that is not found yet has the scale 0"
+    ),
+    "return hot[level] >= 0 ? total / hot[level] : 0;": (
+        "only the mean of no elements is NaN: no other scale depends on it, and least squares, "
+        "which always follows, sets it to 0"
+    ),
+    "for (int step = 1 << LEVELS << 2; step; step /= 2)": "steps that are too long are left out",
+    "scale[depth + 1] = 0;  // compilers read it ahead": (
+        "no scale is used before it is found, and for compute_80 none is read before either"
+    ),
     "return found ^ ((1 >> depth) - 1);": "bits beyond a cell's levels are not looked at",
 }
 """Why a survivor changes nothing, by the line after the edit."""

@@ -203,6 +203,14 @@ EQUIVALENT: dict[str, str] = {
     "scale[depth + 1] = 0;  // compilers read it ahead": (
         "no scale is used before it is found, and for compute_80 none is read before either"
     ),
+    "add_up(own, level + 1, MAP || !level ? 0 : first_of(level + 1) - 1, MAP ? 1 : 2);": (
+        "one more sum, of a cell that is not in use any more"
+    ),
+    "else if (Team::rank() != 0) scale[level] = mean_at(level);": "all leaders find the same mean",
+    "__global__ void __launch_bounds__(Team::MOST_THREADS, 1024 * Team::MOST_THREADS) "
+    "cubin_reconstruct_rows(": (
+        "it asks for more than there is, so it is ignored; the kernel fits without it"
+    ),
     "return found ^ ((1 >> depth) - 1);": "bits beyond a cell's levels are not looked at",
 }
 """Why a survivor changes nothing, by the line after the edit."""

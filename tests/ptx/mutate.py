@@ -211,6 +211,25 @@ EQUIVALENT: dict[str, str] = {
     "cubin_reconstruct_rows(": (
         "it asks for more than there is, so it is ignored; the kernel fits without it"
     ),
+    "for (int j = 0; j <= N; ++j)": "the pack is in registers, and no item is beyond its end",
+    "constexpr double DEPENDENT = 1.0 / (2ll << 38);": (
+        "rounding errors are far below half of it, and pivots of independent signs far above"
+    ),
+    "constexpr double DEPENDENT = 1.0 / (1ll << 39);": (
+        "rounding errors are far below half of it, and pivots of independent signs far above"
+    ),
+    "static __device__ float absent() { return __uint_as_float(0x80000001u); }": (
+        "the first edge is not below itself either"
+    ),
+    "static __device__ float lowest() { return __uint_as_float(0x80000002u); }": (
+        "that lies between what is absent and all magnitudes, too"
+    ),
+    "static __device__ double absent() { return __longlong_as_double(0x8000000000000001ll); }": (
+        "the first edge is not below itself either"
+    ),
+    "static __device__ double lowest() { return __longlong_as_double(0x8000000000000002ll); }": (
+        "that lies between what is absent and all magnitudes, too"
+    ),
     "return found ^ ((1 >> depth) - 1);": "bits beyond a cell's levels are not looked at",
 }
 """Why a survivor changes nothing, by the line after the edit."""

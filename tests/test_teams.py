@@ -99,6 +99,13 @@ def test_cuts_do_not_pass_edges(mapped, device):
     check(device, x, bits, 4, (True, 0))
 
 
+def test_a_level_of_one_element(device):
+    """Its mean leaves nothing of the element, so that the next sign is -1."""
+    x, bits = np.array([[1, 3], [-1, -3]], np.float32), np.array([[1, 3], [1, 3]], np.uint8)
+    _, signs, _ = check(device, x, bits, 3, (False, 0))
+    np.testing.assert_array_equal(signs[:, :, 1], [[1, -1], [1, -1], [-1, 1]])
+
+
 def test_scales_that_least_squares_makes_negative(device):
     """Under maps a level may turn round; its codes, both of them, turn with it."""
     x = np.array([

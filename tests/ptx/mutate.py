@@ -230,6 +230,33 @@ EQUIVALENT: dict[str, str] = {
     "static __device__ double lowest() { return __longlong_as_double(0x8000000000000002ll); }": (
         "that lies between what is absent and all magnitudes, too"
     ),
+    "const W scale = finite ? Edges<W>::inverse(most) : W(2);": (
+        "of the magnitudes of a bad row only which are above 0 counts"
+    ),
+    "unit = finite ? Edges<W>::unit(most) : W(2);": "the scales of a bad row are NaN",
+    "if (Team::rank() == 1) {": "every thread of the team has the same values",
+    "static constexpr int ENTRIES = LEVELS * (LEVELS + 4) / 2;": (
+        "entries more than there are equations: nothing is made of them"
+    ),
+    "T result[3][CELLS];  // of elements that are not positive, and of those that are": (
+        "more room than is used"
+    ),
+    "return found ^ ((2 << depth) - 1);": "bits beyond a cell's levels are not looked at",
+    "return hot[level] > 0 ? total / hot[level] : 1;": (
+        "no other scale depends on the mean of no elements, and least squares, which always "
+        "follows, sets it to 0"
+    ),
+    "if (Team::rank() == 1) inverse[p] = over;": "all leaders have the same value",
+    "double explained = 1;": "all gains have it, so it decides between none",
+    "for (int step = 2 << LEVELS >> 2; step; step /= 2)": "steps that are too long are left out",
+    "scale[depth - 2] = 0;  // compilers read it ahead": (
+        "no scale is used before it is found, and for compute_80 none is read before either"
+    ),
+    "scale[depth - 1] = 1;  // compilers read it ahead": ("no scale is used before it is found"),
+    "else if (Team::rank() == 1) scale[level] = mean_at(level);": "all leaders find the same mean",
+    "code[j] = depth[j] ? found.code[cell] ^ (elements.up >> e & 1 ? 0 : ~0) : 1;": (
+        "an element without bits has no sign at any level"
+    ),
     "return found ^ ((1 >> depth) - 1);": "bits beyond a cell's levels are not looked at",
 }
 """Why a survivor changes nothing, by the line after the edit."""

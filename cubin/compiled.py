@@ -37,7 +37,7 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _hot(bits: Array | None, row: int, column: int, level: int) -> bool:
-    """Whether an element has a code at a level."""
+    """Whether an element has a code at a level: compiled by the type of `bits`, as below."""
     raise NotImplementedError
 
 

@@ -123,6 +123,7 @@ class Primitive:
         return self._kernels[key]
 
     def _build(self, module: Any, count: int) -> Any:
+        """The kernel; every kind of primitive has its own."""
         raise NotImplementedError
 
     def __call__(self, *inputs: Array, **outputs: Array) -> None:
@@ -138,6 +139,7 @@ class Primitive:
             self.function(*inputs, **outputs)
 
     def _launch(self, inputs: tuple[Array, ...], outputs: list[Array]) -> None:
+        """Run the kernel; every kind of primitive has its own way."""
         raise NotImplementedError
 
     def _variadic_count(self, inputs: tuple[Array, ...]) -> int:

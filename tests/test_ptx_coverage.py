@@ -13,7 +13,8 @@ pytest.importorskip("cupy")
 
 from tests.ptx import coverage
 from tests.ptx.device import module as xp
-from tests.ptx.mutate import EQUIVALENT, mutants
+from tests.ptx.equivalent import REASONS
+from tests.ptx.mutate import mutants
 
 pytestmark = pytest.mark.kernels
 
@@ -121,4 +122,4 @@ def test_a_part_of_the_tests_may_leave_kernels_out(project):
 
 
 def test_only_mutants_are_explained():
-    assert EQUIVALENT.keys() <= {mutant.edited for mutant in mutants()}
+    assert REASONS.keys() <= {mutant.edited for mutant in mutants()}

@@ -268,7 +268,7 @@ def call_reduction(
     given = list(arguments[kernel.nin :])
     if out is not None:
         if kernel.nout != 1:
-            raise NotImplementedError("")
+            raise NotImplementedError("out, which CuPy takes for one output alone")
         if given:
             raise ValueError("cannot specify 'out' as both a positional and keyword argument")
         given = [out]

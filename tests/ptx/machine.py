@@ -48,7 +48,7 @@ class Layout:
     offsets: dict[str, int]
     valid: NDArray[np.bool_]
     data: Bytes
-    _fitting: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
+    _held: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, variables: Sequence[Variable], dynamic: int = 0) -> Layout:
@@ -73,15 +73,15 @@ class Layout:
             data[start : start + len(content)] = np.frombuffer(content, np.uint8)
         return cls(offsets, valid, data)
 
-    def fits(self, offset: NDArray[np.int64], size: int) -> bool:
-        """Whether aligned accesses of `size` bytes at these offsets all stay inside variables."""
-        if size not in self._fitting:
+    def holds(self, offset: NDArray[np.int64], size: int) -> Flags:
+        """True where an access of `size` bytes is aligned and stays inside a variable."""
+        if size not in self._held:
             whole = np.concatenate(([False], self.valid, np.zeros(size, bool)))
-            fitting = whole[:-size] & whole[size - 1 : -1]
-            fitting[1:][np.arange(len(self.valid)) % size != 0] = False
-            fitting[0] = False  # for whatever lies before
-            self._fitting[size] = fitting
-        return bool(self._fitting[size].take(offset + 1, mode="clip").all())
+            held = whole[:-size] & whole[size - 1 : -1]
+            held[1:][np.arange(len(self.valid)) % size != 0] = False
+            held[0] = False  # for whatever lies before
+            self._held[size] = held
+        return self._held[size].take(offset + 1, mode="clip")
 
     @property
     def size(self) -> int:
@@ -517,8 +517,8 @@ class Batch:
         instruction: Instruction,
     ) -> None:
         """Bounds and alignment of shared, local and constant memory."""
-        layout = self.layouts[space]
-        if layout.fits(offset, size):
+        held = self.layouts[space].holds(offset, size)
+        if held.all():
             return
         lanes = self.lanes(chosen)
 
@@ -530,18 +530,13 @@ class Batch:
             self.fail(
                 faults.Misaligned, f"address not a multiple of {size}", instruction, those(crooked)
             )
-        valid = layout.valid
-        outside = (offset < 0) | (offset + size > len(valid))
-        if not outside.any():
-            outside = ~(valid[offset] & valid[offset + size - 1])
-        if outside.any():
-            where = int(offset[np.flatnonzero(outside)[0]])
-            self.fail(
-                faults.OutOfBounds,
-                f"{size} bytes at offset {where} of {space} memory, outside its variables",
-                instruction,
-                those(outside),
-            )
+        where = int(offset[np.flatnonzero(~held)[0]])
+        self.fail(
+            faults.OutOfBounds,
+            f"{size} bytes at offset {where} of {space} memory, outside its variables",
+            instruction,
+            those(~held),
+        )
 
     def shared_cells(
         self, offset: NDArray[np.int64], size: int, chosen: Selection

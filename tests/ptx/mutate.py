@@ -2,8 +2,8 @@
 
 Run as ``python -m tests.ptx.mutate``. Every mutant is one edit: an operator, a constant, a bound
 or a barrier. It runs the kernel tests in a process of its own until one fails; those go first that
-have killed most. A survivor whose PTX is that of the kernel itself is equivalent; `EQUIVALENT` says
-why any other one is.
+have killed most. A survivor whose PTX is that of the kernel itself is equivalent; `equivalent`
+says why any other one is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 import cubin.surrogates  # its kernels are among those of the registry
 from cubin import kernels
-from tests.ptx import compiler, device, machine
+from tests.ptx import compiler, device, equivalent, machine
 
 ROOT = Path(cubin.__file__).parent
 
@@ -43,223 +43,6 @@ FIRST = 10
 
 STEPS = 1 << 15
 """Basic blocks that a launch may run: enough for every test, and soon over for an endless loop."""
-
-EQUIVALENT: dict[str, str] = {
-    "for (int level = 0; level <= (int)sizeof...(Scales); ++level) {": (
-        "the level after the last has the scale 0, which changes neither y nor the residual"
-    ),
-    "sum.worst = a.worst >= b.worst || a.worst != a.worst ? a.worst : b.worst;": (
-        "equal magnitudes are the same number"
-    ),
-    "total = sign == 0 ? y : sign >= 0 ? plus(y, scale) : minus(y, scale)": (
-        "a sign of 0 is dealt with before"
-    ),
-    "for (int cell = first_used(LEVELS) + leader(); cell <= CELLS; cell += Team::LEADERS)": (
-        "the cell after the last begins a depth, so it gets no edge; its value is not looked at"
-    ),
-    "static __device__ unsigned int exponent(Pattern m) { return max(m >> 23, 2u); }": (
-        "twice the unit of rows of the smallest normal numbers does as well"
-    ),
-    "static __device__ unsigned long long exponent(Pattern m) { return max(m >> 52, 2ull); }": (
-        "twice the unit of rows of the smallest normal numbers does as well"
-    ),
-    "for (int i = 0; i <= level; ++i) cut += scale[i] * sign_at(code[cell], i);": (
-        "a level that is not found yet has the scale 0"
-    ),
-    "for (int i = 0; i < level; ++i) cut += scale[i] / sign_at(code[cell], i);": (
-        "a sign is 1 or -1"
-    ),
-    "if (cell >= first_of(level)) cut = fmax(cut, to_double(edge[cell]));": (
-        "the first edge and whatever is below 0 are both below every magnitude"
-    ),
-    "sum -= plus ? scale[level] : -scale[level];": (
-        "codes and scales have both changed their signs at that level"
-    ),
-    "if (!(total < 1e300 / 1e300)) total = wide_sum_after(level, x, bits, scale);": (
-        "sums of 1 or more are taken in double anew: slower, and no less exact"
-    ),
-    "for (int e = 0; e <= E; ++e) forget(x[e]);": "it holds no instruction",
-    "for (int w = 0; w < E * 4; ++w) forget(word[w]);": "it holds no instruction",
-    "for (int which = first + threadIdx.x * step; which < end; which += 32 / step) {": (
-        "there are at most 15 sums, so nobody comes to a second one"
-    ),
-    "for (int w = 1; w < E / 4; ++w) forget(word[w]);": "it holds no instruction",
-    "if (Team::rank() != 0) inverse[p] = over;": "all leaders have the same value",
-    "for (int pack = 0; pack < E * N; ++pack) {": "no further pack begins before the row's end",
-    "__global__ void __launch_bounds__(Team::MOST_THREADS, 1024 * Team::MOST_THREADS) "
-    "cubin_solve_rows(": (
-        "it asks for more than there is, so it is ignored; the kernel fits without it"
-    ),
-    "for (int pack = 0; pack <= E / N; ++pack) {": "no further pack begins before the row's end",
-    "Pattern most = 1;": "a row of zeros has the unit of the smallest number",
-    "own = sum_of_lanes<33>(own);": "the steps are those for 32",
-    "return most_of_lanes<33>(lane < blockDim.x / 32 ? of_warps[lane] : U(0));": (
-        "the steps are those for 32"
-    ),
-    "return most_of_lanes<32>(lane < blockDim.x / 32 ? of_warps[lane] : U(1));": (
-        "a row of zeros has the unit of the smallest number"
-    ),
-    "if (threadIdx.x % 32 == 1) of_warps[which][threadIdx.x / 32] = own;": (
-        "all lanes have the sum"
-    ),
-    "__device__ int count(int) const { return 1; }": "the total is the length of the row",
-    "for (int i = 0; i <= LEVELS - 1; ++i)": "the body runs where i < level, and level < LEVELS",
-    "if constexpr (LEVEL + 1 <= LEVELS)": "one more branch, for a level that there is not",
-    "double total = 1;": "only sums beyond the largest float start there: 1 is lost in them",
-    "return absolute(slope) >= 0 ? times(slope, g) : W(0);": "that slope is 1 everywhere",
-    "return absolute(slope) > 0 ? times(slope, g) : W(1);": "that slope is 1 everywhere",
-    "template<class W> __device__ W slope(W v) "
-    "{ return absolute(v) < 1 ? 2 - 2 * absolute(v) : W(0); }": "2 - 2 |v| is 0 there",
-    "template<class W> __device__ W slope(W v, W t) "
-    "{ return (t <= 1 ? W(1) : t) / (cosh(t * v) * cosh(t * v)); }": "t is 1 there",
-    "template<class W> __device__ W slope(W v, W t) { return (t <= 1 ? 1 / t : W(1)) * "
-    "fmax(W(1.4142135623730951) * t - t * t * absolute(v), W(0)); }": "1 / t is 1 there",
-    "for (int level = 0; level <= (int)sizeof...(Scales); ++level)": (
-        "the level after the last has the scale 0"
-    ),
-    "constexpr bool WHOLE = Bits::WHOLE_PACKS && N > 2;": (
-        "only doubles have packs of two, and pairs of equal doubles add up as well as fours"
-    ),
-    "for (int i = 0; i <= LEVEL; ++i) m[g] = absolute(minus(m[g], scale[i]));": (
-        "a level that is not found yet has the scale 0"
-    ),
-    "if (i <= level) m = absolute(minus(m, scale[i]));": (
-        "a level that is not found yet has the scale 0"
-    ),
-    "if (!(WHOLE && N > GROUP) && !bits.hot(e + g, LEVEL)) m[g] = 0;": (
-        "elements of a pack are asked one by one too, and all give its answer"
-    ),
-    "for (int i = 0; i < LEVELS + 1; ++i)": "the body runs where i < level, and level < LEVELS",
-    "if constexpr (LEVEL - 1 < LEVELS)": "more branches, for levels that there are not",
-    "for (int i = 0; i <= LEVELS; ++i) scale[i] = 0;": (
-        "the array is in registers, and none is beyond its end"
-    ),
-    "total = sum_of_thread<LEVELS != 1 ? 0 : 1, N>(level, x, bits, scale);": (
-        "the search for the level begins one earlier; with one level nobody comes here"
-    ),
-    "total = sum_of_thread<LEVELS == 2 ? 0 : 1, N>(level, x, bits, scale);": (
-        "the search for the level begins one earlier; with one level nobody comes here"
-    ),
-    "for (int e = 1; e < E; ++e) forget(x[e]);": "it holds no instruction",
-    "__double2hiint(m) | 0x80000000 ^ (__double2hiint(n) & 0x80000000), __double2loint(m));": (
-        "m is not negative"
-    ),
-    "__global__ void __launch_bounds__(Team::MOST_THREADS, 1024 * Team::MOST_THREADS) "
-    "cubin_approximate_rows(": (
-        "it asks for more than there is, so it is ignored; the kernel fits without it"
-    ),
-    "__global__ void __launch_bounds__(Team::MOST_THREADS, 1024 * Team::MOST_THREADS) "
-    "cubin_encode_rows(": (
-        "it asks for more than there is, so it is ignored; the kernel fits without it"
-    ),
-    "if (level > levels) break;": "no element of the row has a code at the level after its last",
-    "if (own && rank == 1) {": "all threads have the same scales",
-    "if (rank() != 0) total[which] = own;": "all lanes have the sum",
-    "if (rank() == 1) total[which] = own;": "all lanes have the sum",
-    "if (lane != 0) of_warps[turn % 2][threadIdx.x / 32] = own;": "all lanes have the sum",
-    "if (lane == 1) of_warps[turn % 2][threadIdx.x / 32] = own;": "all lanes have the sum",
-    "if (lane != 0) of_warps[threadIdx.x / 32] = own;": "all lanes have the largest",
-    "if (lane == 1) of_warps[threadIdx.x / 32] = own;": "all lanes have the largest",
-    "if (threadIdx.x % 32 != 0) of_warps[which][threadIdx.x / 32] = own;": (
-        "all lanes have the sum"
-    ),
-    "if (threadIdx.x % 33 == 0) of_warps[which][threadIdx.x / 32] = own;": (
-        "of each of the 32 warps one thread's number is a multiple of 33; all lanes have the sum"
-    ),
-    "Pack<T, N, A> packs[E * N];": "more room than is used",
-    "unsigned int word[E * 4];": "more room than is used",
-    "for (int w = 0; w <= E / 4; ++w) forget(word[w]);": "it holds no instruction",
-    "for (int w = 0; w < E / 5; ++w) forget(word[w]);": "it holds no instruction",
-    "static constexpr int MOST_THREADS = 257;": "as many rows, and blocks are of 256 as before",
-    "static constexpr int MOST_THREADS = 1025;": "blocks are of 1024 at most as before",
-    "static constexpr int ROWS = 2;": "more room than is used",
-    "static constexpr int LEADERS = 33;": (
-        "there are 15 cells and 14 entries at most, so nobody comes to a second one"
-    ),
-    "__shared__ Sum of_warps[3][32];": "more room than is used",
-    "__shared__ Sum of_warps[2][33];": "more room than is used",
-    "__shared__ U of_warps[33];": "more room than is used",
-    "Sum of_warps[COUNT][33];": "more room than is used",
-    "return sum_of_lanes<33>(own);": "the steps are those for 32",
-    "own = most_of_lanes<33>(own);": "the steps are those for 32",
-    "for (int which = first + threadIdx.x * step; which < end; which += 33 * step) {": (
-        "there are at most 15 sums, so nobody comes to a second one"
-    ),
-    "word[w] = __vminu4(0x10101011u,": "no level lies beyond the sixteenth",
-    "if (cell + 2 < first_of(level + 1)) cut = fmin(cut, to_double(edge[cell + 1]));": (
-        "the cut below the last cell does not reach its edge: not in one of 190,000 random rows"
-    ),
-    "if (i < LEVELS) total += sign / sign_at(code[cell], i) * (here.count - higher.count);": (
-        "a sign is 1 or -1"
-    ),
-    "for (int i = 0; i <= level; ++i) total -= line[entry_of(level, i)] * scale[i];": (
-        "a level that is not found yet has the scale 0"
-    ),
-    "return hot[level] >= 0 ? total / hot[level] : 0;": (
-        "only the mean of no elements is NaN: no other scale depends on it, and least squares, "
-        "which always follows, sets it to 0"
-    ),
-    "for (int step = 1 << LEVELS << 2; step; step /= 2)": "steps that are too long are left out",
-    "scale[depth + 1] = 0;  // compilers read it ahead": (
-        "no scale is used before it is found, and for compute_80 none is read before either"
-    ),
-    "add_up(own, level + 1, MAP || !level ? 0 : first_of(level + 1) - 1, MAP ? 1 : 2);": (
-        "one more sum, of a cell that is not in use any more"
-    ),
-    "else if (Team::rank() != 0) scale[level] = mean_at(level);": "all leaders find the same mean",
-    "__global__ void __launch_bounds__(Team::MOST_THREADS, 1024 * Team::MOST_THREADS) "
-    "cubin_reconstruct_rows(": (
-        "it asks for more than there is, so it is ignored; the kernel fits without it"
-    ),
-    "for (int j = 0; j <= N; ++j)": "the pack is in registers, and no item is beyond its end",
-    "constexpr double DEPENDENT = 1.0 / (2ll << 38);": (
-        "rounding errors are far below half of it, and pivots of independent signs far above"
-    ),
-    "constexpr double DEPENDENT = 1.0 / (1ll << 39);": (
-        "rounding errors are far below half of it, and pivots of independent signs far above"
-    ),
-    "static __device__ float absent() { return __uint_as_float(0x80000001u); }": (
-        "the first edge is not below itself either"
-    ),
-    "static __device__ float lowest() { return __uint_as_float(0x80000002u); }": (
-        "that lies between what is absent and all magnitudes, too"
-    ),
-    "static __device__ double absent() { return __longlong_as_double(0x8000000000000001ll); }": (
-        "the first edge is not below itself either"
-    ),
-    "static __device__ double lowest() { return __longlong_as_double(0x8000000000000002ll); }": (
-        "that lies between what is absent and all magnitudes, too"
-    ),
-    "const W scale = finite ? Edges<W>::inverse(most) : W(2);": (
-        "of the magnitudes of a bad row only which are above 0 counts"
-    ),
-    "unit = finite ? Edges<W>::unit(most) : W(2);": "the scales of a bad row are NaN",
-    "if (Team::rank() == 1) {": "every thread of the team has the same values",
-    "static constexpr int ENTRIES = LEVELS * (LEVELS + 4) / 2;": (
-        "entries more than there are equations: nothing is made of them"
-    ),
-    "T result[3][CELLS];  // of elements that are not positive, and of those that are": (
-        "more room than is used"
-    ),
-    "return found ^ ((2 << depth) - 1);": "bits beyond a cell's levels are not looked at",
-    "return hot[level] > 0 ? total / hot[level] : 1;": (
-        "no other scale depends on the mean of no elements, and least squares, which always "
-        "follows, sets it to 0"
-    ),
-    "if (Team::rank() == 1) inverse[p] = over;": "all leaders have the same value",
-    "double explained = 1;": "all gains have it, so it decides between none",
-    "for (int step = 2 << LEVELS >> 2; step; step /= 2)": "steps that are too long are left out",
-    "scale[depth - 2] = 0;  // compilers read it ahead": (
-        "no scale is used before it is found, and for compute_80 none is read before either"
-    ),
-    "scale[depth - 1] = 1;  // compilers read it ahead": ("no scale is used before it is found"),
-    "else if (Team::rank() == 1) scale[level] = mean_at(level);": "all leaders find the same mean",
-    "code[j] = depth[j] ? found.code[cell] ^ (elements.up >> e & 1 ? 0 : ~0) : 1;": (
-        "an element without bits has no sign at any level"
-    ),
-    "return found ^ ((1 >> depth) - 1);": "bits beyond a cell's levels are not looked at",
-}
-"""Why a survivor changes nothing, by the line after the edit."""
 
 _SKIPPED = re.compile(
     r"//[^\n]*|/\*.*?\*/|\"(?:[^\"\\]|\\.)*\"|^[ \t]*#(?!define)[^\n]*|\btemplate\s*<[^{;]*?>(?=\s)",  # noqa: E501
@@ -486,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for mutant, outcome in _outcomes(pool, chosen, full, base, 8 * options.jobs):
             verdict = outcome.verdict
             if verdict == "survived":
-                reason = EQUIVALENT.get(mutant.edited)
+                reason = equivalent.REASONS.get(mutant.edited)
                 if outcome.code == base[tuple(_nearest_tests(mutant))].code:
                     reason = "compiles to the same PTX"
                 verdict = "equivalent" if reason else "not explained"
@@ -516,7 +299,7 @@ def _outcomes(
                 nearest = tuple(_nearest_tests(mutant))
                 first = [test for test, _ in killers[nearest].most_common(FIRST)]
                 stages = [first, nearest] if first else [nearest]
-                if full and mutant.edited not in EQUIVALENT:
+                if full and mutant.edited not in equivalent.REASONS:
                     stages.append(full)
                 task = (mutant, stages, base[nearest].code)
                 running.append((mutant, pool.apply_async(_task, task)))

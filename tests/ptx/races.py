@@ -114,7 +114,10 @@ class Uses:
     def _open(
         self, at: NDArray[np.int64], now: Moment
     ) -> tuple[NDArray[np.int8], NDArray[np.uint32]] | None:
-        """The uses that nothing orders before `now`: how far away, and lanes of the same warp."""
+        """The uses that nothing orders before `now`: how far away, and lanes of the same warp.
+
+        None where there are no such uses, which is most often so, and soon seen.
+        """
         recent = self.time[at] >= now.time
         if self.of_block and not recent.any():
             return None
@@ -124,7 +127,7 @@ class Uses:
         others = self.others[at]
         if self.of_block and now.clock.known is not None and not others.any():
             slots = now.clock.slots(number)
-            met = (self.tick[at] < now.clock.met_at[slots]) & (who >> 5 == number >> 5)
+            met = (self.tick[at] < now.clock.met_at[slots]) & (who // 32 == number // 32)
             met &= self.crowd[at] & ~now.clock.met[slots] == 0
             if (met | ~recent).all():
                 return None
@@ -224,10 +227,12 @@ class Shadow:
         warp write the same granule by this very instruction: one of them wins.
         """
         bad = np.zeros(len(at), bool)
-        for uses in (self.writes, self.reads):
-            flags = uses.unordered(at, now)
-            if flags is not None:
-                bad |= flags & ~self.atomic[at] if atomic and uses is self.writes else flags
+        written = self.writes.unordered(at, now)
+        if written is not None:
+            bad |= written & ~self.atomic[at] if atomic else written
+        read = self.reads.unordered(at, now)
+        if read is not None:
+            bad |= read
         if atomic:
             self.writes.add(at, now)
         else:

@@ -99,14 +99,19 @@ def spare(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     Memory that is new each time costs more than the work on it. What is larger than `KEPT` is not
     kept.
     """
+    kept = _spares.__dict__
+    last = kept.get(name)
+    if last is not None and last.shape == shape and last.dtype == dtype:
+        return last
     size = math.prod(shape)
     if size > KEPT:
         return np.empty(shape, dtype)
-    kept = _spares.__dict__
     nbytes = size * np.dtype(dtype).itemsize
-    if name not in kept or kept[name].nbytes < nbytes:
-        kept[name] = np.empty(nbytes, np.uint8)
-    return kept[name][:nbytes].view(dtype).reshape(shape)
+    memory = None if last is None else last.base
+    if memory is None or memory.nbytes < nbytes:
+        memory = np.empty(nbytes, np.uint8)
+    kept[name] = np.ndarray(shape, dtype, memory)
+    return kept[name]
 
 
 _spares = threading.local()

@@ -23,8 +23,8 @@ from cubin.signs import as_integers, where
 
 _CUDA = source(__file__)
 
-COMPILED_BLOCK = 1 << 18
-"""Elements of a block for compiled loops, whose calls cost more and which use less of the cache."""
+WHOLE_ROWS = 1 << 20
+"""Bytes, in the work dtype, of a block of whole rows, which are gone through level by level."""
 
 # ---------------------------------------------------------------- primitives
 
@@ -51,19 +51,24 @@ def level_sums(
     np.abs(x, out=m)
     for scale in scales:
         np.abs(np.subtract(m, scale, out=m), out=m)
-    _sum(m, bits, len(scales), total, count)
+    total[...], count[...] = _sum(m, bits, len(scales))
 
 
-def _sum(m: np.ndarray, bits: np.ndarray, level: int, total: np.ndarray, count: np.ndarray) -> None:
-    """Sum and count the magnitudes at a level; those without a code there are overwritten."""
+def _sum(m: np.ndarray, bits: np.ndarray, level: int) -> tuple[np.ndarray, Any]:
+    """The sums, (rows, 1), and number of the magnitudes that have a code at a level.
+
+    Those without one are overwritten.
+    """
+    count: Any
     if np.ndim(bits):
         hot = blocks.spare("hot", m.shape, np.bool_)
         np.greater(bits, level, out=hot)
         where(hot, m, out=m)
-        np.sum(hot, axis=-1, keepdims=True, dtype=np.int64, out=count)
+        count = np.add.reduce(hot, axis=-1, keepdims=True, dtype=np.int64)
     else:
-        m, count[...] = (m, m.shape[-1]) if bits > level else (m[..., :0], 0)
-    np.sum(m, axis=-1, keepdims=True, dtype=np.float64, out=total)
+        m = m if bits > level else m[..., :0]
+        count = m.shape[-1]
+    return np.add.reduce(m, axis=-1, keepdims=True, dtype=np.float64), count
 
 
 @reduction(
@@ -93,27 +98,31 @@ def level_scale(totals: np.ndarray, counts: np.ndarray, *, scale: np.ndarray) ->
 def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarray) -> None:
     """The sum of scale * sign over each element's levels, of the scales as stored in x's dtype."""
     work = arrays.work_dtype(x.dtype)
+    mapped, rounded = np.ndim(bits) > 0, x.dtype != work
     opposite = _opposite(x)
     word = as_integers(opposite)
     top = word.dtype.type(1 << (8 * word.itemsize - 1))
     step = blocks.spare("step", x.shape, work)
-    sign = as_integers(blocks.spare("sign", x.shape, work))
-    total = y if y.dtype == work else blocks.spare("total", x.shape, work)
+    step_word = as_integers(step)
+    sign = as_integers(blocks.spare("sign", x.shape, work)) if rounded else step_word
+    total = blocks.spare("total", x.shape, work) if rounded else y
     so_far: Any = work.type(0)
     last = len(scales) - 1
     for level, scale in enumerate(scales):
         np.bitwise_and(word, top, out=sign)
-        if np.ndim(bits) or level < bits:
-            stored = scale.astype(x.dtype, copy=False).astype(work, copy=False)
-            np.bitwise_or(sign, as_integers(stored), out=as_integers(step))
-            if np.ndim(bits):
+        if level < last or not rounded:
+            np.bitwise_or(sign, as_integers(scale), out=step_word)
+        if level < last:
+            np.subtract(opposite, step, out=opposite)
+        if mapped or level < bits:
+            if rounded:
+                stored = scale.astype(x.dtype).astype(work)
+                np.bitwise_or(sign, as_integers(stored), out=step_word)
+            if mapped:
                 hot = blocks.spare("hot", x.shape, np.bool_)
                 np.greater(bits, level, out=hot)
                 where(hot, step, out=step)
             so_far = np.subtract(so_far, step, out=total)
-        if level < last:
-            np.bitwise_or(sign, as_integers(scale), out=as_integers(step))
-            np.subtract(opposite, step, out=opposite)
     if so_far is not y:
         y[...] = so_far
 
@@ -256,7 +265,7 @@ def _fit_in_cache(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish
     def task(part: Part, x: Array, bits: Array) -> None:
         finish(part, x, bits, loops.level_scales(x, bits, levels))
 
-    block = None if loops is _PRIMITIVES else COMPILED_BLOCK
+    block = WHOLE_ROWS // arrays.work_dtype(x.dtype).itemsize
     passes.for_each_part(task, rows, x, bits, block=block)
 
 
@@ -281,13 +290,11 @@ def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     m = blocks.spare("magnitude", x.shape, arrays.work_dtype(x.dtype))
     np.abs(x, out=m)
     scales: list[Array] = []
-    total = np.empty((len(x), 1), np.float64)
-    count = np.empty((len(x), 1), np.int64)
     for level in range(levels):
         if scales:
             np.abs(np.subtract(m, scales[-1], out=m), out=m)
-        _sum(m, bits, level, total, count)
-        scales.append(_scale(total, count, x))
+        total, count = _sum(m, bits, level)
+        scales.append((total / np.maximum(count, 1)).astype(m.dtype))
     return scales
 
 
@@ -297,11 +304,15 @@ def _scale(totals: Array, counts: Array, x: Array) -> Array:
     return scale
 
 
-_PRIMITIVES = SimpleNamespace(
-    level_scales=_level_scales, level_sums=level_sums, approximation=approximation, codes=codes
+_KERNELS = SimpleNamespace(approximation=approximation, codes=codes)
+_EXPRESSIONS = SimpleNamespace(
+    level_scales=_level_scales,
+    level_sums=level_sums.function,
+    approximation=approximation.function,
+    codes=codes.function,
 )
 
 
 def _loops(x: Array) -> Any:
-    """What works on the parts of `x`: the primitives, or on the host compiled loops that pay."""
-    return _PRIMITIVES if arrays.on_device(x) else blocks.compiled(x.size) or _PRIMITIVES
+    """What works on the parts of `x`: kernels, or on the host compiled loops where they pay."""
+    return _KERNELS if arrays.on_device(x) else blocks.compiled(x.size) or _EXPRESSIONS

@@ -23,7 +23,7 @@ from cubin.arrays import Array
 GROUP = 4
 
 LONG = 1 << 10
-"""Elements of a row from which on it pays to cut it in four."""
+"""Elements of a row from which on it pays to cut it in columns."""
 
 
 def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -36,20 +36,42 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def _hot(bits: Array | None, row: int, column: int, level: int) -> bool:
-    """Whether an element has a code at a level: compiled by the type of `bits`, as below."""
+# What depends on whether there is a map is compiled by its type.
+
+
+def _row(bits: Array | None, row: int) -> Array | None:
+    raise NotImplementedError
+
+
+@overload(_row)
+def _row_by_type(bits: Any, row: Any) -> Callable[..., Any]:
+    def none(bits: Any, row: Any) -> Any:
+        return None
+
+    def cut(bits: Any, row: Any) -> Any:
+        return bits[row]
+
+    return none if _is_none(bits) else cut
+
+
+def _hot(bits: Array | None, column: int, level: int) -> bool:
+    """Whether an element of a row has a code at a level."""
     raise NotImplementedError
 
 
 @overload(_hot, inline="always")
-def _hot_by_type(bits: Any, row: Any, column: Any, level: Any) -> Callable[..., bool]:
-    def always(bits: Any, row: Any, column: Any, level: Any) -> bool:
+def _hot_by_type(bits: Any, column: Any, level: Any) -> Callable[..., bool]:
+    def always(bits: Any, column: Any, level: Any) -> bool:
         return True
 
-    def mapped(bits: Any, row: Any, column: Any, level: Any) -> bool:
-        return bits[row, column] > level
+    def mapped(bits: Any, column: Any, level: Any) -> bool:
+        return bits[column] > level
 
-    return always if isinstance(bits, numba.types.NoneType) else mapped
+    return always if _is_none(bits) else mapped
+
+
+def _is_none(kind: Any) -> bool:
+    return isinstance(kind, numba.types.NoneType)
 
 
 @loop()
@@ -57,21 +79,55 @@ def _folded(m: float, a: float, b: float, c: float) -> float:
     return abs(abs(abs(abs(m) - a) - b) - c)
 
 
-@loop()
-def _step(r: float, scale: float) -> float:
-    return scale if r > 0 else -scale
+def _reached(bits: Array | None, column: int, first: int, values: Any) -> float:
+    """The value after as many levels from `first` on as the element has: four at most."""
+    raise NotImplementedError
+
+
+@overload(_reached)
+def _reached_by_type(bits: Any, column: Any, first: Any, values: Any) -> Any:
+    def always(bits: Any, column: Any, first: Any, values: Any) -> float:
+        return values[4]
+
+    def mapped(bits: Any, column: Any, first: Any, values: Any) -> float:
+        # In 32 bits, or the lanes are halved.
+        count = np.int32(np.int32(bits[column]) - np.int32(first))
+        value = values[1] if count > 0 else values[0]
+        value = values[2] if count > 1 else value
+        value = values[3] if count > 2 else value
+        return values[4] if count > 3 else value
+
+    return always if _is_none(bits) else mapped
+
+
+def _step(opposite: float, scale: float) -> float:
+    """scale * sign(r) for opposite = 0 - r: compiled by type, as below."""
+    raise NotImplementedError
+
+
+# The opposite is never -0.0, so that its sign bit is set exactly where r > 0. Processors select by
+# a sign bit in one instruction; comparing first takes two, and holds up all levels that follow.
+@overload(_step)
+def _step_by_type(opposite: Any, scale: Any) -> Callable[..., float]:
+    def single(opposite: Any, scale: Any) -> float:
+        return scale if np.float32(opposite).view(np.int32) < 0 else -scale
+
+    def double(opposite: Any, scale: Any) -> float:
+        return scale if np.float64(opposite).view(np.int64) < 0 else -scale
+
+    return single if opposite == numba.types.float32 else double
 
 
 @loop()
-def _padded(scales: Array, row: int, first: int) -> tuple[float, float, float, float]:
-    """The scales of four levels of a row, 0 for those it does not have."""
+def _padded(scales: Array, first: int) -> tuple[float, float, float, float]:
+    """The scales of four levels, 0 for those that a row does not have."""
     levels = len(scales)
     zero = scales.dtype.type(0)
     return (
-        scales[first, row] if first < levels else zero,
-        scales[first + 1, row] if first + 1 < levels else zero,
-        scales[first + 2, row] if first + 2 < levels else zero,
-        scales[first + 3, row] if first + 3 < levels else zero,
+        scales[first] if first < levels else zero,
+        scales[first + 1] if first + 1 < levels else zero,
+        scales[first + 2] if first + 2 < levels else zero,
+        scales[first + 3] if first + 3 < levels else zero,
     )
 
 
@@ -81,11 +137,11 @@ def _padded(scales: Array, row: int, first: int) -> tuple[float, float, float, f
 # Sums alone may be reordered; what makes up the summands keeps its order and its NaN.
 @loop(fastmath={"reassoc"})
 def _sum(
-    r: Array, bits: Array | None, row: int, level: int, a: float, b: float, c: float
+    r: Array, bits: Array | None, level: int, a: float, b: float, c: float
 ) -> tuple[float, int]:
     total, count = 0.0, 0
     for j in range(r.size):
-        hot = _hot(bits, row, j, level)
+        hot = _hot(bits, j, level)
         total += np.float64(_folded(r[j], a, b, c)) if hot else 0.0
         count += int(hot)
     return total, count
@@ -93,31 +149,44 @@ def _sum(
 
 # The first two levels, which all rows have, have less to subtract.
 @loop(fastmath={"reassoc"})
-def _early_sum(r: Array, bits: Array | None, row: int, level: int, a: float) -> tuple[float, int]:
+def _early_sum(r: Array, bits: Array | None, level: int, a: float) -> tuple[float, int]:
     total, count = 0.0, 0
     for j in range(r.size):
-        hot = _hot(bits, row, j, level)
+        hot = _hot(bits, j, level)
         total += np.float64(abs(abs(r[j]) - a)) if hot else 0.0
         count += int(hot)
     return total, count
 
 
 # Where all elements count, four are added in float32 first, which has twice the lanes of float64:
-# numbers that are equal do not round.
+# numbers that are equal do not round. What is read and what is written is told apart, since a loop
+# on arrays that might overlap is not vectorized.
 @loop()
-def _sums_of_four(fours: Array, a: float, b: float, c: float, sums: Array) -> None:
-    for j in range(sums.size):
-        first = _folded(fours[0, j], a, b, c) + _folded(fours[1, j], a, b, c)
-        second = _folded(fours[2, j], a, b, c) + _folded(fours[3, j], a, b, c)
-        sums[j] = first + second
-
-
-@loop()
-def _early_sums_of_four(fours: Array, a: float, sums: Array) -> None:
+def _sums_of_four(fours: Array, a: float, sums: Array) -> None:
     for j in range(sums.size):
         first = abs(abs(fours[0, j]) - a) + abs(abs(fours[1, j]) - a)
         second = abs(abs(fours[2, j]) - a) + abs(abs(fours[3, j]) - a)
         sums[j] = first + second
+
+
+@loop()
+def _folded_sums(fours: Array, a: float, folded: Array, sums: Array) -> None:
+    """The same, and keep what is added."""
+    for j in range(sums.size):
+        p, q = abs(abs(fours[0, j]) - a), abs(abs(fours[1, j]) - a)
+        r, s = abs(abs(fours[2, j]) - a), abs(abs(fours[3, j]) - a)
+        folded[0, j], folded[1, j], folded[2, j], folded[3, j] = p, q, r, s
+        sums[j] = (p + q) + (r + s)
+
+
+@loop()
+def _refolded_sums(folded: Array, a: float, sums: Array) -> None:
+    """The same in place, of magnitudes."""
+    for j in range(sums.size):
+        p, q = abs(folded[0, j] - a), abs(folded[1, j] - a)
+        r, s = abs(folded[2, j] - a), abs(folded[3, j] - a)
+        folded[0, j], folded[1, j], folded[2, j], folded[3, j] = p, q, r, s
+        sums[j] = (p + q) + (r + s)
 
 
 @loop(fastmath={"reassoc"})
@@ -129,197 +198,288 @@ def float64_sum(values: Array) -> float:
 
 
 @loop()
-def _whole_sum(r: Array, level: int, a: float, b: float, c: float, spare: Array) -> float:
-    columns = r.size // 4
-    fours, rest, sums = r[: 4 * columns].reshape(4, columns), r[4 * columns :], spare[:columns]
-    if level % GROUP < 2:
-        _early_sums_of_four(fours, a, sums)
-    else:
-        _sums_of_four(fours, a, b, c, sums)
-    total = float64_sum(sums) + _sum(rest, None, 0, level, a, b, c)[0]
-    # Four may overflow that do not in float64.
-    return total if total < np.inf else _sum(r, None, 0, level, a, b, c)[0]
+def _whole_scales(x: Array, scales: Array, spare: Array, sums: Array) -> None:
+    """Find the scales of a row whose elements have all levels, in float32."""
+    size, last = 4 * sums.size, len(scales) - 1
+    fours, folded = x[:size].reshape(4, sums.size), spare[:size].reshape(4, sums.size)
+    tail = np.abs(x[size:])
+    a = zero = scales.dtype.type(0)
+    for level in range(len(scales)):
+        kept = 0 < level < last
+        if not kept:
+            _sums_of_four(fours, a, sums)
+        elif level == 1:
+            _folded_sums(fours, a, folded, sums)
+            fours = folded
+        else:
+            _refolded_sums(folded, a, sums)
+        total = float64_sum(sums)
+        if not total < np.inf:  # four may overflow that do not in float64
+            total = 0.0
+            for four in range(4):
+                total += _early_sum(fours[four], None, 0, zero if kept else a)[0]
+        for j in range(tail.size):
+            tail[j] = abs(tail[j] - a)
+            total += tail[j]
+        a = scales.dtype.type(total / x.size)
+        scales[level] = a
 
 
 @loop()
-def _fold(r: Array, scales: Array, row: int, first: int) -> None:
+def _copy(x: Array, target: Array) -> None:
+    for j in range(x.size):
+        target[j] = x[j]
+
+
+@loop()
+def _mapped_sums(pairs: Array, bits: Array, level: int, a: float, sums: Array) -> Any:
+    """Fold columns of two, and add up what has a code at a level; give its number."""
+    # In 32 bits, or the lanes are halved.
+    zero, count, bound = sums.dtype.type(0), np.int32(0), np.int32(level)
+    for j in range(sums.size):
+        p, q = abs(abs(pairs[0, j]) - a), abs(abs(pairs[1, j]) - a)
+        hot, also = np.int32(bits[0, j]) > bound, np.int32(bits[1, j]) > bound
+        pairs[0, j], pairs[1, j] = p, q
+        count = np.int32(count + hot + also)
+        sums[j] = (p if hot else zero) + (q if also else zero)
+    return count
+
+
+@loop()
+def _mapped_scales(x: Array, bits: Array, scales: Array, folded: Array, sums: Array) -> None:
+    """Find the scales of a row whose elements have different levels, in float32."""
+    size = 2 * sums.size
+    own = bits[:size].reshape(2, sums.size)
+    pairs = folded[:size].reshape(2, sums.size)
+    _copy(x, folded)
+    a = zero = scales.dtype.type(0)
+    for level in range(len(scales)):
+        count = _mapped_sums(pairs, own, level, a, sums)
+        total = float64_sum(sums)
+        for j in range(size, x.size):
+            folded[j] = abs(abs(folded[j]) - a)
+            if bits[j] > level:
+                total += folded[j]
+                count += 1
+        if not total < np.inf:  # two may overflow that do not in float64
+            total = _early_sum(folded, bits, level, zero)[0]
+        a = scales.dtype.type(total / count) if count else zero
+        scales[level] = a
+
+
+@loop()
+def _fold(r: Array, scales: Array, first: int) -> None:
     """Take the levels `first` to first + 3 off the magnitudes `r`."""
-    a, b, c, d = _padded(scales, row, first)
+    a, b, c, d = _padded(scales, first)
     for j in range(r.size):
         r[j] = abs(_folded(r[j], a, b, c) - d)
 
 
 @loop()
-def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
-    """Find the scales, (levels, rows): the mean |residual| at each level, 0 without a code."""
-    levels, rows = scales.shape
+def _row_scales(x: Array, bits: Array | None, scales: Array, rest: Array) -> None:
+    """Find the scales of a row in the work dtype."""
     zero = scales.dtype.type(0)
-    rest = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
-    spare = np.empty(x.shape[1] // 4, x.dtype)
-    quick = x.itemsize == 4 and x.shape[1] >= LONG
-    for row in range(rows):
-        r = x[row]
-        if levels > GROUP:
-            rest[:] = r
-            r = rest
-        a = b = c = zero
-        for level in range(levels):
-            if bits is None and quick:
-                total, count = _whole_sum(r, level, a, b, c, spare), r.size
-            elif level < 2:
-                total, count = _early_sum(r, bits, row, level, a)
-            else:
-                total, count = _sum(r, bits, row, level, a, b, c)
-            scale = scales.dtype.type(total / count) if count else zero
-            scales[level, row] = scale
-            at = level % GROUP
-            if at == 0:
-                a = scale
-            elif at == 1:
-                b = scale
-            elif at == 2:
-                c = scale
-            elif level + 1 < levels:
-                _fold(r, scales, row, level - 3)
-                a = b = c = zero
+    levels, r = len(scales), x
+    if levels > GROUP:
+        _copy(x, rest)
+        r = rest
+    a = b = c = zero
+    for level in range(levels):
+        if level < 2:
+            total, count = _early_sum(r, bits, level, a)
+        else:
+            total, count = _sum(r, bits, level, a, b, c)
+        scale = scales.dtype.type(total / count) if count else zero
+        scales[level] = scale
+        at = level % GROUP
+        if at == 0:
+            a = scale
+        elif at == 1:
+            b = scale
+        elif at == 2:
+            c = scale
+        elif level + 1 < levels:
+            _fold(r, scales, level - 3)
+            a = b = c = zero
+
+
+@loop()
+def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
+    """Find the scales, (rows, levels): the mean |residual| at each level, 0 without a code."""
+    spare = np.empty(x.shape[1], x.dtype)
+    sums = np.empty(x.shape[1] // (4 if bits is None else 2), x.dtype)
+    for row in range(len(x)):
+        own = _row(bits, row)
+        if x.itemsize == 8 or x.shape[1] < LONG:
+            _row_scales(x[row], own, scales[row], spare)
+        elif bits is None:
+            _whole_scales(x[row], scales[row], spare, sums)
+        else:
+            _mapped_scales(x[row], own, scales[row], spare, sums)
 
 
 @loop()
 def _level_sum(x: Array, bits: Array | None, scales: Array) -> tuple[float, int]:
-    """The sum of |residual| after `scales`, (levels, 1), over a piece of a row; and its count."""
-    levels = len(scales)
-    r = x[0]
-    done = levels // GROUP * GROUP
+    """The sum of |residual| after `scales`, (1, levels), over a piece of a row; and its count."""
+    r, own, scale = x[0], _row(bits, 0), scales[0]
+    done = len(scale) // GROUP * GROUP
     if done:
         r = r.copy()
         for level in range(0, done, GROUP):
-            _fold(r, scales, 0, level)
-    a, b, c, _ = _padded(scales, 0, done)
-    return _sum(r, bits, 0, levels, a, b, c)
+            _fold(r, scale, level)
+    a, b, c, _ = _padded(scale, done)
+    return _sum(r, own, len(scale), a, b, c)
 
 
 # ---------------------------------------------------------------- what they give
 
 
 @loop()
-def _first_levels(
-    r: Array, bits: Array | None, row: int, scales: Array, stored: Array, y: Array
-) -> None:
-    """Write the sum of the first four levels."""
-    a, b, c, _ = _padded(scales, row, 0)
-    e, f, g, h = _padded(stored, row, 0)
-    for j in range(r.size):
-        q = r[j]
-        v = _step(q, e) if _hot(bits, row, j, 0) else y.dtype.type(0)
-        q -= _step(q, a)
-        v += _step(q, f) if _hot(bits, row, j, 1) else y.dtype.type(0)
-        q -= _step(q, b)
-        v += _step(q, g) if _hot(bits, row, j, 2) else y.dtype.type(0)
-        q -= _step(q, c)
-        v += _step(q, h) if _hot(bits, row, j, 3) else y.dtype.type(0)
-        y[j] = v
+def _negate(x: Array, opposite: Array) -> None:
+    for j in range(x.size):
+        opposite[j] = x.dtype.type(0) - x[j]
+
+
+@loop()
+def _fill(value: float, target: Array) -> None:
+    for j in range(target.size):
+        target[j] = value
 
 
 @loop()
 def _first_two_levels(
-    r: Array, bits: Array | None, row: int, scale: float, a: float, b: float, y: Array
+    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array
 ) -> None:
-    for j in range(r.size):
-        q = r[j]
-        v = _step(q, a) if _hot(bits, row, j, 0) else y.dtype.type(0)
-        q -= _step(q, scale)
-        y[j] = v + (_step(q, b) if _hot(bits, row, j, 1) else y.dtype.type(0))
+    """Write the sum of all levels, of which there are at most two."""
+    a, _, _, _ = _padded(scales, 0)
+    e, f, _, _ = _padded(scales if stored is None else stored, 0)
+    zero = y.dtype.type(0)
+    for j in range(y.size):
+        n = zero - x[j]
+        one = _step(n, e)
+        two = one + _step(n + _step(n, a), f)
+        y[j] = _reached(bits, j, 0, (zero, one, two, two, two))
 
 
 @loop()
-def _peel(r: Array, scale: float) -> None:
-    for j in range(r.size):
-        r[j] -= _step(r[j], scale)
+def _first_levels(
+    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array
+) -> None:
+    """Write the sum of all levels, of which there are at most four."""
+    a, b, c, _ = _padded(scales, 0)
+    e, f, g, h = _padded(scales if stored is None else stored, 0)
+    zero = y.dtype.type(0)
+    for j in range(y.size):
+        n = zero - x[j]
+        one = _step(n, e)
+        n += _step(n, a)
+        two = one + _step(n, f)
+        n += _step(n, b)
+        three = two + _step(n, g)
+        n += _step(n, c)
+        four = three + _step(n, h)
+        y[j] = _reached(bits, j, 0, (zero, one, two, three, four))
 
 
 @loop()
-def _add(r: Array, bits: Array | None, row: int, level: int, stored: float, y: Array) -> None:
-    for j in range(r.size):
-        y[j] += _step(r[j], stored) if _hot(bits, row, j, level) else y.dtype.type(0)
+def _add_levels(
+    opposite: Array, bits: Array | None, first: int, scales: Array, stored: Array | None,
+    y: Array,
+) -> None:  # fmt: skip
+    """Add four levels, and take them off what is left."""
+    a, b, c, d = _padded(scales, first)
+    e, f, g, h = _padded(scales if stored is None else stored, first)
+    for j in range(y.size):
+        n, none = opposite[j], y[j]
+        one = none + _step(n, e)
+        n += _step(n, a)
+        two = one + _step(n, f)
+        n += _step(n, b)
+        three = two + _step(n, g)
+        n += _step(n, c)
+        four = three + _step(n, h)
+        y[j] = _reached(bits, j, first, (none, one, two, three, four))
+        opposite[j] = n + _step(n, d)
 
 
 @loop()
-def _approximation(x: Array, bits: Array | None, scales: Array, stored: Array, y: Array) -> None:
-    levels, rows = scales.shape
-    rest = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
-    for row in range(rows):
+def _approximation(
+    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array
+) -> None:
+    """Write the sums of levels; `stored` are the scales as rounded, None if they are not."""
+    levels = scales.shape[1]
+    opposite = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
+    for row in range(len(x)):
+        own, given, target = _row(bits, row), _row(stored, row), y[row]
         if levels <= 2:
-            a, b, _, _ = _padded(stored, row, 0)
-            scale = _padded(scales, row, 0)[0]
-            _first_two_levels(x[row], bits, row, scale, a, b, y[row])
-            continue
-        _first_levels(x[row], bits, row, scales, stored, y[row])
-        if levels > GROUP:
-            rest[:] = x[row]
-            for level in range(levels):
-                if level >= GROUP:
-                    _add(rest, bits, row, level, stored[level, row], y[row])
-                _peel(rest, scales[level, row])
+            _first_two_levels(x[row], own, scales[row], given, target)
+        elif levels <= GROUP:
+            _first_levels(x[row], own, scales[row], given, target)
+        else:
+            _negate(x[row], opposite)
+            _fill(y.dtype.type(0), target)
+            for first in range(0, levels, GROUP):
+                _add_levels(opposite, own, first, scales[row], given, target)
 
 
 @loop()
-def _set(r: Array, bits: Array | None, row: int, level: int, code: Array) -> None:
-    bit = code.dtype.type(1 << level)
-    for j in range(r.size):
-        up = (r[j] > 0) & _hot(bits, row, j, level)
-        code[j] |= bit if up else code.dtype.type(0)
+def _set(opposite: Array, bits: Array | None, level: int, scale: float, code: Array) -> None:
+    """Set the bit of a level, and take the level off what is left."""
+    bit, zero = code.dtype.type(1 << level), code.dtype.type(0)
+    for j in range(code.size):
+        n = opposite[j]
+        code[j] |= bit if (n < 0) & _hot(bits, j, level) else zero
+        opposite[j] = n + _step(n, scale)
 
 
 @loop()
 def _codes(x: Array, bits: Array | None, scales: Array, code: Array) -> None:
-    levels, rows = scales.shape
-    rest = np.empty(x.shape[1], x.dtype)
-    for row in range(rows):
-        rest[:] = x[row]
-        code[row] = 0
-        for level in range(levels):
-            _set(rest, bits, row, level, code[row])
-            _peel(rest, scales[level, row])
+    opposite = np.empty(x.shape[1], x.dtype)
+    for row in range(len(x)):
+        own = _row(bits, row)
+        _negate(x[row], opposite)
+        _fill(code.dtype.type(0), code[row])
+        for level in range(scales.shape[1]):
+            _set(opposite, own, level, scales[row, level], code[row])
+
+
+@loop()
+def _first_codes(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
+    """Write the sum of the first four levels."""
+    a, b, c, d = _padded(stored, 0)
+    zero = y.dtype.type(0)
+    for j in range(code.size):
+        own = code[j]
+        one = a if own & 1 else -a
+        two = one + (b if own & 2 else -b)
+        three = two + (c if own & 4 else -c)
+        four = three + (d if own & 8 else -d)
+        y[j] = _reached(bits, j, 0, (zero, one, two, three, four))
+
+
+@loop()
+def _add_code(code: Array, bits: Array | None, level: int, stored: float, y: Array) -> None:
+    for j in range(code.size):
+        step = stored if code[j] >> level & 1 else -stored
+        y[j] += step if _hot(bits, j, level) else y.dtype.type(0)
 
 
 @loop()
 def _decode(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
-    levels, rows = stored.shape
-    for row in range(rows):
-        _first_codes(code[row], bits, row, stored, y[row])
-        for level in range(GROUP, levels):
-            _add_code(code[row], bits, row, level, stored[level, row], y[row])
+    for row in range(len(code)):
+        own = _row(bits, row)
+        _first_codes(code[row], own, stored[row], y[row])
+        for level in range(GROUP, stored.shape[1]):
+            _add_code(code[row], own, level, stored[row, level], y[row])
 
 
 @loop()
 def _level_signs(code: Array, bits: Array | None, level: int, sign: Array) -> None:
     for row in range(len(code)):
-        own, target = code[row], sign[row]
-        for j in range(own.size):
-            value = np.int8(2 * (own[j] >> level & 1) - 1)
-            target[j] = value if _hot(bits, row, j, level) else np.int8(0)
-
-
-@loop()
-def _first_codes(code: Array, bits: Array | None, row: int, stored: Array, y: Array) -> None:
-    """Write the sum of the first four levels."""
-    a, b, c, d = _padded(stored, row, 0)
-    zero = y.dtype.type(0)
-    for j in range(code.size):
-        own = code[j]
-        v = (a if own & 1 else -a) if _hot(bits, row, j, 0) else zero
-        v += (b if own & 2 else -b) if _hot(bits, row, j, 1) else zero
-        v += (c if own & 4 else -c) if _hot(bits, row, j, 2) else zero
-        y[j] = v + ((d if own & 8 else -d) if _hot(bits, row, j, 3) else zero)
-
-
-@loop()
-def _add_code(
-    code: Array, bits: Array | None, row: int, level: int, stored: float, y: Array
-) -> None:
-    for j in range(code.size):
-        step = stored if code[j] >> level & 1 else -stored
-        y[j] += step if _hot(bits, row, j, level) else y.dtype.type(0)
+        codes, own, target = code[row], _row(bits, row), sign[row]
+        for j in range(target.size):
+            value = np.int8(2 * (codes[j] >> level & 1) - 1)
+            target[j] = value if _hot(own, j, level) else np.int8(0)
 
 
 # ---------------------------------------------------------------- as the primitives are called
@@ -327,9 +487,9 @@ def _add_code(
 
 def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of whole rows, (rows, 1) for each level: the mean |residual|, 0 without a code."""
-    scales = np.empty((levels, len(x)), arrays.work_dtype(x.dtype))
+    scales = np.empty((len(x), levels), arrays.work_dtype(x.dtype))
     _level_scales(_work(x), _map(bits), scales)
-    return list(scales[:, :, None])
+    return list(scales.T[:, :, None])
 
 
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
@@ -340,7 +500,7 @@ def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array
 def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
     """`greedy.approximation`."""
     found = _stack(scales, x)
-    stored = found.astype(x.dtype, copy=False).astype(found.dtype, copy=False)
+    stored = None if x.dtype == found.dtype else found.astype(x.dtype).astype(found.dtype)
     direct = y.dtype == found.dtype and y.flags.c_contiguous and not np.may_share_memory(x, y)
     target = y if direct else np.empty(x.shape, found.dtype)
     _approximation(_work(x), _map(bits), found, stored, target)
@@ -356,7 +516,7 @@ def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
 def decode(code: Array, bits: Array, *scales: Array, y: Array) -> None:
     """`code.decode`."""
     work = arrays.work_dtype(y.dtype)
-    stored = np.stack([scale[:, 0] for scale in scales]).astype(y.dtype, copy=False)
+    stored = np.concatenate(scales, axis=1, dtype=y.dtype, casting="same_kind")
     direct = y.dtype == work and y.flags.c_contiguous
     target = y if direct else np.empty(y.shape, work)
     _decode(np.ascontiguousarray(code), _map(bits), stored.astype(work, copy=False), target)
@@ -381,7 +541,7 @@ def _map(bits: Array) -> Array | None:
 
 
 def _stack(scales: tuple[Array, ...], x: Array) -> Array:
-    stacked = np.empty((len(scales), len(x)), arrays.work_dtype(x.dtype))
+    stacked = np.empty((len(x), len(scales)), arrays.work_dtype(x.dtype))
     for level, scale in enumerate(scales):
-        stacked[level] = scale[:, 0]
+        stacked[:, level] = scale[:, 0]
     return stacked

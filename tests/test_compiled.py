@@ -123,7 +123,7 @@ def test_constant_rows_are_exact():
     np.testing.assert_array_equal(second, 0)
 
 
-@pytest.mark.parametrize("levels", [2, 4, 9])
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 9])
 def test_long_rows(rng, levels):
     x = rng.normal(size=(5, 4 * compiled.LONG + 3)).astype(np.float32)
     x[0] = 0.3

@@ -55,6 +55,7 @@ WITHOUT_NUMBA = "cubin, NumPy alone"
 COPY = "copy"
 EXPRESSION = "expression"
 EAGER = "PyTorch eager"
+HALVING = "PyTorch, by halving"
 COMPILED = "torch.compile"
 TRITON = "Triton"
 
@@ -65,6 +66,7 @@ STYLES = {
     WITHOUT_NUMBA: ("#009E73", "s"),
     EXPRESSION: ("#E69F00", "^"),
     EAGER: ("#D55E00", "v"),
+    HALVING: ("#F0E442", "<"),
     COMPILED: ("#CC79A7", "P"),
     TRITON: ("#000000", "X"),
 }
@@ -115,6 +117,9 @@ OPERATIONS = (
 )  # fmt: skip
 SLOW = {"optimal": 1 << 22}
 """Operations that are timed on arrays up to some size alone."""
+
+LARGEST_OF_PEER = {"alternating": 1 << 24}
+"""The same for their peers in PyTorch: this one takes 20 to 40 times its input's memory."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,7 @@ class Host:
 
     def peak(self, call: Callable[[], Any], candidate: str) -> int | None:
         """The most that NumPy holds during a call, the result included; torch does not tell."""
-        if candidate in (EAGER, COMPILED):
+        if candidate in (EAGER, HALVING, COMPILED):
             return None
         tracemalloc.start()
         try:
@@ -270,7 +275,7 @@ class Device:
 
     def peak(self, call: Callable[[], Any], candidate: str) -> int | None:
         """What the pool of CuPy or PyTorch grows to during a call."""
-        if candidate in (EAGER, COMPILED, TRITON):
+        if candidate in (EAGER, HALVING, COMPILED, TRITON):
             before = self.torch.cuda.memory_allocated()
             self.torch.cuda.reset_peak_memory_stats()
             call()
@@ -378,14 +383,14 @@ def _peers(case: Case, machine: Host | Device, quick: bool) -> dict[str, Callabl
         found[EXPRESSION] = lambda a: peers.array_greedy(
             xp, a.x.reshape(flat), a.bits.reshape(flat) if case.mapped else a.bits
         )
-    if torch is None:
+    if torch is None or case.layout.size > LARGEST_OF_PEER.get(operation, case.layout.size):
         return found
     eager: Callable[..., Any] | None = {
         "sign": partial(peers.torch_sign, torch),
         "sign_grad": partial(peers.torch_gradient, torch),
         "multibit_grad": partial(peers.torch_gradient, torch),
         "multibit": partial(peers.torch_greedy, torch),
-        "alternating": None if case.mapped else partial(peers.torch_alternating, torch),
+        "alternating": partial(peers.torch_alternating, torch, search=peers.torch_search),
     }.get(operation)
     if eager is None:
         return found
@@ -399,6 +404,8 @@ def _peers(case: Case, machine: Host | Device, quick: bool) -> dict[str, Callabl
         return (t["x"], case.bits, t["bits"]) if case.mapped else (t["x"], case.bits)
 
     found[EAGER] = lambda a: eager(*arguments(a))
+    if operation == "alternating":
+        found[HALVING] = lambda a: eager(*arguments(a), search=peers.torch_halving)
     if operation == "multibit" and not (quick and case.bits != 4):
         torch._dynamo.reset()
         compiled = torch.compile(eager, dynamic=False)

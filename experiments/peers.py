@@ -73,8 +73,10 @@ def torch_greedy(torch: Any, x: Any, levels: int, bits: Any = None) -> Any:
     return approx
 
 
-def torch_alternating(torch: Any, x: Any, levels: int, iterations: int = 2) -> Any:
-    """Least squares, then binary search over the sorted sums of levels, from greedy codes on.
+def torch_alternating(torch: Any, x: Any, levels: int, search: Any, iterations: int = 2) -> Any:
+    """Least squares, then the nearest of the sorted sums of levels, from greedy codes on.
+
+    `search` gives the place of the nearest sum, from the sorted ones, (rows, 2^levels).
 
     C. Xu et al., "Alternating multi-bit quantization for recurrent neural networks", ICLR 2018.
     """
@@ -92,7 +94,25 @@ def torch_alternating(torch: Any, x: Any, levels: int, iterations: int = 2) -> A
 
     for _ in range(iterations):
         sums, order = (combinations @ least_squares())[:, :, 0].sort(dim=1)
-        middle = ((sums[:, 1:] + sums[:, :-1]) / 2).contiguous()
-        nearest = torch.searchsorted(middle, x)
-        codes = combinations[order.gather(1, nearest)]
+        codes = combinations[order.gather(1, search(torch, sums, x))]
     return (codes @ least_squares())[:, :, 0]
+
+
+def torch_search(torch: Any, sums: Any, x: Any) -> Any:
+    """The nearest sums by PyTorch's own binary search."""
+    middle = ((sums[:, 1:] + sums[:, :-1]) / 2).contiguous()
+    return torch.searchsorted(middle, x)
+
+
+def torch_halving(torch: Any, sums: Any, x: Any) -> Any:
+    """The nearest sums by a binary search on tensors, which halves every element's range.
+
+    This is how published quantizers for binary codes do it: `torch.searchsorted` is younger.
+    """
+    low = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+    high = torch.full_like(low, sums.shape[1] - 1)
+    for _ in range((sums.shape[1] - 1).bit_length()):
+        before = (low + high).div(2, rounding_mode="floor")
+        above = x > (sums.gather(1, before) + sums.gather(1, before + 1)) / 2
+        low, high = torch.where(above, before + 1, low), torch.where(above, high, before)
+    return low

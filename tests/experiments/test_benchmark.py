@@ -88,8 +88,9 @@ def test_torch_expressions_are_the_algorithms(rng):
         found = peers.torch_greedy(torch, t, 3, mapped)
         np.testing.assert_allclose(found, approx, atol=1e-5)
     expected = cubin.multibit(x, 3, channel_axis=0, solver="alternating")
-    found = np.asarray(peers.torch_alternating(torch, t, 3))
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    for search in (peers.torch_search, peers.torch_halving):
+        found = np.asarray(peers.torch_alternating(torch, t, 3, search))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_bytes_that_must_move():

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays
+from cubin import arrays, blocks, passes
 from cubin.arrays import Array
 from cubin.kernels import FLOATS, elementwise
+from cubin.passes import Part
 from cubin.signs import as_integers, where
 
 # ---------------------------------------------------------------- primitives
@@ -45,7 +46,7 @@ def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: 
 )
 def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.ndarray) -> None:
     """``y + scale * sign``; where the sign is 0 the scale, which may be NaN, does not count."""
-    step = np.empty(y.shape, y.dtype)
+    step = blocks.spare("step", y.shape, y.dtype)
     np.multiply(scale, sign, out=step)
     where(sign != 0, step, out=step)
     np.add(y, step, out=total)
@@ -246,14 +247,39 @@ class BinaryCode:
 
     def dequantize(self) -> Array:
         """The approximation ``sum_i scales[i] * signs[i]``, in the shape and dtype of x."""
-        xp = arrays.library(self.scales)
-        work = arrays.work_dtype(self.dtype)
-        with arrays.current_device(self.scales):
-            total = xp.zeros(self._rows.split, work)
-            for scale, sign in zip(self.scales, self.signs, strict=True):
-                step = self._rows.aligned(scale.astype(work, copy=False))
-                add_level(total, step, sign.reshape(self._rows.split), total=total)
+        rows, work = self._rows, arrays.work_dtype(self.dtype)
+        scales = self.scales.astype(work, copy=False)
+        if not arrays.on_device(scales):
+            return self._dequantize_in_cache(scales)
+        with arrays.current_device(scales):
+            total = arrays.library(scales).zeros(rows.split, work)
+            for scale, sign in zip(scales, self.signs, strict=True):
+                add_level(total, rows.aligned(scale), sign.reshape(rows.split), total=total)
             return total.astype(self.dtype, copy=False).reshape(self.shape)
+
+    def _dequantize_in_cache(self, scales: Array) -> Array:
+        """All levels of a block while it is in the cache."""
+        rows, y = self._rows, np.empty(self.shape, self.dtype)
+        flat_scales = scales.reshape(len(scales), rows.count, 1)
+        signs, target = rows.view(self.signs, lead=1), rows.view(y)
+        loops: Any = blocks.compiled(y.size)
+        add = add_level.function if loops is None else loops.add_level
+
+        def task(part: Part) -> None:
+            block = target[part.block]
+
+            def add_up(flat: Array) -> None:
+                total = blocks.spare("total", flat.shape, scales.dtype)
+                total[...] = 0
+                for level, scale in enumerate(flat_scales):
+                    sign = signs[(level, *part.block)].reshape(flat.shape)
+                    add(total, scale[part.rows], sign, total=total)
+                flat[...] = total
+
+            passes.write(add_up, block, rows.flat_shape(block.shape))
+
+        passes.for_each_part(task, rows)
+        return y
 
     def __eq__(self, other: object) -> bool:
         """Whether all of shape, dtype, granularity, bits, scales and signs are the same."""

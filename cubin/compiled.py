@@ -474,6 +474,15 @@ def _decode(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
 
 
 @loop()
+def _add_signs(scales: Array, sign: Array, y: Array) -> None:
+    for row in range(len(y)):
+        scale, own, target = scales[row], sign[row], y[row]
+        for j in range(target.size):
+            step = scale if own[j] > 0 else -scale
+            target[j] += step if own[j] != 0 else target.dtype.type(0)
+
+
+@loop()
 def _level_signs(code: Array, bits: Array | None, level: int, sign: Array) -> None:
     for row in range(len(code)):
         codes, own, target = code[row], _row(bits, row), sign[row]
@@ -522,6 +531,11 @@ def decode(code: Array, bits: Array, *scales: Array, y: Array) -> None:
     _decode(np.ascontiguousarray(code), _map(bits), stored.astype(work, copy=False), target)
     if not direct:
         y[...] = target
+
+
+def add_level(y: Array, scale: Array, sign: Array, *, total: Array) -> None:
+    """`code.add_level`, in place."""
+    _add_signs(np.ascontiguousarray(scale[:, 0]), np.ascontiguousarray(sign), total)
 
 
 def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:

@@ -123,19 +123,27 @@ def test_constant_rows_are_exact():
     np.testing.assert_array_equal(second, 0)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 9])
-def test_long_rows(rng, levels):
-    x = rng.normal(size=(5, 4 * compiled.LONG + 3)).astype(np.float32)
+def test_long_rows(rng, levels, mapped):
+    x = rng.normal(size=(6, 4 * compiled.LONG + 3)).astype(np.float32)
     x[0] = 0.3
     x[1] *= 3e38 / np.abs(x[1]).max()
     x[2, 5] = np.nan
     x[3, -1] = np.inf
+    x[5, 7] = x[5, -1] = np.nan
+    bits = np.full(x.shape, levels, np.uint8)
+    if mapped:
+        bits[:, 10:-10] = rng.integers(0, levels + 1, (6, x.shape[1] - 20))
+        bits[5, [7, -1]] = 0
+    given = bits if mapped else np.uint8(levels)
     with np.errstate(all="ignore"):
-        expected = np.stack(greedy._level_scales(x, np.uint8(levels), levels))
-    found = np.stack(compiled.level_scales(x, np.uint8(levels), levels))
+        expected = np.stack(greedy._level_scales(x, given, levels))
+    found = np.stack(compiled.level_scales(x, given, levels))
     np.testing.assert_array_equal(found[:, 0], [[x[0, 0]], *[[0]] * (levels - 1)])
-    np.testing.assert_allclose(found[:, [1, 4]], expected[:, [1, 4]], rtol=1e-5)
-    np.testing.assert_array_equal(found[:, [2, 3]], expected[:, [2, 3]])
+    assert np.isfinite(found[:, [1, 4]]).all()
+    assert np.isfinite(found[:, 5]).all() == mapped
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lay_out", [np.asfortranarray, lambda x: x[::-1, ::-1], np.asarray])

@@ -63,9 +63,15 @@ def tile(shape: Sequence[int], size: int = BLOCK) -> Iterator[Block]:
             yield (*fixed, slice(start, min(start + step, shape[axis])), *whole)
 
 
-def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
-    """Run `task` on every block; `size` is the number of elements of all of them."""
-    workers = max(1, min(_processors(), WORKERS, len(blocks))) if size >= THREADED else 1
+def each(
+    task: Callable[[Any], None], blocks: Sequence[Any], size: int, threaded: int | None = None
+) -> None:
+    """Run `task` on every block; `size` is the number of elements of all of them.
+
+    Threads share the work from `threaded` elements on (default: `THREADED`).
+    """
+    pays = size >= (THREADED if threaded is None else threaded)
+    workers = max(1, min(_processors(), WORKERS, len(blocks))) if pays else 1
     # Threads keep apart: side by side in new memory, each would clear the page that they share.
     ends = [len(blocks) * number // workers for number in range(workers + 1)]
     shares = [deque(blocks[start:stop]) for start, stop in itertools.pairwise(ends)]

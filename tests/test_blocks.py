@@ -31,6 +31,20 @@ def test_every_task_runs_once_on_several_threads(monkeypatch, workers, count):
     assert sorted(done) == list(range(count))
 
 
+@pytest.mark.parametrize(("size", "threaded", "expected"), [(9, 10, 1), (10, 10, 2), (9, None, 1)])
+def test_threads_from_a_size_on(monkeypatch, size, threaded, expected):
+    monkeypatch.setattr(blocks, "_processors", lambda: 2)
+    names = set()
+    together = threading.Barrier(expected)
+
+    def task(_):
+        names.add(threading.get_ident())
+        together.wait(timeout=20)
+
+    blocks.each(task, range(2), size, threaded)
+    assert len(names) == expected
+
+
 def test_a_thread_takes_over_what_another_has_left(monkeypatch):
     """The first task blocks its thread until all others are done."""
     monkeypatch.setattr(blocks, "_processors", lambda: 2)

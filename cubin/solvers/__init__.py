@@ -64,7 +64,7 @@ def approximate(
         passes.write(lambda flat: found.approximate(x, bits, flat), view[part.block], x.shape)
 
     if rule is not None and loops is not None:
-        blocks.each(solve, list(_whole_rows(rows, levels, BLOCK)), x.size)
+        blocks.each(solve, list(_whole_rows(rows, levels, BLOCK)), x.size, blocks.COMPILED)
     else:
         _fit(x, bits, levels, rows, decode, solver, importance)
 
@@ -93,7 +93,7 @@ def encode(
         encoding.store(part, found.codes(x, bits), bits, found.scales)
 
     if rule is not None and loops is not None:
-        blocks.each(solve, list(_whole_rows(rows, levels, blocks.BLOCK)), x.size)
+        blocks.each(solve, list(_whole_rows(rows, levels, blocks.BLOCK)), x.size, blocks.COMPILED)
     else:
         _fit(x, bits, levels, rows, hand_over, solver, importance)
 

@@ -36,10 +36,12 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-# What depends on whether there is a map is compiled by its type.
+# What depends on types, such as whether there is a map, has one form for each. The functions
+# themselves are names for Numba alone, which compiles what `overload` gives it: they never run.
 
 
 def _row(bits: Array | None, row: int) -> Array | None:
+    """A row of an array, or None where there is none."""
     raise NotImplementedError
 
 
@@ -101,7 +103,7 @@ def _reached_by_type(bits: Any, column: Any, first: Any, values: Any) -> Any:
 
 
 def _step(opposite: float, scale: float) -> float:
-    """scale * sign(r) for opposite = 0 - r: compiled by type, as below."""
+    """scale * sign(r) for opposite = 0 - r."""
     raise NotImplementedError
 
 

@@ -58,6 +58,8 @@ EAGER = "PyTorch eager"
 HALVING = "PyTorch, by halving"
 COMPILED = "torch.compile"
 TRITON = "Triton"
+IN_TORCH = (EAGER, HALVING, COMPILED, TRITON)
+"""What allocates through PyTorch."""
 
 # Okabe and Ito's palette, with markers for those who do not tell colours apart.
 STYLES = {
@@ -239,7 +241,7 @@ class Host:
 
     def peak(self, call: Callable[[], Any], candidate: str) -> int | None:
         """The most that NumPy holds during a call, the result included; torch does not tell."""
-        if candidate in (EAGER, HALVING, COMPILED):
+        if candidate in IN_TORCH:
             return None
         tracemalloc.start()
         try:
@@ -275,7 +277,7 @@ class Device:
 
     def peak(self, call: Callable[[], Any], candidate: str) -> int | None:
         """What the pool of CuPy or PyTorch grows to during a call."""
-        if candidate in (EAGER, HALVING, COMPILED, TRITON):
+        if candidate in IN_TORCH:
             before = self.torch.cuda.memory_allocated()
             self.torch.cuda.reset_peak_memory_stats()
             call()

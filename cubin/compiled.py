@@ -67,7 +67,7 @@ def _hot_by_type(bits: Any, column: Any, level: Any) -> Callable[..., bool]:
         return True
 
     def mapped(bits: Any, column: Any, level: Any) -> bool:
-        return bits[column] > level
+        return np.int32(bits[column]) > np.int32(level)
 
     return always if _is_none(bits) else mapped
 
@@ -92,12 +92,11 @@ def _reached_by_type(bits: Any, column: Any, first: Any, values: Any) -> Any:
         return values[4]
 
     def mapped(bits: Any, column: Any, first: Any, values: Any) -> float:
-        # In 32 bits, or the lanes are halved.
-        count = np.int32(np.int32(bits[column]) - np.int32(first))
-        value = values[1] if count > 0 else values[0]
-        value = values[2] if count > 1 else value
-        value = values[3] if count > 2 else value
-        return values[4] if count > 3 else value
+        own = np.int32(bits[column])  # in 32 bits, or the lanes are halved
+        value = values[1] if own > np.int32(first) else values[0]
+        value = values[2] if own > np.int32(first + 1) else value
+        value = values[3] if own > np.int32(first + 2) else value
+        return values[4] if own > np.int32(first + 3) else value
 
     return always if _is_none(bits) else mapped
 
@@ -118,6 +117,22 @@ def _step_by_type(opposite: Any, scale: Any) -> Callable[..., float]:
         return scale if np.float64(opposite).view(np.int64) < 0 else -scale
 
     return single if opposite == numba.types.float32 else double
+
+
+def _keep(value: float, target: Array | None, column: int) -> None:
+    """Write an element of a row, or nothing where there is none."""
+    raise NotImplementedError
+
+
+@overload(_keep)
+def _keep_by_type(value: Any, target: Any, column: Any) -> Callable[..., None]:
+    def nowhere(value: Any, target: Any, column: Any) -> None:
+        pass
+
+    def write(value: Any, target: Any, column: Any) -> None:
+        target[column] = value
+
+    return nowhere if _is_none(target) else write
 
 
 @loop()
@@ -337,18 +352,6 @@ def _level_sum(x: Array, bits: Array | None, scales: Array) -> tuple[float, int]
 
 
 @loop()
-def _negate(x: Array, opposite: Array) -> None:
-    for j in range(x.size):
-        opposite[j] = x.dtype.type(0) - x[j]
-
-
-@loop()
-def _fill(value: float, target: Array) -> None:
-    for j in range(target.size):
-        target[j] = value
-
-
-@loop()
 def _first_two_levels(
     x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array
 ) -> None:
@@ -365,10 +368,11 @@ def _first_two_levels(
 
 @loop()
 def _first_levels(
-    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array
-) -> None:
-    """Write the sum of all levels, of which there are at most four."""
-    a, b, c, _ = _padded(scales, 0)
+    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array,
+    opposite: Array | None,
+) -> None:  # fmt: skip
+    """Write the sum of the first four levels, and 0 less what is left then."""
+    a, b, c, d = _padded(scales, 0)
     e, f, g, h = _padded(scales if stored is None else stored, 0)
     zero = y.dtype.type(0)
     for j in range(y.size):
@@ -381,6 +385,7 @@ def _first_levels(
         n += _step(n, c)
         four = three + _step(n, h)
         y[j] = _reached(bits, j, 0, (zero, one, two, three, four))
+        _keep(n + _step(n, d), opposite, j)
 
 
 @loop()
@@ -416,12 +421,23 @@ def _approximation(
         if levels <= 2:
             _first_two_levels(x[row], own, scales[row], given, target)
         elif levels <= GROUP:
-            _first_levels(x[row], own, scales[row], given, target)
+            _first_levels(x[row], own, scales[row], given, target, None)
         else:
-            _negate(x[row], opposite)
-            _fill(y.dtype.type(0), target)
-            for first in range(0, levels, GROUP):
+            _first_levels(x[row], own, scales[row], given, target, opposite)
+            for first in range(GROUP, levels, GROUP):
                 _add_levels(opposite, own, first, scales[row], given, target)
+
+
+@loop()
+def _negate(x: Array, opposite: Array) -> None:
+    for j in range(x.size):
+        opposite[j] = x.dtype.type(0) - x[j]
+
+
+@loop()
+def _fill(value: float, target: Array) -> None:
+    for j in range(target.size):
+        target[j] = value
 
 
 @loop()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import cubin
 from cubin import arrays, blocks, passes
+from cubin.quantize import SOLVERS
 from tests import reference
 
 FLOATS = ["float16", "float32", "float64"]
@@ -257,6 +258,27 @@ def test_what_is_not_finite_stays_in_its_row(xp, host, rng, bad):
         cubin.quantize(xp.asarray(x), 2, channel_axis=0)
     code = cubin.quantize(xp.asarray(x), 2, channel_axis=0, check_finite=False)
     np.testing.assert_array_equal(host(code.dequantize()), y)
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [1, 3, np.array([0, 1, 2, 3, 2] * 4, np.uint8)])
+def test_what_is_not_finite_is_named(xp, rng, solver, bad, dtype, bits):
+    x = rng.standard_normal((3, 2, 20)).astype(dtype)
+    x[1, 0, 5] = bad  # which a map gives no bits
+    x[2, 1, 19] = bad
+    device = xp.asarray(x)
+    where = [
+        ({"channel_axis": 0}, r"row \(1,\) of its 3 rows"),
+        ({"channel_axis": (1, 0)}, r"row \(0, 1\) of its 6 rows"),
+        ({"group_size": 5}, r"row \(1, 0, 1\) of its 24 rows"),
+        ({}, "it"),
+    ]
+    bits = bits if isinstance(bits, int) else xp.asarray(bits)
+    for granularity, row in where:
+        with pytest.raises(ValueError, match=rf"x must be finite, but {row} has NaN or infinity"):
+            cubin.quantize(device, bits, solver=solver, **granularity)
 
 
 def test_an_element_without_bits_does_not_spread_its_nan(xp, host):

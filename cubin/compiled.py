@@ -321,18 +321,29 @@ def _row_scales(x: Array, bits: Array | None, scales: Array, rest: Array) -> Non
 
 
 @loop()
+def _find_scales(x: Array, bits: Array | None, scales: Array, spare: Array, sums: Array) -> None:
+    """Find the scales of a row: the mean |residual| at each level, 0 without a code."""
+    if x.itemsize == 8 or x.size < LONG:
+        _row_scales(x, bits, scales, spare)
+    elif bits is None:
+        _whole_scales(x, scales, spare, sums)
+    else:
+        _mapped_scales(x, bits, scales, spare, sums)
+
+
+@loop()
+def _spares(x: Array, bits: Array | None) -> tuple[Array, Array]:
+    """What `_find_scales` overwrites."""
+    columns = 4 if bits is None else 2
+    return np.empty(x.shape[1], x.dtype), np.empty(x.shape[1] // columns, x.dtype)
+
+
+@loop()
 def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
-    """Find the scales, (rows, levels): the mean |residual| at each level, 0 without a code."""
-    spare = np.empty(x.shape[1], x.dtype)
-    sums = np.empty(x.shape[1] // (4 if bits is None else 2), x.dtype)
+    """Find the scales, (rows, levels)."""
+    spare, sums = _spares(x, bits)
     for row in range(len(x)):
-        own = _row(bits, row)
-        if x.itemsize == 8 or x.shape[1] < LONG:
-            _row_scales(x[row], own, scales[row], spare)
-        elif bits is None:
-            _whole_scales(x[row], scales[row], spare, sums)
-        else:
-            _mapped_scales(x[row], own, scales[row], spare, sums)
+        _find_scales(x[row], _row(bits, row), scales[row], spare, sums)
 
 
 @loop()
@@ -410,22 +421,41 @@ def _add_levels(
 
 
 @loop()
+def _write_levels(
+    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array, opposite: Array
+) -> None:
+    """Write the sum of all levels of a row."""
+    levels = len(scales)
+    if levels <= 2:
+        _first_two_levels(x, bits, scales, stored, y)
+    elif levels <= GROUP:
+        _first_levels(x, bits, scales, stored, y, None)
+    else:
+        _first_levels(x, bits, scales, stored, y, opposite)
+        for first in range(GROUP, levels, GROUP):
+            _add_levels(opposite, bits, first, scales, stored, y)
+
+
+@loop()
 def _approximation(
     x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array
 ) -> None:
     """Write the sums of levels; `stored` are the scales as rounded, None if they are not."""
-    levels = scales.shape[1]
-    opposite = np.empty(x.shape[1] if levels > GROUP else 0, x.dtype)
+    opposite = np.empty(x.shape[1], x.dtype)
     for row in range(len(x)):
-        own, given, target = _row(bits, row), _row(stored, row), y[row]
-        if levels <= 2:
-            _first_two_levels(x[row], own, scales[row], given, target)
-        elif levels <= GROUP:
-            _first_levels(x[row], own, scales[row], given, target, None)
-        else:
-            _first_levels(x[row], own, scales[row], given, target, opposite)
-            for first in range(GROUP, levels, GROUP):
-                _add_levels(opposite, own, first, scales[row], given, target)
+        own, given = _row(bits, row), _row(stored, row)
+        _write_levels(x[row], own, scales[row], given, y[row], opposite)
+
+
+@loop()
+def _approximate(x: Array, bits: Array | None, levels: int, y: Array) -> None:
+    """Find the scales of a row and write the sum of its levels while it is in the first cache."""
+    spare, sums = _spares(x, bits)
+    scales = np.empty(levels, x.dtype)
+    for row in range(len(x)):
+        own = _row(bits, row)
+        _find_scales(x[row], own, scales, spare, sums)
+        _write_levels(x[row], own, scales, None, y[row], spare)
 
 
 @loop()
@@ -531,6 +561,18 @@ def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
     direct = y.dtype == found.dtype and y.flags.c_contiguous and not np.may_share_memory(x, y)
     target = y if direct else np.empty(x.shape, found.dtype)
     _approximation(_work(x), _map(bits), found, stored, target)
+    if not direct:
+        y[...] = target
+
+
+def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
+    """`greedy.approximate_rows`."""
+    if x.dtype != arrays.work_dtype(x.dtype):
+        approximation(x, bits, *level_scales(x, bits, levels), y=y)
+        return
+    direct = y.flags.c_contiguous and not np.may_share_memory(x, y)
+    target = y if direct else np.empty(x.shape, x.dtype)
+    _approximate(np.ascontiguousarray(x), _map(bits), levels, target)
     if not direct:
         y[...] = target
 

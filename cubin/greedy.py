@@ -26,6 +26,9 @@ _CUDA = source(__file__)
 WHOLE_ROWS = 1 << 20
 """Bytes, in the work dtype, of a block of whole rows, which are gone through level by level."""
 
+COMPILED_ROWS = 1 << 21
+"""The same for compiled loops, which go through it row by row."""
+
 # ---------------------------------------------------------------- primitives
 
 
@@ -211,12 +214,21 @@ def approximate(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> Non
     view = rows.view(y)
 
     def finish(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
-        def approximate(flat: Array) -> None:
+        def write(flat: Array) -> None:
             loops.approximation(x, bits, *scales, y=flat)
 
-        passes.write(approximate, view[part.block], x.shape)
+        passes.write(write, view[part.block], x.shape)
 
-    fit(x, bits, levels, rows, finish)
+    def task(part: Part, x: Array, bits: Array) -> None:
+        def write(flat: Array) -> None:
+            loops.approximate_rows(x, bits, levels, y=flat)
+
+        passes.write(write, view[part.block], x.shape)
+
+    if _in_cache(x, rows):
+        _for_each_block(task, x, bits, rows)
+    else:
+        fit(x, bits, levels, rows, finish)
 
 
 def encode(x: Array, bits: Array, encoding: Encoding) -> None:
@@ -241,7 +253,7 @@ def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
     `bits` is a uint8 scalar, or an array of x's shape.
     """
     device = arrays.on_device(x)
-    if not device and rows.length <= blocks.BLOCK:
+    if _in_cache(x, rows):
         _fit_in_cache(x, bits, levels, rows, finish)
         return
     scales: list[Array] = []
@@ -255,7 +267,7 @@ def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
     def finish_part(part: Part, x: Array, bits: Array) -> None:
         finish(part, x, bits, [scale[part.rows] for scale in scales])
 
-    passes.for_each_part(finish_part, rows, x, bits, device=device)
+    _for_each_part(finish_part, x, bits, rows)
 
 
 def _fit_in_cache(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
@@ -265,8 +277,26 @@ def _fit_in_cache(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish
     def task(part: Part, x: Array, bits: Array) -> None:
         finish(part, x, bits, loops.level_scales(x, bits, levels))
 
-    block = WHOLE_ROWS // arrays.work_dtype(x.dtype).itemsize
-    passes.for_each_part(task, rows, x, bits, block=block)
+    _for_each_block(task, x, bits, rows)
+
+
+def _in_cache(x: Array, rows: Rows) -> bool:
+    """Whether whole rows stay in the cache of the host."""
+    return not arrays.on_device(x) and rows.length <= blocks.BLOCK
+
+
+def _for_each_block(task: Callable[..., None], x: Array, bits: Array, rows: Rows) -> None:
+    """Call ``task(part, x, bits)`` for blocks of whole rows."""
+    block = WHOLE_ROWS if _loops(x) is _EXPRESSIONS else COMPILED_ROWS
+    _for_each_part(task, x, bits, rows, block // arrays.work_dtype(x.dtype).itemsize)
+
+
+def _for_each_part(
+    task: Callable[..., None], x: Array, bits: Array, rows: Rows, block: int | None = None
+) -> None:
+    threaded = None if _loops(x) is _EXPRESSIONS else blocks.COMPILED
+    device = arrays.on_device(x)
+    passes.for_each_part(task, rows, x, bits, device=device, block=block, threaded=threaded)
 
 
 def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> tuple[Array, Array]:
@@ -281,7 +311,7 @@ def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> t
         found = [scale[part.rows] for scale in scales]
         loops.level_sums(x, bits, *found, total=totals[at], count=counts[at])
 
-    passes.for_each_part(task, rows, x, bits)
+    _for_each_part(task, x, bits, rows)
     return totals, counts
 
 
@@ -309,6 +339,7 @@ _EXPRESSIONS = SimpleNamespace(
     level_scales=_level_scales,
     level_sums=level_sums.function,
     approximation=approximation.function,
+    approximate_rows=approximate_rows.function,
     codes=codes.function,
 )
 

@@ -67,10 +67,12 @@ def for_each_part(
     *inputs: Array,
     device: bool = False,
     block: int | None = None,
+    threaded: int | None = None,
 ) -> None:
     """Call ``task(part, *inputs)`` for parts that tile the rows, each input as (rows, n).
 
-    An input is an array of the rows' shape, or a scalar that is passed on.
+    An input is an array of the rows' shape, or a scalar that is passed on. `block` and `threaded`
+    are as in `parts_of` and `blocks.each`.
     """
     views = [None if isinstance(a, np.generic) else rows.view(a) for a in inputs]
 
@@ -88,7 +90,8 @@ def for_each_part(
         for part in parts_of(rows, device=True):
             run(part)
     else:
-        blocks.each(run, list(parts_of(rows, block=block)), rows.count * rows.length)
+        parts = list(parts_of(rows, block=block))
+        blocks.each(run, parts, rows.count * rows.length, threaded)
 
 
 def write(task: Callable[[Array], None], target: Array, shape: tuple[int, ...]) -> None:

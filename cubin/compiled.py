@@ -67,7 +67,7 @@ def _hot_by_type(bits: Any, column: Any, level: Any) -> Callable[..., bool]:
         return True
 
     def mapped(bits: Any, column: Any, level: Any) -> bool:
-        return np.int32(bits[column]) > np.int32(level)
+        return bool(np.int32(bits[column]) > np.int32(level))  # in 32 bits, or the lanes are halved
 
     return always if _is_none(bits) else mapped
 
@@ -92,7 +92,7 @@ def _reached_by_type(bits: Any, column: Any, first: Any, values: Any) -> Any:
         return values[4]
 
     def mapped(bits: Any, column: Any, first: Any, values: Any) -> float:
-        own = np.int32(bits[column])  # in 32 bits, or the lanes are halved
+        own = np.int32(bits[column])
         value = values[1] if own > np.int32(first) else values[0]
         value = values[2] if own > np.int32(first + 1) else value
         value = values[3] if own > np.int32(first + 2) else value
@@ -492,6 +492,28 @@ def _codes(x: Array, bits: Array | None, scales: Array, code: Array) -> None:
 
 
 @loop()
+def _set_signs(opposite: Array, bits: Array | None, level: int, scale: float, sign: Array) -> None:
+    """Write the signs of a level, and take the level off what is left."""
+    plus, minus, none = np.int8(1), np.int8(-1), np.int8(0)
+    for j in range(sign.size):
+        n = opposite[j]
+        sign[j] = (plus if n < 0 else minus) if _hot(bits, j, level) else none
+        opposite[j] = n + _step(n, scale)
+
+
+@loop()
+def _encode(x: Array, bits: Array | None, scales: Array, signs: Array) -> None:
+    """Find the scales, (rows, levels), and write the signs, (levels, rows, n)."""
+    spare, sums = _spares(x, bits)
+    for row in range(len(x)):
+        own = _row(bits, row)
+        _find_scales(x[row], own, scales[row], spare, sums)
+        _negate(x[row], spare)
+        for level in range(len(signs)):
+            _set_signs(spare, own, level, scales[row, level], signs[level, row])
+
+
+@loop()
 def _first_codes(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
     """Write the sum of the first four levels."""
     a, b, c, d = _padded(stored, 0)
@@ -575,6 +597,13 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     _approximate(np.ascontiguousarray(x), _map(bits), levels, target)
     if not direct:
         y[...] = target
+
+
+def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
+    """`greedy.encode_rows`."""
+    found = np.empty((len(x), levels), arrays.work_dtype(x.dtype))
+    _encode(_work(x), _map(bits), found, signs)
+    scales[...] = found.T[:, :, None]
 
 
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,16 @@ class Encoding:
         if target is not view:
             view[...] = target
         self.scales = scales.astype(x.dtype, copy=False)
+
+    def fill_part(self, part: Part, primitive: Callable[..., None], x: Array, bits: Any) -> None:
+        """Have `primitive` write what belongs to some whole rows, `x` and `bits` as (rows, n)."""
+        levels = len(self.scales)
+        target = self.rows.view(self.signs, lead=1)[(slice(None), *part.block)]
+
+        def encode(flat: Array) -> None:
+            primitive(x, bits, levels, scales=self.scales[:, part.rows, None], signs=flat)
+
+        passes.write(encode, target, (levels, *x.shape))
 
     def store(self, part: Part, code: Array, bits: Array, scales: list[Array]) -> None:
         """Take the packed codes of some rows, with their bits as (rows, n), and their scales,

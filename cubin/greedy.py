@@ -179,7 +179,7 @@ def encode_rows(
 ) -> None:
     """The scales of whole rows, (levels, rows, 1), and their signs, (levels, rows, length)."""
     found = _level_scales(x, bits, levels)
-    code = np.empty(x.shape, np.uint16)
+    code = blocks.spare("code", x.shape, np.uint16)
     codes.function(x, bits, *found, code=code)
     for level, scale in enumerate(found):
         scales[level] = scale
@@ -244,7 +244,13 @@ def encode(x: Array, bits: Array, encoding: Encoding) -> None:
         loops.codes(x, bits, *scales, code=code)
         encoding.store(part, code, bits, scales)
 
-    fit(x, bits, levels, rows, pack)
+    def task(part: Part, x: Array, bits: Array) -> None:
+        encoding.fill_part(part, loops.encode_rows, x, bits)
+
+    if _in_cache(x, rows):
+        _for_each_block(task, x, bits, rows)
+    else:
+        fit(x, bits, levels, rows, pack)
 
 
 def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
@@ -340,6 +346,7 @@ _EXPRESSIONS = SimpleNamespace(
     level_sums=level_sums.function,
     approximation=approximation.function,
     approximate_rows=approximate_rows.function,
+    encode_rows=encode_rows.function,
     codes=codes.function,
 )
 

@@ -11,6 +11,7 @@ import pytest
 
 import cubin
 from cubin import arrays, blocks, code, greedy
+from cubin.code import level_signs
 from cubin.encoding import Encoding
 from cubin.solvers import search
 from cubin.solvers.fits import Fit
@@ -44,7 +45,12 @@ def compiled_before_any_deadline():
             compiled.level_scales(x, bits, 1)
             compiled.level_sums(x, bits, total=np.empty((1, 1)), count=np.empty((1, 1), np.int64))
             compiled.approximation(x, bits, scale, y=np.empty_like(x))
+            compiled.approximate_rows(x, bits, 1, y=np.empty_like(x))
             compiled.codes(x, bits, scale, code=np.empty(x.shape, np.uint16))
+            for signs in (np.empty((1, 1, 5), np.int8), np.empty((2, 2, 5), np.int8)[:, :1]):
+                compiled.encode_rows(
+                    x, bits, len(signs), scales=np.empty((len(signs), 1, 1)), signs=signs
+                )
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +88,29 @@ def test_loops_equal_the_primitives(rng, dtype, mapped, levels, shape):
     greedy.codes(x, bits, *scales, code=expected)
     compiled.codes(x, bits, *scales, code=code)
     np.testing.assert_array_equal(code, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", *WORK])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 8, 11, 16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (40, 27), (3, 128), (2, 1025)])
+def test_whole_rows_at_once_equal_the_steps(rng, dtype, mapped, levels, shape):
+    x, bits = samples(rng, shape, dtype, levels, mapped)
+    x[-1, 0] = np.nan
+    found = compiled.level_scales(x, bits, levels)
+    expected, y = np.empty(shape, dtype), np.empty(shape, dtype)
+    greedy.approximation(x, bits, *found, y=expected)
+    compiled.approximate_rows(x, bits, levels, y=y)
+    np.testing.assert_array_equal(y, expected)
+    code, sign = np.empty(shape, np.uint16), np.empty(shape, np.int8)
+    greedy.codes(x, bits, *found, code=code)
+    scales = np.empty((levels, len(x), 1), arrays.work_dtype(np.dtype(dtype)))
+    signs = np.empty((levels, *shape), np.int8)
+    compiled.encode_rows(x, bits, levels, scales=scales, signs=signs)
+    np.testing.assert_array_equal(scales, found)
+    for level in range(levels):
+        level_signs(code, bits, np.uint8(level), sign=sign)
+        np.testing.assert_array_equal(signs[level], sign)
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -25,6 +25,9 @@ GROUP = 4
 LONG = 1 << 10
 """Elements of a row from which on it pays to cut it in columns."""
 
+CHUNK = 1 << 12
+"""Elements of the rows, one at least, that are gone through level by level in the first cache."""
+
 
 def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
@@ -40,34 +43,35 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 # themselves are names for Numba alone, which compiles what `overload` gives it: they never run.
 
 
-def _row(bits: Array | None, row: int) -> Array | None:
-    """A row of an array, or None where there is none."""
+def _cut(bits: Array | None, start: int, stop: int) -> Array | None:
+    """Some rows of a map, or None where there is none."""
     raise NotImplementedError
 
 
-@overload(_row)
-def _row_by_type(bits: Any, row: Any) -> Callable[..., Any]:
-    def none(bits: Any, row: Any) -> Any:
+@overload(_cut)
+def _cut_by_type(bits: Any, start: Any, stop: Any) -> Callable[..., Any]:
+    def none(bits: Any, start: Any, stop: Any) -> Any:
         return None
 
-    def cut(bits: Any, row: Any) -> Any:
-        return bits[row]
+    def rows(bits: Any, start: Any, stop: Any) -> Any:
+        return bits[start:stop]
 
-    return none if _is_none(bits) else cut
+    return none if _is_none(bits) else rows
 
 
-def _hot(bits: Array | None, column: int, level: int) -> bool:
-    """Whether an element of a row has a code at a level."""
+def _hot(bits: Array | None, row: int, column: int, level: int) -> bool:
+    """Whether an element has a code at a level."""
     raise NotImplementedError
 
 
 @overload(_hot, inline="always")
-def _hot_by_type(bits: Any, column: Any, level: Any) -> Callable[..., bool]:
-    def always(bits: Any, column: Any, level: Any) -> bool:
+def _hot_by_type(bits: Any, row: Any, column: Any, level: Any) -> Callable[..., bool]:
+    def always(bits: Any, row: Any, column: Any, level: Any) -> bool:
         return True
 
-    def mapped(bits: Any, column: Any, level: Any) -> bool:
-        return bool(np.int32(bits[column]) > np.int32(level))  # in 32 bits, or the lanes are halved
+    def mapped(bits: Any, row: Any, column: Any, level: Any) -> bool:
+        # In 32 bits, or the lanes are halved.
+        return bool(np.int32(bits[row, column]) > np.int32(level))
 
     return always if _is_none(bits) else mapped
 
@@ -81,18 +85,18 @@ def _folded(m: float, a: float, b: float, c: float) -> float:
     return abs(abs(abs(abs(m) - a) - b) - c)
 
 
-def _reached(bits: Array | None, column: int, first: int, values: Any) -> float:
+def _reached(bits: Array | None, row: int, column: int, first: int, values: Any) -> float:
     """The value after as many levels from `first` on as the element has: four at most."""
     raise NotImplementedError
 
 
 @overload(_reached)
-def _reached_by_type(bits: Any, column: Any, first: Any, values: Any) -> Any:
-    def always(bits: Any, column: Any, first: Any, values: Any) -> float:
+def _reached_by_type(bits: Any, row: Any, column: Any, first: Any, values: Any) -> Any:
+    def always(bits: Any, row: Any, column: Any, first: Any, values: Any) -> float:
         return values[4]
 
-    def mapped(bits: Any, column: Any, first: Any, values: Any) -> float:
-        own = np.int32(bits[column])
+    def mapped(bits: Any, row: Any, column: Any, first: Any, values: Any) -> float:
+        own = np.int32(bits[row, column])
         value = values[1] if own > np.int32(first) else values[0]
         value = values[2] if own > np.int32(first + 1) else value
         value = values[3] if own > np.int32(first + 2) else value
@@ -136,16 +140,33 @@ def _keep_by_type(value: Any, target: Any, column: Any) -> Callable[..., None]:
 
 
 @loop()
-def _padded(scales: Array, first: int) -> tuple[float, float, float, float]:
+def _padded(scales: Array, row: int, first: int) -> tuple[float, float, float, float]:
     """The scales of four levels, 0 for those that a row does not have."""
-    levels = len(scales)
+    levels = scales.shape[1]
     zero = scales.dtype.type(0)
     return (
-        scales[first] if first < levels else zero,
-        scales[first + 1] if first + 1 < levels else zero,
-        scales[first + 2] if first + 2 < levels else zero,
-        scales[first + 3] if first + 3 < levels else zero,
+        scales[row, first] if first < levels else zero,
+        scales[row, first + 1] if first + 1 < levels else zero,
+        scales[row, first + 2] if first + 2 < levels else zero,
+        scales[row, first + 3] if first + 3 < levels else zero,
     )
+
+
+def _stored(scales: Array, stored: Array | None, row: int, first: int) -> Any:
+    """The same of `stored`, or of `scales` where there is none."""
+    raise NotImplementedError
+
+
+# A name for either array would count references, which takes longer than a short row.
+@overload(_stored)
+def _stored_by_type(scales: Any, stored: Any, row: Any, first: Any) -> Callable[..., Any]:
+    def same(scales: Any, stored: Any, row: Any, first: Any) -> Any:
+        return _padded(scales, row, first)
+
+    def rounded(scales: Any, stored: Any, row: Any, first: Any) -> Any:
+        return _padded(stored, row, first)
+
+    return same if _is_none(stored) else rounded
 
 
 # ---------------------------------------------------------------- scales
@@ -154,23 +175,26 @@ def _padded(scales: Array, first: int) -> tuple[float, float, float, float]:
 # Sums alone may be reordered; what makes up the summands keeps its order and its NaN.
 @loop(fastmath={"reassoc"})
 def _sum(
-    r: Array, bits: Array | None, level: int, a: float, b: float, c: float
+    r: Array, bits: Array | None, row: int, level: int, a: float, b: float, c: float
 ) -> tuple[float, int]:
+    """The sum of a row's |residual| at a level, and how many elements have it."""
     total, count = 0.0, 0
-    for j in range(r.size):
-        hot = _hot(bits, j, level)
-        total += np.float64(_folded(r[j], a, b, c)) if hot else 0.0
+    for j in range(r.shape[1]):
+        hot = _hot(bits, row, j, level)
+        total += np.float64(_folded(r[row, j], a, b, c)) if hot else 0.0
         count += int(hot)
     return total, count
 
 
 # The first two levels, which all rows have, have less to subtract.
 @loop(fastmath={"reassoc"})
-def _early_sum(r: Array, bits: Array | None, level: int, a: float) -> tuple[float, int]:
+def _early_sum(
+    r: Array, bits: Array | None, row: int, level: int, a: float
+) -> tuple[float, int]:
     total, count = 0.0, 0
-    for j in range(r.size):
-        hot = _hot(bits, j, level)
-        total += np.float64(abs(abs(r[j]) - a)) if hot else 0.0
+    for j in range(r.shape[1]):
+        hot = _hot(bits, row, j, level)
+        total += np.float64(abs(abs(r[row, j]) - a)) if hot else 0.0
         count += int(hot)
     return total, count
 
@@ -215,13 +239,13 @@ def float64_sum(values: Array) -> float:
 
 
 @loop()
-def _whole_scales(x: Array, scales: Array, spare: Array, sums: Array) -> None:
+def _whole_scales(x: Array, row: int, scales: Array, spare: Array, sums: Array) -> None:
     """Find the scales of a row whose elements have all levels, in float32."""
-    size, last = 4 * sums.size, len(scales) - 1
-    fours, folded = x[:size].reshape(4, sums.size), spare[:size].reshape(4, sums.size)
-    tail = np.abs(x[size:])
+    size, last = 4 * sums.size, scales.shape[1] - 1
+    fours, folded = x[row, :size].reshape(4, sums.size), spare[row, :size].reshape(4, sums.size)
+    tail = np.abs(x[row, size:])
     a = zero = scales.dtype.type(0)
-    for level in range(len(scales)):
+    for level in range(scales.shape[1]):
         kept = 0 < level < last
         if not kept:
             _sums_of_four(fours, a, sums)
@@ -234,18 +258,18 @@ def _whole_scales(x: Array, scales: Array, spare: Array, sums: Array) -> None:
         if not total < np.inf:  # four may overflow that do not in float64
             total = 0.0
             for four in range(4):
-                total += _early_sum(fours[four], None, 0, zero if kept else a)[0]
+                total += _early_sum(fours, None, four, 0, zero if kept else a)[0]
         for j in range(tail.size):
             tail[j] = abs(tail[j] - a)
             total += tail[j]
-        a = scales.dtype.type(total / x.size)
-        scales[level] = a
+        a = scales.dtype.type(total / x.shape[1])
+        scales[row, level] = a
 
 
 @loop()
-def _copy(x: Array, target: Array) -> None:
-    for j in range(x.size):
-        target[j] = x[j]
+def _copy(x: Array, row: int, target: Array) -> None:
+    for j in range(x.shape[1]):
+        target[row, j] = x[row, j]
 
 
 @loop()
@@ -263,100 +287,114 @@ def _mapped_sums(pairs: Array, bits: Array, level: int, a: float, sums: Array) -
 
 
 @loop()
-def _mapped_scales(x: Array, bits: Array, scales: Array, folded: Array, sums: Array) -> None:
+def _mapped_scales(
+    x: Array, bits: Array, row: int, scales: Array, spare: Array, sums: Array
+) -> None:
     """Find the scales of a row whose elements have different levels, in float32."""
-    size = 2 * sums.size
-    own = bits[:size].reshape(2, sums.size)
+    folded, size = spare[row], 2 * sums.size
+    own = bits[row, :size].reshape(2, sums.size)
     pairs = folded[:size].reshape(2, sums.size)
-    _copy(x, folded)
+    _copy(x, row, spare)
     a = zero = scales.dtype.type(0)
-    for level in range(len(scales)):
+    for level in range(scales.shape[1]):
         count = _mapped_sums(pairs, own, level, a, sums)
         total = float64_sum(sums)
-        for j in range(size, x.size):
+        for j in range(size, folded.size):
             folded[j] = abs(abs(folded[j]) - a)
-            if bits[j] > level:
+            if bits[row, j] > level:
                 total += folded[j]
                 count += 1
         if not total < np.inf:  # two may overflow that do not in float64
-            total = _early_sum(folded, bits, level, zero)[0]
+            total = _early_sum(spare, bits, row, level, zero)[0]
         a = scales.dtype.type(total / count) if count else zero
-        scales[level] = a
+        scales[row, level] = a
 
 
 @loop()
-def _fold(r: Array, scales: Array, first: int) -> None:
-    """Take the levels `first` to first + 3 off the magnitudes `r`."""
-    a, b, c, d = _padded(scales, first)
-    for j in range(r.size):
-        r[j] = abs(_folded(r[j], a, b, c) - d)
+def _fold(r: Array, row: int, scales: Array, first: int) -> None:
+    """Take the levels `first` to first + 3 off the magnitudes of a row."""
+    a, b, c, d = _padded(scales, row, first)
+    for j in range(r.shape[1]):
+        r[row, j] = abs(_folded(r[row, j], a, b, c) - d)
 
 
 @loop()
-def _row_scales(x: Array, bits: Array | None, scales: Array, rest: Array) -> None:
-    """Find the scales of a row in the work dtype."""
-    zero = scales.dtype.type(0)
-    levels, r = len(scales), x
+def _short_scale(r: Array, bits: Array | None, level: int, scales: Array) -> None:
+    """Find the scales of a level, of magnitudes off which whole groups of four are."""
+    first, zero = level // GROUP * GROUP, scales.dtype.type(0)
+    # The scale that is being found is still 0.
+    if level < first + 2:
+        for row in range(len(scales)):
+            total, count = _early_sum(r, bits, row, level, scales[row, first])
+            scales[row, level] = scales.dtype.type(total / count) if count else zero
+    else:
+        for row in range(len(scales)):
+            a, b, c, _ = _padded(scales, row, first)
+            total, count = _sum(r, bits, row, level, a, b, c)
+            scales[row, level] = scales.dtype.type(total / count) if count else zero
+
+
+@loop()
+def _short_scales(x: Array, bits: Array | None, scales: Array, spare: Array) -> None:
+    """Find the scales of rows in the work dtype."""
+    levels = scales.shape[1]
+    for row in range(len(scales)):
+        for level in range(levels):
+            scales[row, level] = 0
+    for level in range(min(levels, GROUP)):
+        _short_scale(x, bits, level, scales)
     if levels > GROUP:
-        _copy(x, rest)
-        r = rest
-    a = b = c = zero
-    for level in range(levels):
-        if level < 2:
-            total, count = _early_sum(r, bits, level, a)
-        else:
-            total, count = _sum(r, bits, level, a, b, c)
-        scale = scales.dtype.type(total / count) if count else zero
-        scales[level] = scale
-        at = level % GROUP
-        if at == 0:
-            a = scale
-        elif at == 1:
-            b = scale
-        elif at == 2:
-            c = scale
-        elif level + 1 < levels:
-            _fold(r, scales, level - 3)
-            a = b = c = zero
+        for row in range(len(scales)):
+            _copy(x, row, spare)
+        for level in range(GROUP, levels):
+            if level % GROUP == 0:
+                for row in range(len(scales)):
+                    _fold(spare, row, scales, level - GROUP)
+            _short_scale(spare, bits, level, scales)
 
 
+# What asks how many levels there are, or how long the rows are, asks it for many rows at once:
+# Numba counts references in every branch, which takes longer than a short row.
 @loop()
 def _find_scales(x: Array, bits: Array | None, scales: Array, spare: Array, sums: Array) -> None:
-    """Find the scales of a row: the mean |residual| at each level, 0 without a code."""
-    if x.itemsize == 8 or x.size < LONG:
-        _row_scales(x, bits, scales, spare)
+    """Find the scales of some rows: the mean |residual| at each level, 0 without a code."""
+    if x.itemsize == 8 or x.shape[1] < LONG:
+        _short_scales(x, bits, scales, spare)
     elif bits is None:
-        _whole_scales(x, scales, spare, sums)
+        for row in range(len(x)):
+            _whole_scales(x, row, scales, spare, sums)
     else:
-        _mapped_scales(x, bits, scales, spare, sums)
+        for row in range(len(x)):
+            _mapped_scales(x, bits, row, scales, spare, sums)
 
 
 @loop()
 def _spares(x: Array, bits: Array | None) -> tuple[Array, Array]:
-    """What `_find_scales` overwrites."""
-    columns = 4 if bits is None else 2
-    return np.empty(x.shape[1], x.dtype), np.empty(x.shape[1] // columns, x.dtype)
+    """What `_find_scales` overwrites: rows, and a value for each column."""
+    rows, columns = max(1, CHUNK // max(1, x.shape[1])), 4 if bits is None else 2
+    return np.empty((rows, x.shape[1]), x.dtype), np.empty(x.shape[1] // columns, x.dtype)
 
 
 @loop()
 def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
     """Find the scales, (rows, levels)."""
     spare, sums = _spares(x, bits)
-    for row in range(len(x)):
-        _find_scales(x[row], _row(bits, row), scales[row], spare, sums)
+    for start in range(0, len(x), len(spare)):
+        stop = min(start + len(spare), len(x))
+        _find_scales(x[start:stop], _cut(bits, start, stop), scales[start:stop], spare, sums)
 
 
 @loop()
 def _level_sum(x: Array, bits: Array | None, scales: Array) -> tuple[float, int]:
     """The sum of |residual| after `scales`, (1, levels), over a piece of a row; and its count."""
-    r, own, scale = x[0], _row(bits, 0), scales[0]
-    done = len(scale) // GROUP * GROUP
+    r, levels = x, scales.shape[1]
+    done = levels // GROUP * GROUP
     if done:
         r = r.copy()
-        for level in range(0, done, GROUP):
-            _fold(r, scale, level)
-    a, b, c, _ = _padded(scale, done)
-    return _sum(r, own, len(scale), a, b, c)
+        for first in range(0, done, GROUP):
+            _fold(r, 0, scales, first)
+    a, b, c, _ = _padded(scales, 0, done)
+    return _sum(r, bits, 0, levels, a, b, c)
 
 
 # ---------------------------------------------------------------- what they give
@@ -364,30 +402,30 @@ def _level_sum(x: Array, bits: Array | None, scales: Array) -> tuple[float, int]
 
 @loop()
 def _first_two_levels(
-    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array
+    x: Array, bits: Array | None, row: int, scales: Array, stored: Array | None, y: Array
 ) -> None:
     """Write the sum of all levels, of which there are at most two."""
-    a, _, _, _ = _padded(scales, 0)
-    e, f, _, _ = _padded(scales if stored is None else stored, 0)
+    a, _, _, _ = _padded(scales, row, 0)
+    e, f, _, _ = _stored(scales, stored, row, 0)
     zero = y.dtype.type(0)
-    for j in range(y.size):
-        n = zero - x[j]
+    for j in range(y.shape[1]):
+        n = zero - x[row, j]
         one = _step(n, e)
         two = one + _step(n + _step(n, a), f)
-        y[j] = _reached(bits, j, 0, (zero, one, two, two, two))
+        y[row, j] = _reached(bits, row, j, 0, (zero, one, two, two, two))
 
 
 @loop()
 def _first_levels(
-    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array,
+    x: Array, bits: Array | None, row: int, scales: Array, stored: Array | None, y: Array,
     opposite: Array | None,
 ) -> None:  # fmt: skip
     """Write the sum of the first four levels, and 0 less what is left then."""
-    a, b, c, d = _padded(scales, 0)
-    e, f, g, h = _padded(scales if stored is None else stored, 0)
+    a, b, c, d = _padded(scales, row, 0)
+    e, f, g, h = _stored(scales, stored, row, 0)
     zero = y.dtype.type(0)
-    for j in range(y.size):
-        n = zero - x[j]
+    for j in range(y.shape[1]):
+        n = zero - x[row, j]
         one = _step(n, e)
         n += _step(n, a)
         two = one + _step(n, f)
@@ -395,20 +433,20 @@ def _first_levels(
         three = two + _step(n, g)
         n += _step(n, c)
         four = three + _step(n, h)
-        y[j] = _reached(bits, j, 0, (zero, one, two, three, four))
+        y[row, j] = _reached(bits, row, j, 0, (zero, one, two, three, four))
         _keep(n + _step(n, d), opposite, j)
 
 
 @loop()
 def _add_levels(
-    opposite: Array, bits: Array | None, first: int, scales: Array, stored: Array | None,
-    y: Array,
+    opposite: Array, bits: Array | None, row: int, first: int, scales: Array,
+    stored: Array | None, y: Array,
 ) -> None:  # fmt: skip
     """Add four levels, and take them off what is left."""
-    a, b, c, d = _padded(scales, first)
-    e, f, g, h = _padded(scales if stored is None else stored, first)
-    for j in range(y.size):
-        n, none = opposite[j], y[j]
+    a, b, c, d = _padded(scales, row, first)
+    e, f, g, h = _stored(scales, stored, row, first)
+    for j in range(y.shape[1]):
+        n, none = opposite[j], y[row, j]
         one = none + _step(n, e)
         n += _step(n, a)
         two = one + _step(n, f)
@@ -416,7 +454,7 @@ def _add_levels(
         three = two + _step(n, g)
         n += _step(n, c)
         four = three + _step(n, h)
-        y[j] = _reached(bits, j, first, (none, one, two, three, four))
+        y[row, j] = _reached(bits, row, j, first, (none, one, two, three, four))
         opposite[j] = n + _step(n, d)
 
 
@@ -424,16 +462,19 @@ def _add_levels(
 def _write_levels(
     x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array, opposite: Array
 ) -> None:
-    """Write the sum of all levels of a row."""
-    levels = len(scales)
+    """Write the sum of all levels of some rows."""
+    levels = scales.shape[1]
     if levels <= 2:
-        _first_two_levels(x, bits, scales, stored, y)
+        for row in range(len(x)):
+            _first_two_levels(x, bits, row, scales, stored, y)
     elif levels <= GROUP:
-        _first_levels(x, bits, scales, stored, y, None)
+        for row in range(len(x)):
+            _first_levels(x, bits, row, scales, stored, y, None)
     else:
-        _first_levels(x, bits, scales, stored, y, opposite)
-        for first in range(GROUP, levels, GROUP):
-            _add_levels(opposite, bits, first, scales, stored, y)
+        for row in range(len(x)):
+            _first_levels(x, bits, row, scales, stored, y, opposite)
+            for first in range(GROUP, levels, GROUP):
+                _add_levels(opposite, bits, row, first, scales, stored, y)
 
 
 @loop()
@@ -441,63 +482,59 @@ def _approximation(
     x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array
 ) -> None:
     """Write the sums of levels; `stored` are the scales as rounded, None if they are not."""
-    opposite = np.empty(x.shape[1], x.dtype)
-    for row in range(len(x)):
-        own, given = _row(bits, row), _row(stored, row)
-        _write_levels(x[row], own, scales[row], given, y[row], opposite)
+    _write_levels(x, bits, scales, stored, y, np.empty(x.shape[1], x.dtype))
 
 
 @loop()
-def _approximate(x: Array, bits: Array | None, levels: int, y: Array) -> None:
-    """Find the scales of a row and write the sum of its levels while it is in the first cache."""
+def _approximate(x: Array, bits: Array | None, scales: Array, y: Array) -> None:
+    """Find the scales of rows and write the sums of levels while they are in the first cache."""
     spare, sums = _spares(x, bits)
-    scales = np.empty(levels, x.dtype)
-    for row in range(len(x)):
-        own = _row(bits, row)
-        _find_scales(x[row], own, scales, spare, sums)
-        _write_levels(x[row], own, scales, None, y[row], spare)
+    opposite = spare[0]
+    for start in range(0, len(x), len(spare)):
+        stop = min(start + len(spare), len(x))
+        own, some, found = _cut(bits, start, stop), x[start:stop], scales[start:stop]
+        _find_scales(some, own, found, spare, sums)
+        _write_levels(some, own, found, None, y[start:stop], opposite)
 
 
 @loop()
-def _negate(x: Array, opposite: Array) -> None:
-    for j in range(x.size):
-        opposite[j] = x.dtype.type(0) - x[j]
+def _negate(x: Array, row: int, opposite: Array) -> None:
+    for j in range(opposite.size):
+        opposite[j] = x.dtype.type(0) - x[row, j]
 
 
 @loop()
-def _fill(value: float, target: Array) -> None:
-    for j in range(target.size):
-        target[j] = value
-
-
-@loop()
-def _set(opposite: Array, bits: Array | None, level: int, scale: float, code: Array) -> None:
+def _set(
+    opposite: Array, bits: Array | None, row: int, level: int, scale: float, code: Array
+) -> None:
     """Set the bit of a level, and take the level off what is left."""
     bit, zero = code.dtype.type(1 << level), code.dtype.type(0)
-    for j in range(code.size):
+    for j in range(opposite.size):
         n = opposite[j]
-        code[j] |= bit if (n < 0) & _hot(bits, j, level) else zero
+        code[row, j] |= bit if (n < 0) & _hot(bits, row, j, level) else zero
         opposite[j] = n + _step(n, scale)
 
 
 @loop()
 def _codes(x: Array, bits: Array | None, scales: Array, code: Array) -> None:
+    """Write the codes, which are 0 before."""
     opposite = np.empty(x.shape[1], x.dtype)
     for row in range(len(x)):
-        own = _row(bits, row)
-        _negate(x[row], opposite)
-        _fill(code.dtype.type(0), code[row])
+        _negate(x, row, opposite)
         for level in range(scales.shape[1]):
-            _set(opposite, own, level, scales[row, level], code[row])
+            _set(opposite, bits, row, level, scales[row, level], code)
 
 
 @loop()
-def _set_signs(opposite: Array, bits: Array | None, level: int, scale: float, sign: Array) -> None:
+def _set_signs(
+    opposite: Array, bits: Array | None, row: int, level: int, scale: float, signs: Array
+) -> None:
     """Write the signs of a level, and take the level off what is left."""
     plus, minus, none = np.int8(1), np.int8(-1), np.int8(0)
-    for j in range(sign.size):
+    for j in range(opposite.size):
         n = opposite[j]
-        sign[j] = (plus if n < 0 else minus) if _hot(bits, j, level) else none
+        sign = plus if n < 0 else minus
+        signs[level, row, j] = sign if _hot(bits, row, j, level) else none
         opposite[j] = n + _step(n, scale)
 
 
@@ -505,60 +542,63 @@ def _set_signs(opposite: Array, bits: Array | None, level: int, scale: float, si
 def _encode(x: Array, bits: Array | None, scales: Array, signs: Array) -> None:
     """Find the scales, (rows, levels), and write the signs, (levels, rows, n)."""
     spare, sums = _spares(x, bits)
-    for row in range(len(x)):
-        own = _row(bits, row)
-        _find_scales(x[row], own, scales[row], spare, sums)
-        _negate(x[row], spare)
-        for level in range(len(signs)):
-            _set_signs(spare, own, level, scales[row, level], signs[level, row])
+    opposite = spare[0]
+    for start in range(0, len(x), len(spare)):
+        stop = min(start + len(spare), len(x))
+        found = scales[start:stop]
+        _find_scales(x[start:stop], _cut(bits, start, stop), found, spare, sums)
+        for row in range(start, stop):
+            _negate(x, row, opposite)
+            for level in range(len(signs)):
+                _set_signs(opposite, bits, row, level, scales[row, level], signs)
 
 
 @loop()
-def _first_codes(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
+def _first_codes(code: Array, bits: Array | None, row: int, stored: Array, y: Array) -> None:
     """Write the sum of the first four levels."""
-    a, b, c, d = _padded(stored, 0)
+    a, b, c, d = _padded(stored, row, 0)
     zero = y.dtype.type(0)
-    for j in range(code.size):
-        own = code[j]
+    for j in range(code.shape[1]):
+        own = code[row, j]
         one = a if own & 1 else -a
         two = one + (b if own & 2 else -b)
         three = two + (c if own & 4 else -c)
         four = three + (d if own & 8 else -d)
-        y[j] = _reached(bits, j, 0, (zero, one, two, three, four))
+        y[row, j] = _reached(bits, row, j, 0, (zero, one, two, three, four))
 
 
 @loop()
-def _add_code(code: Array, bits: Array | None, level: int, stored: float, y: Array) -> None:
-    for j in range(code.size):
-        step = stored if code[j] >> level & 1 else -stored
-        y[j] += step if _hot(bits, j, level) else y.dtype.type(0)
+def _add_code(
+    code: Array, bits: Array | None, row: int, level: int, stored: float, y: Array
+) -> None:
+    for j in range(code.shape[1]):
+        step = stored if code[row, j] >> level & 1 else -stored
+        y[row, j] += step if _hot(bits, row, j, level) else y.dtype.type(0)
 
 
 @loop()
 def _decode(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
     for row in range(len(code)):
-        own = _row(bits, row)
-        _first_codes(code[row], own, stored[row], y[row])
+        _first_codes(code, bits, row, stored, y)
         for level in range(GROUP, stored.shape[1]):
-            _add_code(code[row], own, level, stored[row, level], y[row])
+            _add_code(code, bits, row, level, stored[row, level], y)
 
 
 @loop()
 def _add_signs(scales: Array, sign: Array, y: Array) -> None:
     for row in range(len(y)):
-        scale, own, target = scales[row], sign[row], y[row]
-        for j in range(target.size):
-            step = scale if own[j] > 0 else -scale
-            target[j] += step if own[j] != 0 else target.dtype.type(0)
+        scale = scales[row]
+        for j in range(y.shape[1]):
+            step = scale if sign[row, j] > 0 else -scale
+            y[row, j] += step if sign[row, j] != 0 else y.dtype.type(0)
 
 
 @loop()
 def _level_signs(code: Array, bits: Array | None, level: int, sign: Array) -> None:
     for row in range(len(code)):
-        codes, own, target = code[row], _row(bits, row), sign[row]
-        for j in range(target.size):
-            value = np.int8(2 * (codes[j] >> level & 1) - 1)
-            target[j] = value if _hot(own, j, level) else np.int8(0)
+        for j in range(code.shape[1]):
+            value = np.int8(2 * (code[row, j] >> level & 1) - 1)
+            sign[row, j] = value if _hot(bits, row, j, level) else np.int8(0)
 
 
 # ---------------------------------------------------------------- as the primitives are called
@@ -594,7 +634,8 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
         return
     direct = y.flags.c_contiguous and not np.may_share_memory(x, y)
     target = y if direct else np.empty(x.shape, x.dtype)
-    _approximate(np.ascontiguousarray(x), _map(bits), levels, target)
+    scales = np.empty((len(x), levels), x.dtype)
+    _approximate(np.ascontiguousarray(x), _map(bits), scales, target)
     if not direct:
         y[...] = target
 
@@ -608,6 +649,7 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
 
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     """`greedy.codes`."""
+    code[...] = 0
     _codes(_work(x), _map(bits), _stack(scales, x), code)
 
 

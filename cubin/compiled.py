@@ -22,8 +22,11 @@ from cubin.arrays import Array
 
 GROUP = 4
 
-LONG = 1 << 10
-"""Elements of a row from which on it pays to cut it in columns."""
+SHORT = 1 << 7
+"""Elements of a row from which on it pays to cut it in four columns."""
+
+LONG = 1 << 8
+"""Elements of a row with a map from which on it pays to cut it in two columns."""
 
 CHUNK = 1 << 12
 """Elements of the rows, one at least, that are gone through level by level in the first cache."""
@@ -188,9 +191,7 @@ def _sum(
 
 # The first two levels, which all rows have, have less to subtract.
 @loop(fastmath={"reassoc"})
-def _early_sum(
-    r: Array, bits: Array | None, row: int, level: int, a: float
-) -> tuple[float, int]:
+def _early_sum(r: Array, bits: Array | None, row: int, level: int, a: float) -> tuple[float, int]:
     total, count = 0.0, 0
     for j in range(r.shape[1]):
         hot = _hot(bits, row, j, level)
@@ -199,35 +200,87 @@ def _early_sum(
     return total, count
 
 
-# Where all elements count, four are added in float32 first, which has twice the lanes of float64:
-# numbers that are equal do not round. What is read and what is written is told apart, since a loop
-# on arrays that might overlap is not vectorized.
 @loop()
-def _sums_of_four(fours: Array, a: float, sums: Array) -> None:
-    for j in range(sums.size):
-        first = abs(abs(fours[0, j]) - a) + abs(abs(fours[1, j]) - a)
-        second = abs(abs(fours[2, j]) - a) + abs(abs(fours[3, j]) - a)
-        sums[j] = first + second
+def _four(p: float, q: float, r: float, s: float) -> float:
+    return (p + q) + (r + s)
 
 
-@loop()
-def _folded_sums(fours: Array, a: float, folded: Array, sums: Array) -> None:
-    """The same, and keep what is added."""
-    for j in range(sums.size):
-        p, q = abs(abs(fours[0, j]) - a), abs(abs(fours[1, j]) - a)
-        r, s = abs(abs(fours[2, j]) - a), abs(abs(fours[3, j]) - a)
-        folded[0, j], folded[1, j], folded[2, j], folded[3, j] = p, q, r, s
-        sums[j] = (p + q) + (r + s)
+# Where all elements count, four are added in the work dtype, float32 as a rule, which has twice the
+# lanes of float64: numbers that are equal do not round.
+@loop(fastmath={"reassoc"})
+def _whole_sum(x: Array, row: int) -> float:
+    """The sum of a row's |x|, in columns of four."""
+    n, total = x.shape[1] // 4, 0.0
+    for j in range(n):
+        p, q = abs(x[row, j]), abs(x[row, n + j])
+        r, s = abs(x[row, 2 * n + j]), abs(x[row, 3 * n + j])
+        total += np.float64(_four(p, q, r, s))
+    for j in range(4 * n, x.shape[1]):
+        total += np.float64(abs(x[row, j]))
+    return total
 
 
-@loop()
-def _refolded_sums(folded: Array, a: float, sums: Array) -> None:
+# What is read and what is written is told apart, since a loop on arrays that might overlap is not
+# vectorized.
+@loop(fastmath={"reassoc"})
+def _folded_sum(x: Array, row: int, a: float, m: Array) -> float:
+    """Take a scale off the magnitudes of `x`, keep what is left in `m`, and add it up."""
+    n, total = x.shape[1] // 4, 0.0
+    for j in range(n):
+        p, q = abs(abs(x[row, j]) - a), abs(abs(x[row, n + j]) - a)
+        r, s = abs(abs(x[row, 2 * n + j]) - a), abs(abs(x[row, 3 * n + j]) - a)
+        m[row, j], m[row, n + j], m[row, 2 * n + j], m[row, 3 * n + j] = p, q, r, s
+        total += np.float64(_four(p, q, r, s))
+    for j in range(4 * n, x.shape[1]):
+        m[row, j] = abs(abs(x[row, j]) - a)
+        total += np.float64(m[row, j])
+    return total
+
+
+@loop(fastmath={"reassoc"})
+def _refolded_sum(m: Array, row: int, a: float) -> float:
     """The same in place, of magnitudes."""
-    for j in range(sums.size):
-        p, q = abs(folded[0, j] - a), abs(folded[1, j] - a)
-        r, s = abs(folded[2, j] - a), abs(folded[3, j] - a)
-        folded[0, j], folded[1, j], folded[2, j], folded[3, j] = p, q, r, s
-        sums[j] = (p + q) + (r + s)
+    n, total = m.shape[1] // 4, 0.0
+    for j in range(n):
+        p, q = abs(m[row, j] - a), abs(m[row, n + j] - a)
+        r, s = abs(m[row, 2 * n + j] - a), abs(m[row, 3 * n + j] - a)
+        m[row, j], m[row, n + j], m[row, 2 * n + j], m[row, 3 * n + j] = p, q, r, s
+        total += np.float64(_four(p, q, r, s))
+    for j in range(4 * n, m.shape[1]):
+        m[row, j] = abs(m[row, j] - a)
+        total += np.float64(m[row, j])
+    return total
+
+
+# What asks for the level, or whether something overflows, asks it for many rows at once: Numba
+# counts references in every branch, which takes longer than a short row.
+@loop()
+def _whole_scale(x: Array, level: int, scales: Array, m: Array) -> None:
+    """Find the scales of a level of rows whose elements have all levels."""
+    length, finite = x.shape[1], True
+    if level == 0:
+        for row in range(len(scales)):
+            scales[row, 0] = _whole_sum(x, row) / length
+            finite &= scales[row, 0] < np.inf
+    elif level == 1:
+        for row in range(len(scales)):
+            scales[row, 1] = _folded_sum(x, row, scales[row, 0], m) / length
+            finite &= scales[row, 1] < np.inf
+    else:
+        for row in range(len(scales)):
+            scales[row, level] = _refolded_sum(m, row, scales[row, level - 1]) / length
+            finite &= scales[row, level] < np.inf
+    if not finite:
+        _mean(m if level else x, level, scales)
+
+
+@loop()
+def _mean(m: Array, level: int, scales: Array) -> None:
+    """The mean magnitudes again, where four overflow that do not in float64."""
+    for row in range(len(scales)):
+        if not scales[row, level] < np.inf:
+            total, _ = _early_sum(m, None, row, 0, scales.dtype.type(0))
+            scales[row, level] = total / m.shape[1]
 
 
 @loop(fastmath={"reassoc"})
@@ -236,34 +289,6 @@ def float64_sum(values: Array) -> float:
     for j in range(values.size):
         total += np.float64(values[j])
     return total
-
-
-@loop()
-def _whole_scales(x: Array, row: int, scales: Array, spare: Array, sums: Array) -> None:
-    """Find the scales of a row whose elements have all levels, in float32."""
-    size, last = 4 * sums.size, scales.shape[1] - 1
-    fours, folded = x[row, :size].reshape(4, sums.size), spare[row, :size].reshape(4, sums.size)
-    tail = np.abs(x[row, size:])
-    a = zero = scales.dtype.type(0)
-    for level in range(scales.shape[1]):
-        kept = 0 < level < last
-        if not kept:
-            _sums_of_four(fours, a, sums)
-        elif level == 1:
-            _folded_sums(fours, a, folded, sums)
-            fours = folded
-        else:
-            _refolded_sums(folded, a, sums)
-        total = float64_sum(sums)
-        if not total < np.inf:  # four may overflow that do not in float64
-            total = 0.0
-            for four in range(4):
-                total += _early_sum(fours, None, four, 0, zero if kept else a)[0]
-        for j in range(tail.size):
-            tail[j] = abs(tail[j] - a)
-            total += tail[j]
-        a = scales.dtype.type(total / x.shape[1])
-        scales[row, level] = a
 
 
 @loop()
@@ -353,32 +378,30 @@ def _short_scales(x: Array, bits: Array | None, scales: Array, spare: Array) -> 
             _short_scale(spare, bits, level, scales)
 
 
-# What asks how many levels there are, or how long the rows are, asks it for many rows at once:
-# Numba counts references in every branch, which takes longer than a short row.
 @loop()
 def _find_scales(x: Array, bits: Array | None, scales: Array, spare: Array, sums: Array) -> None:
     """Find the scales of some rows: the mean |residual| at each level, 0 without a code."""
-    if x.itemsize == 8 or x.shape[1] < LONG:
+    if x.shape[1] < SHORT or (bits is not None and (x.itemsize == 8 or x.shape[1] < LONG)):
         _short_scales(x, bits, scales, spare)
     elif bits is None:
-        for row in range(len(x)):
-            _whole_scales(x, row, scales, spare, sums)
+        for level in range(scales.shape[1]):
+            _whole_scale(x, level, scales, spare)
     else:
         for row in range(len(x)):
             _mapped_scales(x, bits, row, scales, spare, sums)
 
 
 @loop()
-def _spares(x: Array, bits: Array | None) -> tuple[Array, Array]:
+def _spares(x: Array) -> tuple[Array, Array]:
     """What `_find_scales` overwrites: rows, and a value for each column."""
-    rows, columns = max(1, CHUNK // max(1, x.shape[1])), 4 if bits is None else 2
-    return np.empty((rows, x.shape[1]), x.dtype), np.empty(x.shape[1] // columns, x.dtype)
+    rows = max(1, CHUNK // max(1, x.shape[1]))
+    return np.empty((rows, x.shape[1]), x.dtype), np.empty(x.shape[1] // 2, x.dtype)
 
 
 @loop()
 def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
     """Find the scales, (rows, levels)."""
-    spare, sums = _spares(x, bits)
+    spare, sums = _spares(x)
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))
         _find_scales(x[start:stop], _cut(bits, start, stop), scales[start:stop], spare, sums)
@@ -488,7 +511,7 @@ def _approximation(
 @loop()
 def _approximate(x: Array, bits: Array | None, scales: Array, y: Array) -> None:
     """Find the scales of rows and write the sums of levels while they are in the first cache."""
-    spare, sums = _spares(x, bits)
+    spare, sums = _spares(x)
     opposite = spare[0]
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))
@@ -541,7 +564,7 @@ def _set_signs(
 @loop()
 def _encode(x: Array, bits: Array | None, scales: Array, signs: Array) -> None:
     """Find the scales, (rows, levels), and write the signs, (levels, rows, n)."""
-    spare, sums = _spares(x, bits)
+    spare, sums = _spares(x)
     opposite = spare[0]
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))

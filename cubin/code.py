@@ -278,7 +278,7 @@ class BinaryCode:
 
             passes.write(add_up, block, rows.flat_shape(block.shape))
 
-        passes.for_each_part(task, rows)
+        passes.for_each_part(task, rows, threaded=loops and blocks.COMPILED)
         return y
 
     def __eq__(self, other: object) -> bool:

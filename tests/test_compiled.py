@@ -229,8 +229,9 @@ def solved(solver, x, levels):
     """Scales and codes by the definition and by the compiled form."""
     magnitudes = Magnitudes(x, np.uint8(levels), levels, None)
     expected = Fit(magnitudes, solver(magnitudes, levels), levels)
-    codes, scales = loops.solve(x, levels, *search.rule(solver))
-    return (np.stack(expected.scales), expected.codes(x, np.uint8(levels))), (scales, codes)
+    found = loops.Fit(x, levels, *search.rule(solver))
+    codes = (fit.codes(x, np.uint8(levels)) for fit in (expected, found))
+    return tuple(zip((np.stack(expected.scales), found.scales), codes, strict=True))
 
 
 SOLVERS = [search.refined, *(partial(search.alternating, iterations=t) for t in (0, 1, 2, None))]
@@ -275,10 +276,32 @@ def test_solvers_on_large_numbers_and_rows_of_several_chunks(rng, solver):
     np.testing.assert_allclose(np.stack(scales) / top, expected / top, atol=1e-6)
     assert (codes != expected_codes).mean() < 1e-4
     y = np.empty_like(x)
-    loops.reconstruct(x, 3, *search.rule(solver), y=y)
+    loops.Fit(x, 3, *search.rule(solver)).approximate(x, np.uint8(3), y)
     decoded = np.empty_like(x)
     code.decode(codes, np.uint8(3), *scales, y=decoded)
     np.testing.assert_array_equal(y, decoded)
+
+
+@pytest.mark.parametrize("solver", ["refined", "alternating"])
+@pytest.mark.parametrize("spoiled", [None, np.nan, np.finfo(np.float32).max])
+def test_solvers_on_rows_that_are_read_chunk_by_chunk(rng, solver, spoiled):
+    x = rng.normal(size=(2, loops.LONGEST_KEPT + 1021)).astype(np.float32)
+    if spoiled is not None:
+        x[1, ::9] = spoiled
+    found = cubin.quantize(x, 3, channel_axis=0, solver=solver, check_finite=False)
+    approx = cubin.multibit(x, 3, channel_axis=0, solver=solver)
+    np.testing.assert_array_equal(found.dequantize(), approx)
+    alone = cubin.multibit(x[0], 3, solver=solver)
+    np.testing.assert_array_equal(approx[0], alone)
+    row = x[1:].copy()
+    (expected, expected_codes), (scales, codes) = solved(
+        search.refined if solver == "refined" else partial(search.alternating, iterations=None),
+        row,
+        3,
+    )
+    top = 1 if spoiled is None else np.abs(row).max()
+    np.testing.assert_allclose(np.stack(scales) / top, expected / top, atol=1e-6)
+    assert (codes != expected_codes).mean() < 1e-4
 
 
 def test_solvers_that_follow_no_rule():

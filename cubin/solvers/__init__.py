@@ -50,23 +50,11 @@ def approximate(
         fused.approximate(teams.reconstruct_rows, x, bits, rows, y, levels, *rule)
         return
     view = rows.view(y)
-    loops = _loops(x, bits, levels, rows)
-
-    def solve(part: Part) -> None:
-        own = _cut(x, rows, part)
-
-        def reconstruct(flat: Array) -> None:
-            loops.reconstruct(own, levels, *rule, y=flat)
-
-        passes.write(reconstruct, view[part.block], own.shape)
 
     def decode(part: Part, found: Fit, x: Array, bits: Any) -> None:
         passes.write(lambda flat: found.approximate(x, bits, flat), view[part.block], x.shape)
 
-    if rule is not None and loops is not None:
-        blocks.each(solve, list(_whole_rows(rows, levels, BLOCK)), x.size, blocks.COMPILED)
-    else:
-        _fit(x, bits, levels, rows, decode, solver, importance)
+    _fit(x, bits, levels, rows, decode, solver, importance)
 
 
 def encode(
@@ -83,19 +71,11 @@ def encode(
     if rule is not None and _fits_one_launch(x, bits, levels, rows):
         encoding.fill(teams.solve_rows, x, bits, *rule)
         return
-    loops = _loops(x, bits, levels, rows)
-
-    def solve(part: Part) -> None:
-        codes, scales = loops.solve(_cut(x, rows, part), levels, *rule)
-        encoding.store(part, codes, bits, scales)
 
     def hand_over(part: Part, found: Fit, x: Array, bits: Any) -> None:
         encoding.store(part, found.codes(x, bits), bits, found.scales)
 
-    if rule is not None and loops is not None:
-        blocks.each(solve, list(_whole_rows(rows, levels, blocks.BLOCK)), x.size, blocks.COMPILED)
-    else:
-        _fit(x, bits, levels, rows, hand_over, solver, importance)
+    _fit(x, bits, levels, rows, hand_over, solver, importance)
 
 
 def _fits_one_launch(x: Array, bits: Any, levels: int, rows: Rows) -> bool:
@@ -109,8 +89,10 @@ def _loops(x: Array, bits: Any, levels: int, rows: Rows) -> Any:
         return None
     from cubin.solvers import loops  # needs Numba
 
-    plain = np.ndim(bits) == 0 and x.dtype != np.float64
-    return loops if plain and 2 <= levels <= loops.MAX_LEVELS and rows.length <= BLOCK else None
+    fits = np.ndim(bits) == 0 and 2 <= levels <= loops.MAX_LEVELS
+    # Long rows are read as they are, since a copy would take as much memory again.
+    plain = x.dtype == np.float32 or (x.dtype == np.float16 and rows.length <= BLOCK)
+    return loops if fits and plain else None
 
 
 def _fit(
@@ -125,16 +107,22 @@ def _fit(
     """Solve all rows, and hand every part of them with its fit, elements and bits to `finish`."""
     device = arrays.on_device(x)
     long = rows.length > BLOCK and not device
+    rule: Any = search.rule(solver) if importance is None else None
+    loops = None if rule is None else _loops(x, bits, levels, rows)
     unsorted = _is_quick(x, bits, levels, rows, solver, importance)
     fits: dict[int, Fit] = {}
 
     def solve(part: Part) -> None:
         own_x, own_bits, weights = (_cut(array, rows, part) for array in (x, bits, importance))
-        if unsorted:
-            magnitudes: Magnitudes = Unsorted(own_x, levels)
+        if loops is not None:
+            found = loops.Fit(own_x, levels, *rule)
         else:
-            magnitudes = Magnitudes(own_x, own_bits, levels, weights)
-        found = Fit(magnitudes, solver(magnitudes, levels), levels)
+            magnitudes = (
+                Unsorted(own_x, levels)
+                if unsorted
+                else Magnitudes(own_x, own_bits, levels, weights)
+            )
+            found = Fit(magnitudes, solver(magnitudes, levels), levels)
         if long:
             fits[part.rows.start] = found
         else:
@@ -149,9 +137,10 @@ def _fit(
         for part in parts:
             solve(part)
     else:
-        blocks.each(solve, parts, x.size)
+        threaded = loops and blocks.COMPILED
+        blocks.each(solve, parts, x.size, threaded)
         if long:
-            passes.for_each_part(finish_piece, rows, x, bits)
+            passes.for_each_part(finish_piece, rows, x, bits, threaded=threaded)
 
 
 def _is_quick(

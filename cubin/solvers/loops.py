@@ -27,6 +27,9 @@ MAX_LEVELS = 4
 CHUNK = 1 << 13
 """Elements that stay in the first cache while they are added up above one edge after the other."""
 
+LONGEST_KEPT = 1 << 19
+"""Elements of the longest row whose magnitudes are kept; else they are found chunk by chunk."""
+
 # What magnitudes are divided by where four of them overflow.
 _UNIT = 4.0
 
@@ -58,13 +61,21 @@ def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
 
 @loop()
 def _add_up(
-    m: Array, edges: Array, cells: range, number: Array, total: Array, spare: Array
-) -> None:
-    """Find what lies above the lower edges of cells."""
+    x: Array, unit: float, m: Array, edges: Array, cells: range, number: Array, total: Array,
+    spare: Array,
+) -> None:  # fmt: skip
+    """Find what lies above the lower edges of cells.
+
+    `m` are the magnitudes of a row, or what they are written to, chunk by chunk, if it is shorter.
+    """
     for cell in cells:
         number[cell], total[cell] = 0, 0
-    for start in range(0, m.size, CHUNK):
-        chunk = m[start : start + CHUNK]
+    for start in range(0, x.size, CHUNK):
+        if m.size == x.size:
+            chunk = m[start : start + CHUNK]
+        else:
+            chunk = m[: min(CHUNK, x.size - start)]
+            _magnitudes(x[start : start + CHUNK], unit, chunk)
         columns = chunk.size // 4
         fours, rest = chunk[: 4 * columns].reshape(4, columns), chunk[4 * columns :]
         sums = spare[:columns]
@@ -208,20 +219,21 @@ def _in_order(found: Array, unit: float, codes: Array, scales: Array) -> None:
 
 
 @loop()
-def _magnitudes(x: Array, m: Array) -> None:
-    for j in range(m.size):
-        m[j] = abs(x[j])
+def _magnitudes(x: Array, unit: float, m: Array) -> None:
+    """|x| in a unit that is a power of 2; 0 where it is NaN, as in rows that are not finite."""
+    inverse = np.float32(1 / unit)
+    if inverse > 0:
+        for j in range(m.size):
+            m[j] = abs(x[j]) * inverse
+    else:
+        m[:] = 0
 
 
 @loop()
-def _tame(m: Array) -> bool:
-    """Divide magnitudes by `_UNIT`, or make them 0 if not all are finite; give whether they are."""
+def _is_finite(x: Array) -> bool:
     finite = True
-    for j in range(m.size):
-        finite &= m[j] < np.float32(np.inf)
-        m[j] /= _UNIT
-    if not finite:
-        m[:] = 0
+    for j in range(x.size):
+        finite &= abs(x[j]) < np.float32(np.inf)
     return finite
 
 
@@ -246,24 +258,28 @@ def fit(
         Those of positive elements.
     """
     cells = 1 << (levels - 1)
-    m = np.empty(x.shape[1], np.float32)
+    kept = x.shape[1] <= LONGEST_KEPT
+    m = np.empty(x.shape[1] if kept else CHUNK, np.float32)
     spare = np.empty(min(m.size, CHUNK) // 4, np.float32)
     number, total, sums = np.empty(cells), np.empty(cells), np.empty(cells)
     equations = np.empty((levels + 1, levels))
     found = np.empty(levels)
     for row in range(len(x)):
-        edge, code = edges[row], codes[row]
+        own, edge, code = x[row], edges[row], codes[row]
         unit = 1.0
-        _magnitudes(x[row], m)
-        _add_up(m, edge, range(1), number, total, spare)
+        if kept:
+            _magnitudes(own, unit, m)
+        _add_up(own, unit, m, edge, range(1), number, total, spare)
         if not total[0] < np.inf:
-            unit = _UNIT if _tame(m) else np.nan
-            _add_up(m, edge, range(1), number, total, spare)
+            unit = _UNIT if _is_finite(own) else np.nan
+            if kept:
+                _magnitudes(own, unit, m)
+            _add_up(own, unit, m, edge, range(1), number, total, spare)
         code[0] = 1
         for level in range(levels):
             if level:
                 _split(found, level, edge, code, number, total)
-                _add_up(m, edge, range(1, 1 << level, 2), number, total, spare)
+                _add_up(own, unit, m, edge, range(1, 1 << level, 2), number, total, spare)
             _set_equations(code, level + 1, number, total, equations)
             if refit:
                 _solve(equations, level + 1, found)
@@ -273,7 +289,7 @@ def fit(
             gain = _solve(equations, levels, found)
             for _ in range(iterations):
                 _nearest(found, levels, edge, code, sums)
-                _add_up(m, edge, range(1, cells), number, total, spare)
+                _add_up(own, unit, m, edge, range(1, cells), number, total, spare)
                 _set_equations(code, levels, number, total, equations)
                 raised = _solve(equations, levels, found)
                 if not raised > gain:
@@ -335,35 +351,45 @@ def give(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> Non
 # ---------------------------------------------------------------- as the solvers are called
 
 
-def solve(x: Array, levels: int, refit: bool, iterations: int) -> tuple[Array, list[Array]]:
-    """Packed codes, which last until this thread solves more rows, and scales, each (rows, 1)."""
-    x, scales, edges, table = _solved(x, levels, refit, iterations)
-    codes = blocks.spare("codes", x.shape, np.uint16)
-    give(x, edges, table, np.uint16((1 << levels) - 1), codes)
-    return codes, scales
+class Fit:
+    """As `cubin.solvers.fits.Fit`.
+
+    Parameters
+    ----------
+    x : array of float16 or float32, shape (rows, n)
+    levels : int
+        At least 2, at most `MAX_LEVELS`.
+    refit, iterations
+        As in `fit`.
+    """
+
+    def __init__(self, x: Array, levels: int, refit: bool, iterations: int) -> None:
+        cells = 1 << (levels - 1)
+        scales = np.empty((levels, len(x)), np.float32)
+        self._edges = np.empty((len(x), cells - 1), np.float32)
+        self._table = np.empty((len(x), cells), np.uint16)
+        fit(_work(x), levels, refit, iterations, scales, self._edges, self._table)
+        self.scales = list(scales[:, :, None])
+
+    def codes(self, x: Array, bits: Any) -> Array:
+        """The packed codes of elements, which last until this thread asks for more."""
+        codes = blocks.spare("codes", x.shape, np.uint16)
+        give(_work(x), self._edges, self._table, np.uint16((1 << len(self.scales)) - 1), codes)
+        return codes
+
+    def approximate(self, x: Array, bits: Any, y: Array) -> None:
+        """Write what the codes and scales of elements stand for."""
+        own = _work(x)
+        values = np.empty(self._table.shape, y.dtype)
+        compiled.decode(self._table, np.uint8(len(self.scales)), *self.scales, y=values)
+        work = own.dtype
+        direct = y.dtype == work and y.flags.c_contiguous and not np.may_share_memory(own, y)
+        target = y if direct else np.empty(own.shape, work)
+        # The sums of levels are odd, and +0 where they cancel.
+        give(own, self._edges, values.astype(work, copy=False), work.type(0), target)
+        if not direct:
+            y[...] = target
 
 
-def reconstruct(x: Array, levels: int, refit: bool, iterations: int, *, y: Array) -> None:
-    """What the codes and scales of rows stand for."""
-    own, scales, edges, table = _solved(x, levels, refit, iterations)
-    values = np.empty(table.shape, y.dtype)
-    compiled.decode(table, np.uint8(levels), *scales, y=values)
-    work = own.dtype
-    direct = y.dtype == work and y.flags.c_contiguous and not np.may_share_memory(own, y)
-    target = y if direct else np.empty(own.shape, work)
-    # The sums of levels are odd, and +0 where they cancel.
-    give(own, edges, values.astype(work, copy=False), work.type(0), target)
-    if not direct:
-        y[...] = target
-
-
-def _solved(
-    x: Array, levels: int, refit: bool, iterations: int
-) -> tuple[Array, list[Array], Array, Array]:
-    x = np.ascontiguousarray(x, np.float32)
-    cells = 1 << (levels - 1)
-    scales = np.empty((levels, len(x)), np.float32)
-    edges = np.empty((len(x), cells - 1), np.float32)
-    table = np.empty((len(x), cells), np.uint16)
-    fit(x, levels, refit, iterations, scales, edges, table)
-    return x, list(scales[:, :, None]), edges, table
+def _work(x: Array) -> Array:
+    return np.ascontiguousarray(x, np.float32)

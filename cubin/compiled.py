@@ -624,6 +624,32 @@ def _level_signs(code: Array, bits: Array | None, level: int, sign: Array) -> No
             sign[row, j] = value if _hot(bits, row, j, level) else np.int8(0)
 
 
+# ---------------------------------------------------------------- element by element
+
+
+@loop()
+def _sign(value: float, one: float) -> float:
+    return one if value > 0 else (-one if value == value else value)
+
+
+@loop()
+def _signs(x: Array, y: Array) -> None:
+    for j in range(x.size):
+        y[j] = _sign(x[j], y.dtype.type(1))
+
+
+@loop()
+def _signs_in_place(y: Array) -> None:
+    for j in range(y.size):
+        y[j] = _sign(y[j], y.dtype.type(1))
+
+
+@loop()
+def _gradient_inside(x: Array, bits: Array, gy: Array, gx: Array) -> None:
+    for j in range(x.size):
+        gx[j] = gy[j] if abs(x[j]) <= x.dtype.type(bits[j]) else gx.dtype.type(0)
+
+
 # ---------------------------------------------------------------- as the primitives are called
 
 
@@ -698,6 +724,34 @@ def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:
     _level_signs(np.ascontiguousarray(code), _map(bits), np.uint16(level), target)
     if target is not sign:
         sign[...] = target
+
+
+def signs(x: Array, *, y: Array) -> None:
+    """`signs.signs`."""
+    # A loop on two arrays that might overlap is not vectorized.
+    if np.may_share_memory(x, y):
+        _signs_in_place(y.reshape(-1))
+    else:
+        _signs(x.reshape(-1), y.reshape(-1))
+
+
+def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
+    """`signs.gradient_inside`."""
+    _gradient_inside(x.reshape(-1), bits.reshape(-1), gy.reshape(-1), gx.reshape(-1))
+
+
+_ELEMENTWISE: dict[str, Callable[..., None]] = {"signs": signs, "gradient_inside": gradient_inside}
+
+
+def elementwise(primitive: str, *operands: Any) -> Callable[..., None] | None:
+    """The loop that does an elementwise primitive in one pass, if it takes such operands.
+
+    They are contiguous and none is a scalar, with which NumPy is as fast, or of float16.
+    """
+    for array in operands:
+        if np.ndim(array) == 0 or array.dtype == np.float16 or not array.flags.c_contiguous:
+            return None
+    return _ELEMENTWISE.get(primitive)
 
 
 def _work(x: Array) -> Array:

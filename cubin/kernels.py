@@ -187,18 +187,19 @@ class Elementwise(Primitive):
         self.kernel(self._variadic_count(inputs))(*inputs, *outputs)
 
     def _run_numpy(self, inputs: tuple[Array, ...], outputs: dict[str, Array]) -> None:
-        shape = next(iter(outputs.values())).shape
-        size = int(np.prod(shape))
+        output = next(iter(outputs.values()))
+        shape, size = output.shape, output.size
         if size <= blocks.BLOCK:
             super()._run_numpy(inputs, outputs)
             return
         spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
+        loops = blocks.compiled(size)
 
         def run(block: blocks.Block) -> None:
-            self.function(
-                *(a[block] if np.ndim(a) else a for a in spread),
-                **{name: a[block] for name, a in outputs.items()},
-            )
+            own = [a[block] if np.ndim(a) else a for a in spread]
+            targets = {name: a[block] for name, a in outputs.items()}
+            loop = loops.elementwise(self.name, *own, *targets.values()) if loops else None
+            (loop or self.function)(*own, **targets)
 
         blocks.each(run, list(blocks.tile(shape)), size)
 

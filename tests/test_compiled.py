@@ -13,10 +13,11 @@ import cubin
 from cubin import arrays, blocks, code, greedy
 from cubin.code import level_signs
 from cubin.encoding import Encoding
+from cubin.signs import as_integers
 from cubin.solvers import search
 from cubin.solvers.fits import Fit
 from cubin.solvers.magnitudes import Magnitudes
-from tests import test_multibit
+from tests import test_multibit, test_signs
 
 pytest.importorskip("numba")
 
@@ -322,6 +323,51 @@ def test_solvers_by_their_names(rng, monkeypatch, solver, axis):
 
 
 # ---------------------------------------------------------------- when they run
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a,
+        lambda a: a[::-1],
+        lambda a: a[:, 1:],
+        lambda a: a.T,
+        lambda a: np.broadcast_to(a[:1], a.shape),
+    ],
+    ids=["contiguous", "reversed", "cut", "transposed", "repeated"],
+)
+@pytest.mark.parametrize("dtype", ["float16", *WORK])
+def test_elementwise_loops_on_special_values(rng, monkeypatch, dtype, view):
+    used = []
+    find = compiled.elementwise
+    monkeypatch.setattr(
+        compiled, "elementwise", lambda *given: used.append(find(*given)) or used[-1]
+    )
+    values = test_signs.tricky(dtype)
+    x = view(rng.choice(values, (5, 50_000)))
+    gy = view(rng.choice(values, (5, 50_000)))
+    bits = view(rng.integers(0, 4, (5, 50_000), np.uint8))
+    with np.errstate(invalid="ignore"):
+        signs = np.where(np.isnan(x), x, np.where(x > 0, 1, -1).astype(dtype))
+        gradient = np.where(np.abs(x) <= bits, gy, np.zeros((), dtype))
+    out = np.empty(x.shape, dtype)
+    in_place = x.copy()
+    for found, expected in (
+        (cubin.sign(x), signs),
+        (cubin.sign(x, out=out), signs),
+        (cubin.sign(in_place, out=in_place), signs),
+        (cubin.multibit_grad(x, bits, gy), gradient),
+    ):
+        np.testing.assert_array_equal(as_integers(found), as_integers(expected))
+    loops = {compiled.signs, compiled.gradient_inside}
+    assert loops.isdisjoint(used) if dtype == "float16" else compiled.signs in used
+    assert not x.flags.c_contiguous or dtype == "float16" or loops.issubset(used)
+
+
+def test_scalar_bits_stay_with_numpy():
+    x = np.ones(4, np.float32)
+    assert compiled.elementwise("gradient_inside", x, np.uint8(1), x, x) is None
+    assert compiled.elementwise("inside_bits", x, x) is None
 
 
 def test_loops_are_for_large_arrays_alone(monkeypatch):

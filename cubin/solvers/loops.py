@@ -27,6 +27,9 @@ MAX_LEVELS = 4
 CHUNK = 1 << 13
 """Elements that stay in the first cache while they are added up above one edge after the other."""
 
+SHORT = 1 << 8
+"""The longest rows that are added up in one loop, without keeping the sums of four."""
+
 LONGEST_KEPT = 1 << 19
 """Elements of the longest row whose magnitudes are kept; else they are found chunk by chunk."""
 
@@ -40,18 +43,37 @@ def _rounded_down(value: float) -> Any:
     return np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded
 
 
+@loop()
+def _padded(size: int) -> int:
+    """Elements that fill four columns of whole registers."""
+    return -(-size // 32) * 32
+
+
 # ---------------------------------------------------------------- sums
 
 
 # Four are added in float32, which has twice the lanes: numbers that are equal do not round. NaN is
 # not below an edge, so that it shows in the sums.
+@loop(fastmath={"reassoc"})
+def _short_sum(m: Array, edge: float) -> tuple[int, float]:
+    """How many magnitudes lie above an edge, and their sum."""
+    n, zero, below, total = m.size // 4, np.float32(0), np.int32(0), 0.0
+    for j in range(n):
+        a, b, c, d = m[j], m[n + j], m[2 * n + j], m[3 * n + j]
+        # In 32 bits, or the lanes are halved.
+        below = np.int32(below + (a <= edge) + (b <= edge) + (c <= edge) + (d <= edge))
+        first = (zero if a <= edge else a) + (zero if b <= edge else b)
+        second = (zero if c <= edge else c) + (zero if d <= edge else d)
+        total += np.float64(first + second)
+    return m.size - below, total
+
+
 @loop()
 def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
     """Add up what lies above an edge in columns of four, and give its number."""
     zero, below = np.float32(0), np.int32(0)
     for j in range(sums.size):
         a, b, c, d = fours[0, j], fours[1, j], fours[2, j], fours[3, j]
-        # In 32 bits, or the lanes are halved.
         below = np.int32(below + (a <= edge) + (b <= edge) + (c <= edge) + (d <= edge))
         first = (zero if a <= edge else a) + (zero if b <= edge else b)
         second = (zero if c <= edge else c) + (zero if d <= edge else d)
@@ -68,25 +90,25 @@ def _add_up(
 
     `m` are the magnitudes of a row, or what they are written to, chunk by chunk, if it is shorter.
     """
+    if m.size <= SHORT:
+        for cell in cells:
+            edge = edges[cell - 1] if cell else np.float32(-1)
+            number[cell], total[cell] = _short_sum(m, edge)
+        return
     for cell in cells:
         number[cell], total[cell] = 0, 0
     for start in range(0, x.size, CHUNK):
-        if m.size == x.size:
-            chunk = m[start : start + CHUNK]
-        else:
-            chunk = m[: min(CHUNK, x.size - start)]
+        if m.size < x.size:
+            chunk = m[: _padded(min(CHUNK, x.size - start))]
             _magnitudes(x[start : start + CHUNK], unit, chunk)
+        else:
+            chunk = m[start : start + CHUNK]
         columns = chunk.size // 4
-        fours, rest = chunk[: 4 * columns].reshape(4, columns), chunk[4 * columns :]
-        sums = spare[:columns]
+        fours, sums = chunk.reshape(4, columns), spare[:columns]
         for cell in cells:
             edge = edges[cell - 1] if cell else np.float32(-1)
             number[cell] += _sums_of_four(fours, edge, sums)
             total[cell] += float64_sum(sums)
-            for j in range(rest.size):
-                if not rest[j] <= edge:
-                    number[cell] += 1
-                    total[cell] += rest[j]
 
 
 # ---------------------------------------------------------------- least squares
@@ -200,16 +222,18 @@ def _split(
 
 
 @loop()
-def _in_order(found: Array, unit: float, codes: Array, scales: Array) -> None:
+def _in_order(
+    found: Array, unit: float, codes: Array, moved: Array, scales: Array, row: int
+) -> None:
     """Write scales that are not negative and descend, and change the codes to go with them."""
     levels = len(found)
-    moved = np.zeros_like(codes)
+    moved[:] = 0
     for level in range(levels):
         own, place = abs(found[level]), 0
         for other in range(levels):
             more = abs(found[other])
             place += more > own or (more == own and other < level)
-        scales[place] = np.float32(own * unit)
+        scales[place, row] = np.float32(own * unit)
         for cell in range(len(codes)):
             moved[cell] |= (codes[cell] >> level & 1 ^ int(found[level] < 0)) << place
     codes[:] = moved
@@ -220,13 +244,17 @@ def _in_order(found: Array, unit: float, codes: Array, scales: Array) -> None:
 
 @loop()
 def _magnitudes(x: Array, unit: float, m: Array) -> None:
-    """|x| in a unit that is a power of 2; 0 where it is NaN, as in rows that are not finite."""
+    """|x| in a unit that is a power of 2, or 0 if that is NaN, as in rows that are not finite.
+
+    What is left of `m` lies below all edges.
+    """
     inverse = np.float32(1 / unit)
     if inverse > 0:
-        for j in range(m.size):
+        for j in range(x.size):
             m[j] = abs(x[j]) * inverse
     else:
-        m[:] = 0
+        m[: x.size] = 0
+    m[x.size :] = -2
 
 
 @loop()
@@ -259,8 +287,9 @@ def fit(
     """
     cells = 1 << (levels - 1)
     kept = x.shape[1] <= LONGEST_KEPT
-    m = np.empty(x.shape[1] if kept else CHUNK, np.float32)
+    m = np.empty(_padded(x.shape[1]) if kept else CHUNK, np.float32)
     spare = np.empty(min(m.size, CHUNK) // 4, np.float32)
+    moved = np.empty(cells, codes.dtype)
     number, total, sums = np.empty(cells), np.empty(cells), np.empty(cells)
     equations = np.empty((levels + 1, levels))
     found = np.empty(levels)
@@ -297,7 +326,7 @@ def fit(
                 gain = raised
         if unit > 1:
             edge *= _UNIT
-        _in_order(found, unit, code, scales[:, row])
+        _in_order(found, unit, code, moved, scales, row)
 
 
 # ---------------------------------------------------------------- what they give

@@ -656,13 +656,13 @@ def _gradient_inside(x: Array, bits: Array, gy: Array, gx: Array) -> None:
 def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of whole rows, (rows, 1) for each level: the mean |residual|, 0 without a code."""
     scales = np.empty((len(x), levels), arrays.work_dtype(x.dtype))
-    _level_scales(_work(x), _map(bits), scales)
+    _level_scales(in_work_dtype(x), _map(bits), scales)
     return list(scales.T[:, :, None])
 
 
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
     """`greedy.level_sums` over a piece of one row."""
-    total[...], count[...] = _level_sum(_work(x), _map(bits), _stack(scales, x))
+    total[...], count[...] = _level_sum(in_work_dtype(x), _map(bits), _stack(scales, x))
 
 
 def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
@@ -671,7 +671,7 @@ def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
     stored = None if x.dtype == found.dtype else found.astype(x.dtype).astype(found.dtype)
     direct = y.dtype == found.dtype and y.flags.c_contiguous and not np.may_share_memory(x, y)
     target = y if direct else np.empty(x.shape, found.dtype)
-    _approximation(_work(x), _map(bits), found, stored, target)
+    _approximation(in_work_dtype(x), _map(bits), found, stored, target)
     if not direct:
         y[...] = target
 
@@ -692,14 +692,14 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
 def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
     """`greedy.encode_rows`."""
     found = np.empty((len(x), levels), arrays.work_dtype(x.dtype))
-    _encode(_work(x), _map(bits), found, signs)
+    _encode(in_work_dtype(x), _map(bits), found, signs)
     scales[...] = found.T[:, :, None]
 
 
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     """`greedy.codes`."""
     code[...] = 0
-    _codes(_work(x), _map(bits), _stack(scales, x), code)
+    _codes(in_work_dtype(x), _map(bits), _stack(scales, x), code)
 
 
 def decode(code: Array, bits: Array, *scales: Array, y: Array) -> None:
@@ -754,7 +754,8 @@ def elementwise(primitive: str, *operands: Any) -> Callable[..., None] | None:
     return _ELEMENTWISE.get(primitive)
 
 
-def _work(x: Array) -> Array:
+def in_work_dtype(x: Array) -> Array:
+    """The same numbers, contiguous: `x` itself where it is."""
     return np.ascontiguousarray(x, arrays.work_dtype(x.dtype))
 
 

@@ -169,8 +169,9 @@ class Primitive:
 class Elementwise(Primitive):
     """A primitive whose outputs at an index depend on its inputs at that index alone."""
 
-    def __init__(self, *arguments: Any, operation: str) -> None:
+    def __init__(self, *arguments: Any, operation: str, looped: bool) -> None:
         self.operation = operation
+        self.looped = looped
         super().__init__(*arguments)
 
     def _build(self, module: Any, count: int) -> Any:
@@ -193,7 +194,8 @@ class Elementwise(Primitive):
             super()._run_numpy(inputs, outputs)
             return
         spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
-        loops = blocks.compiled(size)
+        # Numba takes long to import, which is for nothing where no loop can follow.
+        loops = blocks.compiled(size) if self.looped and all(map(np.ndim, inputs)) else None
 
         def run(block: blocks.Block) -> None:
             own = [a[block] if np.ndim(a) else a for a in spread]
@@ -310,11 +312,17 @@ def elementwise(
     *,
     types: Sequence[Mapping[str, str]],
     preamble: str = "",
+    looped: bool = False,
 ) -> Callable[[Callable[..., None]], Elementwise]:
-    """Make a function an elementwise primitive; the arguments are ElementwiseKernel's."""
+    """Make a function an elementwise primitive; the arguments are ElementwiseKernel's.
+
+    `looped` tells that `cubin.compiled` has a loop for it, which is faster on large arrays.
+    """
 
     def decorate(function: Callable[..., None]) -> Elementwise:
-        return Elementwise(function, inputs, outputs, types, preamble, operation=operation)
+        return Elementwise(
+            function, inputs, outputs, types, preamble, operation=operation, looped=looped
+        )
 
     return decorate
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from cubin import blocks, compiled
 from cubin.arrays import Array
-from cubin.compiled import float64_sum, loop
+from cubin.compiled import float64_sum, in_work_dtype, loop
 from cubin.solvers.cells import DEPENDENT
 
 MAX_LEVELS = 4
@@ -397,18 +397,19 @@ class Fit:
         scales = np.empty((levels, len(x)), np.float32)
         self._edges = np.empty((len(x), cells - 1), np.float32)
         self._table = np.empty((len(x), cells), np.uint16)
-        fit(_work(x), levels, refit, iterations, scales, self._edges, self._table)
+        fit(in_work_dtype(x), levels, refit, iterations, scales, self._edges, self._table)
         self.scales = list(scales[:, :, None])
 
     def codes(self, x: Array, bits: Any) -> Array:
         """The packed codes of elements, which last until this thread asks for more."""
         codes = blocks.spare("codes", x.shape, np.uint16)
-        give(_work(x), self._edges, self._table, np.uint16((1 << len(self.scales)) - 1), codes)
+        mirror = np.uint16((1 << len(self.scales)) - 1)
+        give(in_work_dtype(x), self._edges, self._table, mirror, codes)
         return codes
 
     def approximate(self, x: Array, bits: Any, y: Array) -> None:
         """Write what the codes and scales of elements stand for."""
-        own = _work(x)
+        own = in_work_dtype(x)
         values = np.empty(self._table.shape, y.dtype)
         compiled.decode(self._table, np.uint8(len(self.scales)), *self.scales, y=values)
         work = own.dtype
@@ -418,7 +419,3 @@ class Fit:
         give(own, self._edges, values.astype(work, copy=False), work.type(0), target)
         if not direct:
             y[...] = target
-
-
-def _work(x: Array) -> Array:
-    return np.ascontiguousarray(x, np.float32)

@@ -185,7 +185,7 @@ def _low_bytes(integers: np.ndarray) -> np.ndarray:
 
 def _broadcasts(name: str, array: Array, shape: tuple[int, ...]) -> None:
     try:
-        fits = np.broadcast_shapes(array.shape, shape) == tuple(shape)
+        fits = array.ndim == 0 or np.broadcast_shapes(array.shape, shape) == tuple(shape)
     except ValueError:
         fits = False
     if not fits:

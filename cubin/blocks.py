@@ -6,6 +6,7 @@ the number of threads, so that results are the same on every machine.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
 import importlib
@@ -15,7 +16,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def each(
     Threads share the work from `threaded` elements on (default: `THREADED`).
     """
     pays = size >= (THREADED if threaded is None else threaded)
-    workers = max(1, min(_processors(), WORKERS, len(blocks))) if pays else 1
+    workers = max(1, min(_workers(), len(blocks))) if pays else 1
     # Threads keep apart: side by side in new memory, each would clear the page that they share.
     ends = [len(blocks) * number // workers for number in range(workers + 1)]
     shares = [deque(blocks[start:stop]) for start, stop in itertools.pairwise(ends)]
@@ -85,9 +85,49 @@ def each(
     if workers <= 1:
         work(0)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(work, range(workers)):
-            pass
+    _on_threads(work, workers, shares)
+
+
+def _on_threads(work: Callable[[int], None], workers: int, shares: Sequence[deque[Any]]) -> None:
+    """Call ``work(number)`` on a thread for each worker, and wait until all are done.
+
+    Whatever is raised empties the shares, so that the others end after their block.
+    """
+    errors: list[BaseException] = []
+    running: list[threading.Lock] = []
+
+    def stop() -> None:
+        for share in shares:
+            share.clear()
+
+    def run(number: int, lock: threading.Lock) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+            stop()
+        finally:
+            lock.release()
+
+    def wait() -> None:
+        for lock in running:
+            with lock:
+                pass
+
+    try:
+        for number in range(workers):
+            lock = threading.Lock()
+            lock.acquire()
+            # threading.Thread waits until each of them runs, as long as much work takes.
+            _thread.start_new_thread(run, (number, lock))
+            running.append(lock)
+        wait()
+    except BaseException:
+        stop()
+        wait()
+        raise
+    if errors:
+        raise errors[0]
 
 
 def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:
@@ -144,7 +184,15 @@ def extent(block: Block, shape: Sequence[int]) -> int:
     return math.prod(len(range(*cut.indices(n))) for cut, n in zip(block, shape, strict=True))
 
 
-def _processors() -> int:
+def portion(size: int) -> int:
+    """Elements of a fourth of what each thread has of `size`.
+
+    Smaller blocks take longer in Python, larger ones leave threads to wait for one that lags.
+    """
+    return size // (4 * _workers())
+
+
+def _workers() -> int:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(WORKERS, len(os.sched_getaffinity(0)))
+    return min(WORKERS, os.cpu_count() or 1)

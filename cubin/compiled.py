@@ -3,6 +3,7 @@
 They mirror the primitives of `cubin.greedy`: the same signs, and scales that differ in how a sum
 is rounded alone. They release the GIL and take contiguous arrays of shape (rows, n) in the
 work dtype; `bits` is a uint8 array of that shape, or None where all elements have all levels.
+What they need to work with is handed in, so that they hold no memory of their own.
 
 Four levels at a time are held in registers. A level that is missing has the scale 0, which
 changes nothing.
@@ -10,14 +11,19 @@ changes nothing.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import mmap
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
-from numba.extending import overload
+from llvmlite import ir
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
-from cubin import arrays
+from cubin import arrays, blocks
 from cubin.arrays import Array
 
 GROUP = 4
@@ -31,6 +37,15 @@ LONG = 1 << 8
 CHUNK = 1 << 12
 """Elements of the rows, one at least, that are gone through level by level in the first cache."""
 
+LINE = 64
+"""Bytes that memory is read and written by."""
+
+LARGE = 1 << 25
+"""Bytes of a result from which on it is written past the caches, which could not hold it.
+
+An ordinary store first reads what it overwrites, so that a copy moves three bytes for two.
+"""
+
 
 def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
@@ -42,6 +57,125 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def instruction(function: Callable[..., Any]) -> Any:
+    """What Numba asks for the code, given the types of the arguments after the first."""
+    return intrinsic(function)
+
+
+@instruction
+def uncounted(context: Any, array: Any) -> Any:
+    """The same array, or None, whose slices count no references: it must be held elsewhere.
+
+    Counting them takes longer than the work on a short row.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if _is_none(array):
+            return context.get_dummy_value()
+        view = context.make_array(array)(context, builder, arguments[0])
+        view.meminfo, view.parent = view.meminfo.type(None), view.parent.type(None)
+        return view._getvalue()
+
+    return array(array), generate
+
+
+# ---------------------------------------------------------------- stores past the caches
+
+
+@instruction
+def _store_line(context: Any, source: Any, target: Any) -> Any:
+    """Copy a line between addresses past the caches."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind, half = ir.VectorType(ir.IntType(8), LINE // 2), ir.Constant(ir.IntType(64), LINE // 2)
+        hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        source, target = arguments
+        for _ in range(2):
+            value = builder.load(builder.inttoptr(source, kind.as_pointer()), align=1)
+            pointer = builder.inttoptr(target, kind.as_pointer())
+            builder.store(value, pointer, align=LINE // 2).set_metadata("nontemporal", hint)
+            source, target = builder.add(source, half), builder.add(target, half)
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.intp, numba.types.intp), generate
+
+
+@instruction
+def _prefetch(context: Any, address: Any) -> Any:
+    """Begin to read the line at an address, which may be any."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        to_read, into_first_cache, data = (ir.Constant(number, value) for value in (0, 3, 1))
+        address = builder.inttoptr(arguments[0], pointer)
+        builder.call(prefetch, [address, to_read, into_first_cache, data])
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.intp), generate
+
+
+@instruction
+def _finish_stores(context: Any) -> Any:
+    """Have other threads see what was stored before what is stored from now on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return numba.types.void(), generate
+
+
+@loop()
+def _stream(source: Array, target: Array, ahead: int) -> None:
+    """Copy a contiguous array past the caches, while as much from an address on comes into them."""
+    itemsize, size = source.itemsize, source.size
+    first, last = source.ctypes.data, target.ctypes.data
+    start = min(-last % LINE // itemsize, size)
+    lines = (size - start) * itemsize // LINE
+    for j in range(start):
+        target[j] = source[j]
+    for line in range(lines):
+        at = start * itemsize + line * LINE
+        _store_line(first + at, last + at)
+        _prefetch(ahead + at)
+    for j in range(start + lines * LINE // itemsize, size):
+        target[j] = source[j]
+
+
+def _streams(x: Array, bits: Array, y: Array) -> bool:
+    """Whether to write `y` past the caches: where what it is a part of would not fit them.
+
+    Where rows are short or elements have different levels, memory is not what takes the time.
+    """
+    whole = y
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    bound = np.ndim(bits) == 0 and x.shape[1] >= SHORT and whole.nbytes >= LARGE
+    return bound and _is_resident(y)
+
+
+def _is_resident(y: Array) -> bool:
+    """Whether the system has given memory to `y` yet; else it clears it first, in the caches."""
+    mincore = _mincore()
+    if mincore is None:
+        return False
+    address, answer = y.ctypes.data + y.nbytes // 2, ctypes.c_ubyte()
+    page = ctypes.c_void_p(address - address % mmap.PAGESIZE)
+    return mincore(page, ctypes.c_size_t(1), ctypes.byref(answer)) == 0 and answer.value & 1 == 1
+
+
+@functools.cache
+def _mincore() -> Any:
+    try:
+        return ctypes.CDLL(None).mincore
+    except (AttributeError, OSError, TypeError):  # the last on Windows
+        return None
+
+
+# ---------------------------------------------------------------- forms by type
+
 # What depends on types, such as whether there is a map, has one form for each. The functions
 # themselves are names for Numba alone, which compiles what `overload` gives it: they never run.
 
@@ -49,6 +183,22 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def _cut(bits: Array | None, start: int, stop: int) -> Array | None:
     """Some rows of a map, or None where there is none."""
     raise NotImplementedError
+
+
+def _piece(bits: Array | None, start: int, stop: int, rows: int) -> Array | None:
+    """Some elements of a map, as rows, or None where there is none."""
+    raise NotImplementedError
+
+
+@overload(_piece)
+def _piece_by_type(bits: Any, start: Any, stop: Any, rows: Any) -> Callable[..., Any]:
+    def none(bits: Any, start: Any, stop: Any, rows: Any) -> Any:
+        return None
+
+    def some(bits: Any, start: Any, stop: Any, rows: Any) -> Any:
+        return bits.reshape(-1)[start:stop].reshape(rows, -1)
+
+    return none if _is_none(bits) else some
 
 
 @overload(_cut)
@@ -392,35 +542,57 @@ def _find_scales(x: Array, bits: Array | None, scales: Array, spare: Array, sums
 
 
 @loop()
-def _spares(x: Array) -> tuple[Array, Array]:
-    """What `_find_scales` overwrites: rows, and a value for each column."""
-    rows = max(1, CHUNK // max(1, x.shape[1]))
-    return np.empty((rows, x.shape[1]), x.dtype), np.empty(x.shape[1] // 2, x.dtype)
+def _together(x: Array) -> int:
+    """How many rows are gone through level by level in the first cache."""
+    return max(1, CHUNK // max(1, x.shape[1]))
 
 
 @loop()
-def _level_scales(x: Array, bits: Array | None, scales: Array) -> None:
+def _level_scales(x: Array, bits: Array | None, scales: Array, spare: Array, sums: Array) -> None:
     """Find the scales, (rows, levels)."""
-    spare, sums = _spares(x)
+    x, bits, scales = uncounted(x), uncounted(bits), uncounted(scales)
+    spare, sums = uncounted(spare), uncounted(sums)
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))
         _find_scales(x[start:stop], _cut(bits, start, stop), scales[start:stop], spare, sums)
 
 
 @loop()
-def _level_sum(x: Array, bits: Array | None, scales: Array) -> tuple[float, int]:
+def _level_sum(x: Array, bits: Array | None, scales: Array, spare: Array) -> tuple[float, int]:
     """The sum of |residual| after `scales`, (1, levels), over a piece of a row; and its count."""
-    r, levels = x, scales.shape[1]
+    x, bits, scales, spare = uncounted(x), uncounted(bits), uncounted(scales), uncounted(spare)
+    levels, source = scales.shape[1], x.reshape(-1)
     done = levels // GROUP * GROUP
-    if done:
-        r = r.copy()
-        for first in range(0, done, GROUP):
-            _fold(r, 0, scales, first)
     a, b, c, _ = _padded(scales, 0, done)
-    return _sum(r, bits, 0, levels, a, b, c)
+    total, count = 0.0, 0
+    for start in range(0, x.size, CHUNK):
+        stop = min(start + CHUNK, x.size)
+        r = source[start:stop].reshape(1, -1)
+        if done:
+            kept = spare[: stop - start].reshape(1, -1)
+            _copy(r, 0, kept)
+            for first in range(0, done, GROUP):
+                _fold(kept, 0, scales, first)
+            r = kept
+        more, hot = _sum(r, _piece(bits, start, stop, 1), 0, levels, a, b, c)
+        total += more
+        count += hot
+    return total, count
 
 
 # ---------------------------------------------------------------- what they give
+
+
+@loop()
+def _first_level(
+    x: Array, bits: Array | None, row: int, scales: Array, stored: Array | None, y: Array
+) -> None:
+    """Write the only level."""
+    e, _, _, _ = _stored(scales, stored, row, 0)
+    zero = y.dtype.type(0)
+    for j in range(y.shape[1]):
+        one = _step(zero - x[row, j], e)
+        y[row, j] = _reached(bits, row, j, 0, (zero, one, one, one, one))
 
 
 @loop()
@@ -487,7 +659,10 @@ def _write_levels(
 ) -> None:
     """Write the sum of all levels of some rows."""
     levels = scales.shape[1]
-    if levels <= 2:
+    if levels == 1:
+        for row in range(len(x)):
+            _first_level(x, bits, row, scales, stored, y)
+    elif levels == 2:
         for row in range(len(x)):
             _first_two_levels(x, bits, row, scales, stored, y)
     elif levels <= GROUP:
@@ -501,23 +676,58 @@ def _write_levels(
 
 
 @loop()
-def _approximation(
-    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array
-) -> None:
-    """Write the sums of levels; `stored` are the scales as rounded, None if they are not."""
-    _write_levels(x, bits, scales, stored, y, np.empty(x.shape[1], x.dtype))
+def _give_levels(
+    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array, past: bool,
+    buffer: Array, opposite: Array,
+) -> None:  # fmt: skip
+    """The same of rows that the first cache holds together or of a longer one, or past the caches.
+
+    What they overwrite are arrays of `CHUNK`.
+    """
+    source, target = x.reshape(-1), y.reshape(-1)
+    for start in range(0, x.size, CHUNK):
+        stop = min(start + CHUNK, x.size)
+        some, own = source[start:stop].reshape(len(x), -1), _piece(bits, start, stop, len(x))
+        given = buffer[: stop - start] if past else target[start:stop]
+        _write_levels(some, own, scales, stored, given.reshape(some.shape), opposite)
+        if past:
+            _stream(given, target[start:stop], some.ctypes.data + CHUNK * x.itemsize)
 
 
 @loop()
-def _approximate(x: Array, bits: Array | None, scales: Array, y: Array) -> None:
+def _approximation(
+    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array, past: bool,
+    buffer: Array, opposite: Array,
+) -> None:  # fmt: skip
+    """Write the sums of levels; `stored` are the scales as rounded, None if they are not."""
+    x, bits, y = uncounted(x), uncounted(bits), uncounted(y)
+    scales, stored = uncounted(scales), uncounted(stored)
+    buffer, opposite = uncounted(buffer), uncounted(opposite)
+    rows = _together(x)
+    for start in range(0, len(x), rows):
+        stop = min(start + rows, len(x))
+        _give_levels(
+            x[start:stop], _cut(bits, start, stop), scales[start:stop], _cut(stored, start, stop),
+            y[start:stop], past, buffer, opposite,
+        )  # fmt: skip
+    _finish_stores()
+
+
+@loop()
+def _approximate(
+    x: Array, bits: Array | None, scales: Array, y: Array, past: bool, spare: Array, sums: Array,
+    buffer: Array, opposite: Array,
+) -> None:  # fmt: skip
     """Find the scales of rows and write the sums of levels while they are in the first cache."""
-    spare, sums = _spares(x)
-    opposite = spare[0]
+    x, bits, scales, y = uncounted(x), uncounted(bits), uncounted(scales), uncounted(y)
+    spare, sums = uncounted(spare), uncounted(sums)
+    buffer, opposite = uncounted(buffer), uncounted(opposite)
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))
         own, some, found = _cut(bits, start, stop), x[start:stop], scales[start:stop]
         _find_scales(some, own, found, spare, sums)
-        _write_levels(some, own, found, None, y[start:stop], opposite)
+        _give_levels(some, own, found, None, y[start:stop], past, buffer, opposite)
+    _finish_stores()
 
 
 @loop()
@@ -539,13 +749,19 @@ def _set(
 
 
 @loop()
-def _codes(x: Array, bits: Array | None, scales: Array, code: Array) -> None:
-    """Write the codes, which are 0 before."""
-    opposite = np.empty(x.shape[1], x.dtype)
+def _codes(x: Array, bits: Array | None, scales: Array, code: Array, opposite: Array) -> None:
+    """Write the codes, which are 0 before; `opposite` is an array of `CHUNK`."""
+    x, bits, scales, code = uncounted(x), uncounted(bits), uncounted(scales), uncounted(code)
+    opposite = uncounted(opposite)
     for row in range(len(x)):
-        _negate(x, row, opposite)
-        for level in range(scales.shape[1]):
-            _set(opposite, bits, row, level, scales[row, level], code)
+        whole = _cut(bits, row, row + 1)
+        for start in range(0, x.shape[1], CHUNK):
+            stop = min(start + CHUNK, x.shape[1])
+            some, given = x[row, start:stop].reshape(1, -1), code[row, start:stop].reshape(1, -1)
+            own, left = _piece(whole, start, stop, 1), opposite[: stop - start]
+            _negate(some, 0, left)
+            for level in range(scales.shape[1]):
+                _set(left, own, 0, level, scales[row, level], given)
 
 
 @loop()
@@ -562,9 +778,12 @@ def _set_signs(
 
 
 @loop()
-def _encode(x: Array, bits: Array | None, scales: Array, signs: Array) -> None:
+def _encode(
+    x: Array, bits: Array | None, scales: Array, signs: Array, spare: Array, sums: Array
+) -> None:
     """Find the scales, (rows, levels), and write the signs, (levels, rows, n)."""
-    spare, sums = _spares(x)
+    x, bits, scales, signs = uncounted(x), uncounted(bits), uncounted(scales), uncounted(signs)
+    spare, sums = uncounted(spare), uncounted(sums)
     opposite = spare[0]
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))
@@ -655,14 +874,15 @@ def _gradient_inside(x: Array, bits: Array, gy: Array, gx: Array) -> None:
 
 def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of whole rows, (rows, 1) for each level: the mean |residual|, 0 without a code."""
-    scales = np.empty((len(x), levels), arrays.work_dtype(x.dtype))
-    _level_scales(in_work_dtype(x), _map(bits), scales)
+    scales, own = np.empty((len(x), levels), arrays.work_dtype(x.dtype)), in_work_dtype(x)
+    _level_scales(own, _map(bits), scales, *_spares(own))
     return list(scales.T[:, :, None])
 
 
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
     """`greedy.level_sums` over a piece of one row."""
-    total[...], count[...] = _level_sum(in_work_dtype(x), _map(bits), _stack(scales, x))
+    found = _stack(scales, x)
+    total[...], count[...] = _level_sum(in_work_dtype(x), _map(bits), found, *_chunks(x, 1))
 
 
 def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
@@ -671,7 +891,9 @@ def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
     stored = None if x.dtype == found.dtype else found.astype(x.dtype).astype(found.dtype)
     direct = y.dtype == found.dtype and y.flags.c_contiguous and not np.may_share_memory(x, y)
     target = y if direct else np.empty(x.shape, found.dtype)
-    _approximation(in_work_dtype(x), _map(bits), found, stored, target)
+    past = direct and _streams(x, bits, y)
+    own, bits = in_work_dtype(x), _map(bits)
+    _approximation(own, bits, found, stored, target, past, *_chunks(x, 2))
     if not direct:
         y[...] = target
 
@@ -684,22 +906,24 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     direct = y.flags.c_contiguous and not np.may_share_memory(x, y)
     target = y if direct else np.empty(x.shape, x.dtype)
     scales = np.empty((len(x), levels), x.dtype)
-    _approximate(np.ascontiguousarray(x), _map(bits), scales, target)
+    past = direct and _streams(x, bits, y)
+    own, bits = np.ascontiguousarray(x), _map(bits)
+    _approximate(own, bits, scales, target, past, *_spares(x), *_chunks(x, 2))
     if not direct:
         y[...] = target
 
 
 def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
     """`greedy.encode_rows`."""
-    found = np.empty((len(x), levels), arrays.work_dtype(x.dtype))
-    _encode(in_work_dtype(x), _map(bits), found, signs)
+    found, own = np.empty((len(x), levels), arrays.work_dtype(x.dtype)), in_work_dtype(x)
+    _encode(own, _map(bits), found, signs, *_spares(own))
     scales[...] = found.T[:, :, None]
 
 
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     """`greedy.codes`."""
     code[...] = 0
-    _codes(in_work_dtype(x), _map(bits), _stack(scales, x), code)
+    _codes(in_work_dtype(x), _map(bits), _stack(scales, x), code, *_chunks(x, 1))
 
 
 def decode(code: Array, bits: Array, *scales: Array, y: Array) -> None:
@@ -757,6 +981,19 @@ def elementwise(primitive: str, *operands: Any) -> Callable[..., None] | None:
 def in_work_dtype(x: Array) -> Array:
     """The same numbers, contiguous: `x` itself where it is."""
     return np.ascontiguousarray(x, arrays.work_dtype(x.dtype))
+
+
+def _spares(x: Array) -> tuple[Array, Array]:
+    """What `_find_scales` overwrites, for `x` in the work dtype: rows, and half as many columns."""
+    return (
+        blocks.spare("rows", (_together(x), x.shape[1]), x.dtype),
+        blocks.spare("sums", (x.shape[1] // 2,), x.dtype),
+    )
+
+
+def _chunks(x: Array, number: int) -> Array:
+    """Arrays of `CHUNK` in the work dtype that are overwritten."""
+    return blocks.spare("chunks", (number, CHUNK), arrays.work_dtype(x.dtype))
 
 
 def _map(bits: Array) -> Array | None:

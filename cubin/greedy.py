@@ -26,8 +26,8 @@ _CUDA = source(__file__)
 WHOLE_ROWS = 1 << 20
 """Bytes, in the work dtype, of a block of whole rows, which are gone through level by level."""
 
-COMPILED_ROWS = 1 << 21
-"""The same for compiled loops, which go through it row by row."""
+COMPILED_ROWS = (1 << 21, 1 << 23)
+"""The fewest and the most for compiled loops, which go through it row by row."""
 
 # ---------------------------------------------------------------- primitives
 
@@ -293,8 +293,12 @@ def _in_cache(x: Array, rows: Rows) -> bool:
 
 def _for_each_block(task: Callable[..., None], x: Array, bits: Array, rows: Rows) -> None:
     """Call ``task(part, x, bits)`` for blocks of whole rows."""
-    block = WHOLE_ROWS if _loops(x) is _EXPRESSIONS else COMPILED_ROWS
-    _for_each_part(task, x, bits, rows, block // arrays.work_dtype(x.dtype).itemsize)
+    itemsize = arrays.work_dtype(x.dtype).itemsize
+    block = WHOLE_ROWS
+    if _loops(x) is not _EXPRESSIONS:
+        least, most = COMPILED_ROWS
+        block = min(max(least, blocks.portion(x.size) * itemsize), most)
+    _for_each_part(task, x, bits, rows, block // itemsize)
 
 
 def _for_each_part(

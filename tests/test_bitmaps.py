@@ -344,7 +344,7 @@ def test_budget_does_not_depend_on_threads(monkeypatch, rng):
     for granularity in ({}, {"channel_axis": 0}):
         alone = bitmaps.budget(x, 1.4, **granularity)
         monkeypatch.setattr(blocks, "THREADED", 0)
-        monkeypatch.setattr(blocks, "_processors", lambda: 3)
+        monkeypatch.setattr(blocks, "_workers", lambda: 3)
         np.testing.assert_array_equal(bitmaps.budget(x, 1.4, **granularity), alone)
         monkeypatch.undo()
         monkeypatch.setattr(blocks, "BLOCK", 1000)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import _thread
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def test_tiles_cover_every_element_once_and_in_order(shape, size):
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [0, 1, 6, 100])
 def test_every_task_runs_once_on_several_threads(monkeypatch, workers, count):
-    monkeypatch.setattr(blocks, "_processors", lambda: workers)
+    monkeypatch.setattr(blocks, "_workers", lambda: workers)
     done = []
     blocks.each(done.append, range(count), size=blocks.THREADED)
     assert sorted(done) == list(range(count))
@@ -33,7 +35,7 @@ def test_every_task_runs_once_on_several_threads(monkeypatch, workers, count):
 
 @pytest.mark.parametrize(("size", "threaded", "expected"), [(9, 10, 1), (10, 10, 2), (9, None, 1)])
 def test_threads_from_a_size_on(monkeypatch, size, threaded, expected):
-    monkeypatch.setattr(blocks, "_processors", lambda: 2)
+    monkeypatch.setattr(blocks, "_workers", lambda: 2)
     names = set()
     together = threading.Barrier(expected)
 
@@ -47,7 +49,7 @@ def test_threads_from_a_size_on(monkeypatch, size, threaded, expected):
 
 def test_a_thread_takes_over_what_another_has_left(monkeypatch):
     """The first task blocks its thread until all others are done."""
-    monkeypatch.setattr(blocks, "_processors", lambda: 2)
+    monkeypatch.setattr(blocks, "_workers", lambda: 2)
     rest = threading.Semaphore(0)
 
     def task(number):
@@ -68,6 +70,43 @@ def test_an_error_in_a_task_reaches_the_caller(size):
 
     with pytest.raises(KeyError):
         blocks.each(task, range(10), size)
+
+
+def test_what_is_raised_stops_the_other_threads(monkeypatch):
+    """They are done when the caller goes on, with the blocks that they had begun."""
+    monkeypatch.setattr(blocks, "_workers", lambda: 3)
+    began, done, raised = [], [], threading.Event()
+
+    def task(number):
+        began.append(number)
+        if number == 0:
+            raised.set()
+            raise KeyboardInterrupt
+        assert raised.wait(timeout=20)
+        time.sleep(0.05)
+        done.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        blocks.each(task, range(300), size=blocks.THREADED)
+    assert sorted(done) == sorted(set(began) - {0})
+    assert len(began) < 30
+
+
+def test_a_thread_that_cannot_start(monkeypatch):
+    monkeypatch.setattr(blocks, "_workers", lambda: 3)
+    start, done = _thread.start_new_thread, []
+
+    def start_two(function, arguments):
+        if arguments[0] == 2:
+            raise RuntimeError("can't start new thread")
+        start(function, arguments)
+
+    monkeypatch.setattr(_thread, "start_new_thread", start_two)
+    with pytest.raises(RuntimeError, match="can't start"):
+        blocks.each(lambda number: (time.sleep(0.01), done.append(number)), range(300), 1 << 30)
+    count = len(done)
+    time.sleep(0.05)
+    assert len(done) == count < 30
 
 
 def test_tasks_do_not_warn():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from functools import partial
@@ -406,3 +407,60 @@ def test_no_place_for_a_cache(monkeypatch):
 
     monkeypatch.setattr(compiled.numba, "njit", without_cache)
     assert compiled.loop()(lambda a: a + 1)(1) == 2
+
+
+@pytest.mark.parametrize("dtype", WORK)
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("shape", [(1, 128), (37, 128), (3, 1025), (2, 4096), (2, 10_001)])
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_results_past_the_caches(rng, monkeypatch, dtype, levels, shape, shift):
+    x, bits = samples(rng, shape, dtype, levels, mapped=False)
+    expected = np.empty(shape, dtype)
+    compiled.approximate_rows(x, bits, levels, y=expected)
+    scales = compiled.level_scales(x, bits, levels)
+    monkeypatch.setattr(compiled, "LARGE", 0)
+    # Lines of memory begin anywhere in a row, and what lies around the result stays as it is.
+    for shifted in (shift, shift + 8):
+        for give in (
+            partial(compiled.approximate_rows, x, bits, levels),
+            partial(compiled.approximation, x, bits, *scales),
+        ):
+            memory = np.full(x.size + 64, 7, dtype)
+            y = memory[shifted : shifted + x.size].reshape(shape)
+            assert compiled._streams(x, bits, y)
+            give(y=y)
+            np.testing.assert_array_equal(y, expected)
+            assert (memory[:shifted] == 7).all()
+            assert (memory[shifted + x.size :] == 7).all()
+
+
+def test_only_large_results_that_have_memory_go_past_the_caches():
+    x, bits = np.empty((4096, 4096), np.float32), np.uint8(2)
+    y = np.empty_like(x)
+    assert not compiled._streams(x, bits, y)
+    y[...] = 0
+    assert compiled._streams(x, bits, y) == (compiled._mincore() is not None)
+    assert compiled._streams(x[:1], bits, y[:1]) == (compiled._mincore() is not None)
+    assert not compiled._streams(x, np.ones(x.shape, np.uint8), y)
+    assert not compiled._streams(x.reshape(-1, 64), bits, y.reshape(-1, 64))
+    assert not compiled._streams(x[:1], bits, y[:1].copy())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of instructions")
+def test_stores_past_the_caches_are_compiled_as_such():
+    code = "".join(compiled._approximate.inspect_asm().values())
+    assert "movnt" in code
+    assert "prefetch" in code
+
+
+def test_a_row_that_is_not_aligned(rng):
+    x = rng.normal(size=(5, 300)).astype(np.float32)
+    memory = np.empty(x.nbytes + 1, np.uint8)
+    y = memory[1:].view(np.float32).reshape(x.shape)
+    x_too = memory.copy()[1:].view(np.float32).reshape(x.shape)
+    x_too[...] = x
+    for levels in (1, 3):
+        np.testing.assert_array_equal(
+            cubin.multibit(x_too, levels, channel_axis=0, out=y),
+            cubin.multibit(x, levels, channel_axis=0),
+        )

@@ -305,7 +305,7 @@ def test_threads_do_not_change_the_result(rng, monkeypatch):
     results = []
     for workers in (1, 5):
         monkeypatch.setattr(blocks, "THREADED", 0)
-        monkeypatch.setattr(blocks, "_processors", lambda workers=workers: workers)
+        monkeypatch.setattr(blocks, "_workers", lambda workers=workers: workers)
         results.append((cubin.multibit(x, 3), cubin.multibit(x, 3, channel_axis=0)))
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)

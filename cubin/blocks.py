@@ -35,6 +35,9 @@ WORKERS = 16
 COMPILED = 1 << 20
 """Elements from which on compiled loops pay: below, NumPy takes a few milliseconds."""
 
+COMPILED_PIECE = 1 << 19
+"""Elements of a piece of a long row for compiled loops, which need no cache for it."""
+
 _BUFFER = 1 << 10
 """NumPy's own buffer: an operand that broadcasts along rows longer than it costs half."""
 

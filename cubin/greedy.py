@@ -273,7 +273,7 @@ def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
     def finish_part(part: Part, x: Array, bits: Array) -> None:
         finish(part, x, bits, [scale[part.rows] for scale in scales])
 
-    _for_each_part(finish_part, x, bits, rows)
+    _for_each_part(finish_part, x, bits, rows, _piece(x))
 
 
 def _fit_in_cache(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
@@ -301,6 +301,11 @@ def _for_each_block(task: Callable[..., None], x: Array, bits: Array, rows: Rows
     _for_each_part(task, x, bits, rows, block // itemsize)
 
 
+def _piece(x: Array) -> int | None:
+    """Elements of the pieces of long rows; None for what `passes` does by default."""
+    return None if _loops(x) in (_KERNELS, _EXPRESSIONS) else blocks.COMPILED_PIECE
+
+
 def _for_each_part(
     task: Callable[..., None], x: Array, bits: Array, rows: Rows, block: int | None = None
 ) -> None:
@@ -312,7 +317,7 @@ def _for_each_part(
 def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> tuple[Array, Array]:
     """The sums and counts of the next level over the pieces of long rows, as (rows, pieces)."""
     loops = _loops(x)
-    pieces = sum(1 for _ in blocks.tile(rows.inner_shape))
+    pieces = sum(1 for _ in blocks.tile(rows.inner_shape, _piece(x) or blocks.BLOCK))
     totals = np.empty((rows.count, pieces), np.float64)
     counts = np.empty((rows.count, pieces), np.int64)
 
@@ -321,7 +326,7 @@ def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> t
         found = [scale[part.rows] for scale in scales]
         loops.level_sums(x, bits, *found, total=totals[at], count=counts[at])
 
-    _for_each_part(task, x, bits, rows)
+    _for_each_part(task, x, bits, rows, _piece(x))
     return totals, counts
 
 

@@ -43,21 +43,21 @@ class Part:
 def parts_of(rows: Rows, *, device: bool = False, block: int | None = None) -> Iterator[Part]:
     """Parts that tile the rows: on a device all of them at once, else blocks that fit the cache.
 
-    Whole rows come in blocks of `block` elements (default: `blocks.BLOCK`).
+    Blocks have up to `block` elements (default: `blocks.BLOCK`), whether of whole rows or of one.
     """
-    first = slice(0, 1)
+    first, block = slice(0, 1), block or blocks.BLOCK
     if device:
         yield Part(slice(None), first, (...,))
     elif rows.length <= blocks.BLOCK:
         start = 0
-        step = max(1, (block or blocks.BLOCK) // max(1, rows.length))
+        step = max(1, block // max(1, rows.length))
         for cut in blocks.tile(rows.scale_shape, step):
             stop = start + blocks.extent(cut, rows.scale_shape)
             yield Part(slice(start, stop), first, (*cut, ...))
             start = stop
     else:
         for row, head in enumerate(blocks.tile(rows.scale_shape, 1)):
-            for piece, inner in enumerate(blocks.tile(rows.inner_shape)):
+            for piece, inner in enumerate(blocks.tile(rows.inner_shape, block)):
                 yield Part(slice(row, row + 1), slice(piece, piece + 1), (*head, *inner, ...))
 
 

@@ -140,7 +140,8 @@ def _fit(
         threaded = loops and blocks.COMPILED
         blocks.each(solve, parts, x.size, threaded)
         if long:
-            passes.for_each_part(finish_piece, rows, x, bits, threaded=threaded)
+            piece = blocks.COMPILED_PIECE if loops else None
+            passes.for_each_part(finish_piece, rows, x, bits, block=piece, threaded=threaded)
 
 
 def _is_quick(

@@ -145,15 +145,19 @@ def _stream(source: Array, target: Array, ahead: int) -> None:
 
 
 def _streams(x: Array, bits: Array, y: Array) -> bool:
-    """Whether to write `y` past the caches: where what it is a part of would not fit them.
+    """Whether rows are written past the caches.
 
-    Where rows are short or elements have different levels, memory is not what takes the time.
+    Where they are short or elements have different levels, memory is not what takes the time.
     """
+    return np.ndim(bits) == 0 and x.shape[1] >= SHORT and _is_slow(y)
+
+
+def _is_slow(y: Array) -> bool:
+    """Whether `y` is better written past the caches, since what it is a part of outgrows them."""
     whole = y
     while isinstance(whole.base, np.ndarray):
         whole = whole.base
-    bound = np.ndim(bits) == 0 and x.shape[1] >= SHORT and whole.nbytes >= LARGE
-    return bound and _is_resident(y)
+    return whole.nbytes >= LARGE and _is_resident(y)
 
 
 def _is_resident(y: Array) -> bool:
@@ -852,9 +856,23 @@ def _sign(value: float, one: float) -> float:
 
 
 @loop()
-def _signs(x: Array, y: Array) -> None:
+def _signs_of(x: Array, y: Array) -> None:
     for j in range(x.size):
         y[j] = _sign(x[j], y.dtype.type(1))
+
+
+@loop()
+def _signs(x: Array, y: Array, past: bool, buffer: Array) -> None:
+    x, y, buffer = uncounted(x), uncounted(y), uncounted(buffer)
+    if not past:
+        _signs_of(x, y)
+        return
+    for start in range(0, x.size, CHUNK):
+        some, target = x[start : start + CHUNK], y[start : start + CHUNK]
+        drain = buffer[: some.size]
+        _signs_of(some, drain)
+        _stream(drain, target, some.ctypes.data + CHUNK * x.itemsize)
+    _finish_stores()
 
 
 @loop()
@@ -956,7 +974,7 @@ def signs(x: Array, *, y: Array) -> None:
     if np.may_share_memory(x, y):
         _signs_in_place(y.reshape(-1))
     else:
-        _signs(x.reshape(-1), y.reshape(-1))
+        _signs(x.reshape(-1), y.reshape(-1), _is_slow(y), *_chunks(y, 1))
 
 
 def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:

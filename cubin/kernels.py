@@ -203,7 +203,8 @@ class Elementwise(Primitive):
             loop = loops.elementwise(self.name, *own, *targets.values()) if loops else None
             (loop or self.function)(*own, **targets)
 
-        blocks.each(run, list(blocks.tile(shape)), size)
+        piece = blocks.COMPILED_PIECE if loops else blocks.BLOCK
+        blocks.each(run, list(blocks.tile(shape, piece)), size)
 
 
 class Reduction(Primitive):

@@ -468,3 +468,19 @@ def test_a_row_that_is_not_aligned(rng):
             cubin.multibit(x_too, levels, channel_axis=0, out=y),
             cubin.multibit(x, levels, channel_axis=0),
         )
+
+
+@pytest.mark.parametrize("dtype", WORK)
+@pytest.mark.parametrize("size", [1, 130, 4096, 10_001])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_signs_past_the_caches(rng, monkeypatch, dtype, size, shift):
+    x, _ = samples(rng, (size,), dtype, 1, mapped=False)
+    x[size // 2 :: 7] = np.nan
+    expected, memory = np.empty_like(x), np.full(size + 64, 7, dtype)
+    compiled.signs(x, y=expected)
+    monkeypatch.setattr(compiled, "LARGE", 0)
+    y = memory[shift : shift + size]
+    compiled.signs(x, y=y)
+    np.testing.assert_array_equal(y, expected)
+    assert (memory[:shift] == 7).all()
+    assert (memory[shift + size :] == 7).all()

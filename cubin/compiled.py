@@ -37,6 +37,9 @@ LONG = 1 << 8
 CHUNK = 1 << 12
 """Elements of the rows, one at least, that are gone through level by level in the first cache."""
 
+PIECE = 1 << 10
+"""Elements that are written past the caches at a time: in between, memory has time to take them."""
+
 LINE = 64
 """Bytes that memory is read and written by."""
 
@@ -128,20 +131,38 @@ def _finish_stores(context: Any) -> Any:
 
 
 @loop()
-def _stream(source: Array, target: Array, ahead: int) -> None:
-    """Copy a contiguous array past the caches, while as much from an address on comes into them."""
-    itemsize, size = source.itemsize, source.size
-    first, last = source.ctypes.data, target.ctypes.data
-    start = min(-last % LINE // itemsize, size)
+def _stream(buffer: Array, size: int, target: Array, end: int, source: Array) -> int:
+    """Copy whole lines past the caches once there are enough, while what is read next enters them.
+
+    The first `size` elements of the buffer belong before the index `end` of the target. Those that
+    stay are at its front then, and their number is given. `source` is read as far as the target is
+    written.
+    """
+    if size < PIECE:
+        return size
+    itemsize, first = buffer.itemsize, end - size
+    given, address = buffer.ctypes.data, target.ctypes.data + first * itemsize
+    ahead = source.ctypes.data + (first + CHUNK) * itemsize
+    start = -address % LINE // itemsize  # not 0 at the beginning alone
     lines = (size - start) * itemsize // LINE
     for j in range(start):
-        target[j] = source[j]
+        target[first + j] = buffer[j]
     for line in range(lines):
         at = start * itemsize + line * LINE
-        _store_line(first + at, last + at)
+        _store_line(given + at, address + at)
         _prefetch(ahead + at)
-    for j in range(start + lines * LINE // itemsize, size):
-        target[j] = source[j]
+    done = start + lines * LINE // itemsize
+    for j in range(size - done):
+        buffer[j] = buffer[done + j]
+    return size - done
+
+
+@loop()
+def _finish_stream(buffer: Array, held: int, target: Array) -> None:
+    """Write what is still held, the last elements of the target."""
+    for j in range(held):
+        target[target.size - held + j] = buffer[j]
+    _finish_stores()
 
 
 def _streams(x: Array, bits: Array, y: Array) -> bool:
@@ -157,7 +178,7 @@ def _is_slow(y: Array) -> bool:
     whole = y
     while isinstance(whole.base, np.ndarray):
         whole = whole.base
-    return whole.nbytes >= LARGE and _is_resident(y)
+    return whole.nbytes >= LARGE and y.flags.aligned and _is_resident(y)
 
 
 def _is_resident(y: Array) -> bool:
@@ -185,24 +206,8 @@ def _mincore() -> Any:
 
 
 def _cut(bits: Array | None, start: int, stop: int) -> Array | None:
-    """Some rows of a map, or None where there is none."""
+    """Some rows of a map, or some elements of one, or None where there is none."""
     raise NotImplementedError
-
-
-def _piece(bits: Array | None, start: int, stop: int, rows: int) -> Array | None:
-    """Some elements of a map, as rows, or None where there is none."""
-    raise NotImplementedError
-
-
-@overload(_piece)
-def _piece_by_type(bits: Any, start: Any, stop: Any, rows: Any) -> Callable[..., Any]:
-    def none(bits: Any, start: Any, stop: Any, rows: Any) -> Any:
-        return None
-
-    def some(bits: Any, start: Any, stop: Any, rows: Any) -> Any:
-        return bits.reshape(-1)[start:stop].reshape(rows, -1)
-
-    return none if _is_none(bits) else some
 
 
 @overload(_cut)
@@ -210,25 +215,41 @@ def _cut_by_type(bits: Any, start: Any, stop: Any) -> Callable[..., Any]:
     def none(bits: Any, start: Any, stop: Any) -> Any:
         return None
 
-    def rows(bits: Any, start: Any, stop: Any) -> Any:
+    def some(bits: Any, start: Any, stop: Any) -> Any:
         return bits[start:stop]
 
-    return none if _is_none(bits) else rows
+    return none if _is_none(bits) else some
 
 
-def _hot(bits: Array | None, row: int, column: int, level: int) -> bool:
+def _row_of(bits: Array | None, row: int) -> Array | None:
+    """A row of a map, or None where there is none."""
+    raise NotImplementedError
+
+
+@overload(_row_of)
+def _row_of_by_type(bits: Any, row: Any) -> Callable[..., Any]:
+    def none(bits: Any, row: Any) -> Any:
+        return None
+
+    def one(bits: Any, row: Any) -> Any:
+        return bits[row]
+
+    return none if _is_none(bits) else one
+
+
+def _hot(bits: Array | None, column: int, level: int) -> bool:
     """Whether an element has a code at a level."""
     raise NotImplementedError
 
 
 @overload(_hot, inline="always")
-def _hot_by_type(bits: Any, row: Any, column: Any, level: Any) -> Callable[..., bool]:
-    def always(bits: Any, row: Any, column: Any, level: Any) -> bool:
+def _hot_by_type(bits: Any, column: Any, level: Any) -> Callable[..., bool]:
+    def always(bits: Any, column: Any, level: Any) -> bool:
         return True
 
-    def mapped(bits: Any, row: Any, column: Any, level: Any) -> bool:
+    def mapped(bits: Any, column: Any, level: Any) -> bool:
         # In 32 bits, or the lanes are halved.
-        return bool(np.int32(bits[row, column]) > np.int32(level))
+        return bool(np.int32(bits[column]) > np.int32(level))
 
     return always if _is_none(bits) else mapped
 
@@ -242,18 +263,18 @@ def _folded(m: float, a: float, b: float, c: float) -> float:
     return abs(abs(abs(abs(m) - a) - b) - c)
 
 
-def _reached(bits: Array | None, row: int, column: int, first: int, values: Any) -> float:
+def _reached(bits: Array | None, column: int, first: int, values: Any) -> float:
     """The value after as many levels from `first` on as the element has: four at most."""
     raise NotImplementedError
 
 
 @overload(_reached)
-def _reached_by_type(bits: Any, row: Any, column: Any, first: Any, values: Any) -> Any:
-    def always(bits: Any, row: Any, column: Any, first: Any, values: Any) -> float:
+def _reached_by_type(bits: Any, column: Any, first: Any, values: Any) -> Any:
+    def always(bits: Any, column: Any, first: Any, values: Any) -> float:
         return values[4]
 
-    def mapped(bits: Any, row: Any, column: Any, first: Any, values: Any) -> float:
-        own = np.int32(bits[row, column])
+    def mapped(bits: Any, column: Any, first: Any, values: Any) -> float:
+        own = np.int32(bits[column])
         value = values[1] if own > np.int32(first) else values[0]
         value = values[2] if own > np.int32(first + 1) else value
         value = values[3] if own > np.int32(first + 2) else value
@@ -332,24 +353,24 @@ def _stored_by_type(scales: Any, stored: Any, row: Any, first: Any) -> Callable[
 # Sums alone may be reordered; what makes up the summands keeps its order and its NaN.
 @loop(fastmath={"reassoc"})
 def _sum(
-    r: Array, bits: Array | None, row: int, level: int, a: float, b: float, c: float
+    r: Array, bits: Array | None, level: int, a: float, b: float, c: float
 ) -> tuple[float, int]:
     """The sum of a row's |residual| at a level, and how many elements have it."""
     total, count = 0.0, 0
-    for j in range(r.shape[1]):
-        hot = _hot(bits, row, j, level)
-        total += np.float64(_folded(r[row, j], a, b, c)) if hot else 0.0
+    for j in range(r.size):
+        hot = _hot(bits, j, level)
+        total += np.float64(_folded(r[j], a, b, c)) if hot else 0.0
         count += int(hot)
     return total, count
 
 
 # The first two levels, which all rows have, have less to subtract.
 @loop(fastmath={"reassoc"})
-def _early_sum(r: Array, bits: Array | None, row: int, level: int, a: float) -> tuple[float, int]:
+def _early_sum(r: Array, bits: Array | None, level: int, a: float) -> tuple[float, int]:
     total, count = 0.0, 0
-    for j in range(r.shape[1]):
-        hot = _hot(bits, row, j, level)
-        total += np.float64(abs(abs(r[row, j]) - a)) if hot else 0.0
+    for j in range(r.size):
+        hot = _hot(bits, j, level)
+        total += np.float64(abs(abs(r[j]) - a)) if hot else 0.0
         count += int(hot)
     return total, count
 
@@ -362,67 +383,64 @@ def _four(p: float, q: float, r: float, s: float) -> float:
 # Where all elements count, four are added in the work dtype, float32 as a rule, which has twice the
 # lanes of float64: numbers that are equal do not round.
 @loop(fastmath={"reassoc"})
-def _whole_sum(x: Array, row: int) -> float:
+def _whole_sum(x: Array) -> float:
     """The sum of a row's |x|, in columns of four."""
-    n, total = x.shape[1] // 4, 0.0
+    n, total = x.size // 4, 0.0
     for j in range(n):
-        p, q = abs(x[row, j]), abs(x[row, n + j])
-        r, s = abs(x[row, 2 * n + j]), abs(x[row, 3 * n + j])
+        p, q, r, s = abs(x[j]), abs(x[n + j]), abs(x[2 * n + j]), abs(x[3 * n + j])
         total += np.float64(_four(p, q, r, s))
-    for j in range(4 * n, x.shape[1]):
-        total += np.float64(abs(x[row, j]))
+    for j in range(4 * n, x.size):
+        total += np.float64(abs(x[j]))
     return total
 
 
 # What is read and what is written is told apart, since a loop on arrays that might overlap is not
 # vectorized.
 @loop(fastmath={"reassoc"})
-def _folded_sum(x: Array, row: int, a: float, m: Array) -> float:
+def _folded_sum(x: Array, a: float, m: Array) -> float:
     """Take a scale off the magnitudes of `x`, keep what is left in `m`, and add it up."""
-    n, total = x.shape[1] // 4, 0.0
+    n, total = x.size // 4, 0.0
     for j in range(n):
-        p, q = abs(abs(x[row, j]) - a), abs(abs(x[row, n + j]) - a)
-        r, s = abs(abs(x[row, 2 * n + j]) - a), abs(abs(x[row, 3 * n + j]) - a)
-        m[row, j], m[row, n + j], m[row, 2 * n + j], m[row, 3 * n + j] = p, q, r, s
+        p, q = abs(abs(x[j]) - a), abs(abs(x[n + j]) - a)
+        r, s = abs(abs(x[2 * n + j]) - a), abs(abs(x[3 * n + j]) - a)
+        m[j], m[n + j], m[2 * n + j], m[3 * n + j] = p, q, r, s
         total += np.float64(_four(p, q, r, s))
-    for j in range(4 * n, x.shape[1]):
-        m[row, j] = abs(abs(x[row, j]) - a)
-        total += np.float64(m[row, j])
+    for j in range(4 * n, x.size):
+        m[j] = abs(abs(x[j]) - a)
+        total += np.float64(m[j])
     return total
 
 
 @loop(fastmath={"reassoc"})
-def _refolded_sum(m: Array, row: int, a: float) -> float:
+def _refolded_sum(m: Array, a: float) -> float:
     """The same in place, of magnitudes."""
-    n, total = m.shape[1] // 4, 0.0
+    n, total = m.size // 4, 0.0
     for j in range(n):
-        p, q = abs(m[row, j] - a), abs(m[row, n + j] - a)
-        r, s = abs(m[row, 2 * n + j] - a), abs(m[row, 3 * n + j] - a)
-        m[row, j], m[row, n + j], m[row, 2 * n + j], m[row, 3 * n + j] = p, q, r, s
+        p, q = abs(m[j] - a), abs(m[n + j] - a)
+        r, s = abs(m[2 * n + j] - a), abs(m[3 * n + j] - a)
+        m[j], m[n + j], m[2 * n + j], m[3 * n + j] = p, q, r, s
         total += np.float64(_four(p, q, r, s))
-    for j in range(4 * n, m.shape[1]):
-        m[row, j] = abs(m[row, j] - a)
-        total += np.float64(m[row, j])
+    for j in range(4 * n, m.size):
+        m[j] = abs(m[j] - a)
+        total += np.float64(m[j])
     return total
 
 
-# What asks for the level, or whether something overflows, asks it for many rows at once: Numba
-# counts references in every branch, which takes longer than a short row.
 @loop()
 def _whole_scale(x: Array, level: int, scales: Array, m: Array) -> None:
     """Find the scales of a level of rows whose elements have all levels."""
     length, finite = x.shape[1], True
     if level == 0:
-        for row in range(len(scales)):
-            scales[row, 0] = _whole_sum(x, row) / length
+        for row in range(len(x)):
+            scales[row, 0] = _whole_sum(x[row]) / length
             finite &= scales[row, 0] < np.inf
     elif level == 1:
-        for row in range(len(scales)):
-            scales[row, 1] = _folded_sum(x, row, scales[row, 0], m) / length
+        for row in range(len(x)):
+            scales[row, 1] = _folded_sum(x[row], scales[row, 0], m[row]) / length
             finite &= scales[row, 1] < np.inf
     else:
-        for row in range(len(scales)):
-            scales[row, level] = _refolded_sum(m, row, scales[row, level - 1]) / length
+        for row in range(len(x)):
+            scales[row, level] = _refolded_sum(m[row], scales[row, level - 1]) / length
             finite &= scales[row, level] < np.inf
     if not finite:
         _mean(m if level else x, level, scales)
@@ -433,7 +451,7 @@ def _mean(m: Array, level: int, scales: Array) -> None:
     """The mean magnitudes again, where four overflow that do not in float64."""
     for row in range(len(scales)):
         if not scales[row, level] < np.inf:
-            total, _ = _early_sum(m, None, row, 0, scales.dtype.type(0))
+            total, _ = _early_sum(m[row], None, 0, scales.dtype.type(0))
             scales[row, level] = total / m.shape[1]
 
 
@@ -446,9 +464,9 @@ def float64_sum(values: Array) -> float:
 
 
 @loop()
-def _copy(x: Array, row: int, target: Array) -> None:
-    for j in range(x.shape[1]):
-        target[row, j] = x[row, j]
+def _copy(x: Array, target: Array) -> None:
+    for j in range(x.size):
+        target[j] = x[j]
 
 
 @loop()
@@ -466,35 +484,33 @@ def _mapped_sums(pairs: Array, bits: Array, level: int, a: float, sums: Array) -
 
 
 @loop()
-def _mapped_scales(
-    x: Array, bits: Array, row: int, scales: Array, spare: Array, sums: Array
-) -> None:
+def _mapped_scales(x: Array, bits: Array, scales: Array, folded: Array, sums: Array) -> None:
     """Find the scales of a row whose elements have different levels, in float32."""
-    folded, size = spare[row], 2 * sums.size
-    own = bits[row, :size].reshape(2, sums.size)
+    size = 2 * sums.size
+    own = bits[:size].reshape(2, sums.size)
     pairs = folded[:size].reshape(2, sums.size)
-    _copy(x, row, spare)
+    _copy(x, folded)
     a = zero = scales.dtype.type(0)
-    for level in range(scales.shape[1]):
+    for level in range(scales.size):
         count = _mapped_sums(pairs, own, level, a, sums)
         total = float64_sum(sums)
         for j in range(size, folded.size):
             folded[j] = abs(abs(folded[j]) - a)
-            if bits[row, j] > level:
+            if bits[j] > level:
                 total += folded[j]
                 count += 1
         if not total < np.inf:  # two may overflow that do not in float64
-            total = _early_sum(spare, bits, row, level, zero)[0]
+            total = _early_sum(folded, bits, level, zero)[0]
         a = scales.dtype.type(total / count) if count else zero
-        scales[row, level] = a
+        scales[level] = a
 
 
 @loop()
-def _fold(r: Array, row: int, scales: Array, first: int) -> None:
+def _fold(r: Array, scales: Array, row: int, first: int) -> None:
     """Take the levels `first` to first + 3 off the magnitudes of a row."""
     a, b, c, d = _padded(scales, row, first)
-    for j in range(r.shape[1]):
-        r[row, j] = abs(_folded(r[row, j], a, b, c) - d)
+    for j in range(r.size):
+        r[j] = abs(_folded(r[j], a, b, c) - d)
 
 
 @loop()
@@ -504,12 +520,12 @@ def _short_scale(r: Array, bits: Array | None, level: int, scales: Array) -> Non
     # The scale that is being found is still 0.
     if level < first + 2:
         for row in range(len(scales)):
-            total, count = _early_sum(r, bits, row, level, scales[row, first])
+            total, count = _early_sum(r[row], _row_of(bits, row), level, scales[row, first])
             scales[row, level] = scales.dtype.type(total / count) if count else zero
     else:
         for row in range(len(scales)):
             a, b, c, _ = _padded(scales, row, first)
-            total, count = _sum(r, bits, row, level, a, b, c)
+            total, count = _sum(r[row], _row_of(bits, row), level, a, b, c)
             scales[row, level] = scales.dtype.type(total / count) if count else zero
 
 
@@ -517,18 +533,16 @@ def _short_scale(r: Array, bits: Array | None, level: int, scales: Array) -> Non
 def _short_scales(x: Array, bits: Array | None, scales: Array, spare: Array) -> None:
     """Find the scales of rows in the work dtype."""
     levels = scales.shape[1]
-    for row in range(len(scales)):
-        for level in range(levels):
-            scales[row, level] = 0
+    scales[:] = 0
     for level in range(min(levels, GROUP)):
         _short_scale(x, bits, level, scales)
     if levels > GROUP:
-        for row in range(len(scales)):
-            _copy(x, row, spare)
+        for row in range(len(x)):
+            _copy(x[row], spare[row])
         for level in range(GROUP, levels):
             if level % GROUP == 0:
-                for row in range(len(scales)):
-                    _fold(spare, row, scales, level - GROUP)
+                for row in range(len(x)):
+                    _fold(spare[row], scales, row, level - GROUP)
             _short_scale(spare, bits, level, scales)
 
 
@@ -542,13 +556,7 @@ def _find_scales(x: Array, bits: Array | None, scales: Array, spare: Array, sums
             _whole_scale(x, level, scales, spare)
     else:
         for row in range(len(x)):
-            _mapped_scales(x, bits, row, scales, spare, sums)
-
-
-@loop()
-def _together(x: Array) -> int:
-    """How many rows are gone through level by level in the first cache."""
-    return max(1, CHUNK // max(1, x.shape[1]))
+            _mapped_scales(x[row], bits[row], scales[row], spare[row], sums)
 
 
 @loop()
@@ -565,20 +573,19 @@ def _level_scales(x: Array, bits: Array | None, scales: Array, spare: Array, sum
 def _level_sum(x: Array, bits: Array | None, scales: Array, spare: Array) -> tuple[float, int]:
     """The sum of |residual| after `scales`, (1, levels), over a piece of a row; and its count."""
     x, bits, scales, spare = uncounted(x), uncounted(bits), uncounted(scales), uncounted(spare)
-    levels, source = scales.shape[1], x.reshape(-1)
+    levels, piece, own = scales.shape[1], x[0], _row_of(bits, 0)
     done = levels // GROUP * GROUP
     a, b, c, _ = _padded(scales, 0, done)
     total, count = 0.0, 0
-    for start in range(0, x.size, CHUNK):
-        stop = min(start + CHUNK, x.size)
-        r = source[start:stop].reshape(1, -1)
+    for start in range(0, piece.size, CHUNK):
+        r = piece[start : start + CHUNK]
         if done:
-            kept = spare[: stop - start].reshape(1, -1)
-            _copy(r, 0, kept)
+            folded = spare[: r.size]
+            _copy(r, folded)
             for first in range(0, done, GROUP):
-                _fold(kept, 0, scales, first)
-            r = kept
-        more, hot = _sum(r, _piece(bits, start, stop, 1), 0, levels, a, b, c)
+                _fold(folded, scales, 0, first)
+            r = folded
+        more, hot = _sum(r, _cut(own, start, start + CHUNK), levels, a, b, c)
         total += more
         count += hot
     return total, count
@@ -594,24 +601,24 @@ def _first_level(
     """Write the only level."""
     e, _, _, _ = _stored(scales, stored, row, 0)
     zero = y.dtype.type(0)
-    for j in range(y.shape[1]):
-        one = _step(zero - x[row, j], e)
-        y[row, j] = _reached(bits, row, j, 0, (zero, one, one, one, one))
+    for j in range(y.size):
+        one = _step(zero - x[j], e)
+        y[j] = _reached(bits, j, 0, (zero, one, one, one, one))
 
 
 @loop()
 def _first_two_levels(
     x: Array, bits: Array | None, row: int, scales: Array, stored: Array | None, y: Array
 ) -> None:
-    """Write the sum of all levels, of which there are at most two."""
+    """Write the sum of two levels."""
     a, _, _, _ = _padded(scales, row, 0)
     e, f, _, _ = _stored(scales, stored, row, 0)
     zero = y.dtype.type(0)
-    for j in range(y.shape[1]):
-        n = zero - x[row, j]
+    for j in range(y.size):
+        n = zero - x[j]
         one = _step(n, e)
         two = one + _step(n + _step(n, a), f)
-        y[row, j] = _reached(bits, row, j, 0, (zero, one, two, two, two))
+        y[j] = _reached(bits, j, 0, (zero, one, two, two, two))
 
 
 @loop()
@@ -623,8 +630,8 @@ def _first_levels(
     a, b, c, d = _padded(scales, row, 0)
     e, f, g, h = _stored(scales, stored, row, 0)
     zero = y.dtype.type(0)
-    for j in range(y.shape[1]):
-        n = zero - x[row, j]
+    for j in range(y.size):
+        n = zero - x[j]
         one = _step(n, e)
         n += _step(n, a)
         two = one + _step(n, f)
@@ -632,7 +639,7 @@ def _first_levels(
         three = two + _step(n, g)
         n += _step(n, c)
         four = three + _step(n, h)
-        y[row, j] = _reached(bits, row, j, 0, (zero, one, two, three, four))
+        y[j] = _reached(bits, j, 0, (zero, one, two, three, four))
         _keep(n + _step(n, d), opposite, j)
 
 
@@ -644,8 +651,8 @@ def _add_levels(
     """Add four levels, and take them off what is left."""
     a, b, c, d = _padded(scales, row, first)
     e, f, g, h = _stored(scales, stored, row, first)
-    for j in range(y.shape[1]):
-        n, none = opposite[j], y[row, j]
+    for j in range(y.size):
+        n, none = opposite[j], y[j]
         one = none + _step(n, e)
         n += _step(n, a)
         two = one + _step(n, f)
@@ -653,131 +660,155 @@ def _add_levels(
         three = two + _step(n, g)
         n += _step(n, c)
         four = three + _step(n, h)
-        y[row, j] = _reached(bits, row, j, first, (none, one, two, three, four))
+        y[j] = _reached(bits, j, first, (none, one, two, three, four))
         opposite[j] = n + _step(n, d)
 
 
 @loop()
 def _write_levels(
+    x: Array, bits: Array | None, row: int, scales: Array, stored: Array | None, y: Array,
+    opposite: Array,
+) -> None:  # fmt: skip
+    """Write the sum of all levels of a row, or of a piece of it."""
+    levels = scales.shape[1]
+    if levels == 1:
+        _first_level(x, bits, row, scales, stored, y)
+    elif levels == 2:
+        _first_two_levels(x, bits, row, scales, stored, y)
+    elif levels <= GROUP:
+        _first_levels(x, bits, row, scales, stored, y, None)
+    else:
+        _first_levels(x, bits, row, scales, stored, y, opposite)
+        for first in range(GROUP, levels, GROUP):
+            _add_levels(opposite, bits, row, first, scales, stored, y)
+
+
+@loop()
+def _write_rows(
     x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array, opposite: Array
 ) -> None:
     """Write the sum of all levels of some rows."""
     levels = scales.shape[1]
     if levels == 1:
         for row in range(len(x)):
-            _first_level(x, bits, row, scales, stored, y)
+            _first_level(x[row], _row_of(bits, row), row, scales, stored, y[row])
     elif levels == 2:
         for row in range(len(x)):
-            _first_two_levels(x, bits, row, scales, stored, y)
+            _first_two_levels(x[row], _row_of(bits, row), row, scales, stored, y[row])
     elif levels <= GROUP:
         for row in range(len(x)):
-            _first_levels(x, bits, row, scales, stored, y, None)
+            _first_levels(x[row], _row_of(bits, row), row, scales, stored, y[row], None)
     else:
         for row in range(len(x)):
-            _first_levels(x, bits, row, scales, stored, y, opposite)
-            for first in range(GROUP, levels, GROUP):
-                _add_levels(opposite, bits, row, first, scales, stored, y)
+            _write_levels(x[row], _row_of(bits, row), row, scales, stored, y[row], opposite)
 
 
 @loop()
-def _give_levels(
-    x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array, past: bool,
-    buffer: Array, opposite: Array,
-) -> None:  # fmt: skip
-    """The same of rows that the first cache holds together or of a longer one, or past the caches.
-
-    What they overwrite are arrays of `CHUNK`.
-    """
-    source, target = x.reshape(-1), y.reshape(-1)
-    for start in range(0, x.size, CHUNK):
-        stop = min(start + CHUNK, x.size)
-        some, own = source[start:stop].reshape(len(x), -1), _piece(bits, start, stop, len(x))
-        given = buffer[: stop - start] if past else target[start:stop]
-        _write_levels(some, own, scales, stored, given.reshape(some.shape), opposite)
-        if past:
-            _stream(given, target[start:stop], some.ctypes.data + CHUNK * x.itemsize)
+def _stream_rows(
+    x: Array, bits: Array | None, first: int, last: int, scales: Array, stored: Array | None,
+    y: Array, opposite: Array, buffer: Array, held: int,
+) -> int:  # fmt: skip
+    """The same past the caches; the number of elements that are held in the buffer is given."""
+    source, target, length = x.reshape(-1), y.reshape(-1), x.shape[1]
+    rows = PIECE // max(1, length)
+    if rows > 1:
+        for top in range(first, last, rows):
+            end = min(top + rows, last)
+            size = held + (end - top) * length
+            _write_rows(x[top:end], _cut(bits, top, end), scales[top:end], _cut(stored, top, end),
+                        buffer[held:size].reshape(end - top, length), opposite)  # fmt: skip
+            held = _stream(buffer, size, target, end * length, source)
+        return held
+    for row in range(first, last):
+        some, own = x[row], _row_of(bits, row)
+        for start in range(0, length, PIECE):
+            stop = min(start + PIECE, length)
+            size = held + stop - start
+            _write_levels(some[start:stop], _cut(own, start, stop), row, scales, stored,
+                          buffer[held:size], opposite)  # fmt: skip
+            held = _stream(buffer, size, target, row * length + stop, source)
+    return held
 
 
 @loop()
 def _approximation(
     x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array, past: bool,
-    buffer: Array, opposite: Array,
+    opposite: Array, buffer: Array,
 ) -> None:  # fmt: skip
     """Write the sums of levels; `stored` are the scales as rounded, None if they are not."""
     x, bits, y = uncounted(x), uncounted(bits), uncounted(y)
     scales, stored = uncounted(scales), uncounted(stored)
-    buffer, opposite = uncounted(buffer), uncounted(opposite)
-    rows = _together(x)
-    for start in range(0, len(x), rows):
-        stop = min(start + rows, len(x))
-        _give_levels(
-            x[start:stop], _cut(bits, start, stop), scales[start:stop], _cut(stored, start, stop),
-            y[start:stop], past, buffer, opposite,
-        )  # fmt: skip
-    _finish_stores()
+    opposite, buffer = uncounted(opposite), uncounted(buffer)
+    if past:
+        held = _stream_rows(x, bits, 0, len(x), scales, stored, y, opposite, buffer, 0)
+        _finish_stream(buffer, held, y.reshape(-1))
+    else:
+        _write_rows(x, bits, scales, stored, y, opposite)
 
 
 @loop()
 def _approximate(
     x: Array, bits: Array | None, scales: Array, y: Array, past: bool, spare: Array, sums: Array,
-    buffer: Array, opposite: Array,
+    opposite: Array, buffer: Array,
 ) -> None:  # fmt: skip
     """Find the scales of rows and write the sums of levels while they are in the first cache."""
     x, bits, scales, y = uncounted(x), uncounted(bits), uncounted(scales), uncounted(y)
     spare, sums = uncounted(spare), uncounted(sums)
-    buffer, opposite = uncounted(buffer), uncounted(opposite)
+    opposite, buffer = uncounted(opposite), uncounted(buffer)
+    held = 0
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))
-        own, some, found = _cut(bits, start, stop), x[start:stop], scales[start:stop]
+        some, own, found = x[start:stop], _cut(bits, start, stop), scales[start:stop]
         _find_scales(some, own, found, spare, sums)
-        _give_levels(some, own, found, None, y[start:stop], past, buffer, opposite)
-    _finish_stores()
+        if past:
+            held = _stream_rows(
+                x, bits, start, stop, scales, None, y, opposite, buffer, held
+            )  # fmt: skip
+        else:
+            _write_rows(some, own, found, None, y[start:stop], opposite)
+    if past:
+        _finish_stream(buffer, held, y.reshape(-1))
 
 
 @loop()
-def _negate(x: Array, row: int, opposite: Array) -> None:
-    for j in range(opposite.size):
-        opposite[j] = x.dtype.type(0) - x[row, j]
+def _negate(x: Array, opposite: Array) -> None:
+    for j in range(x.size):
+        opposite[j] = x.dtype.type(0) - x[j]
 
 
 @loop()
-def _set(
-    opposite: Array, bits: Array | None, row: int, level: int, scale: float, code: Array
-) -> None:
+def _set(opposite: Array, bits: Array | None, level: int, scale: float, code: Array) -> None:
     """Set the bit of a level, and take the level off what is left."""
     bit, zero = code.dtype.type(1 << level), code.dtype.type(0)
-    for j in range(opposite.size):
+    for j in range(code.size):
         n = opposite[j]
-        code[row, j] |= bit if (n < 0) & _hot(bits, row, j, level) else zero
+        code[j] |= bit if (n < 0) & _hot(bits, j, level) else zero
         opposite[j] = n + _step(n, scale)
 
 
 @loop()
 def _codes(x: Array, bits: Array | None, scales: Array, code: Array, opposite: Array) -> None:
-    """Write the codes, which are 0 before; `opposite` is an array of `CHUNK`."""
+    """Write the codes, which are 0 before."""
     x, bits, scales, code = uncounted(x), uncounted(bits), uncounted(scales), uncounted(code)
     opposite = uncounted(opposite)
     for row in range(len(x)):
-        whole = _cut(bits, row, row + 1)
-        for start in range(0, x.shape[1], CHUNK):
-            stop = min(start + CHUNK, x.shape[1])
-            some, given = x[row, start:stop].reshape(1, -1), code[row, start:stop].reshape(1, -1)
-            own, left = _piece(whole, start, stop, 1), opposite[: stop - start]
-            _negate(some, 0, left)
+        source, own, target = x[row], _row_of(bits, row), code[row]
+        for start in range(0, source.size, CHUNK):
+            stop = min(start + CHUNK, source.size)
+            _negate(source[start:stop], opposite)
             for level in range(scales.shape[1]):
-                _set(left, own, 0, level, scales[row, level], given)
+                _set(opposite, _cut(own, start, stop), level, scales[row, level],
+                     target[start:stop])  # fmt: skip
 
 
 @loop()
-def _set_signs(
-    opposite: Array, bits: Array | None, row: int, level: int, scale: float, signs: Array
-) -> None:
+def _set_signs(opposite: Array, bits: Array | None, level: int, scale: float, signs: Array) -> None:
     """Write the signs of a level, and take the level off what is left."""
     plus, minus, none = np.int8(1), np.int8(-1), np.int8(0)
-    for j in range(opposite.size):
+    for j in range(signs.size):
         n = opposite[j]
         sign = plus if n < 0 else minus
-        signs[level, row, j] = sign if _hot(bits, row, j, level) else none
+        signs[j] = sign if _hot(bits, j, level) else none
         opposite[j] = n + _step(n, scale)
 
 
@@ -794,9 +825,10 @@ def _encode(
         found = scales[start:stop]
         _find_scales(x[start:stop], _cut(bits, start, stop), found, spare, sums)
         for row in range(start, stop):
-            _negate(x, row, opposite)
+            own = _row_of(bits, row)
+            _negate(x[row], opposite)
             for level in range(len(signs)):
-                _set_signs(opposite, bits, row, level, scales[row, level], signs)
+                _set_signs(opposite, own, level, scales[row, level], signs[level, row])
 
 
 @loop()
@@ -804,30 +836,30 @@ def _first_codes(code: Array, bits: Array | None, row: int, stored: Array, y: Ar
     """Write the sum of the first four levels."""
     a, b, c, d = _padded(stored, row, 0)
     zero = y.dtype.type(0)
-    for j in range(code.shape[1]):
-        own = code[row, j]
+    for j in range(code.size):
+        own = code[j]
         one = a if own & 1 else -a
         two = one + (b if own & 2 else -b)
         three = two + (c if own & 4 else -c)
         four = three + (d if own & 8 else -d)
-        y[row, j] = _reached(bits, row, j, 0, (zero, one, two, three, four))
+        y[j] = _reached(bits, j, 0, (zero, one, two, three, four))
 
 
 @loop()
-def _add_code(
-    code: Array, bits: Array | None, row: int, level: int, stored: float, y: Array
-) -> None:
-    for j in range(code.shape[1]):
-        step = stored if code[row, j] >> level & 1 else -stored
-        y[row, j] += step if _hot(bits, row, j, level) else y.dtype.type(0)
+def _add_code(code: Array, bits: Array | None, level: int, stored: float, y: Array) -> None:
+    for j in range(code.size):
+        step = stored if code[j] >> level & 1 else -stored
+        y[j] += step if _hot(bits, j, level) else y.dtype.type(0)
 
 
 @loop()
 def _decode(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
+    code, bits, stored, y = uncounted(code), uncounted(bits), uncounted(stored), uncounted(y)
     for row in range(len(code)):
-        _first_codes(code, bits, row, stored, y)
+        own = _row_of(bits, row)
+        _first_codes(code[row], own, row, stored, y[row])
         for level in range(GROUP, stored.shape[1]):
-            _add_code(code, bits, row, level, stored[row, level], y)
+            _add_code(code[row], own, level, stored[row, level], y[row])
 
 
 @loop()
@@ -840,11 +872,17 @@ def _add_signs(scales: Array, sign: Array, y: Array) -> None:
 
 
 @loop()
+def _set_level_signs(code: Array, bits: Array | None, level: int, sign: Array) -> None:
+    for j in range(code.size):
+        value = np.int8(2 * (code[j] >> level & 1) - 1)
+        sign[j] = value if _hot(bits, j, level) else np.int8(0)
+
+
+@loop()
 def _level_signs(code: Array, bits: Array | None, level: int, sign: Array) -> None:
+    code, bits, sign = uncounted(code), uncounted(bits), uncounted(sign)
     for row in range(len(code)):
-        for j in range(code.shape[1]):
-            value = np.int8(2 * (code[row, j] >> level & 1) - 1)
-            sign[row, j] = value if _hot(bits, row, j, level) else np.int8(0)
+        _set_level_signs(code[row], _row_of(bits, row), level, sign[row])
 
 
 # ---------------------------------------------------------------- element by element
@@ -867,12 +905,13 @@ def _signs(x: Array, y: Array, past: bool, buffer: Array) -> None:
     if not past:
         _signs_of(x, y)
         return
-    for start in range(0, x.size, CHUNK):
-        some, target = x[start : start + CHUNK], y[start : start + CHUNK]
-        drain = buffer[: some.size]
-        _signs_of(some, drain)
-        _stream(drain, target, some.ctypes.data + CHUNK * x.itemsize)
-    _finish_stores()
+    held = 0
+    for start in range(0, x.size, PIECE):
+        some = x[start : start + PIECE]
+        size = held + some.size
+        _signs_of(some, buffer[held:size])
+        held = _stream(buffer, size, y, start + some.size, x)
+    _finish_stream(buffer, held, y)
 
 
 @loop()
@@ -900,7 +939,7 @@ def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
     """`greedy.level_sums` over a piece of one row."""
     found = _stack(scales, x)
-    total[...], count[...] = _level_sum(in_work_dtype(x), _map(bits), found, *_chunks(x, 1))
+    total[...], count[...] = _level_sum(in_work_dtype(x), _map(bits), found, _chunk(x))
 
 
 def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
@@ -911,7 +950,7 @@ def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
     target = y if direct else np.empty(x.shape, found.dtype)
     past = direct and _streams(x, bits, y)
     own, bits = in_work_dtype(x), _map(bits)
-    _approximation(own, bits, found, stored, target, past, *_chunks(x, 2))
+    _approximation(own, bits, found, stored, target, past, _row(own), _buffer(own))
     if not direct:
         y[...] = target
 
@@ -926,7 +965,7 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     scales = np.empty((len(x), levels), x.dtype)
     past = direct and _streams(x, bits, y)
     own, bits = np.ascontiguousarray(x), _map(bits)
-    _approximate(own, bits, scales, target, past, *_spares(x), *_chunks(x, 2))
+    _approximate(own, bits, scales, target, past, *_spares(x), _row(x), _buffer(x))
     if not direct:
         y[...] = target
 
@@ -941,7 +980,7 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     """`greedy.codes`."""
     code[...] = 0
-    _codes(in_work_dtype(x), _map(bits), _stack(scales, x), code, *_chunks(x, 1))
+    _codes(in_work_dtype(x), _map(bits), _stack(scales, x), code, _chunk(x))
 
 
 def decode(code: Array, bits: Array, *scales: Array, y: Array) -> None:
@@ -974,7 +1013,7 @@ def signs(x: Array, *, y: Array) -> None:
     if np.may_share_memory(x, y):
         _signs_in_place(y.reshape(-1))
     else:
-        _signs(x.reshape(-1), y.reshape(-1), _is_slow(y), *_chunks(y, 1))
+        _signs(x.reshape(-1), y.reshape(-1), _is_slow(y), _buffer(y))
 
 
 def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
@@ -1003,15 +1042,24 @@ def in_work_dtype(x: Array) -> Array:
 
 def _spares(x: Array) -> tuple[Array, Array]:
     """What `_find_scales` overwrites, for `x` in the work dtype: rows, and half as many columns."""
+    rows = max(1, CHUNK // max(1, x.shape[1]))
     return (
-        blocks.spare("rows", (_together(x), x.shape[1]), x.dtype),
+        blocks.spare("rows", (rows, x.shape[1]), x.dtype),
         blocks.spare("sums", (x.shape[1] // 2,), x.dtype),
     )
 
 
-def _chunks(x: Array, number: int) -> Array:
-    """Arrays of `CHUNK` in the work dtype that are overwritten."""
-    return blocks.spare("chunks", (number, CHUNK), arrays.work_dtype(x.dtype))
+def _chunk(x: Array) -> Array:
+    return blocks.spare("chunk", (CHUNK,), arrays.work_dtype(x.dtype))
+
+
+def _row(x: Array) -> Array:
+    return blocks.spare("row", x.shape[1:], x.dtype)
+
+
+def _buffer(y: Array) -> Array:
+    """What `_stream` writes from."""
+    return blocks.spare("buffer", (2 * PIECE,), y.dtype)
 
 
 def _map(bits: Array) -> Array | None:

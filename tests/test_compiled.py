@@ -413,7 +413,9 @@ def test_no_place_for_a_cache(monkeypatch):
 
 @pytest.mark.parametrize("dtype", WORK)
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("shape", [(1, 128), (37, 128), (3, 1025), (2, 4096), (2, 10_001)])
+@pytest.mark.parametrize(
+    "shape", [(1, 128), (37, 128), (20, 300), (9, 700), (3, 1025), (2, 10_001)]
+)
 @pytest.mark.parametrize("shift", [0, 1, 3])
 def test_results_past_the_caches(rng, monkeypatch, dtype, levels, shape, shift):
     x, bits = samples(rng, shape, dtype, levels, mapped=False)
@@ -451,7 +453,8 @@ def test_only_large_results_that_have_memory_go_past_the_caches():
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of instructions")
 def test_stores_past_the_caches_are_compiled_as_such():
     function = numba.njit(compiled._stream.py_func)  # what comes from the cache has no text
-    function(np.empty(9, np.float32), np.empty(9, np.float32), 0)
+    x = np.empty(9, np.float32)
+    function(x, 9, x, 9, x)
     code = "".join(function.inspect_asm().values())
     assert "movnt" in code
     assert "prefetch" in code
@@ -471,7 +474,7 @@ def test_a_row_that_is_not_aligned(rng):
 
 
 @pytest.mark.parametrize("dtype", WORK)
-@pytest.mark.parametrize("size", [1, 130, 4096, 10_001])
+@pytest.mark.parametrize("size", [1, 130, 1023, 4096, 10_001])
 @pytest.mark.parametrize("shift", [0, 3])
 def test_signs_past_the_caches(rng, monkeypatch, dtype, size, shift):
     x, _ = samples(rng, (size,), dtype, 1, mapped=False)

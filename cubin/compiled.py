@@ -20,7 +20,6 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from cubin import arrays, blocks
@@ -110,7 +109,7 @@ def _prefetch(context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
         to_read, into_first_cache, data = (ir.Constant(number, value) for value in (0, 3, 1))
         address = builder.inttoptr(arguments[0], pointer)
         builder.call(prefetch, [address, to_read, into_first_cache, data])

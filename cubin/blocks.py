@@ -44,9 +44,12 @@ _BUFFER = 1 << 10
 Block = tuple[slice, ...]
 
 
-def tile(shape: Sequence[int], size: int = BLOCK) -> Iterator[Block]:
-    """Slices that tile an array of shape `shape` in C order, at most `size` elements each."""
-    shape = tuple(shape)
+def tile(shape: Sequence[int], size: int | None = None) -> Iterator[Block]:
+    """Slices that tile an array of shape `shape` in C order, at most `size` elements each.
+
+    The default is `BLOCK`.
+    """
+    shape, size = tuple(shape), BLOCK if size is None else size
     if 0 in shape:
         return
     # The axes after `axis` are taken whole, `axis` in runs, those before it one index at a time.

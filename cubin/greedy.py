@@ -317,7 +317,7 @@ def _for_each_part(
 def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> tuple[Array, Array]:
     """The sums and counts of the next level over the pieces of long rows, as (rows, pieces)."""
     loops = _loops(x)
-    pieces = sum(1 for _ in blocks.tile(rows.inner_shape, _piece(x) or blocks.BLOCK))
+    pieces = sum(1 for _ in blocks.tile(rows.inner_shape, _piece(x)))
     totals = np.empty((rows.count, pieces), np.float64)
     counts = np.empty((rows.count, pieces), np.int64)
 

@@ -45,7 +45,7 @@ def parts_of(rows: Rows, *, device: bool = False, block: int | None = None) -> I
 
     Blocks have up to `block` elements (default: `blocks.BLOCK`), whether of whole rows or of one.
     """
-    first, block = slice(0, 1), block or blocks.BLOCK
+    first, block = slice(0, 1), blocks.BLOCK if block is None else block
     if device:
         yield Part(slice(None), first, (...,))
     elif rows.length <= blocks.BLOCK:

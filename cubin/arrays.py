@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from cubin import memory
+
 Array = Any
 """A NumPy or CuPy array: the two share no base class."""
 
@@ -104,7 +106,7 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
     """`out` if it can take a result of x's shape, or a new array where `out` is None."""
     dtype = x.dtype if dtype is None else np.dtype(dtype)
     if out is None:
-        return library(x).empty(x.shape, dtype)
+        return result(x.shape, dtype, x)
     if not (on_device(out) or isinstance(out, np.ndarray)):
         raise TypeError(f"out must be an array, got {type(out).__qualname__}")
     _same_library("out", out, x)
@@ -115,6 +117,11 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
     return out
+
+
+def result(shape: tuple[int, ...], dtype: Any, x: Array) -> Array:
+    """A new array of arbitrary content in x's library."""
+    return library(x).empty(shape, dtype) if on_device(x) else memory.empty(shape, dtype)
 
 
 def apart(x: Array, out: Array) -> Array:

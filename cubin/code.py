@@ -259,7 +259,7 @@ class BinaryCode:
 
     def _dequantize_in_cache(self, scales: Array) -> Array:
         """All levels of a block while it is in the cache."""
-        rows, y = self._rows, np.empty(self.shape, self.dtype)
+        rows, y = self._rows, arrays.result(self.shape, self.dtype, scales)
         flat_scales = scales.reshape(len(scales), rows.count, 1)
         signs, target = rows.view(self.signs, lead=1), rows.view(y)
         loops: Any = blocks.compiled(y.size)

@@ -11,9 +11,6 @@ changes nothing.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic, overload
 
-from cubin import arrays, blocks
+from cubin import arrays, blocks, memory
 from cubin.arrays import Array
 
 GROUP = 4
@@ -173,29 +170,14 @@ def _streams(x: Array, bits: Array, y: Array) -> bool:
 
 
 def _is_slow(y: Array) -> bool:
-    """Whether `y` is better written past the caches, since what it is a part of outgrows them."""
+    """Whether `y` is better written past the caches, since what it is a part of outgrows them.
+
+    Memory that is new to the process is not: the system clears it first, in the caches.
+    """
     whole = y
     while isinstance(whole.base, np.ndarray):
         whole = whole.base
-    return whole.nbytes >= LARGE and y.flags.aligned and _is_resident(y)
-
-
-def _is_resident(y: Array) -> bool:
-    """Whether the system has given memory to `y` yet; else it clears it first, in the caches."""
-    mincore = _mincore()
-    if mincore is None:
-        return False
-    address, answer = y.ctypes.data + y.nbytes // 2, ctypes.c_ubyte()
-    page = ctypes.c_void_p(address - address % mmap.PAGESIZE)
-    return mincore(page, ctypes.c_size_t(1), ctypes.byref(answer)) == 0 and answer.value & 1 == 1
-
-
-@functools.cache
-def _mincore() -> Any:
-    try:
-        return ctypes.CDLL(None).mincore
-    except (AttributeError, OSError, TypeError):  # the last on Windows
-        return None
+    return whole.nbytes >= LARGE and y.flags.aligned and memory.is_resident(y)
 
 
 # ---------------------------------------------------------------- forms by type

@@ -34,7 +34,7 @@ class Encoding:
         xp = self._xp = arrays.library(x)
         self.rows = rows
         self.scales = xp.zeros((levels, rows.count), x.dtype)
-        self.signs = xp.empty((levels, *x.shape), np.int8)
+        self.signs = arrays.result((levels, *x.shape), np.int8, x)
         loops = None if arrays.on_device(x) else blocks.compiled(x.size)
         self._signs_at: Any = level_signs if loops is None else loops.level_signs
 

@@ -20,14 +20,18 @@ Solver = Callable[[Magnitudes, int], dict[int, Cells]]
 """Takes the magnitudes of rows and the number of levels; gives cells by number of bits."""
 
 BLOCK = 1 << 19
-"""Elements, or cells of a solver's states, that the host works on at a time."""
+"""Elements, or cells of a solver's states, that the host works on at a time, at least."""
 
-FEW_PASSES = 25
+LARGEST_BLOCK = 1 << 20
+"""The most of them, where all elements have as many bits and the same importance: while Python is
+between two, other threads wait for it."""
+
+FEW_PASSES = 16
 """Thresholds that rows are compared with in less time than they are sorted in: so many for long
 rows, half as many as there are elements for short ones."""
 
 DEVICE_BLOCK = 1 << 24
-"""The same on a device."""
+"""What a device works on at a time."""
 
 
 def approximate(
@@ -132,6 +136,8 @@ def _fit(
         finish(part, fits[part.rows.start], x, bits)
 
     block = DEVICE_BLOCK if device else BLOCK
+    if not (device or loops or np.ndim(bits)) and importance is None:
+        block = min(max(block, blocks.portion(x.size)), LARGEST_BLOCK)
     parts = list(_whole_rows(rows, levels, block)) if x.size else []
     if device:
         for part in parts:

@@ -85,7 +85,12 @@ class Fit:
             for rows, chosen in self._counted(x, self._codes.reshape(len(x), -1), every):
                 codes[rows] = chosen
             return codes
-        return self._xp.take(self._codes, self._entries(x, bits))
+        if arrays.on_device(x):
+            return self._xp.take(self._codes, self._entries(x, bits, slice(None)))
+        codes = np.empty(x.shape, np.uint16)
+        for rows in _tiles(x):
+            codes[rows] = np.take(self._codes, self._entries(x, bits, rows))
+        return codes
 
     def approximate(self, x: Array, bits: Any, y: Array) -> None:
         """Write what the codes and scales of elements stand for, as `decode` gives it."""
@@ -104,7 +109,8 @@ class Fit:
                 # The sums of levels are odd, and +0 where they cancel.
                 np.add(chosen.view(y.dtype), 0, out=y[rows])
         else:
-            y[...] = xp.take(values.ravel(), self._entries(x, bits))
+            for rows in _tiles(x):
+                y[rows] = xp.take(values.ravel(), self._entries(x, bits, rows))
 
     def _counts_edges(self, x: Array) -> bool:
         return not (self._mapped or self._cells > _COUNTED or arrays.on_device(x))
@@ -118,7 +124,7 @@ class Fit:
         """
         edges = self._edges.reshape(len(x), self._cells - 1)
         changes = words[:, : self._cells - 1] ^ words[:, 1 : self._cells]
-        for (rows,) in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1])):
+        for rows in _tiles(x):
             own = x[rows]
             beyond = blocks.spare("beyond", own.shape, np.bool_)
             chosen = blocks.spare("chosen", own.shape, words.dtype)
@@ -133,15 +139,15 @@ class Fit:
                 np.bitwise_xor(chosen, step, out=chosen)
             yield rows, chosen
 
-    def _entries(self, x: Array, bits: Any) -> Array:
-        """Where the codes of elements stand among those of all rows."""
+    def _entries(self, x: Array, bits: Any, rows: slice) -> Array:
+        """Where the codes of elements of some rows stand among those of all rows."""
         xp = self._xp
-        magnitude = abs(x) / self._unit
-        table = xp.arange(len(x))[:, None]
+        magnitude = abs(x[rows]) / self._unit[rows]
+        table = xp.arange(len(x))[rows, None]
         if self._mapped:
-            table = table * (self._levels + 1) + bits
+            table = table * (self._levels + 1) + bits[rows]
         position = self._bisected(magnitude, table)
-        position += (x <= 0) * position.dtype.type(self._cells)
+        position += (x[rows] <= 0) * position.dtype.type(self._cells)
         return position + table * (2 * self._cells)
 
     def _bisected(self, magnitude: Array, table: Array) -> Array:
@@ -154,3 +160,10 @@ class Fit:
             position += (magnitude > edge) * step
             step >>= 1
         return position
+
+
+def _tiles(x: Array) -> list[slice]:
+    """Rows that are worked on at a time: on the host, those that stay in the cache."""
+    if arrays.on_device(x):
+        return [slice(None)]
+    return [rows for (rows,) in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1]))]

@@ -58,6 +58,8 @@ class Magnitudes:
                 order = xp.take_along_axis(order, by_bits, 1)
             magnitude = xp.take_along_axis(magnitude, order, 1)
             weight = None if weight is None else xp.take_along_axis(weight, order, 1)
+        elif xp is np:
+            magnitude.sort(axis=1)  # a copy would take as much memory again
         else:
             magnitude = xp.sort(magnitude, axis=1)
         self._starts = _starts(xp, bits, self.depths, x.shape)
@@ -131,15 +133,15 @@ class Magnitudes:
     def _positions(self, rows: Array, start: Array, stop: Array, thresholds: Array) -> Array:
         """How many elements of a row precede the first one above each threshold, by bisection."""
         xp = self.xp
-        base = rows * self.length
-        position = xp.zeros(thresholds.shape, np.int64) + start
+        base = rows * self.length - 1
+        # The last element that is known not to lie above, and the last there is.
+        found, last = xp.zeros(thresholds.shape, np.int64) + (base + start), base + stop
         step = 1 << (self.length.bit_length() - 1)
         while step:
-            probe = xp.minimum(position + step, stop)
-            below = xp.take(self._values, xp.maximum(probe - 1, 0) + base) <= thresholds
-            position = xp.where(below & (probe > position), probe, position)
+            probe = xp.minimum(found + step, last)
+            found = xp.where(xp.take(self._values, probe) <= thresholds, probe, found)
             step >>= 1
-        return position
+        return found - base
 
 
 class Unsorted(Magnitudes):
@@ -167,7 +169,7 @@ class Unsorted(Magnitudes):
         word = m.view(f"i{m.itemsize}")
         mass, first = np.zeros((2, len(thresholds) + 2, len(m)))
         mass[0], first[0] = self.length, self._total[rows]
-        for (part,) in blocks.tile((len(m),), max(1, blocks.BLOCK // self.length)):
+        for (part,) in blocks.tile((len(m),), max(1, blocks.KEPT // self.length)):
             kept = blocks.spare("kept", m[part].shape, m.dtype)
             mask = kept.view(word.dtype)
             for cell, edge in enumerate(thresholds[:, part], start=1):
@@ -203,7 +205,11 @@ def _weights(xp: Any, importance: Array, bits: Any) -> Array:
 
 def _running_sums(xp: Any, values: Array) -> Array:
     sums = xp.zeros((len(values), values.shape[1] + 1), np.float64)
-    sums[:, 1:] = xp.cumsum(values, axis=1, dtype=np.float64)
+    if xp is np:
+        sums[:, 1:] = values  # which takes a tenth of the time that NumPy's sum takes to convert
+        np.cumsum(sums, axis=1, out=sums)
+    else:
+        sums[:, 1:] = xp.cumsum(values, axis=1, dtype=np.float64)
     return sums.ravel()
 
 

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import cubin
+from cubin import memory
 from tests import reference
 
 
@@ -49,7 +50,18 @@ def test_every_operation_is_measured(small, tmp_path, capsys):
     origin = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert origin["library"] == "numpy"
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
-    assert "multibit, 6x40 per row, map of 0 to 4 bits" in capsys.readouterr().out
+    assert "multibit, 6x40 per row, map of 0 to 2 bits" in capsys.readouterr().out
+
+
+def test_calls_in_new_memory(small, monkeypatch, tmp_path):
+    """They are timed where results are large, and hold as much as the others."""
+    monkeypatch.setattr(memory, "LARGE", 960)
+    assert run(tmp_path, "--rounds", "1", "--operations", "multibit", "multibit_grad") == 0
+    with (tmp_path / "out" / "benchmark.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["candidate"] == benchmark.NEW]
+    assert {row["operation"] for row in rows} == {"multibit"}
+    assert {row["layout"] for row in rows} == {"6x40 per row", "4x256 per group of 128"}
+    assert all(int(row["peak_bytes"]) >= 4 * int(row["elements"]) for row in rows)
 
 
 def test_what_users_can_mend(small, tmp_path, capsys):

@@ -407,14 +407,32 @@ def _refolded_sum(m: Array, a: float) -> float:
     return total
 
 
+@loop(fastmath={"reassoc"})
+def _last_sum(m: Array, a: float) -> float:
+    """The same, without keeping what is left."""
+    n, total = m.size // 4, 0.0
+    for j in range(n):
+        p, q = abs(abs(m[j]) - a), abs(abs(m[n + j]) - a)
+        r, s = abs(abs(m[2 * n + j]) - a), abs(abs(m[3 * n + j]) - a)
+        total += np.float64(_four(p, q, r, s))
+    for j in range(4 * n, m.size):
+        total += np.float64(abs(abs(m[j]) - a))
+    return total
+
+
 @loop()
 def _whole_scale(x: Array, level: int, scales: Array, m: Array) -> None:
     """Find the scales of a level of rows whose elements have all levels."""
-    length, finite = x.shape[1], True
+    length, finite, last = x.shape[1], True, level == scales.shape[1] - 1
     if level == 0:
         for row in range(len(x)):
             scales[row, 0] = _whole_sum(x[row]) / length
             finite &= scales[row, 0] < np.inf
+    elif last:
+        left = x if level == 1 else m
+        for row in range(len(x)):
+            scales[row, level] = _last_sum(left[row], scales[row, level - 1]) / length
+            finite &= scales[row, level] < np.inf
     elif level == 1:
         for row in range(len(x)):
             scales[row, 1] = _folded_sum(x[row], scales[row, 0], m[row]) / length
@@ -424,15 +442,16 @@ def _whole_scale(x: Array, level: int, scales: Array, m: Array) -> None:
             scales[row, level] = _refolded_sum(m[row], scales[row, level - 1]) / length
             finite &= scales[row, level] < np.inf
     if not finite:
-        _mean(m if level else x, level, scales)
+        _mean(x if level == 0 or (last and level == 1) else m, level, last, scales)
 
 
 @loop()
-def _mean(m: Array, level: int, scales: Array) -> None:
+def _mean(m: Array, level: int, last: bool, scales: Array) -> None:
     """The mean magnitudes again, where four overflow that do not in float64."""
     for row in range(len(scales)):
         if not scales[row, level] < np.inf:
-            total, _ = _early_sum(m[row], None, 0, scales.dtype.type(0))
+            taken = scales[row, level - 1] if last and level else scales.dtype.type(0)
+            total, _ = _early_sum(m[row], None, 0, taken)
             scales[row, level] = total / m.shape[1]
 
 

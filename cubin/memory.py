@@ -25,6 +25,9 @@ LARGE = 1 << 25
 KEPT = 1 << 28
 """The most bytes that are kept."""
 
+HEADER = 64
+"""The most bytes that C libraries write before memory that they map for itself."""
+
 _kept: deque[np.ndarray] = deque()
 
 
@@ -84,14 +87,15 @@ def _keep(memory: np.ndarray) -> None:
 
 
 def _offer(memory: np.ndarray) -> bool:
-    """Let the system take the whole pages of `memory`, their content with them."""
+    """Let the system take the whole pages of `memory`, their content with them.
+
+    What does not begin on a page of its own was not mapped for itself: the C library keeps it then.
+    """
     madvise = _system("madvise")
-    if madvise is None:
-        return False
     page, address = mmap.PAGESIZE, memory.ctypes.data
+    if madvise is None or address % page > HEADER:
+        return False
     start, stop = -(-address // page) * page, (address + memory.nbytes) // page * page
-    if start >= stop:
-        return True
     size = ctypes.c_size_t(stop - start)
     return madvise(ctypes.c_void_p(start), size, mmap.MADV_FREE) == 0
 

@@ -466,11 +466,10 @@ def measure(
             del chosen[name]
     times: dict[str, list[float]] = {name: [] for name in chosen}
     started = time.perf_counter()
-    names = list(chosen)
+    names, order = list(chosen), np.random.default_rng(SEED)
     for number in range(rounds):
-        # Each round starts elsewhere, so that none always follows the same one.
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        # In another order each time: what comes after PyTorch's threads is slower than the rest.
+        for name in order.permutation(names):
             call = partial(chosen[name], inputs[number % len(inputs)])
             if not quick and (number == 0 or times[name][-1] < SHORT_CALL):
                 call()

@@ -28,6 +28,7 @@ N = 1 << 16
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
     monkeypatch.setattr(memory, "LARGE", 1 << 16)
+    monkeypatch.setattr(memory, "HEADER", mmap.PAGESIZE)  # C libraries map no such size for itself
     memory.release()
     yield
     memory.release()
@@ -120,6 +121,17 @@ def test_nothing_is_kept_of_small_arrays():
     assert array.flags.owndata
     del array
     assert not memory._kept
+
+
+@keeps
+def test_memory_that_is_not_mapped_for_itself_is_left_to_the_c_library(monkeypatch):
+    monkeypatch.setattr(memory, "HEADER", 64)
+    room = np.empty(3 * mmap.PAGESIZE, np.uint8)
+    page = -address(room) % mmap.PAGESIZE
+    for header, is_kept in ((0, True), (16, True), (64, True), (65, False), (1000, False)):
+        memory.release()
+        memory._keep(room[page + header :])
+        assert len(memory._kept) == is_kept
 
 
 @keeps

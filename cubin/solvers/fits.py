@@ -79,17 +79,14 @@ class Fit:
 
         `x`, (rows, n), and `bits` may be some columns of what was fitted.
         """
+        codes = self._xp.empty(x.shape, np.uint16)
         if self._counts_edges(x):
             every = np.uint16((1 << self._levels) - 1)
-            codes = np.empty(x.shape, np.uint16)
             for rows, chosen in self._counted(x, self._codes.reshape(len(x), -1), every):
                 codes[rows] = chosen
-            return codes
-        if arrays.on_device(x):
-            return self._xp.take(self._codes, self._entries(x, bits, slice(None)))
-        codes = np.empty(x.shape, np.uint16)
-        for rows in _tiles(x):
-            codes[rows] = np.take(self._codes, self._entries(x, bits, rows))
+        else:
+            for rows in _tiles(x):
+                codes[rows] = self._xp.take(self._codes, self._entries(x, bits, rows))
         return codes
 
     def approximate(self, x: Array, bits: Any, y: Array) -> None:

@@ -41,6 +41,9 @@ COMPILED_PIECE = 1 << 19
 _BUFFER = 1 << 10
 """NumPy's own buffer: an operand that broadcasts along rows longer than it costs half."""
 
+_LINE = 64
+"""Bytes that processors read memory by."""
+
 Block = tuple[slice, ...]
 
 
@@ -158,11 +161,12 @@ def spare(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     size = math.prod(shape)
     if size > KEPT:
         return np.empty(shape, dtype)
-    nbytes = size * np.dtype(dtype).itemsize
+    nbytes = size * np.dtype(dtype).itemsize + _LINE
     memory = None if last is None else last.base
     if memory is None or memory.nbytes < nbytes:
         memory = np.empty(nbytes, np.uint8)
-    kept[name] = np.ndarray(shape, dtype, memory)
+    # A vector that lies in two lines takes twice as long.
+    kept[name] = np.ndarray(shape, dtype, memory, -memory.ctypes.data % _LINE)
     return kept[name]
 
 

@@ -16,28 +16,35 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
 from cubin import arrays, blocks, memory
 from cubin.arrays import Array
+from cubin.instructions import (
+    LINE,
+    finish_stores,
+    is_none,
+    itemsize,
+    levels_in_lanes,
+    prefetch,
+    store_line,
+    sum_in_lanes,
+    uncounted,
+)
 
 GROUP = 4
 
-SHORT = 1 << 7
-"""Elements of a row from which on it pays to cut it in four columns."""
+SHORT = 1 << 5
+"""The longest rows whose sums are left to LLVM, which needs less to begin and to end them."""
 
-LONG = 1 << 8
-"""Elements of a row with a map from which on it pays to cut it in two columns."""
+STREAMED = 1 << 7
+"""Elements of a row from which on it pays to write it past the caches."""
 
 CHUNK = 1 << 12
 """Elements of the rows, one at least, that are gone through level by level in the first cache."""
 
 PIECE = 1 << 10
 """Elements that are written past the caches at a time: in between, memory has time to take them."""
-
-LINE = 64
-"""Bytes that memory is read and written by."""
 
 LARGE = 1 << 25
 """Bytes of a result from which on it is written past the caches, which could not hold it.
@@ -56,98 +63,39 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def instruction(function: Callable[..., Any]) -> Any:
-    """What Numba asks for the code, given the types of the arguments after the first."""
-    return intrinsic(function)
-
-
-@instruction
-def uncounted(context: Any, array: Any) -> Any:
-    """The same array, or None, whose slices count no references: it must be held elsewhere.
-
-    Counting them takes longer than the work on a short row.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if _is_none(array):
-            return context.get_dummy_value()
-        view = context.make_array(array)(context, builder, arguments[0])
-        view.meminfo, view.parent = view.meminfo.type(None), view.parent.type(None)
-        return view._getvalue()
-
-    return array(array), generate
-
-
 # ---------------------------------------------------------------- stores past the caches
 
 
-@instruction
-def _store_line(context: Any, source: Any, target: Any) -> Any:
-    """Copy a line between addresses past the caches."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind, half = ir.VectorType(ir.IntType(8), LINE // 2), ir.Constant(ir.IntType(64), LINE // 2)
-        hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        source, target = arguments
-        for _ in range(2):
-            value = builder.load(builder.inttoptr(source, kind.as_pointer()), align=1)
-            pointer = builder.inttoptr(target, kind.as_pointer())
-            builder.store(value, pointer, align=LINE // 2).set_metadata("nontemporal", hint)
-            source, target = builder.add(source, half), builder.add(target, half)
-        return context.get_dummy_value()
-
-    return numba.types.void(numba.types.intp, numba.types.intp), generate
-
-
-@instruction
-def _prefetch(context: Any, address: Any) -> Any:
-    """Begin to read the line at an address, which may be any."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        to_read, into_first_cache, data = (ir.Constant(number, value) for value in (0, 3, 1))
-        address = builder.inttoptr(arguments[0], pointer)
-        builder.call(prefetch, [address, to_read, into_first_cache, data])
-        return context.get_dummy_value()
-
-    return numba.types.void(numba.types.intp), generate
-
-
-@instruction
-def _finish_stores(context: Any) -> Any:
-    """Have other threads see what was stored before what is stored from now on."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return numba.types.void(), generate
+@loop()
+def _lead(target: Array) -> int:
+    """How many elements a line would have before the target: as if they were held already."""
+    return target.ctypes.data % LINE // itemsize(target)
 
 
 @loop()
 def _stream(buffer: Array, size: int, target: Array, end: int, source: Array) -> int:
     """Copy whole lines past the caches once there are enough, while what is read next enters them.
 
-    The first `size` elements of the buffer belong before the index `end` of the target. Those that
-    stay are at its front then, and their number is given. `source` is read as far as the target is
-    written.
+    The first `size` elements of the buffer, which begins with a line, belong before the index
+    `end` of the target. Those that stay are at its front then, and their number is given. `source`
+    is read as far as the target is written.
     """
     if size < PIECE:
         return size
-    itemsize, first = buffer.itemsize, end - size
-    given, address = buffer.ctypes.data, target.ctypes.data + first * itemsize
-    ahead = source.ctypes.data + (first + CHUNK) * itemsize
-    start = -address % LINE // itemsize  # not 0 at the beginning alone
-    lines = (size - start) * itemsize // LINE
-    for j in range(start):
-        target[first + j] = buffer[j]
+    item, first = itemsize(buffer), end - size
+    start = 0
+    if first < 0:  # the target begins within a line
+        start = LINE // item
+        for j in range(-first, start):
+            target[first + j] = buffer[j]
+    given, address = buffer.ctypes.data, target.ctypes.data + first * item
+    ahead = source.ctypes.data + (first + CHUNK) * item
+    lines = (size - start) * item // LINE
     for line in range(lines):
-        at = start * itemsize + line * LINE
-        _store_line(given + at, address + at)
-        _prefetch(ahead + at)
-    done = start + lines * LINE // itemsize
+        at = start * item + line * LINE
+        store_line(given + at, address + at)
+        prefetch(ahead + at)
+    done = start + lines * LINE // item
     for j in range(size - done):
         buffer[j] = buffer[done + j]
     return size - done
@@ -156,9 +104,10 @@ def _stream(buffer: Array, size: int, target: Array, end: int, source: Array) ->
 @loop()
 def _finish_stream(buffer: Array, held: int, target: Array) -> None:
     """Write what is still held, the last elements of the target."""
-    for j in range(held):
-        target[target.size - held + j] = buffer[j]
-    _finish_stores()
+    first = target.size - held
+    for j in range(max(0, -first), held):
+        target[first + j] = buffer[j]
+    finish_stores()
 
 
 def _streams(x: Array, bits: Array, y: Array) -> bool:
@@ -166,7 +115,7 @@ def _streams(x: Array, bits: Array, y: Array) -> bool:
 
     Where they are short or elements have different levels, memory is not what takes the time.
     """
-    return np.ndim(bits) == 0 and x.shape[1] >= SHORT and _is_slow(y)
+    return np.ndim(bits) == 0 and x.shape[1] >= STREAMED and _is_slow(y)
 
 
 def _is_slow(y: Array) -> bool:
@@ -199,7 +148,7 @@ def _cut_by_type(bits: Any, start: Any, stop: Any) -> Callable[..., Any]:
     def some(bits: Any, start: Any, stop: Any) -> Any:
         return bits[start:stop]
 
-    return none if _is_none(bits) else some
+    return none if is_none(bits) else some
 
 
 def _row_of(bits: Array | None, row: int) -> Array | None:
@@ -215,7 +164,7 @@ def _row_of_by_type(bits: Any, row: Any) -> Callable[..., Any]:
     def one(bits: Any, row: Any) -> Any:
         return bits[row]
 
-    return none if _is_none(bits) else one
+    return none if is_none(bits) else one
 
 
 def _hot(bits: Array | None, column: int, level: int) -> bool:
@@ -232,16 +181,29 @@ def _hot_by_type(bits: Any, column: Any, level: Any) -> Callable[..., bool]:
         # In 32 bits, or the lanes are halved.
         return bool(np.int32(bits[column]) > np.int32(level))
 
-    return always if _is_none(bits) else mapped
+    return always if is_none(bits) else mapped
 
 
-def _is_none(kind: Any) -> bool:
-    return isinstance(kind, numba.types.NoneType)
+def _left(value: float, taken: Any) -> float:
+    """The magnitude of a number after scales are taken off it."""
+    raise NotImplementedError
 
 
-@loop()
-def _folded(m: float, a: float, b: float, c: float) -> float:
-    return abs(abs(abs(abs(m) - a) - b) - c)
+@overload(_left)
+def _left_by_type(value: Any, taken: Any) -> Callable[..., float]:
+    def magnitude(value: Any, taken: Any) -> float:
+        return abs(value)
+
+    def less_one(value: Any, taken: Any) -> float:
+        return abs(abs(value) - taken[0])
+
+    def less_three(value: Any, taken: Any) -> float:
+        return abs(abs(abs(abs(value) - taken[0]) - taken[1]) - taken[2])
+
+    def less_four(value: Any, taken: Any) -> float:
+        return abs(abs(abs(abs(abs(value) - taken[0]) - taken[1]) - taken[2]) - taken[3])
+
+    return {0: magnitude, 1: less_one, 3: less_three, 4: less_four}[len(taken)]
 
 
 def _reached(bits: Array | None, column: int, first: int, values: Any) -> float:
@@ -261,7 +223,7 @@ def _reached_by_type(bits: Any, column: Any, first: Any, values: Any) -> Any:
         value = values[3] if own > np.int32(first + 2) else value
         return values[4] if own > np.int32(first + 3) else value
 
-    return always if _is_none(bits) else mapped
+    return always if is_none(bits) else mapped
 
 
 def _step(opposite: float, scale: float) -> float:
@@ -282,22 +244,6 @@ def _step_by_type(opposite: Any, scale: Any) -> Callable[..., float]:
     return single if opposite == numba.types.float32 else double
 
 
-def _keep(value: float, target: Array | None, column: int) -> None:
-    """Write an element of a row, or nothing where there is none."""
-    raise NotImplementedError
-
-
-@overload(_keep)
-def _keep_by_type(value: Any, target: Any, column: Any) -> Callable[..., None]:
-    def nowhere(value: Any, target: Any, column: Any) -> None:
-        pass
-
-    def write(value: Any, target: Any, column: Any) -> None:
-        target[column] = value
-
-    return nowhere if _is_none(target) else write
-
-
 @loop()
 def _padded(scales: Array, row: int, first: int) -> tuple[float, float, float, float]:
     """The scales of four levels, 0 for those that a row does not have."""
@@ -311,262 +257,127 @@ def _padded(scales: Array, row: int, first: int) -> tuple[float, float, float, f
     )
 
 
-def _stored(scales: Array, stored: Array | None, row: int, first: int) -> Any:
-    """The same of `stored`, or of `scales` where there is none."""
+def _padded_or_none(stored: Array | None, row: int, first: int) -> Any:
+    """What `_padded` gives, or None where there is no array."""
     raise NotImplementedError
 
 
-# A name for either array would count references, which takes longer than a short row.
-@overload(_stored)
-def _stored_by_type(scales: Any, stored: Any, row: Any, first: Any) -> Callable[..., Any]:
-    def same(scales: Any, stored: Any, row: Any, first: Any) -> Any:
-        return _padded(scales, row, first)
+@overload(_padded_or_none)
+def _padded_or_none_by_type(stored: Any, row: Any, first: Any) -> Callable[..., Any]:
+    def none(stored: Any, row: Any, first: Any) -> Any:
+        return None
 
-    def rounded(scales: Any, stored: Any, row: Any, first: Any) -> Any:
+    def some(stored: Any, row: Any, first: Any) -> Any:
         return _padded(stored, row, first)
 
-    return same if _is_none(stored) else rounded
+    return none if is_none(stored) else some
+
+
+def _first(scales: Array | None, row: int, count: int) -> Any:
+    """The first scales of a row, or None where there is no array."""
+    raise NotImplementedError
+
+
+@overload(_first, prefer_literal=True)
+def _first_by_count(scales: Any, row: Any, count: Any) -> Callable[..., Any]:
+    def none(scales: Any, row: Any, count: Any) -> Any:
+        return None
+
+    def one(scales: Any, row: Any, count: Any) -> Any:
+        return (scales[row, 0],)
+
+    def two(scales: Any, row: Any, count: Any) -> Any:
+        return scales[row, 0], scales[row, 1]
+
+    def three(scales: Any, row: Any, count: Any) -> Any:
+        return scales[row, 0], scales[row, 1], scales[row, 2]
+
+    def four(scales: Any, row: Any, count: Any) -> Any:
+        return scales[row, 0], scales[row, 1], scales[row, 2], scales[row, 3]
+
+    return none if is_none(scales) else (one, two, three, four)[count.literal_value - 1]
 
 
 # ---------------------------------------------------------------- scales
 
 
-# Sums alone may be reordered; what makes up the summands keeps its order and its NaN.
+# A sum alone may be reordered; what makes up the summands keeps its order and its NaN.
 @loop(fastmath={"reassoc"})
-def _sum(
-    r: Array, bits: Array | None, level: int, a: float, b: float, c: float
-) -> tuple[float, int]:
-    """The sum of a row's |residual| at a level, and how many elements have it."""
+def _wide_sum(x: Array, bits: Array | None, level: int, taken: Any) -> tuple[float, int]:
+    """What `sum_in_lanes` gives, in float64 throughout.
+
+    It pays in short rows, and where four overflow that do not in float64.
+    """
     total, count = 0.0, 0
-    for j in range(r.size):
-        hot = _hot(bits, j, level)
-        total += np.float64(_folded(r[j], a, b, c)) if hot else 0.0
-        count += int(hot)
-    return total, count
-
-
-# The first two levels, which all rows have, have less to subtract.
-@loop(fastmath={"reassoc"})
-def _early_sum(r: Array, bits: Array | None, level: int, a: float) -> tuple[float, int]:
-    total, count = 0.0, 0
-    for j in range(r.size):
-        hot = _hot(bits, j, level)
-        total += np.float64(abs(abs(r[j]) - a)) if hot else 0.0
-        count += int(hot)
-    return total, count
-
-
-@loop()
-def _four(p: float, q: float, r: float, s: float) -> float:
-    return (p + q) + (r + s)
-
-
-# Where all elements count, four are added in the work dtype, float32 as a rule, which has twice the
-# lanes of float64: numbers that are equal do not round.
-@loop(fastmath={"reassoc"})
-def _whole_sum(x: Array) -> float:
-    """The sum of a row's |x|, in columns of four."""
-    n, total = x.size // 4, 0.0
-    for j in range(n):
-        p, q, r, s = abs(x[j]), abs(x[n + j]), abs(x[2 * n + j]), abs(x[3 * n + j])
-        total += np.float64(_four(p, q, r, s))
-    for j in range(4 * n, x.size):
-        total += np.float64(abs(x[j]))
-    return total
-
-
-# What is read and what is written is told apart, since a loop on arrays that might overlap is not
-# vectorized.
-@loop(fastmath={"reassoc"})
-def _folded_sum(x: Array, a: float, m: Array) -> float:
-    """Take a scale off the magnitudes of `x`, keep what is left in `m`, and add it up."""
-    n, total = x.size // 4, 0.0
-    for j in range(n):
-        p, q = abs(abs(x[j]) - a), abs(abs(x[n + j]) - a)
-        r, s = abs(abs(x[2 * n + j]) - a), abs(abs(x[3 * n + j]) - a)
-        m[j], m[n + j], m[2 * n + j], m[3 * n + j] = p, q, r, s
-        total += np.float64(_four(p, q, r, s))
-    for j in range(4 * n, x.size):
-        m[j] = abs(abs(x[j]) - a)
-        total += np.float64(m[j])
-    return total
-
-
-@loop(fastmath={"reassoc"})
-def _refolded_sum(m: Array, a: float) -> float:
-    """The same in place, of magnitudes."""
-    n, total = m.size // 4, 0.0
-    for j in range(n):
-        p, q = abs(m[j] - a), abs(m[n + j] - a)
-        r, s = abs(m[2 * n + j] - a), abs(m[3 * n + j] - a)
-        m[j], m[n + j], m[2 * n + j], m[3 * n + j] = p, q, r, s
-        total += np.float64(_four(p, q, r, s))
-    for j in range(4 * n, m.size):
-        m[j] = abs(m[j] - a)
-        total += np.float64(m[j])
-    return total
-
-
-@loop(fastmath={"reassoc"})
-def _last_sum(m: Array, a: float) -> float:
-    """The same, without keeping what is left."""
-    n, total = m.size // 4, 0.0
-    for j in range(n):
-        p, q = abs(abs(m[j]) - a), abs(abs(m[n + j]) - a)
-        r, s = abs(abs(m[2 * n + j]) - a), abs(abs(m[3 * n + j]) - a)
-        total += np.float64(_four(p, q, r, s))
-    for j in range(4 * n, m.size):
-        total += np.float64(abs(abs(m[j]) - a))
-    return total
-
-
-@loop()
-def _whole_scale(x: Array, level: int, scales: Array, m: Array) -> None:
-    """Find the scales of a level of rows whose elements have all levels."""
-    length, finite, last = x.shape[1], True, level == scales.shape[1] - 1
-    if level == 0:
-        for row in range(len(x)):
-            scales[row, 0] = _whole_sum(x[row]) / length
-            finite &= scales[row, 0] < np.inf
-    elif last:
-        left = x if level == 1 else m
-        for row in range(len(x)):
-            scales[row, level] = _last_sum(left[row], scales[row, level - 1]) / length
-            finite &= scales[row, level] < np.inf
-    elif level == 1:
-        for row in range(len(x)):
-            scales[row, 1] = _folded_sum(x[row], scales[row, 0], m[row]) / length
-            finite &= scales[row, 1] < np.inf
-    else:
-        for row in range(len(x)):
-            scales[row, level] = _refolded_sum(m[row], scales[row, level - 1]) / length
-            finite &= scales[row, level] < np.inf
-    if not finite:
-        _mean(x if level == 0 or (last and level == 1) else m, level, last, scales)
-
-
-@loop()
-def _mean(m: Array, level: int, last: bool, scales: Array) -> None:
-    """The mean magnitudes again, where four overflow that do not in float64."""
-    for row in range(len(scales)):
-        if not scales[row, level] < np.inf:
-            taken = scales[row, level - 1] if last and level else scales.dtype.type(0)
-            total, _ = _early_sum(m[row], None, 0, taken)
-            scales[row, level] = total / m.shape[1]
-
-
-@loop(fastmath={"reassoc"})
-def float64_sum(values: Array) -> float:
-    total = 0.0
-    for j in range(values.size):
-        total += np.float64(values[j])
-    return total
-
-
-@loop()
-def _copy(x: Array, target: Array) -> None:
     for j in range(x.size):
-        target[j] = x[j]
-
-
-@loop()
-def _mapped_sums(pairs: Array, bits: Array, level: int, a: float, sums: Array) -> Any:
-    """Fold columns of two, and add up what has a code at a level; give its number."""
-    # In 32 bits, or the lanes are halved.
-    zero, count, bound = sums.dtype.type(0), np.int32(0), np.int32(level)
-    for j in range(sums.size):
-        p, q = abs(abs(pairs[0, j]) - a), abs(abs(pairs[1, j]) - a)
-        hot, also = np.int32(bits[0, j]) > bound, np.int32(bits[1, j]) > bound
-        pairs[0, j], pairs[1, j] = p, q
-        count = np.int32(count + hot + also)
-        sums[j] = (p if hot else zero) + (q if also else zero)
-    return count
-
-
-@loop()
-def _mapped_scales(x: Array, bits: Array, scales: Array, folded: Array, sums: Array) -> None:
-    """Find the scales of a row whose elements have different levels, in float32."""
-    size = 2 * sums.size
-    own = bits[:size].reshape(2, sums.size)
-    pairs = folded[:size].reshape(2, sums.size)
-    _copy(x, folded)
-    a = zero = scales.dtype.type(0)
-    for level in range(scales.size):
-        count = _mapped_sums(pairs, own, level, a, sums)
-        total = float64_sum(sums)
-        for j in range(size, folded.size):
-            folded[j] = abs(abs(folded[j]) - a)
-            if bits[j] > level:
-                total += folded[j]
-                count += 1
-        if not total < np.inf:  # two may overflow that do not in float64
-            total = _early_sum(folded, bits, level, zero)[0]
-        a = scales.dtype.type(total / count) if count else zero
-        scales[level] = a
-
-
-@loop()
-def _fold(r: Array, scales: Array, row: int, first: int) -> None:
-    """Take the levels `first` to first + 3 off the magnitudes of a row."""
-    a, b, c, d = _padded(scales, row, first)
-    for j in range(r.size):
-        r[j] = abs(_folded(r[j], a, b, c) - d)
-
-
-@loop()
-def _short_scale(r: Array, bits: Array | None, level: int, scales: Array) -> None:
-    """Find the scales of a level, of magnitudes off which whole groups of four are."""
-    first, zero = level // GROUP * GROUP, scales.dtype.type(0)
-    # The scale that is being found is still 0.
-    if level < first + 2:
-        for row in range(len(scales)):
-            total, count = _early_sum(r[row], _row_of(bits, row), level, scales[row, first])
-            scales[row, level] = scales.dtype.type(total / count) if count else zero
-    else:
-        for row in range(len(scales)):
-            a, b, c, _ = _padded(scales, row, first)
-            total, count = _sum(r[row], _row_of(bits, row), level, a, b, c)
-            scales[row, level] = scales.dtype.type(total / count) if count else zero
+        hot = _hot(bits, j, level)
+        total += np.float64(_left(x[j], taken)) if hot else 0.0
+        count += int(hot)
+    return total, count
 
 
 @loop()
 def _short_scales(x: Array, bits: Array | None, scales: Array, spare: Array) -> None:
-    """Find the scales of rows in the work dtype."""
-    levels = scales.shape[1]
-    scales[:] = 0
-    for level in range(min(levels, GROUP)):
-        _short_scale(x, bits, level, scales)
-    if levels > GROUP:
-        for row in range(len(x)):
-            _copy(x[row], spare[row])
-        for level in range(GROUP, levels):
-            if level % GROUP == 0:
-                for row in range(len(x)):
-                    _fold(spare[row], scales, row, level - GROUP)
-            _short_scale(spare, bits, level, scales)
+    """Find the scales of short rows."""
+    levels, zero = scales.shape[1], scales.dtype.type(0)
+    scales[:] = zero
+    for level in range(levels):
+        first = level // GROUP * GROUP
+        if level == first and level > 0:
+            source = x if level == GROUP else spare
+            for row in range(len(x)):
+                sum_in_lanes(
+                    source[row], None, np.uint8(0), _padded(scales, row, first - GROUP), spare[row]
+                )
+        source = x if level < GROUP else spare
+        if level < first + 2:
+            for row in range(len(x)):
+                taken = (scales[row, first],)  # 0 where it is what is being found
+                total, count = _wide_sum(source[row], _row_of(bits, row), level, taken)
+                scales[row, level] = scales.dtype.type(total / count) if count else zero
+        else:
+            for row in range(len(x)):
+                a, b, c, _ = _padded(scales, row, first)
+                total, count = _wide_sum(source[row], _row_of(bits, row), level, (a, b, c))
+                scales[row, level] = scales.dtype.type(total / count) if count else zero
 
 
 @loop()
-def _find_scales(x: Array, bits: Array | None, scales: Array, spare: Array, sums: Array) -> None:
+def _find_scales(x: Array, bits: Array | None, scales: Array, spare: Array) -> None:
     """Find the scales of some rows: the mean |residual| at each level, 0 without a code."""
-    if x.shape[1] < SHORT or (bits is not None and (x.itemsize == 8 or x.shape[1] < LONG)):
+    if x.shape[1] <= SHORT:
         _short_scales(x, bits, scales, spare)
-    elif bits is None:
-        for level in range(scales.shape[1]):
-            _whole_scale(x, level, scales, spare)
-    else:
+        return
+    levels, zero = scales.shape[1], scales.dtype.type(0)
+    for level in range(levels):
+        source, last = x if level < 2 else spare, level == levels - 1
         for row in range(len(x)):
-            _mapped_scales(x[row], bits[row], scales[row], spare[row], sums)
+            r, own, left = source[row], _row_of(bits, row), spare[row]
+            if level == 0:
+                total, count = sum_in_lanes(r, own, np.uint8(0), (), None)
+                if not total < np.inf:
+                    total, count = _wide_sum(r, own, 0, ())
+            elif last:
+                taken = (scales[row, level - 1],)
+                total, count = sum_in_lanes(r, own, np.uint8(level), taken, None)
+                if not total < np.inf:
+                    total, count = _wide_sum(r, own, level, taken)
+            else:
+                total, count = sum_in_lanes(
+                    r, own, np.uint8(level), (scales[row, level - 1],), left
+                )
+                if not total < np.inf:
+                    total, count = _wide_sum(left, own, level, ())
+            scales[row, level] = scales.dtype.type(total / count) if count else zero
 
 
 @loop()
-def _level_scales(x: Array, bits: Array | None, scales: Array, spare: Array, sums: Array) -> None:
+def _level_scales(x: Array, bits: Array | None, scales: Array, spare: Array) -> None:
     """Find the scales, (rows, levels)."""
-    x, bits, scales = uncounted(x), uncounted(bits), uncounted(scales)
-    spare, sums = uncounted(spare), uncounted(sums)
+    x, bits, scales, spare = uncounted(x), uncounted(bits), uncounted(scales), uncounted(spare)
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))
-        _find_scales(x[start:stop], _cut(bits, start, stop), scales[start:stop], spare, sums)
+        _find_scales(x[start:stop], _cut(bits, start, stop), scales[start:stop], spare)
 
 
 @loop()
@@ -574,94 +385,24 @@ def _level_sum(x: Array, bits: Array | None, scales: Array, spare: Array) -> tup
     """The sum of |residual| after `scales`, (1, levels), over a piece of a row; and its count."""
     x, bits, scales, spare = uncounted(x), uncounted(bits), uncounted(scales), uncounted(spare)
     levels, piece, own = scales.shape[1], x[0], _row_of(bits, 0)
-    done = levels // GROUP * GROUP
-    a, b, c, _ = _padded(scales, 0, done)
-    total, count = 0.0, 0
+    last = levels // GROUP * GROUP
+    total, number = 0.0, 0
     for start in range(0, piece.size, CHUNK):
         r = piece[start : start + CHUNK]
-        if done:
-            folded = spare[: r.size]
-            _copy(r, folded)
-            for first in range(0, done, GROUP):
-                _fold(folded, scales, 0, first)
-            r = folded
-        more, hot = _sum(r, _cut(own, start, start + CHUNK), levels, a, b, c)
-        total += more
-        count += hot
-    return total, count
+        for first in range(0, last, GROUP):
+            left = spare[: r.size]
+            sum_in_lanes(r, None, np.uint8(0), _padded(scales, 0, first), left)
+            r = left
+        hot, taken = _cut(own, start, start + CHUNK), _padded(scales, 0, last)
+        part, count = sum_in_lanes(r, hot, np.uint8(levels), taken, None)
+        if not part < np.inf:
+            part, count = _wide_sum(r, hot, levels, taken)
+        total += part
+        number += count
+    return total, number
 
 
 # ---------------------------------------------------------------- what they give
-
-
-@loop()
-def _first_level(
-    x: Array, bits: Array | None, row: int, scales: Array, stored: Array | None, y: Array
-) -> None:
-    """Write the only level."""
-    e, _, _, _ = _stored(scales, stored, row, 0)
-    zero = y.dtype.type(0)
-    for j in range(y.size):
-        one = _step(zero - x[j], e)
-        y[j] = _reached(bits, j, 0, (zero, one, one, one, one))
-
-
-@loop()
-def _first_two_levels(
-    x: Array, bits: Array | None, row: int, scales: Array, stored: Array | None, y: Array
-) -> None:
-    """Write the sum of two levels."""
-    a, _, _, _ = _padded(scales, row, 0)
-    e, f, _, _ = _stored(scales, stored, row, 0)
-    zero = y.dtype.type(0)
-    for j in range(y.size):
-        n = zero - x[j]
-        one = _step(n, e)
-        two = one + _step(n + _step(n, a), f)
-        y[j] = _reached(bits, j, 0, (zero, one, two, two, two))
-
-
-@loop()
-def _first_levels(
-    x: Array, bits: Array | None, row: int, scales: Array, stored: Array | None, y: Array,
-    opposite: Array | None,
-) -> None:  # fmt: skip
-    """Write the sum of the first four levels, and 0 less what is left then."""
-    a, b, c, d = _padded(scales, row, 0)
-    e, f, g, h = _stored(scales, stored, row, 0)
-    zero = y.dtype.type(0)
-    for j in range(y.size):
-        n = zero - x[j]
-        one = _step(n, e)
-        n += _step(n, a)
-        two = one + _step(n, f)
-        n += _step(n, b)
-        three = two + _step(n, g)
-        n += _step(n, c)
-        four = three + _step(n, h)
-        y[j] = _reached(bits, j, 0, (zero, one, two, three, four))
-        _keep(n + _step(n, d), opposite, j)
-
-
-@loop()
-def _add_levels(
-    opposite: Array, bits: Array | None, row: int, first: int, scales: Array,
-    stored: Array | None, y: Array,
-) -> None:  # fmt: skip
-    """Add four levels, and take them off what is left."""
-    a, b, c, d = _padded(scales, row, first)
-    e, f, g, h = _stored(scales, stored, row, first)
-    for j in range(y.size):
-        n, none = opposite[j], y[j]
-        one = none + _step(n, e)
-        n += _step(n, a)
-        two = one + _step(n, f)
-        n += _step(n, b)
-        three = two + _step(n, g)
-        n += _step(n, c)
-        four = three + _step(n, h)
-        y[j] = _reached(bits, j, first, (none, one, two, three, four))
-        opposite[j] = n + _step(n, d)
 
 
 @loop()
@@ -670,34 +411,46 @@ def _write_levels(
     opposite: Array,
 ) -> None:  # fmt: skip
     """Write the sum of all levels of a row, or of a piece of it."""
-    levels = scales.shape[1]
+    levels, zero = scales.shape[1], np.uint8(0)
     if levels == 1:
-        _first_level(x, bits, row, scales, stored, y)
+        levels_in_lanes(x, bits, zero, _first(scales, row, 1), _first(stored, row, 1), y, None)
     elif levels == 2:
-        _first_two_levels(x, bits, row, scales, stored, y)
-    elif levels <= GROUP:
-        _first_levels(x, bits, row, scales, stored, y, None)
+        levels_in_lanes(x, bits, zero, _first(scales, row, 2), _first(stored, row, 2), y, None)
+    elif levels == 3:
+        levels_in_lanes(x, bits, zero, _first(scales, row, 3), _first(stored, row, 3), y, None)
+    elif levels == GROUP:
+        levels_in_lanes(x, bits, zero, _first(scales, row, 4), _first(stored, row, 4), y, None)
     else:
-        _first_levels(x, bits, row, scales, stored, y, opposite)
+        levels_in_lanes(
+            x, bits, zero, _padded(scales, row, 0), _padded_or_none(stored, row, 0), y, opposite
+        )
         for first in range(GROUP, levels, GROUP):
-            _add_levels(opposite, bits, row, first, scales, stored, y)
+            levels_in_lanes(None, bits, np.uint8(first), _padded(scales, row, first),
+                            _padded_or_none(stored, row, first), y, opposite)  # fmt: skip
 
 
 @loop()
 def _write_rows(
     x: Array, bits: Array | None, scales: Array, stored: Array | None, y: Array, opposite: Array
 ) -> None:
-    """Write the sum of all levels of some rows."""
-    levels = scales.shape[1]
+    """Write the sum of all levels of some rows: a call for each would take longer than the work."""
+    levels, zero = scales.shape[1], np.uint8(0)
     if levels == 1:
         for row in range(len(x)):
-            _first_level(x[row], _row_of(bits, row), row, scales, stored, y[row])
+            one, given = _first(scales, row, 1), _first(stored, row, 1)
+            levels_in_lanes(x[row], _row_of(bits, row), zero, one, given, y[row], None)
     elif levels == 2:
         for row in range(len(x)):
-            _first_two_levels(x[row], _row_of(bits, row), row, scales, stored, y[row])
-    elif levels <= GROUP:
+            two, given = _first(scales, row, 2), _first(stored, row, 2)
+            levels_in_lanes(x[row], _row_of(bits, row), zero, two, given, y[row], None)
+    elif levels == 3:
         for row in range(len(x)):
-            _first_levels(x[row], _row_of(bits, row), row, scales, stored, y[row], None)
+            three, given = _first(scales, row, 3), _first(stored, row, 3)
+            levels_in_lanes(x[row], _row_of(bits, row), zero, three, given, y[row], None)
+    elif levels == GROUP:
+        for row in range(len(x)):
+            four, given = _first(scales, row, 4), _first(stored, row, 4)
+            levels_in_lanes(x[row], _row_of(bits, row), zero, four, given, y[row], None)
     else:
         for row in range(len(x)):
             _write_levels(x[row], _row_of(bits, row), row, scales, stored, y[row], opposite)
@@ -706,10 +459,13 @@ def _write_rows(
 @loop()
 def _stream_rows(
     x: Array, bits: Array | None, first: int, last: int, scales: Array, stored: Array | None,
-    y: Array, opposite: Array, buffer: Array, held: int,
+    source: Array, target: Array, opposite: Array, buffer: Array, held: int,
 ) -> int:  # fmt: skip
-    """The same past the caches; the number of elements that are held in the buffer is given."""
-    source, target, length = x.reshape(-1), y.reshape(-1), x.shape[1]
+    """The same past the caches; the number of elements that are held in the buffer is given.
+
+    `source` and `target` are the elements of all rows, one after the other.
+    """
+    length = x.shape[1]
     rows = PIECE // max(1, length)
     if rows > 1:
         for top in range(first, last, rows):
@@ -740,34 +496,37 @@ def _approximation(
     scales, stored = uncounted(scales), uncounted(stored)
     opposite, buffer = uncounted(opposite), uncounted(buffer)
     if past:
-        held = _stream_rows(x, bits, 0, len(x), scales, stored, y, opposite, buffer, 0)
-        _finish_stream(buffer, held, y.reshape(-1))
+        source, target = x.reshape(-1), y.reshape(-1)
+        held = _stream_rows(
+            x, bits, 0, len(x), scales, stored, source, target, opposite, buffer, _lead(target)
+        )  # fmt: skip
+        _finish_stream(buffer, held, target)
     else:
         _write_rows(x, bits, scales, stored, y, opposite)
 
 
 @loop()
 def _approximate(
-    x: Array, bits: Array | None, scales: Array, y: Array, past: bool, spare: Array, sums: Array,
+    x: Array, bits: Array | None, scales: Array, y: Array, past: bool, spare: Array,
     opposite: Array, buffer: Array,
 ) -> None:  # fmt: skip
     """Find the scales of rows and write the sums of levels while they are in the first cache."""
     x, bits, scales, y = uncounted(x), uncounted(bits), uncounted(scales), uncounted(y)
-    spare, sums = uncounted(spare), uncounted(sums)
-    opposite, buffer = uncounted(opposite), uncounted(buffer)
-    held = 0
+    spare, opposite, buffer = uncounted(spare), uncounted(opposite), uncounted(buffer)
+    source, target = x.reshape(-1), y.reshape(-1)
+    held = _lead(target)
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))
         some, own, found = x[start:stop], _cut(bits, start, stop), scales[start:stop]
-        _find_scales(some, own, found, spare, sums)
+        _find_scales(some, own, found, spare)
         if past:
             held = _stream_rows(
-                x, bits, start, stop, scales, None, y, opposite, buffer, held
+                x, bits, start, stop, scales, None, source, target, opposite, buffer, held
             )  # fmt: skip
         else:
             _write_rows(some, own, found, None, y[start:stop], opposite)
     if past:
-        _finish_stream(buffer, held, y.reshape(-1))
+        _finish_stream(buffer, held, target)
 
 
 @loop()
@@ -813,17 +572,15 @@ def _set_signs(opposite: Array, bits: Array | None, level: int, scale: float, si
 
 
 @loop()
-def _encode(
-    x: Array, bits: Array | None, scales: Array, signs: Array, spare: Array, sums: Array
-) -> None:
+def _encode(x: Array, bits: Array | None, scales: Array, signs: Array, spare: Array) -> None:
     """Find the scales, (rows, levels), and write the signs, (levels, rows, n)."""
     x, bits, scales, signs = uncounted(x), uncounted(bits), uncounted(scales), uncounted(signs)
-    spare, sums = uncounted(spare), uncounted(sums)
+    spare = uncounted(spare)
     opposite = spare[0]
     for start in range(0, len(x), len(spare)):
         stop = min(start + len(spare), len(x))
         found = scales[start:stop]
-        _find_scales(x[start:stop], _cut(bits, start, stop), found, spare, sums)
+        _find_scales(x[start:stop], _cut(bits, start, stop), found, spare)
         for row in range(start, stop):
             own = _row_of(bits, row)
             _negate(x[row], opposite)
@@ -905,7 +662,7 @@ def _signs(x: Array, y: Array, past: bool, buffer: Array) -> None:
     if not past:
         _signs_of(x, y)
         return
-    held = 0
+    held = _lead(y)
     for start in range(0, x.size, PIECE):
         some = x[start : start + PIECE]
         size = held + some.size
@@ -932,7 +689,7 @@ def _gradient_inside(x: Array, bits: Array, gy: Array, gx: Array) -> None:
 def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of whole rows, (rows, 1) for each level: the mean |residual|, 0 without a code."""
     scales, own = np.empty((len(x), levels), arrays.work_dtype(x.dtype)), in_work_dtype(x)
-    _level_scales(own, _map(bits), scales, *_spares(own))
+    _level_scales(own, _map(bits), scales, _rows(own))
     return list(scales.T[:, :, None])
 
 
@@ -965,7 +722,7 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     scales = np.empty((len(x), levels), x.dtype)
     past = direct and _streams(x, bits, y)
     own, bits = np.ascontiguousarray(x), _map(bits)
-    _approximate(own, bits, scales, target, past, *_spares(x), _row(x), _buffer(x))
+    _approximate(own, bits, scales, target, past, _rows(x), _row(x), _buffer(x))
     if not direct:
         y[...] = target
 
@@ -973,7 +730,7 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
 def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
     """`greedy.encode_rows`."""
     found, own = np.empty((len(x), levels), arrays.work_dtype(x.dtype)), in_work_dtype(x)
-    _encode(own, _map(bits), found, signs, *_spares(own))
+    _encode(own, _map(bits), found, signs, _rows(own))
     scales[...] = found.T[:, :, None]
 
 
@@ -1040,13 +797,10 @@ def in_work_dtype(x: Array) -> Array:
     return np.ascontiguousarray(x, arrays.work_dtype(x.dtype))
 
 
-def _spares(x: Array) -> tuple[Array, Array]:
-    """What `_find_scales` overwrites, for `x` in the work dtype: rows, and half as many columns."""
+def _rows(x: Array) -> Array:
+    """What `_find_scales` overwrites, for `x` in the work dtype: as many rows as it takes."""
     rows = max(1, CHUNK // max(1, x.shape[1]))
-    return (
-        blocks.spare("rows", (rows, x.shape[1]), x.dtype),
-        blocks.spare("sums", (x.shape[1] // 2,), x.dtype),
-    )
+    return blocks.spare("rows", (rows, x.shape[1]), x.dtype)
 
 
 def _chunk(x: Array) -> Array:

@@ -126,7 +126,8 @@ def test_sums_of_a_piece(rng, mapped, levels):
     total, count = np.empty((2, 1, 1)), np.empty((2, 1, 1), np.int64)
     for module, at in ((greedy, 0), (compiled, 1)):
         module.level_sums(x, bits, *scales, total=total[at], count=count[at])
-    np.testing.assert_allclose(total[1], total[0], rtol=1e-12)
+    # Four are added in float32, which rounds twice.
+    np.testing.assert_allclose(total[1], total[0], rtol=2 * 2.0**-24)
     assert count[0] == count[1]
 
 
@@ -159,7 +160,7 @@ def test_constant_rows_are_exact():
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 9])
 def test_long_rows(rng, levels, mapped):
-    x = rng.normal(size=(6, 4 * compiled.LONG + 3)).astype(np.float32)
+    x = rng.normal(size=(6, 1027)).astype(np.float32)
     x[0] = 0.3
     x[1] *= 3e38 / np.abs(x[1]).max()
     x[2, 5] = np.nan

@@ -18,7 +18,7 @@ import numpy as np
 
 from cubin import blocks, compiled
 from cubin.arrays import Array
-from cubin.compiled import float64_sum, in_work_dtype, loop
+from cubin.compiled import in_work_dtype, loop
 from cubin.solvers.cells import DEPENDENT
 
 MAX_LEVELS = 4
@@ -81,6 +81,14 @@ def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
     return fours.size - below
 
 
+@loop(fastmath={"reassoc"})
+def _float64_sum(values: Array) -> float:
+    total = 0.0
+    for j in range(values.size):
+        total += np.float64(values[j])
+    return total
+
+
 @loop()
 def _add_up(
     x: Array, unit: float, m: Array, edges: Array, cells: range, number: Array, total: Array,
@@ -108,7 +116,7 @@ def _add_up(
         for cell in cells:
             edge = edges[cell - 1] if cell else np.float32(-1)
             number[cell] += _sums_of_four(fours, edge, sums)
-            total[cell] += float64_sum(sums)
+            total[cell] += _float64_sum(sums)
 
 
 # ---------------------------------------------------------------- least squares

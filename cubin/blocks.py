@@ -6,7 +6,6 @@ the number of threads, so that results are the same on every machine.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import functools
 import importlib
@@ -19,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from cubin import threads
 
 BLOCK = 1 << 17
 """Elements of a block: 512 KB of float32."""
@@ -91,52 +92,20 @@ def each(
             for block in _taken(shares[number:] + shares[:number]):
                 task(block)
 
-    if workers <= 1:
-        work(0)
-        return
-    _on_threads(work, workers, shares)
-
-
-def _on_threads(work: Callable[[int], None], workers: int, shares: Sequence[deque[Any]]) -> None:
-    """Call ``work(number)`` on a thread for each worker, and wait until all are done.
-
-    Whatever is raised empties the shares, so that the others end after their block.
-    """
-    errors: list[BaseException] = []
-    running: list[threading.Lock] = []
+    def work_and_forget(number: int) -> None:
+        try:
+            work(number)
+        finally:
+            _spares.__dict__.clear()  # of as many threads it is too much to keep
 
     def stop() -> None:
         for share in shares:
             share.clear()
 
-    def run(number: int, lock: threading.Lock) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-            stop()
-        finally:
-            lock.release()
-
-    def wait() -> None:
-        for lock in running:
-            with lock:
-                pass
-
-    try:
-        for number in range(workers):
-            lock = threading.Lock()
-            lock.acquire()
-            # threading.Thread waits until each of them runs, as long as much work takes.
-            _thread.start_new_thread(run, (number, lock))
-            running.append(lock)
-        wait()
-    except BaseException:
-        stop()
-        wait()
-        raise
-    if errors:
-        raise errors[0]
+    if workers == 1:
+        work(0)
+    else:
+        threads.share(work_and_forget, workers, stop)
 
 
 def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:

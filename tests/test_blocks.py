@@ -3,13 +3,15 @@ from __future__ import annotations
 import _thread
 import threading
 import time
+import weakref
+from collections import deque
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cubin import blocks
+from cubin import blocks, threads
 
 
 @given(st.lists(st.integers(0, 7), max_size=5), st.integers(1, 40))
@@ -92,21 +94,32 @@ def test_what_is_raised_stops_the_other_threads(monkeypatch):
     assert len(began) < 30
 
 
-def test_a_thread_that_cannot_start(monkeypatch):
-    monkeypatch.setattr(blocks, "_workers", lambda: 3)
-    start, done = _thread.start_new_thread, []
+def test_threads_that_cannot_start_leave_the_work_to_others(monkeypatch):
+    monkeypatch.setattr(blocks, "_workers", lambda: 7)
+    monkeypatch.setattr(threads, "_waiting", deque())
+    start, started, done = _thread.start_new_thread, [], []
 
     def start_two(function, arguments):
-        if arguments[0] == 2:
+        if len(started) == 2:
             raise RuntimeError("can't start new thread")
-        start(function, arguments)
+        started.append(start(function, arguments))
 
     monkeypatch.setattr(_thread, "start_new_thread", start_two)
-    with pytest.raises(RuntimeError, match="can't start"):
-        blocks.each(lambda number: (time.sleep(0.01), done.append(number)), range(300), 1 << 30)
-    count = len(done)
-    time.sleep(0.05)
-    assert len(done) == count < 30
+    blocks.each(lambda number: done.append((number, threading.get_ident())), range(300), 1 << 30)
+    assert sorted(number for number, _ in done) == list(range(300))
+    assert {ident for _, ident in done} <= {threading.get_ident(), *started}
+
+
+def test_threads_keep_no_memory_of_blocks(monkeypatch):
+    monkeypatch.setattr(blocks, "_workers", lambda: 3)
+    kept, together = [], threading.Barrier(3)
+
+    def task(_):
+        kept.append(weakref.ref(blocks.spare("test", (1000,), np.float32).base))
+        together.wait(timeout=20)
+
+    blocks.each(task, range(3), blocks.THREADED)
+    assert [memory() for memory in kept] == [None] * 3
 
 
 def test_tasks_do_not_warn():

@@ -52,6 +52,15 @@ def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.n
     np.add(y, step, out=total)
 
 
+def sum_signs(scales: np.ndarray, signs: np.ndarray, *, y: np.ndarray) -> None:
+    """The sums over levels of scales, (levels, rows, 1), times signs, (levels, rows, n)."""
+    total = blocks.spare("total", y.shape, scales.dtype)
+    total[...] = 0
+    for scale, sign in zip(scales, signs, strict=True):
+        add_level.function(total, scale, sign, total=total)
+    y[...] = total
+
+
 _CUDA = """
 // The sum of scale * sign over the element's levels, of the scales as they are stored in T.
 template<class T, class W, class... Scales>
@@ -263,22 +272,20 @@ class BinaryCode:
         flat_scales = scales.reshape(len(scales), rows.count, 1)
         signs, target = rows.view(self.signs, lead=1), rows.view(y)
         loops: Any = blocks.compiled(y.size)
-        add = add_level.function if loops is None else loops.add_level
+        add_up = sum_signs if loops is None else loops.sum_signs
 
         def task(part: Part) -> None:
             block = target[part.block]
+            shape = rows.flat_shape(block.shape)
+            own = signs[(slice(None), *part.block)].reshape(len(signs), *shape)
 
-            def add_up(flat: Array) -> None:
-                total = blocks.spare("total", flat.shape, scales.dtype)
-                total[...] = 0
-                for level, scale in enumerate(flat_scales):
-                    sign = signs[(level, *part.block)].reshape(flat.shape)
-                    add(total, scale[part.rows], sign, total=total)
-                flat[...] = total
+            def write(flat: Array) -> None:
+                add_up(flat_scales[:, part.rows], own, y=flat)
 
-            passes.write(add_up, block, rows.flat_shape(block.shape))
+            passes.write(write, block, shape)
 
-        passes.for_each_part(task, rows, threaded=loops and blocks.COMPILED)
+        size = max(blocks.BLOCK, blocks.portion(y.size)) if loops else None
+        passes.for_each_part(task, rows, block=size, threaded=loops and blocks.COMPILED)
         return y
 
     def __eq__(self, other: object) -> bool:

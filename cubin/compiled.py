@@ -73,12 +73,12 @@ def _lead(target: Array) -> int:
 
 
 @loop()
-def _stream(buffer: Array, size: int, target: Array, end: int, source: Array) -> int:
+def _stream(buffer: Array, size: int, target: Array, end: int, source: Array | None) -> int:
     """Copy whole lines past the caches once there are enough, while what is read next enters them.
 
     The first `size` elements of the buffer, which begins with a line, belong before the index
     `end` of the target. Those that stay are at its front then, and their number is given. `source`
-    is read as far as the target is written.
+    has the elements of the target, and is read as far as that is written.
     """
     if size < PIECE:
         return size
@@ -89,12 +89,13 @@ def _stream(buffer: Array, size: int, target: Array, end: int, source: Array) ->
         for j in range(-first, start):
             target[first + j] = buffer[j]
     given, address = buffer.ctypes.data, target.ctypes.data + first * item
-    ahead = source.ctypes.data + (first + CHUNK) * item
+    ahead = 0 if source is None else source.ctypes.data + (first + CHUNK) * item
     lines = (size - start) * item // LINE
     for line in range(lines):
         at = start * item + line * LINE
         store_line(given + at, address + at)
-        prefetch(ahead + at)
+        if source is not None:
+            prefetch(ahead + at)
     done = start + lines * LINE // item
     for j in range(size - done):
         buffer[j] = buffer[done + j]
@@ -620,12 +621,30 @@ def _decode(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
 
 
 @loop()
-def _add_signs(scales: Array, sign: Array, y: Array) -> None:
+def _add_signs(scale: float, sign: Array, y: Array) -> None:
+    for j in range(y.size):
+        step = scale if sign[j] > 0 else -scale
+        y[j] += step if sign[j] != 0 else y.dtype.type(0)
+
+
+@loop()
+def _sum_signs(scales: Array, signs: Array, y: Array, past: bool, buffer: Array) -> None:
+    """Write the sums of scales, (rows, levels), times signs, (levels, rows, n)."""
+    scales, signs, y, buffer = uncounted(scales), uncounted(signs), uncounted(y), uncounted(buffer)
+    target, length = y.reshape(-1), y.shape[1]
+    held = _lead(target)
     for row in range(len(y)):
-        scale = scales[row]
-        for j in range(y.shape[1]):
-            step = scale if sign[row, j] > 0 else -scale
-            y[row, j] += step if sign[row, j] != 0 else y.dtype.type(0)
+        for start in range(0, length, PIECE):
+            stop = min(start + PIECE, length)
+            size = held + stop - start
+            total = buffer[held:size] if past else y[row, start:stop]
+            total[:] = 0
+            for level in range(len(signs)):
+                _add_signs(scales[row, level], signs[level, row, start:stop], total)
+            if past:
+                held = _stream(buffer, size, target, row * length + stop, None)
+    if past:
+        _finish_stream(buffer, held, target)
 
 
 @loop()
@@ -640,6 +659,45 @@ def _level_signs(code: Array, bits: Array | None, level: int, sign: Array) -> No
     code, bits, sign = uncounted(code), uncounted(bits), uncounted(sign)
     for row in range(len(code)):
         _set_level_signs(code[row], _row_of(bits, row), level, sign[row])
+
+
+# ---------------------------------------------------------------- float16
+
+# Numba does not know it, and NumPy converts it one by one: here it is its bits.
+
+_INFINITE_HALF, _INFINITE = 0x7C00, 0x7F800000
+_EXPONENTS_APART = np.float32(2.0**112)
+
+
+@loop()
+def _widen(half: Array, words: Array) -> None:
+    """Write the bits of float32."""
+    for j in range(half.size):
+        own = np.uint32(half[j])
+        moved = np.uint32((own & 0x7FFF) << 13)
+        value = np.uint32(moved).view(np.float32) * _EXPONENTS_APART
+        finite = moved < np.uint32(_INFINITE_HALF << 13)
+        word = np.float32(value).view(np.uint32) if finite else np.uint32(moved | _INFINITE)
+        words[j] = np.uint32(word | np.uint32((own & 0x8000) << 16))
+
+
+@loop()
+def _narrow(words: Array, half: Array) -> None:
+    """Write the bits of float16, rounded to the nearest, to even if there are two."""
+    for j in range(half.size):
+        own = words[j]
+        m = np.uint32(own & 0x7FFFFFFF)
+        odd = np.uint32((m >> 13) & 1)
+        normal = np.uint32(np.uint32(m - 0x38000000 + 0xFFF + odd) >> 13)
+        # The sum has the steps of the smallest numbers of float16, and is rounded by the processor.
+        raised = np.uint32(m).view(np.float32) + np.float32(0.5)
+        small = np.uint32(np.float32(raised).view(np.uint32) - 0x3F000000)
+        payload = np.uint32((m >> 13) & 0x3FF)
+        nan = np.uint32(_INFINITE_HALF | (payload if payload > 0 else np.uint32(1)))
+        value = small if m < np.uint32(0x38800000) else normal
+        value = np.uint32(_INFINITE_HALF) if m >= np.uint32(0x47800000) else value
+        value = nan if m > np.uint32(_INFINITE) else value
+        half[j] = np.uint16(value | np.uint32((own >> 16) & 0x8000))
 
 
 # ---------------------------------------------------------------- element by element
@@ -677,10 +735,27 @@ def _signs_in_place(y: Array) -> None:
         y[j] = _sign(y[j], y.dtype.type(1))
 
 
+def _bound(bits: Any, column: int) -> int:
+    """The bits of an element, of which there may be one number for all."""
+    raise NotImplementedError
+
+
+@overload(_bound, inline="always")
+def _bound_by_type(bits: Any, column: Any) -> Callable[..., int]:
+    def one(bits: Any, column: Any) -> int:
+        return bits
+
+    def own(bits: Any, column: Any) -> int:
+        return bits[column]
+
+    return own if isinstance(bits, numba.types.Array) else one
+
+
 @loop()
-def _gradient_inside(x: Array, bits: Array, gy: Array, gx: Array) -> None:
+def _gradient_inside(x: Array, bits: Any, gy: Array, gx: Array) -> None:
     for j in range(x.size):
-        gx[j] = gy[j] if abs(x[j]) <= x.dtype.type(bits[j]) else gx.dtype.type(0)
+        bound = x.dtype.type(_bound(bits, j))
+        gx[j] = gy[j] if abs(x[j]) <= bound else gx.dtype.type(0)
 
 
 # ---------------------------------------------------------------- as the primitives are called
@@ -701,30 +776,36 @@ def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array
 
 def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
     """`greedy.approximation`."""
-    found = _stack(scales, x)
-    stored = None if x.dtype == found.dtype else found.astype(x.dtype).astype(found.dtype)
-    direct = y.dtype == found.dtype and y.flags.c_contiguous and not np.may_share_memory(x, y)
-    target = y if direct else np.empty(x.shape, found.dtype)
-    past = direct and _streams(x, bits, y)
-    own, bits = in_work_dtype(x), _map(bits)
-    _approximation(own, bits, found, stored, target, past, _row(own), _buffer(own))
-    if not direct:
-        y[...] = target
+    direct = y.flags.c_contiguous and not np.may_share_memory(x, y)
+    _write(in_work_dtype(x), bits, _stack(scales, x), direct, y)
 
 
 def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     """`greedy.approximate_rows`."""
-    if x.dtype != arrays.work_dtype(x.dtype):
-        approximation(x, bits, *level_scales(x, bits, levels), y=y)
-        return
+    own, map_of_bits = in_work_dtype(x), _map(bits)
+    scales = np.empty((len(x), levels), own.dtype)
     direct = y.flags.c_contiguous and not np.may_share_memory(x, y)
+    if y.dtype != own.dtype:
+        _level_scales(own, map_of_bits, scales, _rows(own))
+        _write(own, bits, scales, direct, y)
+        return
     target = y if direct else np.empty(x.shape, x.dtype)
-    scales = np.empty((len(x), levels), x.dtype)
     past = direct and _streams(x, bits, y)
-    own, bits = np.ascontiguousarray(x), _map(bits)
-    _approximate(own, bits, scales, target, past, _rows(x), _row(x), _buffer(x))
+    _approximate(own, map_of_bits, scales, target, past, _rows(x), _row(x), _buffer(x))
     if not direct:
         y[...] = target
+
+
+def _write(x: Array, bits: Array, scales: Array, direct: bool, y: Array) -> None:
+    """Write the sums of levels, to `y` itself if that is allowed and it is in the work dtype."""
+    rounded = y.dtype != x.dtype
+    stored = scales.astype(y.dtype).astype(x.dtype) if rounded else None
+    direct = direct and not rounded
+    target = y if direct else np.empty(x.shape, x.dtype)
+    past = direct and _streams(x, bits, y)
+    _approximation(x, _map(bits), scales, stored, target, past, _row(x), _buffer(x))
+    if not direct:
+        _round(target, y)
 
 
 def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
@@ -748,12 +829,18 @@ def decode(code: Array, bits: Array, *scales: Array, y: Array) -> None:
     target = y if direct else np.empty(y.shape, work)
     _decode(np.ascontiguousarray(code), _map(bits), stored.astype(work, copy=False), target)
     if not direct:
-        y[...] = target
+        _round(target, y)
 
 
-def add_level(y: Array, scale: Array, sign: Array, *, total: Array) -> None:
-    """`code.add_level`, in place."""
-    _add_signs(np.ascontiguousarray(scale[:, 0]), np.ascontiguousarray(sign), total)
+def sum_signs(scales: Array, signs: Array, *, y: Array) -> None:
+    """`code.sum_signs`."""
+    direct = y.dtype == scales.dtype and y.flags.c_contiguous
+    target = y if direct else np.empty(y.shape, scales.dtype)
+    own = np.ascontiguousarray(scales[:, :, 0].T)
+    past = direct and _streams(y, np.uint8(0), y)
+    _sum_signs(own, signs, target, past, _buffer(target))
+    if not direct:
+        _round(target, y)
 
 
 def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:
@@ -775,7 +862,8 @@ def signs(x: Array, *, y: Array) -> None:
 
 def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
     """`signs.gradient_inside`."""
-    _gradient_inside(x.reshape(-1), bits.reshape(-1), gy.reshape(-1), gx.reshape(-1))
+    own = bits.reshape(-1) if np.ndim(bits) else np.uint8(bits)
+    _gradient_inside(x.reshape(-1), own, gy.reshape(-1), gx.reshape(-1))
 
 
 _ELEMENTWISE: dict[str, Callable[..., None]] = {"signs": signs, "gradient_inside": gradient_inside}
@@ -784,17 +872,30 @@ _ELEMENTWISE: dict[str, Callable[..., None]] = {"signs": signs, "gradient_inside
 def elementwise(primitive: str, *operands: Any) -> Callable[..., None] | None:
     """The loop that does an elementwise primitive in one pass, if it takes such operands.
 
-    They are contiguous and none is a scalar, with which NumPy is as fast, or of float16.
+    They are contiguous, and none is of float16.
     """
     for array in operands:
-        if np.ndim(array) == 0 or array.dtype == np.float16 or not array.flags.c_contiguous:
+        if array.dtype == np.float16 or not array.flags.c_contiguous:
             return None
     return _ELEMENTWISE.get(primitive)
 
 
 def in_work_dtype(x: Array) -> Array:
     """The same numbers, contiguous: `x` itself where it is."""
-    return np.ascontiguousarray(x, arrays.work_dtype(x.dtype))
+    if x.dtype != np.float16:
+        return np.ascontiguousarray(x)
+    own = np.empty(x.shape, np.float32)
+    half = np.ascontiguousarray(x).view(np.uint16)
+    _widen(half.reshape(-1), own.view(np.uint32).reshape(-1))
+    return own
+
+
+def _round(given: Array, y: Array) -> None:
+    """Write contiguous numbers in the work dtype to `y`."""
+    if y.dtype == np.float16 and y.flags.c_contiguous:
+        _narrow(given.view(np.uint32).reshape(-1), y.view(np.uint16).reshape(-1))
+    else:
+        y[...] = given
 
 
 def _rows(x: Array) -> Array:

@@ -195,7 +195,7 @@ class Elementwise(Primitive):
             return
         spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
         # Numba takes long to import, which is for nothing where no loop can follow.
-        loops = blocks.compiled(size) if self.looped and all(map(np.ndim, inputs)) else None
+        loops = blocks.compiled(size) if self.looped else None
 
         def run(block: blocks.Block) -> None:
             own = [a[block] if np.ndim(a) else a for a in spread]
@@ -203,7 +203,7 @@ class Elementwise(Primitive):
             loop = loops.elementwise(self.name, *own, *targets.values()) if loops else None
             (loop or self.function)(*own, **targets)
 
-        piece = blocks.COMPILED_PIECE if loops else blocks.BLOCK
+        piece = max(blocks.COMPILED_PIECE, blocks.portion(size)) if loops else blocks.BLOCK
         blocks.each(run, list(blocks.tile(shape, piece)), size)
 
 

@@ -124,10 +124,13 @@ class _Row:
         Numba's and LLVM's.
     kind
         The dtype of the row, float32 or float64.
+    types
+        Those of all arguments.
     """
 
-    def __init__(self, context: Any, builder: Any, kind: Any) -> None:
+    def __init__(self, context: Any, builder: Any, kind: Any, types: Any) -> None:
         self.context, self.builder = context, builder
+        self._aligned = all(getattr(own, "aligned", True) for own in types)
         self.number = context.get_value_type(kind)
         self.itemsize = kind.bitwidth // 8
         self.lanes = _REGISTER // self.itemsize
@@ -153,11 +156,15 @@ class _Row:
         return ir.VectorType(self.number if kind is None else kind, elements)
 
     def load(self, base: Any, at: Any, kind: ir.VectorType) -> Any:
-        align = 1 if kind.element is _BYTE else self.itemsize
+        align = 1 if kind.element is _BYTE else self._alignment
         return self.builder.load(self._pointer(base, at, kind), align=align)
 
     def store(self, value: Any, base: Any, at: Any) -> None:
-        self.builder.store(value, self._pointer(base, at, value.type), align=self.itemsize)
+        self.builder.store(value, self._pointer(base, at, value.type), align=self._alignment)
+
+    @property
+    def _alignment(self) -> int:
+        return self.itemsize if self._aligned else 1
 
     def _pointer(self, base: Any, at: Any, kind: ir.Type) -> Any:
         return self.builder.bitcast(self.builder.gep(base, [at]), kind.as_pointer())
@@ -213,7 +220,7 @@ class _Sum(_Row):
     """The code of `sum_in_lanes`, as much of it as the types of its arguments ask for."""
 
     def __init__(self, context: Any, builder: Any, types: Any, arguments: Any) -> None:
-        super().__init__(context, builder, types[0].dtype)
+        super().__init__(context, builder, types[0].dtype, types)
         self._x, self._bits, self._left = (
             self.array(types[number], arguments[number]) for number in (0, 1, 4)
         )
@@ -327,7 +334,7 @@ class _Levels(_Row):
     """The code of `levels_in_lanes`, as much of it as the types of its arguments ask for."""
 
     def __init__(self, context: Any, builder: Any, types: Any, arguments: Any) -> None:
-        super().__init__(context, builder, types[5].dtype)
+        super().__init__(context, builder, types[5].dtype, types)
         self._x, self._bits, self._y, self._opposite = (
             self.array(types[number], arguments[number]) for number in (0, 1, 5, 6)
         )

@@ -354,6 +354,7 @@ def test_elementwise_loops_on_special_values(rng, monkeypatch, dtype, view):
     with np.errstate(invalid="ignore"):
         signs = np.where(np.isnan(x), x, np.where(x > 0, 1, -1).astype(dtype))
         gradient = np.where(np.abs(x) <= bits, gy, np.zeros((), dtype))
+        same_bound = np.where(np.abs(x) <= 2, gy, np.zeros((), dtype))
     out = np.empty(x.shape, dtype)
     in_place = x.copy()
     for found, expected in (
@@ -361,6 +362,7 @@ def test_elementwise_loops_on_special_values(rng, monkeypatch, dtype, view):
         (cubin.sign(x, out=out), signs),
         (cubin.sign(in_place, out=in_place), signs),
         (cubin.multibit_grad(x, bits, gy), gradient),
+        (cubin.multibit_grad(x, 2, gy), same_bound),
     ):
         np.testing.assert_array_equal(as_integers(found), as_integers(expected))
     loops = {compiled.signs, compiled.gradient_inside}
@@ -368,10 +370,12 @@ def test_elementwise_loops_on_special_values(rng, monkeypatch, dtype, view):
     assert not x.flags.c_contiguous or dtype == "float16" or loops.issubset(used)
 
 
-def test_scalar_bits_stay_with_numpy():
-    x = np.ones(4, np.float32)
-    assert compiled.elementwise("gradient_inside", x, np.uint8(1), x, x) is None
-    assert compiled.elementwise("inside_bits", x, x) is None
+def test_what_has_a_loop():
+    x, bits = np.ones(4, np.float32), np.uint8(1)
+    assert compiled.elementwise("gradient_inside", x, bits, x, x) is compiled.gradient_inside
+    assert compiled.elementwise("inside_bits", x, bits, x) is None
+    assert compiled.elementwise("gradient_inside", x[::2], bits, x[::2], x[::2]) is None
+    assert compiled.elementwise("signs", x.astype(np.float16), x.astype(np.float16)) is None
 
 
 def test_loops_are_for_large_arrays_alone(monkeypatch):
@@ -394,7 +398,7 @@ def test_small_arrays_do_not_import_numba():
     program = (
         "import sys, numpy as np, cubin; x = np.ones((512, 512), np.float32);"
         "cubin.multibit(x, 4, channel_axis=0); cubin.quantize(x, 4); cubin.sign_grad(x, x);"
-        "x = np.ones(1 << 21, np.float32); cubin.sign_grad(x, x); cubin.ste_mask(x);"
+        "x = np.ones(1 << 21, np.float32); cubin.ste_mask(x);"
         "assert 'numba' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -489,3 +493,39 @@ def test_signs_past_the_caches(rng, monkeypatch, dtype, size, shift):
     np.testing.assert_array_equal(y, expected)
     assert (around[:shift] == 7).all()
     assert (around[shift + size :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", *WORK])
+@pytest.mark.parametrize("levels", [0, 1, 2, 5])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (50, 27), (9, 300), (2, 2500)])
+@pytest.mark.parametrize("large", [0, 1 << 30])
+def test_sums_of_signs(rng, monkeypatch, dtype, levels, shape, large):
+    work = arrays.work_dtype(np.dtype(dtype))
+    scales = rng.normal(size=(levels, shape[0], 1)).astype(dtype).astype(work)
+    scales[:, 1:2] = np.nan  # which does not count where the sign is 0
+    signs = rng.integers(-1, 2, (levels, *shape)).astype(np.int8)
+    expected = np.zeros(shape)
+    for level in range(levels):
+        step = scales[level].astype(float) * signs[level]
+        expected += np.where(signs[level] == 0, 0, step)
+    monkeypatch.setattr(compiled, "LARGE", large)
+    tolerance = levels * np.finfo(dtype).eps * 5
+    for add_up in (code.sum_signs, compiled.sum_signs):
+        for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
+            add_up(scales, signs, y=y)
+            np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
+    aligned = np.empty((levels, shape[0], shape[1] + 3), np.int8)[:, :, 3:]
+    aligned[...] = signs
+    again = np.empty(shape, dtype)
+    compiled.sum_signs(scales, aligned, y=again)
+    np.testing.assert_array_equal(again, y)
+
+
+@pytest.mark.parametrize("solver", ["greedy", "alternating"])
+def test_float16_is_rounded_once(rng, solver):
+    x = rng.normal(size=(30, 200)).astype(np.float16)
+    for view in (x, x.T, x[::-1, ::2]):
+        y = cubin.multibit(view, 3, channel_axis=0, solver=solver)
+        found = cubin.quantize(view, 3, channel_axis=0, solver=solver)
+        assert y.dtype == np.float16
+        np.testing.assert_array_equal(y, found.dequantize())

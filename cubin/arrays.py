@@ -172,7 +172,10 @@ def as_bits(
     if on_device(bits) and not look:
         clipped = bits if bits.dtype == np.uint8 else bits.clip(0, limit).astype(np.uint8)
         return clipped, limit
-    low, high = (int(bits.min()), int(bits.max())) if bits.size else (0, 0)
+    if bits.ndim == 0 and not on_device(bits):
+        low = high = int(bits)
+    else:
+        low, high = (int(bits.min()), int(bits.max())) if bits.size else (0, 0)
     if low < 0 or high > limit:
         raise ValueError(f"bits must lie in 0 .. {limit}, got {low if low < 0 else high}")
     if on_device(bits):

@@ -1,7 +1,7 @@
 """Work on NumPy arrays in blocks that fit the cache, over threads where it pays.
 
-NumPy releases the GIL inside its loops. How an array is cut depends on its shape alone, never on
-the number of threads, so that results are the same on every machine.
+NumPy releases the GIL inside its loops. What is added up together depends on the shape of an array
+alone, never on the number of threads, so that results are the same on every machine.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ COMPILED = 1 << 20
 
 COMPILED_PIECE = 1 << 19
 """Elements of a piece of a long row for compiled loops, which need no cache for it."""
+
+LARGEST = 1 << 21
+"""Elements of the largest block, of which there may be a copy."""
 
 _BUFFER = 1 << 10
 """NumPy's own buffer: an operand that broadcasts along rows longer than it costs half."""
@@ -164,11 +167,11 @@ def extent(block: Block, shape: Sequence[int]) -> int:
 
 
 def portion(size: int) -> int:
-    """Elements of a fourth of what each thread has of `size`.
+    """Elements of a fourth of what each thread has of `size`, but no more than `LARGEST`.
 
     Smaller blocks take longer in Python, larger ones leave threads to wait for one that lags.
     """
-    return size // (4 * _workers())
+    return min(size // (4 * _workers()), LARGEST)
 
 
 def _workers() -> int:

@@ -267,7 +267,7 @@ class BinaryCode:
             return total.astype(self.dtype, copy=False).reshape(self.shape)
 
     def _dequantize_in_cache(self, scales: Array) -> Array:
-        """All levels of a block while it is in the cache."""
+        """All levels of a block at once."""
         rows, y = self._rows, arrays.result(self.shape, self.dtype, scales)
         flat_scales = scales.reshape(len(scales), rows.count, 1)
         signs, target = rows.view(self.signs, lead=1), rows.view(y)

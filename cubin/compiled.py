@@ -207,22 +207,22 @@ def _left_by_type(value: Any, taken: Any) -> Callable[..., float]:
     return {0: magnitude, 1: less_one, 3: less_three, 4: less_four}[len(taken)]
 
 
-def _reached(bits: Array | None, column: int, first: int, values: Any) -> float:
-    """The value after as many levels from `first` on as the element has: four at most."""
+def _reached(bits: Array | None, column: int, values: Any) -> float:
+    """The value after as many levels as the element has: four at most."""
     raise NotImplementedError
 
 
 @overload(_reached)
-def _reached_by_type(bits: Any, column: Any, first: Any, values: Any) -> Any:
-    def always(bits: Any, column: Any, first: Any, values: Any) -> float:
+def _reached_by_type(bits: Any, column: Any, values: Any) -> Any:
+    def always(bits: Any, column: Any, values: Any) -> float:
         return values[4]
 
-    def mapped(bits: Any, column: Any, first: Any, values: Any) -> float:
+    def mapped(bits: Any, column: Any, values: Any) -> float:
         own = np.int32(bits[column])
-        value = values[1] if own > np.int32(first) else values[0]
-        value = values[2] if own > np.int32(first + 1) else value
-        value = values[3] if own > np.int32(first + 2) else value
-        return values[4] if own > np.int32(first + 3) else value
+        value = values[1] if own > np.int32(0) else values[0]
+        value = values[2] if own > np.int32(1) else value
+        value = values[3] if own > np.int32(2) else value
+        return values[4] if own > np.int32(3) else value
 
     return always if is_none(bits) else mapped
 
@@ -596,11 +596,11 @@ def _first_codes(code: Array, bits: Array | None, row: int, stored: Array, y: Ar
     zero = y.dtype.type(0)
     for j in range(code.size):
         own = code[j]
-        one = a if own & 1 else -a
+        one = zero + (a if own & 1 else -a)  # never -0.0
         two = one + (b if own & 2 else -b)
         three = two + (c if own & 4 else -c)
         four = three + (d if own & 8 else -d)
-        y[j] = _reached(bits, j, 0, (zero, one, two, three, four))
+        y[j] = _reached(bits, j, (zero, one, two, three, four))
 
 
 @loop()
@@ -776,7 +776,7 @@ def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array
 
 def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
     """`greedy.approximation`."""
-    direct = y.flags.c_contiguous and not np.may_share_memory(x, y)
+    direct = y.flags.carray and not np.may_share_memory(x, y)
     _write(in_work_dtype(x), bits, _stack(scales, x), direct, y)
 
 
@@ -784,7 +784,7 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     """`greedy.approximate_rows`."""
     own, map_of_bits = in_work_dtype(x), _map(bits)
     scales = np.empty((len(x), levels), own.dtype)
-    direct = y.flags.c_contiguous and not np.may_share_memory(x, y)
+    direct = y.flags.carray and not np.may_share_memory(x, y)
     if y.dtype != own.dtype:
         _level_scales(own, map_of_bits, scales, _rows(own))
         _write(own, bits, scales, direct, y)
@@ -805,7 +805,7 @@ def _write(x: Array, bits: Array, scales: Array, direct: bool, y: Array) -> None
     past = direct and _streams(x, bits, y)
     _approximation(x, _map(bits), scales, stored, target, past, _row(x), _buffer(x))
     if not direct:
-        _round(target, y)
+        store(target, y)
 
 
 def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
@@ -825,22 +825,22 @@ def decode(code: Array, bits: Array, *scales: Array, y: Array) -> None:
     """`code.decode`."""
     work = arrays.work_dtype(y.dtype)
     stored = np.concatenate(scales, axis=1, dtype=y.dtype, casting="same_kind")
-    direct = y.dtype == work and y.flags.c_contiguous
+    direct = y.dtype == work and y.flags.carray
     target = y if direct else np.empty(y.shape, work)
     _decode(np.ascontiguousarray(code), _map(bits), stored.astype(work, copy=False), target)
     if not direct:
-        _round(target, y)
+        store(target, y)
 
 
 def sum_signs(scales: Array, signs: Array, *, y: Array) -> None:
     """`code.sum_signs`."""
-    direct = y.dtype == scales.dtype and y.flags.c_contiguous
+    direct = y.dtype == scales.dtype and y.flags.carray
     target = y if direct else np.empty(y.shape, scales.dtype)
     own = np.ascontiguousarray(scales[:, :, 0].T)
     past = direct and _streams(y, np.uint8(0), y)
     _sum_signs(own, signs, target, past, _buffer(target))
     if not direct:
-        _round(target, y)
+        store(target, y)
 
 
 def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:
@@ -866,33 +866,23 @@ def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
     _gradient_inside(x.reshape(-1), own, gy.reshape(-1), gx.reshape(-1))
 
 
-_ELEMENTWISE: dict[str, Callable[..., None]] = {"signs": signs, "gradient_inside": gradient_inside}
-
-
-def elementwise(primitive: str, *operands: Any) -> Callable[..., None] | None:
-    """The loop that does an elementwise primitive in one pass, if it takes such operands.
-
-    They are contiguous, and none is of float16.
-    """
-    for array in operands:
-        if array.dtype == np.float16 or not array.flags.c_contiguous:
-            return None
-    return _ELEMENTWISE.get(primitive)
+ELEMENTWISE: dict[str, Callable[..., None]] = {"signs": signs, "gradient_inside": gradient_inside}
+"""The loops that do an elementwise primitive in one pass, on contiguous arrays and scalars."""
 
 
 def in_work_dtype(x: Array) -> Array:
     """The same numbers, contiguous: `x` itself where it is."""
     if x.dtype != np.float16:
-        return np.ascontiguousarray(x)
+        return np.require(x, requirements=("C", "A"))
     own = np.empty(x.shape, np.float32)
     half = np.ascontiguousarray(x).view(np.uint16)
     _widen(half.reshape(-1), own.view(np.uint32).reshape(-1))
     return own
 
 
-def _round(given: Array, y: Array) -> None:
+def store(given: Array, y: Array) -> None:
     """Write contiguous numbers in the work dtype to `y`."""
-    if y.dtype == np.float16 and y.flags.c_contiguous:
+    if y.dtype == np.float16 and y.flags.carray:
         _narrow(given.view(np.uint32).reshape(-1), y.view(np.uint16).reshape(-1))
     else:
         y[...] = given

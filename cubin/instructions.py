@@ -124,13 +124,10 @@ class _Row:
         Numba's and LLVM's.
     kind
         The dtype of the row, float32 or float64.
-    types
-        Those of all arguments.
     """
 
-    def __init__(self, context: Any, builder: Any, kind: Any, types: Any) -> None:
+    def __init__(self, context: Any, builder: Any, kind: Any) -> None:
         self.context, self.builder = context, builder
-        self._aligned = all(getattr(own, "aligned", True) for own in types)
         self.number = context.get_value_type(kind)
         self.itemsize = kind.bitwidth // 8
         self.lanes = _REGISTER // self.itemsize
@@ -155,16 +152,12 @@ class _Row:
     def vector(self, elements: int, kind: Any = None) -> ir.VectorType:
         return ir.VectorType(self.number if kind is None else kind, elements)
 
+    # Numba does not tell apart arrays that are not aligned.
     def load(self, base: Any, at: Any, kind: ir.VectorType) -> Any:
-        align = 1 if kind.element is _BYTE else self._alignment
-        return self.builder.load(self._pointer(base, at, kind), align=align)
+        return self.builder.load(self._pointer(base, at, kind), align=1)
 
     def store(self, value: Any, base: Any, at: Any) -> None:
-        self.builder.store(value, self._pointer(base, at, value.type), align=self._alignment)
-
-    @property
-    def _alignment(self) -> int:
-        return self.itemsize if self._aligned else 1
+        self.builder.store(value, self._pointer(base, at, value.type), align=1)
 
     def _pointer(self, base: Any, at: Any, kind: ir.Type) -> Any:
         return self.builder.bitcast(self.builder.gep(base, [at]), kind.as_pointer())
@@ -220,7 +213,7 @@ class _Sum(_Row):
     """The code of `sum_in_lanes`, as much of it as the types of its arguments ask for."""
 
     def __init__(self, context: Any, builder: Any, types: Any, arguments: Any) -> None:
-        super().__init__(context, builder, types[0].dtype, types)
+        super().__init__(context, builder, types[0].dtype)
         self._x, self._bits, self._left = (
             self.array(types[number], arguments[number]) for number in (0, 1, 4)
         )
@@ -334,7 +327,7 @@ class _Levels(_Row):
     """The code of `levels_in_lanes`, as much of it as the types of its arguments ask for."""
 
     def __init__(self, context: Any, builder: Any, types: Any, arguments: Any) -> None:
-        super().__init__(context, builder, types[5].dtype, types)
+        super().__init__(context, builder, types[5].dtype)
         self._x, self._bits, self._y, self._opposite = (
             self.array(types[number], arguments[number]) for number in (0, 1, 5, 6)
         )
@@ -356,13 +349,13 @@ class _Levels(_Row):
         if self._x is None:
             opposite, total = (self.load(a.data, at, kind) for a in (self._opposite, self._y))
         else:
-            opposite, total = builder.fsub(zeros, self.load(self._x.data, at, kind)), None
-        reached = [zeros if total is None else total]
+            opposite, total = builder.fsub(zeros, self.load(self._x.data, at, kind)), zeros
+        reached = [total]
         for scale, stored in zip(self._scales, self._stored, strict=True):
             step = self._step(opposite, scale)
             given = step if stored is scale else self._step(opposite, stored)
             opposite = builder.fadd(opposite, step)
-            total = given if total is None else builder.fadd(total, given)
+            total = builder.fadd(total, given)  # the first to +0, so that it is never -0.0
             reached.append(total)
         self.store(total if self._bits is None else self._own(at, reached), self._y.data, at)
         if self._opposite is not None:

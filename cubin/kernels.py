@@ -195,16 +195,23 @@ class Elementwise(Primitive):
             return
         spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
         # Numba takes long to import, which is for nothing where no loop can follow.
-        loops = blocks.compiled(size) if self.looped else None
+        plain = self.looped and all(map(_is_plain, (*spread, *outputs.values())))
+        loops = blocks.compiled(size) if plain else None
+        function = loops.ELEMENTWISE[self.name] if loops else self.function
 
         def run(block: blocks.Block) -> None:
             own = [a[block] if np.ndim(a) else a for a in spread]
-            targets = {name: a[block] for name, a in outputs.items()}
-            loop = loops.elementwise(self.name, *own, *targets.values()) if loops else None
-            (loop or self.function)(*own, **targets)
+            function(*own, **{name: a[block] for name, a in outputs.items()})
 
         piece = max(blocks.COMPILED_PIECE, blocks.portion(size)) if loops else blocks.BLOCK
         blocks.each(run, list(blocks.tile(shape, piece)), size)
+
+
+def _is_plain(array: Any) -> bool:
+    """Whether compiled loops take an operand: a scalar, or an array whose elements lie in order."""
+    if np.ndim(array) == 0:
+        return True
+    return bool(array.dtype != np.float16 and array.flags.c_contiguous and array.flags.aligned)
 
 
 class Reduction(Primitive):

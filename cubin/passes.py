@@ -1,8 +1,8 @@
 """Passes over the rows of an array: on the host in blocks over threads, on a device in one launch.
 
 Rows that are too long for one block (of the cache, or of threads) are cut into pieces, each of
-which a reduction sums up on its own; the caller adds up the pieces. How rows are cut depends on
-their shape alone, so that results are the same every time.
+which a reduction sums up on its own; the caller adds up the pieces. How rows are cut into pieces
+depends on their shape alone, so that results are the same every time.
 """
 
 from __future__ import annotations

@@ -6,15 +6,15 @@ The caller works too, so that one thread less has to wake up.
 from __future__ import annotations
 
 import _thread
-import contextlib
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-KEPT = 16
-"""The most threads that wait."""
+IDLE = 5.0
+"""Seconds after which a thread that waits ends."""
 
 
 class _Helper:
@@ -33,17 +33,25 @@ class _Helper:
         self._asked.release()
 
     def _serve(self) -> None:
-        kept = True
-        while kept:
-            self._asked.acquire()
+        while self._is_asked():
             assert self._job is not None
             (job, done), self._job = self._job, None
-            job()
-            del job  # it holds arrays
-            kept = len(_waiting) < KEPT
-            if kept:
+            try:
+                job()
+            finally:
+                del job  # it holds arrays
                 _waiting.append(self)
-            done.release()
+                done.release()
+
+    def _is_asked(self) -> bool:
+        """Wait for a job, or for so long that there is none."""
+        if self._asked.acquire(timeout=IDLE):
+            return True
+        try:
+            _waiting.remove(self)
+        except ValueError:  # somebody is about to ask
+            return self._asked.acquire()
+        return False
 
 
 _waiting: deque[_Helper] = deque()
@@ -75,24 +83,36 @@ def share(work: Callable[[int], None], count: int, stop: Callable[[], None]) -> 
                 pass
 
     try:
-        with contextlib.suppress(RuntimeError):  # no more threads
-            for number in range(1, count):
-                done = threading.Lock()
-                done.acquire()
-                _helper().ask(partial(run, number), done)
-                running.append(done)
-        work(0)
+        for number in range(1, count):
+            helper = _helper()
+            if helper is None:
+                break
+            done = threading.Lock()
+            done.acquire()
+            helper.ask(partial(run, number), done)
+            running.append(done)
+        run(0)
         wait()
     except BaseException:
         stop()
         wait()
         raise
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # a cycle, which would hold arrays
 
 
-def _helper() -> _Helper:
+def _helper() -> _Helper | None:
+    """One that waits, or a new one, or None where the system gives no more threads."""
+    if sys.is_finalizing():  # those that wait do not run any more
+        return None
     try:
         return _waiting.pop()  # this is atomic
     except IndexError:
+        pass
+    try:
         return _Helper()
+    except RuntimeError:
+        return None

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 
@@ -44,11 +46,22 @@ def test_threads_serve_again():
     assert len(threads._waiting) == 2
 
 
-def test_no_more_threads_wait_than_are_kept():
-    together(threads.KEPT + 5)
-    assert len(threads._waiting) == threads.KEPT
-    together(threads.KEPT + 5)
-    assert len(threads._waiting) == threads.KEPT
+def test_threads_end_when_there_is_nothing_to_do(monkeypatch):
+    monkeypatch.setattr(threads, "IDLE", 0.05)
+    for _ in range(3):
+        together(4)
+        assert len(threads._waiting) == 3
+        ended = time.monotonic() + 20
+        while threads._waiting and time.monotonic() < ended:
+            time.sleep(0.01)
+        assert not threads._waiting
+
+
+def test_work_that_comes_when_threads_are_about_to_end(monkeypatch):
+    monkeypatch.setattr(threads, "IDLE", 0.001)
+    for number in range(300):
+        time.sleep(0.0005 + 0.001 * (number % 3) / 2)
+        assert len(set(together(3))) == 3
 
 
 def test_callers_at_the_same_time_share_no_thread():
@@ -106,6 +119,42 @@ def test_what_is_raised(number):
             threads.share(work, 3, lambda: stopped.append(number))
         assert len(set(together(3))) == 3  # and the threads are there still
     assert stopped
+
+
+def test_what_is_raised_first_is_raised_again():
+    first = threading.Event()
+
+    def work(number):
+        if number == 1:
+            try:
+                raise KeyError("first")
+            finally:
+                first.set()
+        assert first.wait(timeout=20)
+        time.sleep(0.05)
+        raise ValueError("second")
+
+    with pytest.raises(KeyError, match="first"):
+        threads.share(work, 2, lambda: None)
+
+
+def test_errors_hold_nothing(monkeypatch):
+    def call():
+        held = np.empty(10)
+
+        def work(number):
+            held.fill(number)
+            raise KeyError(number)
+
+        with pytest.raises(KeyError):
+            threads.share(work, 2, lambda: None)
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

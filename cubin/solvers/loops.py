@@ -421,9 +421,9 @@ class Fit:
         values = np.empty(self._table.shape, y.dtype)
         compiled.decode(self._table, np.uint8(len(self.scales)), *self.scales, y=values)
         work = own.dtype
-        direct = y.dtype == work and y.flags.c_contiguous and not np.may_share_memory(own, y)
+        direct = y.dtype == work and y.flags.carray and not np.may_share_memory(own, y)
         target = y if direct else np.empty(own.shape, work)
         # The sums of levels are odd, and +0 where they cancel.
         give(own, self._edges, values.astype(work, copy=False), work.type(0), target)
         if not direct:
-            y[...] = target
+            compiled.store(target, y)

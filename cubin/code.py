@@ -284,7 +284,9 @@ class BinaryCode:
 
             passes.write(write, block, shape)
 
-        size = max(blocks.BLOCK, blocks.portion(y.size)) if loops else None
+        # What has to be gathered first stays in the cache.
+        in_order = loops and target.flags.c_contiguous
+        size = max(blocks.BLOCK, blocks.portion(y.size)) if in_order else None
         passes.for_each_part(task, rows, block=size, threaded=loops and blocks.COMPILED)
         return y
 

@@ -621,30 +621,43 @@ def _decode(code: Array, bits: Array | None, stored: Array, y: Array) -> None:
 
 
 @loop()
-def _add_signs(scale: float, sign: Array, y: Array) -> None:
-    for j in range(y.size):
-        step = scale if sign[j] > 0 else -scale
-        y[j] += step if sign[j] != 0 else y.dtype.type(0)
+def _add_signs(scales: Array, level: int, sign: Array, y: Array) -> None:
+    """Add a level to rows."""
+    for row in range(len(y)):
+        scale, own, total = scales[row, level], sign[row], y[row]
+        for j in range(total.size):
+            step = scale if own[j] > 0 else -scale
+            total[j] += step if own[j] != 0 else total.dtype.type(0)
 
 
 @loop()
-def _sum_signs(scales: Array, signs: Array, y: Array, past: bool, buffer: Array) -> None:
+def _sum_signs(scales: Array, signs: Array, y: Array) -> None:
     """Write the sums of scales, (rows, levels), times signs, (levels, rows, n)."""
-    scales, signs, y, buffer = uncounted(scales), uncounted(signs), uncounted(y), uncounted(buffer)
-    target, length = y.reshape(-1), y.shape[1]
-    held = _lead(target)
-    for row in range(len(y)):
+    scales, signs, y = uncounted(scales), uncounted(signs), uncounted(y)
+    rows = max(1, CHUNK // max(1, y.shape[1]))
+    for start in range(0, len(y), rows):
+        stop = min(start + rows, len(y))
+        y[start:stop] = 0
+        for level in range(len(signs)):
+            _add_signs(scales[start:stop], level, signs[level, start:stop], y[start:stop])
+
+
+@loop()
+def _stream_signs(scales: Array, signs: Array, target: Array, buffer: Array) -> None:
+    """The same past the caches, to a target of one axis."""
+    scales, signs, target = uncounted(scales), uncounted(signs), uncounted(target)
+    buffer, length, held = uncounted(buffer), signs.shape[2], _lead(target)
+    for row in range(len(scales)):
         for start in range(0, length, PIECE):
             stop = min(start + PIECE, length)
             size = held + stop - start
-            total = buffer[held:size] if past else y[row, start:stop]
+            total = buffer[held:size].reshape(1, stop - start)
             total[:] = 0
             for level in range(len(signs)):
-                _add_signs(scales[row, level], signs[level, row, start:stop], total)
-            if past:
-                held = _stream(buffer, size, target, row * length + stop, None)
-    if past:
-        _finish_stream(buffer, held, target)
+                sign = signs[level, row : row + 1, start:stop]
+                _add_signs(scales[row : row + 1], level, sign, total)
+            held = _stream(buffer, size, target, row * length + stop, None)
+    _finish_stream(buffer, held, target)
 
 
 @loop()
@@ -837,8 +850,10 @@ def sum_signs(scales: Array, signs: Array, *, y: Array) -> None:
     direct = y.dtype == scales.dtype and y.flags.carray
     target = y if direct else np.empty(y.shape, scales.dtype)
     own = np.ascontiguousarray(scales[:, :, 0].T)
-    past = direct and _streams(y, np.uint8(0), y)
-    _sum_signs(own, signs, target, past, _buffer(target))
+    if direct and _streams(y, np.uint8(0), y):
+        _stream_signs(own, signs, y.reshape(-1), _buffer(y))
+    else:
+        _sum_signs(own, signs, target)
     if not direct:
         store(target, y)
 

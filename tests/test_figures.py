@@ -1,0 +1,549 @@
+"""Every figure in the README and on the pages of docs/ is what the recorded results give.
+
+`sentences` and `CLAIMS` say where the figures and the comparisons of a page come from. A figure
+that none of them covers fails as well. After a new recording change `BENCHMARK`, or what else has
+moved, and have the figures written into the pages::
+
+    python -m tests.test_figures
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from cubin import blocks, fused, memory
+from cubin.solvers import teams
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+BENCHMARK = RESULTS / "benchmark" / "2026-11-27-amd-epyc-2-cores"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def only(rows, **wanted):
+    """The one row that has these entries."""
+    found = [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
+    assert len(found) == 1, f"{len(found)} rows have {wanted}"
+    return found[0]
+
+
+def digits(value, count=3):
+    """A number of `count` significant digits, without an exponent."""
+    value = float(f"{float(value):.{count}g}")
+    return str(int(value)) if value == int(value) else str(value)
+
+
+# ---------------------------------------------------------------- speed
+
+NONE = "\u2013"
+"""What stands in a table where nothing was timed."""
+
+OTHERS = {"torch.compile": "torch.compile", "PyTorch": "PyTorch eager"}
+TIMED = {
+    "`multibit`, 1 bit": {"operation": "multibit", "bits": 1, "map": 0},
+    "`multibit`, 2 bits": {"operation": "multibit", "bits": 2, "map": 0},
+    "`multibit`, 3 bits": {"operation": "multibit", "bits": 3, "map": 0},
+    "`multibit`, 4 bits": {"operation": "multibit", "bits": 4, "map": 0},
+    "`multibit`, 8 bits": {"operation": "multibit", "bits": 8, "map": 0},
+    "`multibit`, map of 0 to 4 bits": {"operation": "multibit", "bits": 4, "map": 1},
+    "`alternating`, 2 bits": {"operation": "alternating", "bits": 2, "map": 0},
+    "`alternating`, 4 bits": {"operation": "alternating", "bits": 4, "map": 0},
+    "`alternating`, 8 bits": {"operation": "alternating", "bits": 8, "map": 0},
+    "`sign`": {"operation": "sign", "bits": "", "map": 0},
+}
+IN_README = ["`multibit`, 1 bit", "`multibit`, 2 bits", "`multibit`, 4 bits",
+             "`multibit`, map of 0 to 4 bits", "`alternating`, 2 bits"]  # fmt: skip
+AS_RATIOS = [*IN_README, "`alternating`, 4 bits"]
+SMALL = {
+    "512 x 512 x 3 x 3, scales per kernel": "512x512x3x3 per kernel",
+    "a million rows of 27 elements": "1e6x27 per row",
+}
+
+
+def measured(folder, column, candidate, **case):
+    """An entry of a benchmark, or None where the candidate was not timed."""
+    rows = [row for row in table(folder / "benchmark.csv") if row["candidate"] == candidate]
+    try:
+        return float(only(rows, **case)[column])
+    except AssertionError:
+        return None
+
+
+def line(label, entries, count=3):
+    """A line of a table: a sentence and its figures; a dash stands where there is none."""
+    cells = " | ".join(NONE if entry is None else "{}" for entry in entries)
+    return f"| {label} | {cells} |", [digits(e, count) for e in entries if e is not None]
+
+
+def times(labels):
+    candidates = ("copy", "cubin", "cubin, new memory", "cubin, NumPy alone", *OTHERS.values())
+    for label in labels:
+        case = {"layout": "4096x4096 per row", **TIMED[label]}
+        yield line(label, [measured(BENCHMARK, "median_ms", name, **case) for name in candidates])
+
+
+def ratios(labels):
+    for label in labels:
+        case = {"layout": "4096x4096 per row", **TIMED[label]}
+        others = (*OTHERS.values(), "cubin, NumPy alone")
+        entries = [measured(BENCHMARK, "ratio_to_cubin", name, **case) for name in others]
+        of_copy = measured(BENCHMARK, "fraction_of_copy", "cubin", **case)
+        yield line(label, [*(e and float(f"{e:.3g}") for e in entries), of_copy], 2)
+
+
+def ratios_of_small_arrays():
+    folder = BENCHMARK / "other-shapes"
+    for label, layout in SMALL.items():
+        for bits in (2, 4):
+            case = {"operation": "multibit", "layout": layout, "bits": bits, "map": 0}
+            entries = [measured(folder, "ratio_to_cubin", o, **case) for o in OTHERS.values()]
+            yield line(f"{label}, {bits} bits", entries, 2)
+
+
+def with_kept_pages(candidate, widths=(1, 2, 3, 4)):
+    case = {"operation": "multibit", "layout": "4096x4096 per row", "map": 0}
+    folder = BENCHMARK / "kept-pages"
+    return [
+        digits(measured(folder, "ratio_to_cubin", candidate, bits=k, **case), 2) for k in widths
+    ]
+
+
+def map_over_whole_bits():
+    case = {"operation": "multibit", "layout": "4096x4096 per row", "bits": 4}
+    mapped, whole = (measured(BENCHMARK, "median_ms", "cubin", map=m, **case) for m in (1, 0))
+    return digits(mapped / whole)
+
+
+def machine(path):
+    found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["machine"]
+    return [str(found["cores"]), found["cpu"]]
+
+
+def longest_row(room, levels, mapped=False, multiple=1):
+    """Elements of the longest float32 row, of a multiple of some number, that one launch takes."""
+    lengths = range(multiple, 1 << 16, multiple)
+    dtype = np.dtype(np.float32)
+    fits = [n for n in lengths if fused.team_of(n, dtype, levels, mapped, room)]
+    return f"{max(n for n in fits if multiple > 1 or n - 1 in fits):,}"
+
+
+# ---------------------------------------------------------------- errors
+
+COMPARISON = RESULTS / "solver_comparison.csv"
+SOLVERS = ["greedy", "refined", "alternating, 2 iterations", "alternating, converged", "optimal"]
+
+
+def error(data, solver, bits, column="relative_mse"):
+    return float(only(table(COMPARISON), data=data, solver=solver, bits=bits)[column])
+
+
+def median(solver, bits):
+    return error("pretrained weights", solver, bits)
+
+
+def share_of_greedy(solver, count=2):
+    return digits(100 * median(solver, 5) / median("greedy", 5), count)
+
+
+def errors_by_solver():
+    for bits in range(1, 6):
+        cells = " | ".join("{}" for _ in SOLVERS)
+        yield f"| {bits} | {cells} |", [f"{median(solver, bits):.4f}" for solver in SOLVERS]
+
+
+def seconds_by_solver():
+    for bits in range(2, 6):
+        found = [1e3 * error("time", solver, bits, "seconds") for solver in SOLVERS]
+        cells = " | ".join("{}" for _ in SOLVERS)
+        yield (
+            f"| {bits} bits | {cells} |",
+            [f"{ms:.0f}" if ms > 100 else digits(ms) for ms in found],
+        )
+
+
+BUDGET = table(RESULTS / "bit_budget.csv")
+GAUSSIAN = [row for row in BUDGET if row["source"] == "Gaussian"]
+
+
+def coded(source, generator, solver="greedy"):
+    """The rows of a kind of maps, by their mean."""
+    named = {"source": source, "generator": generator, "solver": solver}
+    return [row for row in BUDGET if all(row[key] == value for key, value in named.items())]
+
+
+def at_mean(generator, mean, column):
+    return float(only(coded("Gaussian", generator), mean_bits=mean)[column])
+
+
+def paying(source, generator, column="gain_at_effective_bits"):
+    """The effective bits from which on maps have less error than uniform codes of as many."""
+    rows = [(float(r["effective_bits"]), float(r[column]) > 1) for r in coded(source, generator)]
+    rows.sort()
+    first = next(n for n in range(len(rows)) if all(pays for _, pays in rows[n:]))
+    return digits(rows[first][0])
+
+
+def gains(solver, column):
+    found = [float(row[column]) for row in coded("pretrained weights", "allocate", solver)]
+    return [f"{min(found):.2f}", f"{max(found):.2f}"]
+
+
+def below_shannon(column, rows):
+    """Whether codes of a Gaussian have less error than any code of so many bits could."""
+    return [float(row["relative_mse"]) < 4.0 ** -float(row[column]) for row in rows]
+
+
+# ---------------------------------------------------------------- accuracy
+
+DIGITS = RESULTS / "train_mnist"
+ARMS = {
+    "full precision": "full precision",
+    "1 bit": "1 bit",
+    "2 bits": "2 bits",
+    "mean of 1.4 bits, `budget`": "1.4 bits, budget",
+    "mean of 1.4 bits, middle-out": "1.4 bits, middle-out",
+    "mean of 1.4 bits, random": "1.4 bits, random",
+}
+MAPS = ["1.4 bits, random", "1.4 bits, middle-out", "1.4 bits, budget"]
+BINARY = ", activations 1"
+MARGIN = 0.5
+FINAL = {
+    (row["network"], row["arm"], row["seed"]): 100 * float(row["test_accuracy"])
+    for row in table(DIGITS / "train_mnist.csv")
+    if row["test_accuracy"]
+}
+SEEDS = sorted({seed for _, _, seed in FINAL})
+
+
+def interval(values):
+    """Mean and half width of Student's 95 % interval."""
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values)), float(half)
+
+
+def against_two_bits(network, arm, more=""):
+    pairs = [(FINAL[network, arm + more, s], FINAL[network, "2 bits" + more, s]) for s in SEEDS]
+    return interval([one - other for one, other in pairs])
+
+
+def points(network, arm, more=""):
+    return [f"{value:.2f}" for value in against_two_bits(network, arm, more)]
+
+
+def verdict(network, arm, more=""):
+    mean, half = against_two_bits(network, arm, more)
+    if mean - half > -MARGIN:
+        return "matches"
+    return "falls short" if mean + half < 0 else "undecided"
+
+
+def accuracies():
+    summary = table(DIGITS / "train_mnist_summary.csv")
+    for label, arm in ARMS.items():
+        row = only(summary, network="CNN", arm=arm)
+        mean, half = interval([FINAL["CNN", arm, seed] for seed in SEEDS])
+        assert math.isclose(mean, float(row["test_accuracy"]), abs_tol=1e-4)
+        bits = [f"{float(row[column]):.2f}" for column in ("payload_bits", "effective_bits")]
+        yield f"| {label} | {{}} ± {{}} % | {{}} | {{}} |", [f"{mean:.2f}", f"{half:.2f}", *bits]
+
+
+def fewest_effective_bits(arm):
+    rows = [row for row in table(DIGITS / "train_mnist_summary.csv") if row["arm"] == arm]
+    return min(float(row["effective_bits"]) for row in rows)
+
+
+# ---------------------------------------------------------------- what the pages say
+
+NOT_TENSORS = {"overall", "Gaussian", "Laplace", "uniform"}
+TENSORS = str(
+    len({row["name"] for row in table(RESULTS / "error_per_bit_width.csv")} - NOT_TENSORS)
+)
+COMPARED = only(table(COMPARISON), data="pretrained weights", solver="greedy", bits=1)["tensors"]
+
+
+@functools.cache
+def sentences():
+    """For each page its sentences, with {} for a figure, and the figures as they are now."""
+    return {
+        "README.md": [
+            ("the median and the 10th to 90th percentile of {} pretrained tensors", [TENSORS]),
+            *times(IN_README),
+            ("Medians on {} cores of an {}, where", machine(BENCHMARK / "benchmark")),
+        ],
+        "docs/performance.md": [
+            ("recorded on {} cores of an {} (", machine(BENCHMARK / "benchmark")),
+            *times(TIMED),
+            *ratios(AS_RATIOS),
+            ("takes {} times as long as 4 bits for all", [map_over_whole_bits()]),
+            *ratios_of_small_arrays(),
+            ("Arrays below {} elements do not use the compiled loops", [f"{blocks.COMPILED:,}"]),
+            ("a result of {} MB or more", [str(memory.LARGE >> 20)]),
+            ("up to {} MB are kept", [str(memory.KEPT >> 20)]),
+            (
+                "takes {}, {}, {} and {} times as long as cubin at 1, 2, 3 and 4 bits",
+                with_kept_pages("torch.compile"),
+            ),
+            ("eager PyTorch {} to {} times as long", with_kept_pages("PyTorch eager", (1, 4))),
+            ("rows of up to {} elements take one launch", [longest_row(fused.GREEDY, 8)]),
+            (
+                "up to {} where the length is a multiple of 4, with at most four levels and no map",
+                [longest_row(fused.GREEDY, 4, multiple=4)],
+            ),
+            (
+                "rows of up to {} elements ({} where the length is a multiple of 4, {} with a map)",
+                [
+                    longest_row(teams.ROOM, 4),
+                    longest_row(teams.ROOM, 4, multiple=4),
+                    longest_row(teams.ROOM, 4, mapped=True),
+                ],
+            ),
+        ],
+        "docs/solvers.md": [
+            ("squared error over {} weight tensors", [COMPARED]),
+            *errors_by_solver(),
+            (
+                "falls to {} % of greedy's with `refined`, {} % with two iterations of `alternating`, "
+                "{} % with `alternating` to convergence and {} % with `optimal`",
+                [share_of_greedy(solver) for solver in SOLVERS[1:]],
+            ),
+            ("samples and on {} weight tensors", [COMPARED]),
+            ("; {} cores of an {})", machine(COMPARISON)),
+            *seconds_by_solver(),
+        ],
+        "docs/maps.md": [
+            (
+                "`budget` at a mean of 1.4 bits leaves an error of {}; 2 uniform bits leave {}. "
+                "With its map it takes {} bits.",
+                [
+                    f"{at_mean('budget', 1.4, 'relative_mse'):.3f}",
+                    f"{at_mean('uniform', 2, 'relative_mse'):.3f}",
+                    f"{at_mean('budget', 1.4, 'effective_bits'):.2f}",
+                ],
+            ),
+            ("as many effective bits from {} effective bits on", [paying("Gaussian", "budget")]),
+            (
+                "has {} to {} times less error than uniform bits of as many effective bits with "
+                "greedy scales, and {} to {} times less with optimal ones",
+                [
+                    *gains("greedy", "gain_at_effective_bits"),
+                    *gains("optimal", "gain_over_optimal_at_effective_bits"),
+                ],
+            ),
+        ],
+        "docs/training.md": [
+            ("with the tape, at {} seeds", [str(len(SEEDS))]),
+            *accuracies(),
+            (
+                "`budget` matches ({} ± {} points); middle-out ({} ± {}), random ({} ± {}) and "
+                "1 bit ({} ± {}) are undecided",
+                [
+                    *points("CNN", "1.4 bits, budget"),
+                    *points("CNN", "1.4 bits, middle-out"),
+                    *points("CNN", "1.4 bits, random"),
+                    *points("CNN", "1 bit"),
+                ],
+            ),
+            ("and so does 1 bit ({} ± {})", points("MLP", "1 bit")),
+            (
+                "random falls short by {} ± {} points",
+                [figure.lstrip("-") for figure in points("CNN", "1.4 bits, random", BINARY)],
+            ),
+            ("lies above -{} points", [str(MARGIN)]),
+        ],
+    }
+
+
+CLAIMS = {
+    "docs/solvers.md": {
+        "On these weights `alternating` and `optimal` at 3 bits have a smaller median error than "
+        "`greedy` at 4 bits; `refined` does not.": lambda: (
+            all(median(solver, 3) < median("greedy", 4) for solver in SOLVERS[2:])
+            and median("refined", 3) > median("greedy", 4)
+        ),
+        "On these weights every other solver at 4 bits has a smaller median error than `greedy` "
+        "at 5 bits.": lambda: all(median(s, 4) < median("greedy", 5) for s in SOLVERS[1:]),
+        "On a Gaussian no solver at 3 bits reaches `greedy` at 4 bits; at 4 bits all but `refined` "
+        "have a smaller error than `greedy` at 5 bits.": lambda: (
+            all(error("Gaussian", s, 3) > error("Gaussian", "greedy", 4) for s in SOLVERS)
+            and [s for s in SOLVERS[1:] if error("Gaussian", s, 4) > error("Gaussian", "greedy", 5)]
+            == ["refined"]
+        ),
+    },
+    "docs/maps.md": {
+        "`budget` lies below Shannon's limit at every mean from 1.2 to 3 payload bits, and no map "
+        "does at its effective bits": lambda: (
+            set(below_shannon("payload_bits", coded("Gaussian", "budget"))) == {True}
+            and set(below_shannon("effective_bits", GAUSSIAN)) == {False}
+            and {"1.2", "3"} <= {row["mean_bits"] for row in coded("Gaussian", "budget")}
+        ),
+        "but never less than optimal uniform codes": lambda: all(
+            float(row["gain_over_optimal_at_effective_bits"]) < 1
+            for row in coded("Gaussian", "budget")
+        ),
+        "On the 35 pretrained tensors": lambda: (
+            json.loads((RESULTS / "bit_budget.json").read_text())["weights"]["tensors"] == 35
+        ),
+    },
+    "docs/training.md": {
+        "In the MLP all maps match": lambda: (
+            {verdict("MLP", arm) for arm in [*MAPS, "1 bit"]} == {"matches"}
+        ),
+        "`budget` matches": lambda: (
+            [a for a in [*MAPS, "1 bit"] if verdict("CNN", a) == "matches"] == ["1.4 bits, budget"]
+        ),
+        "are undecided.": lambda: (
+            {verdict("CNN", arm) for arm in [*MAPS[:2], "1 bit"]} == {"undecided"}
+        ),
+        "With 1-bit activations no map matches.": lambda: not any(
+            verdict(network, arm, BINARY) == "matches" for network in ("CNN", "MLP") for arm in MAPS
+        ),
+        "the other maps are undecided": lambda: (
+            [verdict("CNN", arm, BINARY) for arm in MAPS]
+            == ["falls short", "undecided", "undecided"]
+        ),
+        "Every map of a mean of 1.4 bits takes more effective bits than 2 uniform bits.": lambda: (
+            min(map(fewest_effective_bits, MAPS)) > max(
+                float(row["effective_bits"])
+                for row in table(DIGITS / "train_mnist_summary.csv") if row["arm"] == "2 bits")
+        ),
+    },
+}  # fmt: skip
+
+# ---------------------------------------------------------------- the pages
+
+NUMBER = r"-?\d[\d.,]*(?<![.,])"
+UNITS = (
+    r"x(?! \d)|\u00d7|times|%|[mµn]?s|milliseconds|seconds?|minutes|[KMGT]i?B|bytes|dB|points|"
+    r"(?:payload|effective) bits|elements|tensors|cores"
+)
+WORDS = r"\b(?:half|twice|(?:two|three|four|five|ten|hundred) times|a (?:third|quarter|tenth))\b"
+PARAMETERS = {
+    "README.md": ["1, 2 or 1.4 bits"],
+    "docs/first-steps.md": ["every 64 elements"],
+    "docs/performance.md": [
+        "rows of 27 elements",  # a shape
+        "A ratio below 1 says",
+    ],
+    "docs/maps.md": ["mean of 1.4 bits", "is asked for 1.4 bits"],
+    "docs/training.md": ["mean of 1.4 bits", "95 % intervals", "What 1.4 bits do"],
+    "docs/conventions.md": [
+        "rounds twice",
+        "rows of up to 32 elements",
+        "1e-6 of the largest element",
+    ],
+}
+"""Numbers that are nobody's result: what was asked for, definitions, bounds that tests hold."""
+
+
+def pattern(sentence, figures):
+    """A sentence with a group for each of its figures, whatever they are, over any line breaks.
+
+    A sentence that begins with | is a whole line of a table.
+    """
+    parts = [re.sub(r"(\\ )+", r"\\s+", re.escape(part)) for part in sentence.split("{}")]
+    assert len(parts) == len(figures) + 1, f"{sentence!r} has not {len(figures)} figures"
+    groups = [f"({NUMBER if re.match(NUMBER, figure) else '.+?'})" for figure in figures]
+    found = "".join(part + group for part, group in zip(parts, [*groups, ""], strict=True))
+    return re.compile(f"^{found}$" if sentence.startswith("|") else found, re.M)
+
+
+def with_figures(text, sentence, figures, blank=False):
+    """The text with these figures in the one place where it has the sentence, or without any."""
+    found = list(pattern(sentence, figures).finditer(text))
+    assert len(found) == 1, f"{len(found)} times in the text: {sentence!r} with {figures}"
+    for number in range(len(figures), 0, -1):
+        start, end = found[0].span(number)
+        text = text[:start] + ("" if blank else figures[number - 1]) + text[end:]
+    return text
+
+
+def written(name, text):
+    """A page with the figures that the results give."""
+    for sentence, figures in sentences().get(name, ()):
+        text = with_figures(text, sentence, figures)
+    return text
+
+
+def uncovered(name, text):
+    """The figures of a page that nothing computes; its blocks of code have a test of their own."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    for sentence, figures in sentences().get(name, ()):
+        text = with_figures(text, sentence, figures, blank=True)
+    text = re.sub(r"\]\([^)]*\)", "]", " ".join(text.split()))
+    for sentence in [*CLAIMS.get(name, ()), *PARAMETERS.get(name, ())]:
+        text = text.replace(sentence, "")
+    return re.findall(rf"{NUMBER}[ -]?(?:{UNITS})(?![\w])|\d+\.\d+|{WORDS}", text)
+
+
+def name_of(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_figures_are_what_the_results_give(page):
+    text = page.read_text(encoding="utf-8")
+    pairs = zip(text.splitlines(), written(name_of(page), text).splitlines(), strict=True)
+    assert [(line, right) for line, right in pairs if line != right] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_figure_stands_alone(page):
+    assert uncovered(name_of(page), page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(("name", "claim"), [(name, c) for name in CLAIMS for c in CLAIMS[name]])
+def test_comparisons_hold(name, claim):
+    assert claim in " ".join((ROOT / name).read_text(encoding="utf-8").split())
+    assert CLAIMS[name][claim]()
+
+
+@pytest.mark.parametrize(("name", "phrase"), [(n, p) for n in PARAMETERS for p in PARAMETERS[n]])
+def test_parameters_are_still_there(name, phrase):
+    assert phrase in " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def test_every_page_exists():
+    assert {*sentences(), *CLAIMS, *PARAMETERS} <= set(map(name_of, PAGES))
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["It is 3 times as fast.", "It takes 4.5 ms.", "It loses 2 %.", "Of 12 MB.", "It takes twice.",
+     "An error of 0.25.", "It is 3x faster.", "At 2.9 effective bits."],
+)  # fmt: skip
+def test_figures_that_nothing_computes_are_found(sentence):
+    assert uncovered("none.md", sentence)
+
+
+def test_another_figure_is_written_over():
+    row = "| `multibit`, 1 bit | {} | {} |"
+    text = "| `multibit`, 1 bit | 1 | 2.5 | 3 |\n| `multibit`, 1 bit | 1 | 2.5 |\nin\n5 MB"
+    text = with_figures(text, row, ["7", "8"])
+    assert with_figures(text, "in {} MB", ["9"]) == (
+        "| `multibit`, 1 bit | 1 | 2.5 | 3 |\n| `multibit`, 1 bit | 7 | 8 |\nin\n9 MB"
+    )
+    with pytest.raises(AssertionError, match="0 times in the text"):
+        with_figures(text, "in {} GB", ["9"])
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = written(name_of(page), before)
+        page.write_text(after, encoding="utf-8")
+        changed = sum(a != b for a, b in zip(before.splitlines(), after.splitlines(), strict=True))
+        print(f"{name_of(page)}: {changed} lines with other figures")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import re
 import sys
 import tomllib
@@ -17,11 +18,21 @@ from cubin import kernels, surrogates
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0]
+NOTEBOOK = ROOT / "experiments" / "notebooks" / "tutorial.ipynb"
 EXECUTED = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
 
 
 def name_of(page):
     return page.relative_to(ROOT).as_posix()
+
+
+def prose(page):
+    """The text of a page or of a notebook without its blocks of code."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
 
 
 def blocks(page):
@@ -105,16 +116,14 @@ def test_what_a_block_prints_is_compared(block, message):
 
 def anchors(page):
     """What the headings of a page can be reached by, as GitHub makes it."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def broken(page):
     """The relative links of a page that lead nowhere."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     found = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
@@ -124,7 +133,7 @@ def broken(page):
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, NOTEBOOK, ROOT / "CHANGELOG.md"], ids=name_of)
 def test_links_lead_somewhere(page):
     assert broken(page) == []
 

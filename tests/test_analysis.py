@@ -4,6 +4,7 @@ import csv
 import math
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -12,6 +13,12 @@ from cubin.analysis import ErrorTable, draw_error_per_bit_width, error_per_bit_w
 from cubin.analysis.plot import new_figure
 
 mpl.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def _no_open_figures():
+    yield
+    plt.close("all")
 
 
 @pytest.fixture
@@ -128,7 +135,7 @@ def test_text_and_html(table):
 
 
 def test_plot(table):
-    figure = table.plot()
+    figure = table.plot().figure
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
     assert axes.get_xlabel()
@@ -153,7 +160,7 @@ def test_plot(table):
 @pytest.mark.parametrize("bits", [[2], [1, 2, 4]])
 def test_the_legend_hides_no_curve_and_fits(weights, bits):
     solvers = ("greedy", "refined", "alternating", "optimal")
-    figure = error_per_bit_width(weights, bits, solvers).plot()
+    figure = error_per_bit_width(weights, bits, solvers).plot().figure
     figure.draw_without_rendering()
     (axes,) = figure.axes
     legend = axes.get_legend().get_window_extent()

@@ -77,7 +77,8 @@ def error_per_bit_width(
         By name of the array, the importance for the solvers of `cubin.quantize`. Arrays that are
         not in it have none. The errors in the table are not weighted.
     min_ndim : int
-        Arrays of fewer axes are skipped: 2 leaves out biases and other vectors.
+        Arrays of fewer axes are skipped. 2 leaves out biases and other vectors, of which every
+        element has scales of its own with ``channel_axis=0``: they are exact, at 33 bits or more.
 
     Returns
     -------
@@ -187,8 +188,9 @@ def _by_label(argument: str, given: Any, check: Callable[[Any], Any]) -> dict[An
         label = _name_of(entry) if callable(entry) else entry
         if label in labelled:
             raise ValueError(
-                f"{argument} has {label!r} twice: give functions of one name as a mapping of "
-                "labels to functions"
+                f"{argument} has {label!r} twice: a mapping of labels to functions tells them apart"
+                if callable(entry)
+                else f"{argument} has {label!r} twice"
             )
         labelled[label] = entry
     return labelled
@@ -352,7 +354,7 @@ def _errors_of(
         for solver, quantize in quantizers.items():
             for label, bits in maps.items():
                 if callable(quantize):
-                    y = quantize(x.copy(), bits)
+                    y = checked.like(f"the result of {solver!r}", quantize(x.copy(), bits), x)
                 else:
                     y = multibit(x, bits, solver=quantize, out=approx, **options)
                 found = errors.measure(x, y)

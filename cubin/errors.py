@@ -100,7 +100,13 @@ def _ratio(part: Array, whole: Array) -> Array:
         return xp.where(part == 0, xp.where(whole == whole, 0.0, whole), part / whole)
 
 
-def measure(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Errors:
+def measure(
+    x: Array,
+    approx: Array,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    keepdims: bool = False,
+) -> Errors:
     """The moments of `x` and `approx` over `axis` (default: all axes), in one pass."""
     x = arrays.as_floats("x", x)
     approx = arrays.like("approx", approx, x)
@@ -109,19 +115,22 @@ def measure(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) 
     rows = arrays.rows_of(x.shape, tuple(a for a in every if a not in reduced))
     with arrays.current_device(x):
         sums = passes.partial_results(moments, rows, (x, approx), [])
-        error, power, power_of_approx, product, worst = (
-            part.reshape(*rows.scale_shape, part.shape[1]) for part in sums
-        )
-        return Errors(
-            error.sum(axis=-1),
-            power.sum(axis=-1),
-            power_of_approx.sum(axis=-1),
-            product.sum(axis=-1),
-            worst.max(axis=-1),
-        )
+        # Rows are numbered by the axes kept, in their order.
+        shape = rows.scale_shape
+        if keepdims:
+            shape = tuple(1 if a in reduced else x.shape[a] for a in every)
+        *pieces, largest = sums
+        totals = [piece.sum(axis=-1) for piece in pieces]
+        return Errors(*(a.reshape(shape)[()] for a in (*totals, largest.max(axis=-1))))
 
 
-def relative_mse(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+def relative_mse(
+    x: Array,
+    approx: Array,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    keepdims: bool = False,
+) -> Array:
     """The relative mean squared error of an approximation.
 
     .. math:: \\frac{\\sum (x - y)^2}{\\sum x^2}
@@ -133,6 +142,8 @@ def relative_mse(x: Array, approx: Array, axis: int | tuple[int, ...] | None = N
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
         The axes to sum over. Default: all of them.
+    keepdims : bool
+        Whether the axes summed over stay, with length 1, so that the result broadcasts to x.
 
     Returns
     -------
@@ -152,10 +163,16 @@ def relative_mse(x: Array, approx: Array, axis: int | tuple[int, ...] | None = N
     >>> float(cubin.errors.relative_mse(np.array([3.0, 4.0]), np.array([3.0, 3.0])))
     0.04
     """
-    return measure(x, approx, axis).relative_mse()
+    return measure(x, approx, axis=axis, keepdims=keepdims).relative_mse()
 
 
-def sqnr_db(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+def sqnr_db(
+    x: Array,
+    approx: Array,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    keepdims: bool = False,
+) -> Array:
     """The signal to quantization noise ratio of an approximation.
 
     .. math:: 10 \\log_{10} \\frac{\\sum x^2}{\\sum (x - y)^2}
@@ -167,6 +184,8 @@ def sqnr_db(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) 
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
         The axes to sum over. Default: all of them.
+    keepdims : bool
+        Whether the axes summed over stay, with length 1, so that the result broadcasts to x.
 
     Returns
     -------
@@ -184,10 +203,16 @@ def sqnr_db(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) 
     >>> float(cubin.errors.sqnr_db(np.array([6.0, 8.0]), np.array([6.0, 7.0])))
     20.0
     """
-    return measure(x, approx, axis).sqnr_db()
+    return measure(x, approx, axis=axis, keepdims=keepdims).sqnr_db()
 
 
-def cosine_similarity(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+def cosine_similarity(
+    x: Array,
+    approx: Array,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    keepdims: bool = False,
+) -> Array:
     """The cosine of the angle between an array and its approximation.
 
     .. math:: \\frac{\\sum x y}{\\sqrt{\\sum x^2 \\sum y^2}}
@@ -199,6 +224,8 @@ def cosine_similarity(x: Array, approx: Array, axis: int | tuple[int, ...] | Non
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
         The axes to sum over. Default: all of them.
+    keepdims : bool
+        Whether the axes summed over stay, with length 1, so that the result broadcasts to x.
 
     Returns
     -------
@@ -216,10 +243,16 @@ def cosine_similarity(x: Array, approx: Array, axis: int | tuple[int, ...] | Non
     >>> float(cubin.errors.cosine_similarity(np.array([3.0, 4.0]), np.array([4.0, 3.0])))
     0.96
     """
-    return measure(x, approx, axis).cosine_similarity()
+    return measure(x, approx, axis=axis, keepdims=keepdims).cosine_similarity()
 
 
-def max_abs_error(x: Array, approx: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+def max_abs_error(
+    x: Array,
+    approx: Array,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    keepdims: bool = False,
+) -> Array:
     """The largest absolute error, ``max |x - y|``.
 
     Parameters
@@ -229,6 +262,8 @@ def max_abs_error(x: Array, approx: Array, axis: int | tuple[int, ...] | None = 
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
         The axes to go over. Default: all of them.
+    keepdims : bool
+        Whether the axes gone over stay, with length 1, so that the result broadcasts to x.
 
     Returns
     -------
@@ -246,4 +281,4 @@ def max_abs_error(x: Array, approx: Array, axis: int | tuple[int, ...] | None = 
     >>> float(cubin.errors.max_abs_error(np.array([3.0, 4.0]), np.array([3.0, 2.5])))
     1.5
     """
-    return measure(x, approx, axis).worst
+    return measure(x, approx, axis=axis, keepdims=keepdims).worst

@@ -362,9 +362,10 @@ def run(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     sample_table = error_per_bit_width(samples(size, library), arguments.bits)
+    measured = len(chosen) - len(table.skipped)
     print(table)
     print(
-        f"{len(chosen)} of {len(weights)} weight tensors; {weights.left_out} other float tensors "
+        f"{measured} of {len(weights)} weight tensors; {weights.left_out} other float tensors "
         "of the files (biases, norm vectors, constants) are no weights.\n"
     )
     print(summary(sample_table.rows, size))
@@ -377,7 +378,7 @@ def run(arguments: argparse.Namespace) -> None:
     figure.savefig(results.with_suffix(".svg"))
     packages = ("matplotlib", "onnx", "safetensors", "rapidocr")
     origin = provenance.record(vars(arguments), SEED, packages)
-    origin |= {"library": library.__name__, "tensors": len(chosen), "left_out": weights.left_out}
+    origin |= {"library": library.__name__, "tensors": measured, "left_out": weights.left_out}
     text = json.dumps(origin, indent=2) + "\n"
     results.with_suffix(".json").write_text(text, encoding="utf-8")
     print(f"\nWritten: {results}.csv, .png, .svg and .json")

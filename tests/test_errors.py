@@ -83,3 +83,21 @@ def test_arguments():
         errors.relative_mse(x, x, axis=2)
     with pytest.raises(TypeError, match="approx"):
         errors.sqnr_db(x, np.ones((2, 3), int))
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 2), (2, 0), (1,), ()])
+def test_keepdims_broadcasts_to_x(xp, host, rng, axis):
+    x = rng.normal(size=(5, 6, 7))
+    y = x + rng.normal(0, 0.1, x.shape)
+    shape = np.sum(x, axis=axis, keepdims=True).shape
+    for name, value in expected(x, y, axis).items():
+        found = getattr(errors, name)(xp.asarray(x), xp.asarray(y), axis=axis, keepdims=True)
+        assert found.shape == shape
+        np.testing.assert_allclose(host(found), np.reshape(value, shape), rtol=1e-12)
+
+
+def test_options_are_keywords():
+    x = np.ones((2, 3))
+    for name in ("relative_mse", "sqnr_db", "cosine_similarity", "max_abs_error"):
+        with pytest.raises(TypeError):
+            getattr(errors, name)(x, x, 0)

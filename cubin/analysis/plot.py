@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from cubin.analysis.table import ErrorTable
+from cubin.arrays import MAX_BITS
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+if TYPE_CHECKING:
+    from cubin.analysis.table import ErrorRow, ErrorTable
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. The numbers of colours and
+# markers have no common divisor: 42 curves differ in one of the two.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+_LLOYD_MAX = "Lloyd-Max, Gaussian"
+_SHANNON = "Shannon bound, Gaussian"
+_KIND = ": median and quartiles of "
 
 
 def new_figure(width: float = 7.0, height: float = 4.8) -> tuple[Any, Any]:
-    """A figure with one pair of axes, not held by pyplot: a notebook shows it once."""
+    """A pyplot figure with one pair of axes."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    plt.close(figure)
-    return figure, axes
+    return plt.subplots(figsize=(width, height), layout="constrained")
+
+
+def draw_in_new_figure(table: ErrorTable) -> Any:
+    """Draw as `draw_error_per_bit_width` does, in a figure of its own with the legend below.
+
+    Parameters
+    ----------
+    table : ErrorTable
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+    """
+    figure, axes = new_figure()
+    _draw(axes, table)
+    legend = _legend(axes, figure.bbox.width, math.inf, loc="upper center",
+                     bbox_to_anchor=(0.5, -0.14))  # fmt: skip
+    # A long legend makes the figure higher, not the axes lower.
+    above = legend.get_window_extent().height / figure.dpi - 1
+    if above > 0:
+        figure.set_figheight(figure.get_figheight() + above)
+        legend.set_bbox_to_anchor((0.5, -0.14 * 4.8 / figure.get_figheight()), axes.transAxes)
+    return axes
 
 
 def draw_error_per_bit_width(axes: Any, table: ErrorTable) -> Any:
     """Draw the median relative MSE over the arrays, and their quartiles, against the bit width.
+
+    The legend is within the axes, beside the curves or above them.
 
     Parameters
     ----------
@@ -36,36 +68,47 @@ def draw_error_per_bit_width(axes: Any, table: ErrorTable) -> Any:
     -------
     matplotlib.axes.Axes
     """
-    solvers = list(dict.fromkeys(row.solver for row in table.rows))
-    widths = sorted({row.bits for row in table.rows})
-    for number, solver in enumerate(solvers):
-        bits, low, middle, high = _quartiles(table, solver)
+    _draw(axes, table)
+    box = axes.get_window_extent()
+    for corner in ("lower left", "upper right"):
+        legend = _legend(axes, box.width, 0.6 * box.height, loc=corner)
+        if not _hides_a_curve(legend, axes):
+            return axes
+    _make_room_above(axes, legend)
+    return axes
+
+
+def _draw(axes: Any, table: ErrorTable) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    # Curves that are there already, such as those of another table, keep their colours.
+    first = sum(line.get_label() not in (_LLOYD_MAX, _SHANNON) for line in axes.lines)
+    widths: set[float] = set()
+    for number, (label, rows) in enumerate(_curves(table).items(), start=first):
+        bits, low, middle, high = _quartiles(rows)
         color = COLORS[number % len(COLORS)]
         # Its edge is what is left of the band at a single bit width, as the limits' points are.
         axes.fill_between(bits, low, high, color=color, alpha=0.2, linewidth=1)
         axes.plot(bits, middle, color=color, marker=MARKERS[number % len(MARKERS)],
-                  label=f"{solver}: median and quartiles of {_count(table, solver)}")  # fmt: skip
-    draw_limits(axes, [width for width in widths if width > 0])
+                  label=f"{label}{_KIND}{_count(rows)}")  # fmt: skip
+        widths.update(bits.tolist())
+    draw_limits(axes, sorted(width for width in widths if width > 0))
     axes.set_yscale("log")
-    axes.set_xticks(widths)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("bits per element (payload)")
     axes.set_ylabel("relative mean squared error")
     axes.grid(True, which="major", alpha=0.3)
-    # Below the axes, where it hides no curve.
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize="small"
-    )
-    return axes
 
 
-def draw_limits(axes: Any, bits: Sequence[int]) -> Any:
+def draw_limits(axes: Any, bits: Sequence[float]) -> Any:
     """Draw the limits for Gaussian samples: Lloyd-Max with 2^bits levels, and Shannon's bound.
 
     Parameters
     ----------
     axes : matplotlib.axes.Axes
-    bits : sequence of int
-        From 1.
+        Limits that are there already are drawn anew, for their bits, too.
+    bits : sequence of float
+        Above 0. Lloyd-Max is drawn at the whole ones up to 16.
 
     Returns
     -------
@@ -75,22 +118,95 @@ def draw_limits(axes: Any, bits: Sequence[int]) -> Any:
 
     from cubin import theory
 
-    lloyd = [theory.lloyd_max(norm(), width).relative_mse for width in bits]
-    shannon = [theory.shannon(norm(), width) for width in bits]
-    axes.plot(bits, lloyd, color="0.35", ls="--", marker=".", label="Lloyd-Max, Gaussian")
-    axes.plot(bits, shannon, color="0.35", ls=":", marker="x", label="Shannon bound, Gaussian")
+    drawn = [line for line in axes.lines if line.get_label() in (_LLOYD_MAX, _SHANNON)]
+    every = np.unique([*bits, *(width for line in drawn for width in line.get_xdata())])
+    for line in drawn:
+        line.remove()
+    whole = [int(width) for width in every if width == int(width) and width <= MAX_BITS]
+    lloyd = [theory.lloyd_max(norm(), width).relative_mse for width in whole]
+    axes.plot(whole, lloyd, color="0.35", ls="--", marker=".", label=_LLOYD_MAX)
+    axes.plot(every, 4.0**-every, color="0.35", ls=":", marker="x", label=_SHANNON)
     return axes
 
 
-def _count(table: ErrorTable, solver: str) -> str:
-    names = len({row.name for row in table.rows if row.solver == solver})
-    return f"{names} array{'s' if names != 1 else ''}"
+def _legend(axes: Any, width: float, height: float, **place: Any) -> Any:
+    """A legend of at most this size in pixels, if its smallest print is small enough.
+
+    What the labels of all curves end on is its title.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    names, counts = [], []
+    for label in labels:
+        name, found, count = label.rpartition(_KIND)
+        names.append((name, count) if found else (label, ""))
+        counts += [count] if found else []
+    kind, same = _KIND.strip(": "), len(set(counts)) == 1
+    title = f"{kind} {counts[0]}" if same else kind.removesuffix(" of") if counts else None
+    texts = [f"{name} ({count})" if count and not same else name for name, count in names]
+    for size, columns in itertools.product(("small", "x-small", "xx-small"), (3, 2, 1)):
+        legend = axes.legend(handles, texts, title=title, ncols=columns, frameon=False,
+                             fontsize=size, title_fontsize=size, **place)  # fmt: skip
+        box = legend.get_window_extent()
+        if box.width <= 0.96 * width and box.height <= height:
+            break
+    return legend
 
 
-def _quartiles(table: ErrorTable, solver: str) -> tuple[np.ndarray, ...]:
-    rows = [row for row in table.rows if row.solver == solver]
-    bits = sorted({row.bits for row in rows})
-    errors = [[row.relative_mse for row in rows if row.bits == width] for width in bits]
-    low, middle, high = np.array([np.quantile(some, (0.25, 0.5, 0.75)) for some in errors]).T
+def _hides_a_curve(legend: Any, axes: Any) -> bool:
+    box = legend.get_window_extent().padded(4)
+    paths = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+    for band in axes.collections:
+        paths += [band.get_transform().transform_path(path) for path in band.get_paths()]
+    return any(path.intersects_bbox(box) for path in paths)
+
+
+def _make_room_above(axes: Any, legend: Any) -> None:
+    """Have what the legend takes of the axes' height free above the curves."""
+    share = legend.get_window_extent().height / axes.get_window_extent().height
+    share = min(share + 0.05, 0.75)
+    values = np.concatenate([line.get_ydata() for line in axes.lines])
+    values = values[np.isfinite(values) & (values > 0)]
+    low, high = values.min(), values.max()
+    top = high * max(high / low, 10) ** (share / (1 - share))
+    axes.update_datalim([(0, top)], updatex=False)
+    axes.autoscale_view()
+
+
+def _curves(table: ErrorTable) -> dict[str, list[ErrorRow]]:
+    """The rows of every curve, by solver, granularity if there are several, and map."""
+    several = len({row.granularity for row in table.rows} - {""}) > 1
+    curves: dict[str, list[ErrorRow]] = {}
+    for row in table.rows:
+        parts = [row.solver]
+        if several and row.granularity:
+            parts.append(f"per {row.granularity}")
+        if isinstance(row.bits, str):
+            parts.append(row.bits)
+        curves.setdefault(", ".join(parts), []).append(row)
+    return curves
+
+
+def _by_bits(rows: Sequence[ErrorRow]) -> list[list[ErrorRow]]:
+    points: dict[Any, list[ErrorRow]] = {}
+    for row in rows:
+        points.setdefault(row.bits, []).append(row)
+    return list(points.values())
+
+
+def _count(rows: Sequence[ErrorRow]) -> str:
+    number = max(map(len, _by_bits(rows)))
+    return f"{number} array{'s' if number != 1 else ''}"
+
+
+def _quartiles(rows: Sequence[ErrorRow]) -> tuple[np.ndarray, ...]:
+    """Bits per element, and the quartiles of the error: (points,) each."""
+    points = sorted(
+        (
+            np.mean([row.payload_bits for row in group]),
+            *np.quantile([row.relative_mse for row in group], (0.25, 0.5, 0.75)),
+        )
+        for group in _by_bits(rows)
+    )
+    bits, low, middle, high = np.array(points).T
     # An exact approximation has no place on a logarithmic axis: the band goes on to its end.
-    return np.array(bits), low, np.where(middle > 0, middle, np.nan), high
+    return bits, low, np.where(middle > 0, middle, np.nan), high

@@ -2,48 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from cubin import arrays as checked
 from cubin import errors
 from cubin.analysis.table import ErrorRow, ErrorTable
 from cubin.arrays import Array
-from cubin.code import effective_bits
-from cubin.quantize import SOLVERS, multibit
+from cubin.code import effective_bits, payload_bits
+from cubin.quantize import multibit
+
+with warnings.catch_warnings():
+    # Without ipywidgets a notebook has no bar, which is no reason for a warning.
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
 
 Axis = int | tuple[int, ...] | None
+BitMap = Callable[[Array], Array]
+Quantizer = Callable[[Array, Array], Array]
 
 
 def error_per_bit_width(
-    arrays: Mapping[str, Array] | Iterable[Any] | Array,
-    bits: int | Iterable[int] = range(1, 9),
-    solvers: Sequence[str] = ("greedy",),
-    channel_axis: Axis = 0,
+    arrays: Mapping[Any, Any] | Iterable[Any] | Array,
+    bits: int | BitMap | Iterable[int | BitMap] | Mapping[str, int | BitMap] = range(1, 9),
+    solvers: str | Quantizer | Iterable[str | Quantizer] | Mapping[str, str | Quantizer] = (
+        "greedy",
+    ),
     *,
+    channel_axis: Axis | str = "auto",
     group_size: int | None = None,
+    iterations: int | None = 2,
+    importance: Mapping[str, Array] | None = None,
+    min_ndim: int = 0,
 ) -> ErrorTable:
     """The error of every array at every bit width with every solver.
+
+    What cannot be measured is skipped, and named with the reason in the table's ``skipped``: an
+    entry that is no float16, float32 or float64 array (an integer buffer, bfloat16), an empty
+    array, one with NaN or infinity or with squares that float64 cannot hold, one that the channel
+    axis or the group size does not fit, and one for which a solver gives NaN or infinity.
 
     Parameters
     ----------
     arrays : mapping, iterable or array
-        A mapping of names to arrays, one array, a list of arrays, or an iterable of
-        ``(name, array)`` or ``(name, array, channel_axis)``. An iterable is consumed one array at
-        a time, so that a generator can read weights that do not fit in memory together. Arrays
-        are float16, float32 or float64, NumPy's or CuPy's, of any shape.
-    bits : int or iterable of int
-        The bit widths, 0 to 16.
-    solvers : sequence of str
-        The solvers of `cubin.quantize`.
-    channel_axis : int, tuple of int or None
+        A mapping of names to arrays such as a ``state_dict``, one array, a list of arrays, or an
+        iterable of ``(name, array)`` or ``(name, array, channel_axis)``. A mapping or a list of
+        arrays in the place of an array stands for all of them, under names joined by dots. An
+        iterable is consumed one array at a time, so that a generator can read weights that do not
+        fit in memory together. Arrays are NumPy's or CuPy's, of any shape, or what
+        ``numpy.asarray`` takes; tensors that require grad are detached. Arrays that share their
+        memory, as tied weights in a ``state_dict``, count as often as they are given.
+    bits : int, function, iterable of them, or mapping
+        The bit widths, 0 to 16. A function makes a bit map: it is called once for each array x, and
+        returns bits for `cubin.multibit`. Its name stands in the table's ``bits``. A mapping gives
+        other names: ``{"budget 1.4": lambda x: cubin.bitmaps.budget(x, 1.4)}``.
+    solvers : str, function, iterable of them, or mapping
+        The solvers of `cubin.quantize`, and functions ``(x, bits) -> approximation`` for other
+        quantizers, where x is a copy of the array and bits a bit width or a bit map. The name of a
+        function stands in the table; a mapping gives other names. What scales and tables a
+        function needs is not known: its effective bits are NaN.
+    channel_axis : "auto", int, tuple of int or None
         One scale per level for each index of this axis (these axes); None for one per tensor. It
-        is not used where an array brings its own, or with groups.
+        is not used where an array brings its own. "auto" is 0, or none with groups.
     group_size : int, optional
-        One scale per level for every run of this many elements of the last axis.
+        One scale per level for every run of this many elements of the last axis, in all arrays.
+    iterations : int or None
+        As in `cubin.quantize`.
+    importance : mapping of str to array, optional
+        By name of the array, the importance for the solvers of `cubin.quantize`. Arrays that are
+        not in it have none. The errors in the table are not weighted.
+    min_ndim : int
+        Arrays of fewer axes are skipped. 2 leaves out biases and other vectors, of which every
+        element has scales of its own with ``channel_axis=0``: they are exact, at 33 bits or more.
 
     Returns
     -------
@@ -52,11 +87,14 @@ def error_per_bit_width(
     Raises
     ------
     TypeError
-        If an array is not floating point or a bit width no integer.
+        If `arrays` is nothing that gives arrays, or a bit width no integer.
     ValueError
-        If a solver is unknown, a bit width is out of range, an axis or group size does not fit an
-        array, or an array has NaN or infinity, or values whose squares float64 cannot hold. The
-        message names the array.
+        If a solver is unknown, or does not take the bit width, the iterations or an importance; if
+        a bit width is out of range, a name is given to two bit maps or solvers, `channel_axis` and
+        `group_size` are both given, an importance does not fit, or a function returns bits or an
+        approximation that do not fit.
+    TypeError, ValueError
+        If all arrays are skipped. The message names the first and says why.
 
     Examples
     --------
@@ -65,75 +103,294 @@ def error_per_bit_width(
     >>> table = cubin.analysis.error_per_bit_width(weights, bits=[1, 2])
     >>> [round(row.relative_mse, 2) for row in table.rows]
     [0.36, 0.13]
+
+    Another quantizer, and a bit map:
+
+    >>> def ternary(x, bits):
+    ...     mask = abs(x) > 0.7 * abs(x).mean()
+    ...     return np.sign(x) * mask * abs(x[mask]).mean()
+    >>> maps = {"budget 1.4": lambda x: cubin.bitmaps.budget(x, 1.4, channel_axis=0)}
+    >>> table += cubin.analysis.error_per_bit_width(weights, 2, ternary)
+    >>> table += cubin.analysis.error_per_bit_width(weights, maps)
+    >>> [(row.solver, row.bits, round(row.relative_mse, 2)) for row in table.rows[2:]]
+    [('ternary', 2, 0.19), ('greedy', 'budget 1.4', 0.08)]
     """
-    given = bits if isinstance(bits, Iterable) else [bits]
-    widths = [checked.as_integer("bits", width) for width in given]
-    for width in widths:
-        if not 0 <= width <= checked.MAX_BITS:
-            raise ValueError(f"bits must lie in 0 .. {checked.MAX_BITS}, got {width}")
-    solvers = [solvers] if isinstance(solvers, str) else list(solvers)
-    for solver in solvers:
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    axis = None if group_size is not None else channel_axis
-    total = len(arrays) if isinstance(arrays, Sized) else None
-    bar = tqdm(_named(arrays, axis), total=total, unit="tensor", delay=1, leave=False, disable=None)
+    widths = _by_label("bits", bits, _width)
+    quantizers = _by_label("solvers", solvers, str)
+    numbers = [width for width in widths.values() if isinstance(width, int)]
+    for solver in quantizers.values():
+        if not callable(solver):
+            # What a solver refuses for one element, it refuses for all arrays.
+            multibit(np.zeros(1), max(numbers, default=0), solver=solver, iterations=iterations,
+                     importance=None if importance is None else np.ones(1))  # fmt: skip
+    _check_granularity(channel_axis, group_size)
+    min_ndim = checked.as_integer("min_ndim", min_ndim)
+    importance = _importance(importance, arrays)
+    unused = set(importance)
     rows: list[ErrorRow] = []
-    for name, array, own_axis in bar:
-        bar.set_postfix_str(name[-40:], refresh=False)
-        try:
-            rows += _errors_of(name, array, widths, solvers, own_axis, group_size)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"array {name!r}: {error}") from error
-    return ErrorTable(rows)
+    skipped: list[tuple[str, Exception]] = []
+    total = len(arrays) if isinstance(arrays, Sized) and not hasattr(arrays, "shape") else None
+    with tqdm(total=total, unit="tensor", delay=1, leave=False, disable=None) as bar:
+        for name, array, own_axis in _named(arrays):
+            bar.set_postfix_str(name[-40:], refresh=False)
+            axis, granularity = _granularity(own_axis, channel_axis, group_size)
+            try:
+                x = _floats(array, min_ndim)
+                rows += _errors_of(
+                    x,
+                    _layout(x, axis, group_size),
+                    widths,
+                    quantizers,
+                    name=name,
+                    granularity=granularity,
+                    channel_axis=axis,
+                    group_size=group_size,
+                    iterations=iterations,
+                    importance=importance.get(name),
+                )
+            except _UnfitError as unfit:
+                skipped.append((name, unfit.error))
+            except Exception as error:
+                error.add_note(f"in the sweep of array {name!r}")
+                raise
+            unused.discard(name)
+            bar.update()
+    if skipped and not rows:
+        name, reason = skipped[0]
+        others = f" (and {len(skipped) - 1} more arrays are skipped)" if len(skipped) > 1 else ""
+        raise type(reason)(f"array {name!r}: {reason}{others}") from reason
+    if unused:
+        warnings.warn(f"importance has {sorted(unused)}, but no array has this name", stacklevel=2)
+    return ErrorTable(rows, [(name, str(reason)) for name, reason in skipped])
 
 
-def _named(arrays: Any, axis: Axis) -> Iterator[tuple[str, Array, Axis]]:
-    if isinstance(arrays, Mapping):
-        arrays = arrays.items()
-    elif hasattr(arrays, "shape"):
-        arrays = [("x", arrays)]
-    for number, entry in enumerate(arrays):
-        if not isinstance(entry, tuple):
-            yield str(number), entry, axis
-        elif len(entry) == 3:
-            yield str(entry[0]), entry[1], entry[2]
-        elif len(entry) == 2:
-            yield str(entry[0]), entry[1], axis
-        else:
+class _UnfitError(Exception):
+    """What `error` says of one array, which the sweep goes on without."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _by_label(argument: str, given: Any, check: Callable[[Any], Any]) -> dict[Any, Any]:
+    """The entries of an argument, functions or checked, by the label they have in the table."""
+    if isinstance(given, Mapping):
+        return {
+            str(label): entry if callable(entry) else check(entry) for label, entry in given.items()
+        }
+    single = isinstance(given, str) or callable(given) or not isinstance(given, Iterable)
+    labelled: dict[Any, Any] = {}
+    for value in [given] if single else given:
+        entry = value if callable(value) else check(value)
+        label = _name_of(entry) if callable(entry) else entry
+        if label in labelled:
             raise ValueError(
-                "arrays must yield (name, array) or (name, array, channel_axis), "
-                f"got a tuple of {len(entry)}"
+                f"{argument} has {label!r} twice: a mapping of labels to functions tells them apart"
+                if callable(entry)
+                else f"{argument} has {label!r} twice"
             )
+        labelled[label] = entry
+    return labelled
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    if isinstance(function, functools.partial):
+        values = [*map(repr, function.args)]
+        values += [f"{name}={value!r}" for name, value in function.keywords.items()]
+        return f"{_name_of(function.func)}({', '.join(values)})"
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _width(value: object) -> int:
+    width = checked.as_integer("bits", value)
+    if not 0 <= width <= checked.MAX_BITS:
+        raise ValueError(f"bits must lie in 0 .. {checked.MAX_BITS}, got {width}")
+    return width
+
+
+def _check_granularity(channel_axis: Axis | str, group_size: int | None) -> None:
+    axis = None if isinstance(channel_axis, str) else channel_axis
+    if isinstance(channel_axis, str) and channel_axis != "auto":
+        raise ValueError(
+            "channel_axis must be 'auto', an integer, a tuple of them or None, "
+            f"got {channel_axis!r}"
+        )
+    for number in axis if isinstance(axis, (tuple, list)) else [0 if axis is None else axis]:
+        checked.as_integer("channel_axis", number)
+    if group_size is not None:
+        checked.rows_of((0,), axis, group_size)
+
+
+def _importance(importance: Any, arrays: Any) -> Mapping[str, Any]:
+    if importance is None:
+        return {}
+    if not isinstance(importance, Mapping):
+        raise TypeError(f"importance must map names to arrays, got {type(importance).__qualname__}")
+    if isinstance(arrays, Mapping):
+        names = {name for name, _, _ in _named(arrays)}
+        for name in importance:
+            if name not in names:
+                raise ValueError(f"importance has an array for {name!r}, which is not in arrays")
+    return importance
+
+
+def _named(arrays: Any) -> Iterator[tuple[str, Any, Axis | str]]:
+    """The arrays with their names and the axes that they bring, else "auto"."""
+    if isinstance(arrays, Mapping):
+        for name, array in _leaves("", arrays):
+            yield name, array, "auto"
+    elif hasattr(arrays, "shape"):
+        yield "x", arrays, "auto"
+    elif hasattr(arrays, "state_dict"):
+        raise TypeError(
+            f"arrays is a {type(arrays).__qualname__}: pass its state_dict() or named_parameters()"
+        )
+    elif isinstance(arrays, (str, bytes)) or not isinstance(arrays, Iterable):
+        raise TypeError(
+            "arrays must be a mapping of names to arrays, an array or an iterable of arrays, "
+            f"got {type(arrays).__qualname__}"
+        )
+    else:
+        for number, entry in enumerate(arrays):
+            name, value, axis = _entry(number, entry)
+            for path, array in _leaves(name, value):
+                yield path, array, axis
+
+
+def _entry(number: int, entry: Any) -> tuple[str, Any, Axis | str]:
+    if not isinstance(entry, tuple):
+        return str(number), entry, "auto"
+    if len(entry) not in (2, 3) or hasattr(entry[0], "shape"):
+        got = f"that begins with a {type(entry[0]).__qualname__}" if entry else ""
+        raise ValueError(
+            "arrays must yield (name, array) or (name, array, channel_axis), "
+            f"got a tuple of {len(entry)} {got}".rstrip()
+        )
+    name, value, axis = entry if len(entry) == 3 else (*entry, "auto")
+    return str(name), value, axis
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays in mappings and in lists of arrays, under names joined by dots."""
+    if isinstance(value, Mapping):
+        parts: Any = value.items()
+    elif isinstance(value, (list, tuple)) and any(getattr(part, "ndim", 0) for part in value):
+        parts = enumerate(value)
+    else:
+        yield name, value
+        return
+    for key, part in parts:
+        yield from _leaves(f"{name}.{key}" if name else str(key), part)
+
+
+# ---------------------------------------------------------------- an array
+
+
+def _granularity(
+    own_axis: Axis | str, channel_axis: Axis | str, group_size: int | None
+) -> tuple[Axis, str]:
+    """The channel axis of an array, and what the table calls its granularity."""
+    if group_size is not None:
+        return None, f"group {group_size}"
+    brought = not isinstance(own_axis, str)
+    axis = own_axis if brought else channel_axis
+    if isinstance(axis, str):
+        axis = 0
+    if axis is None or axis == ():
+        return None, "tensor"
+    if brought:
+        return axis, "channel"
+    axes = axis if isinstance(axis, (tuple, list)) else [axis]
+    return axis, f"ax{'e' if len(axes) > 1 else 'i'}s {', '.join(map(str, axes))}"
+
+
+def _floats(array: Any, min_ndim: int) -> Array:
+    if getattr(array, "requires_grad", False) is True:
+        array = array.detach()
+    try:
+        x = checked.as_floats("x", array)
+    except (TypeError, ValueError) as error:
+        raise _UnfitError(error) from error
+    if x.ndim < min_ndim:
+        raise _UnfitError(ValueError(f"it has fewer axes than min_ndim={min_ndim}"))
+    if not x.size:
+        raise _UnfitError(ValueError("it has no elements"))
+    return x
+
+
+def _layout(x: Array, axis: Axis, group_size: int | None) -> checked.Rows:
+    try:
+        return checked.rows_of(x.shape, axis, group_size)
+    except ValueError as error:
+        raise _UnfitError(error) from error
 
 
 def _errors_of(
+    x: Array,
+    layout: checked.Rows,
+    widths: Mapping[Any, Any],
+    quantizers: Mapping[str, Any],
+    *,
     name: str,
-    array: Array,
-    widths: list[int],
-    solvers: Sequence[str],
-    axis: Axis,
-    group_size: int | None,
-) -> Iterator[ErrorRow]:
-    x = checked.as_floats("x", array)
-    rows = checked.rows_of(x.shape, None if group_size is not None else axis, group_size)
-    approx = checked.output(None, x)
-    for solver in solvers:
-        for width in widths:
-            multibit(x, width, channel_axis=None if group_size is not None else axis,
-                     group_size=group_size, solver=solver, out=approx)  # fmt: skip
-            found = errors.measure(x, approx)
-            if not np.isfinite(float(found.power)) or (found.power == 0 and found.worst > 0):
-                raise ValueError(
-                    "it has NaN or infinity, or the squares of its values overflow or vanish: "
-                    "clean it first, e.g. with nan_to_num, or scale it"
+    granularity: str,
+    **options: Any,
+) -> list[ErrorRow]:
+    """The rows of an array; `options` are those of `multibit`."""
+    with checked.current_device(x):
+        approx = checked.output(None, x)
+        _check_range(x, approx)
+        maps = {
+            label: _bit_map(bits(x.copy()), x) if callable(bits) else bits
+            for label, bits in widths.items()
+        }
+        costs = {
+            label: (payload_bits(bits, x.shape), effective_bits(bits, layout, x.dtype))
+            for label, bits in maps.items()
+        }
+        rows = []
+        for solver, quantize in quantizers.items():
+            for label, bits in maps.items():
+                if callable(quantize):
+                    y = checked.like(f"the result of {solver!r}", quantize(x.copy(), bits), x)
+                else:
+                    y = multibit(x, bits, solver=quantize, out=approx, **options)
+                found = errors.measure(x, y)
+                if not np.isfinite(float(found.error)):
+                    raise _UnfitError(
+                        ValueError(f"{solver!r} gives NaN or infinity at {label!r} bits")
+                    )
+                payload, effective = costs[label]
+                rows.append(
+                    ErrorRow.of(
+                        found,
+                        name=name,
+                        shape=x.shape,
+                        solver=solver,
+                        bits=label,
+                        granularity="" if callable(quantize) else granularity,
+                        payload_bits=payload,
+                        effective_bits=math.nan if callable(quantize) else effective,
+                    )
                 )
-            yield ErrorRow.of(
-                found,
-                name=name,
-                shape=x.shape,
-                solver=solver,
-                bits=width,
-                payload_bits=float(width),
-                effective_bits=effective_bits(width, rows, x.dtype),
-            )
+        return rows
+
+
+def _bit_map(bits: Any, x: Array) -> Any:
+    """What a function has made of `x`, if it is a bit map."""
+    checked.as_bits(bits, x, look=True)
+    return bits
+
+
+def _check_range(x: Array, approx: Array) -> None:
+    """Refuse values that the errors cannot be measured of; `approx` is overwritten."""
+    approx.fill(0)
+    found = errors.measure(x, approx)
+    if not np.isfinite(float(found.worst)):
+        raise _UnfitError(ValueError("it has NaN or infinity: clean it, e.g. with nan_to_num"))
+    if not np.isfinite(float(found.power)) or (found.power == 0 and found.worst > 0):
+        raise _UnfitError(
+            ValueError("the squares of its values overflow or vanish in float64: scale it first")
+        )

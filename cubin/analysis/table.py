@@ -8,14 +8,18 @@ import html
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from cubin import errors
+from cubin.arrays import Array
 from cubin.errors import Errors
 
 _ROWS_SHOWN = 60
+_NAMES_SHOWN = 3
+_REASONS_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,13 @@ class ErrorRow:
     size : int
         Number of elements.
     solver : str
-    bits : int
+        The name of the solver or other quantizer.
+    bits : int, float or str
+        The bit width, or the name of the bit map.
+    granularity : str
+        Which elements share their scales: "tensor", "axis 0" (those of one index of it),
+        "channel" (those of one index of the axis that the array brought), "group 64", or "" where
+        it is not known.
     relative_mse : float
         Squared error over power.
     sqnr_db : float
@@ -38,7 +48,7 @@ class ErrorRow:
     max_abs_error : float
         In the unit of the array.
     payload_bits, effective_bits : float
-        Bits per element of the codes alone, and with bit map and scales.
+        Bits per element of the codes alone, and with bit map and scales; NaN if not known.
     compression : float
         32 over the effective bits: how much smaller than float32.
     sums : tuple of float
@@ -49,7 +59,8 @@ class ErrorRow:
     shape: tuple[int, ...]
     size: int
     solver: str
-    bits: int
+    bits: int | float | str
+    granularity: str
     relative_mse: float
     sqnr_db: float
     cosine_similarity: float
@@ -57,7 +68,7 @@ class ErrorRow:
     payload_bits: float
     effective_bits: float
     compression: float
-    sums: tuple[float, float, float, float] = dataclasses.field(repr=False)
+    sums: tuple[float, float, float, float] = field(repr=False)
 
     @classmethod
     def of(
@@ -67,9 +78,10 @@ class ErrorRow:
         name: str,
         shape: tuple[int, ...],
         solver: str,
-        bits: int,
+        bits: int | float | str,
         payload_bits: float,
         effective_bits: float,
+        granularity: str = "",
         size: int | None = None,
     ) -> ErrorRow:
         """The row for measured errors."""
@@ -79,6 +91,7 @@ class ErrorRow:
             size=math.prod(shape) if size is None else size,
             solver=solver,
             bits=bits,
+            granularity=granularity,
             relative_mse=float(found.relative_mse()),
             sqnr_db=float(found.sqnr_db()),
             cosine_similarity=float(found.cosine_similarity()),
@@ -94,6 +107,66 @@ class ErrorRow:
             ),
         )
 
+    @classmethod
+    def measure(
+        cls,
+        x: Array,
+        approx: Array,
+        *,
+        name: str,
+        solver: str,
+        bits: int | float,
+        effective_bits: float = math.nan,
+        granularity: str = "",
+    ) -> ErrorRow:
+        """The row for an approximation that another quantizer has made.
+
+        Parameters
+        ----------
+        x, approx : array of float16, float32 or float64, of one shape
+        name : str
+            That of the array.
+        solver : str
+            That of the quantizer, under which the table and the figure have it.
+        bits : int or float
+            Bits per element of the codes alone, such as 1.58 for three values.
+        effective_bits : float, optional
+            Bits per element in all. Default: not known.
+        granularity : str, optional
+            Which elements share their scales, such as "group 64".
+
+        Returns
+        -------
+        ErrorRow
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `cubin.errors.relative_mse`.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> x = np.random.default_rng(0).standard_normal((64, 256))
+        >>> table = cubin.analysis.error_per_bit_width({"w": x}, [1, 2])
+        >>> y = np.sign(x) * (abs(x) > 0.6) * 1.2
+        >>> table.rows.append(
+        ...     cubin.analysis.ErrorRow.measure(x, y, name="w", solver="ternary", bits=1.58)
+        ... )
+        >>> [(row.solver, row.bits) for row in table.overall()]
+        [('greedy', 1), ('greedy', 2), ('ternary', 1.58)]
+        """
+        return cls.of(
+            errors.measure(x, approx),
+            name=name,
+            shape=np.shape(x),
+            solver=solver,
+            bits=bits,
+            payload_bits=float(bits),
+            effective_bits=effective_bits,
+            granularity=granularity,
+        )
+
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(ErrorRow) if field.name != "sums")
 
@@ -102,6 +175,7 @@ _HEADS = {
     "shape": "shape",
     "solver": "solver",
     "bits": "bits",
+    "granularity": "scales per",
     "relative_mse": "rel. MSE",
     "sqnr_db": "SQNR [dB]",
     "cosine_similarity": "cosine",
@@ -112,27 +186,38 @@ _HEADS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ErrorTable:
     """Errors of arrays by solver and bit width.
+
+    ``table + other`` has the rows of both, so that one table and one figure compare them.
 
     Attributes
     ----------
     rows : list of ErrorRow
-        In the order of the sweep: by array, solver and bit width.
+        In the order of the sweep: by array, solver and bit width. Rows of other quantizers, from
+        `ErrorRow.measure`, can be appended.
+    skipped : list of (str, str)
+        The names of the arrays that the sweep has skipped, and why.
     """
 
     rows: list[ErrorRow]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __add__(self, other: object) -> ErrorTable:
+        if not isinstance(other, ErrorTable):
+            return NotImplemented
+        return ErrorTable(self.rows + other.rows, self.skipped + other.skipped)
 
     def overall(self) -> list[ErrorRow]:
-        """One row named "overall" for each solver and bit width, over all arrays together.
+        """One row named "overall" for each solver, granularity and bit width, over all arrays.
 
         Squared errors and powers are added up before they are divided, and bits are averaged over
         elements, as if the arrays were one.
         """
-        groups: dict[tuple[str, int], list[ErrorRow]] = {}
+        groups: dict[tuple[Any, ...], list[ErrorRow]] = {}
         for row in self.rows:
-            groups.setdefault((row.solver, row.bits), []).append(row)
+            groups.setdefault((row.solver, row.granularity, row.bits), []).append(row)
         return [_together(rows) for rows in groups.values()]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -165,33 +250,42 @@ class ErrorTable:
             [[getattr(row, column) for column in COLUMNS] for row in self.rows], columns=COLUMNS
         )
 
-    def plot(self) -> Any:
-        """A figure of the error against the bit width.
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the error against the bit width.
 
         Shows the median over the arrays and the range between their quartiles for each solver,
         beside what is best for Gaussian samples: Lloyd-Max with 2^bits free levels, and Shannon's
         bound 4^-bits.
 
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Where to draw. Default: a new figure of `matplotlib.pyplot`.
+
         Returns
         -------
-        matplotlib.figure.Figure
+        matplotlib.axes.Axes
+            Its figure is ``.figure``: ``table.plot().figure.savefig("error.png")``.
         """
-        from cubin.analysis.plot import draw_error_per_bit_width, new_figure
+        from cubin.analysis.plot import draw_error_per_bit_width, draw_in_new_figure
 
-        figure, axes = new_figure()
-        draw_error_per_bit_width(axes, self)
-        return figure
+        return draw_in_new_figure(self) if ax is None else draw_error_per_bit_width(ax, self)
 
     def __str__(self) -> str:
-        lines = [list(_HEADS.values())]
-        lines += [_cells(row) for row in [*self.rows, *self.overall()]]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADS))]
-        text = []
-        for line in lines:
-            left = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
-            right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
-            text.append("  ".join(left + right).rstrip())
-        return "\n".join(text)
+        return self._text(self.rows)
+
+    def __repr__(self) -> str:
+        return self._text(self.rows[:_ROWS_SHOWN])
+
+    def _text(self, shown: Sequence[ErrorRow]) -> str:
+        above = [list(_HEADS.values()), *map(_cells, shown)]
+        below = [*map(_cells, self.overall())]
+        widths = [max(map(len, column)) for column in zip(*above, *below, strict=True)]
+        text = [_line(cells, widths) for cells in above]
+        if len(shown) < len(self.rows):
+            text.append(f"... {len(self.rows) - len(shown)} more rows: see .rows or .to_pandas()")
+        text += [_line(cells, widths) for cells in below]
+        return "\n".join([*text, *_footer(self.skipped)])
 
     def _repr_html_(self) -> str:
         shown = self.rows[:_ROWS_SHOWN]
@@ -203,7 +297,35 @@ class ErrorTable:
                 "see <code>.rows</code> or <code>.to_pandas()</code></td></tr>"
             )
         body += [_html_row(row, "th") for row in self.overall()]
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        return table + "".join(f"<div>{html.escape(line)}</div>" for line in _footer(self.skipped))
+
+
+def _footer(skipped: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines on what has been skipped, by reason."""
+    if not skipped:
+        return []
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped:
+        names.setdefault(reason, []).append(name)
+    lines = [f"Skipped {_counted(len(skipped), 'array')}:"]
+    for reason in list(names)[:_REASONS_SHOWN]:
+        listed = ", ".join(names[reason][:_NAMES_SHOWN])
+        others = len(names[reason]) - _NAMES_SHOWN
+        lines.append(f"  {listed}{f' and {others} more' if others > 0 else ''}: {reason}")
+    if len(names) > _REASONS_SHOWN:
+        lines.append(f"  {len(names) - _REASONS_SHOWN} more reasons: see .skipped")
+    return lines
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    left = [cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
+    right = [cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)]
+    return "  ".join(left + right).rstrip()
 
 
 def _html_row(row: ErrorRow, tag: str) -> str:
@@ -212,20 +334,28 @@ def _html_row(row: ErrorRow, tag: str) -> str:
 
 
 def _cells(row: ErrorRow) -> list[str]:
-    name = row.name if len(row.name) <= 40 else f"…{row.name[-39:]}"
     return [
-        name,
+        _short(row.name),
         "x".join(str(n) for n in row.shape),
-        row.solver,
-        str(row.bits),
+        _short(row.solver),
+        _short(str(row.bits)),
+        row.granularity,
         f"{row.relative_mse:.3e}",
         f"{row.sqnr_db + 0.0:.2f}",
         f"{row.cosine_similarity:.5f}",
         f"{row.max_abs_error:.3g}",
-        f"{row.payload_bits:.3f}",
-        f"{row.effective_bits:.3f}",
-        f"{row.compression:.2f}",
+        _bits(row.payload_bits, 3),
+        _bits(row.effective_bits, 3),
+        _bits(row.compression, 2),
     ]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else f"…{name[-39:]}"
+
+
+def _bits(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _together(rows: Sequence[ErrorRow]) -> ErrorRow:
@@ -244,6 +374,7 @@ def _together(rows: Sequence[ErrorRow]) -> ErrorRow:
         size=size,
         solver=rows[0].solver,
         bits=rows[0].bits,
+        granularity=rows[0].granularity,
         payload_bits=mean("payload_bits"),
         effective_bits=mean("effective_bits"),
     )

@@ -83,9 +83,16 @@ def random(
 
     Examples
     --------
+    The mean of the map is not `mean_bits`, least of all at few bits:
+
     >>> import cubin
-    >>> float(cubin.bitmaps.random(1_000_000, 1.4, rng=0).mean().round(1))
-    1.6
+    >>> for mean_bits in (1, 1.4, 2, 4):
+    ...     bits = cubin.bitmaps.random(1_000_000, mean_bits, rng=0)
+    ...     print(mean_bits, bits.mean().round(2))
+    1 1.38
+    1.4 1.62
+    2 2.07
+    4 4.0
     """
     mean = as_mean(mean_bits, 0, MAX_BITS)
     drawn = np.random.default_rng(rng).normal(mean, 1.0, shape)

@@ -5,7 +5,8 @@ node with its pull-back. In the formulas g is the gradient at the result; where 
 broadcast, its gradient is summed over the axes along which it was repeated.
 
 An operand may also be a plain array or a number. It is a constant: it has no gradient, and takes
-on the dtype of the nodes that it meets, so that float32 stays float32. Nodes of different dtypes
+on the dtype of the nodes that it meets, so that float32 stays float32. A number may lie outside the
+range of float16: x / 70000 is not 0. Nodes of different dtypes
 promote as in NumPy, and each gradient has the dtype of its own node. Sums of float16, and products
 that are summed, are taken in float32, longer sums in float64 as `cubin.tape.sums` says: along every
 axis, in every memory order and in both libraries. The sum is rounded to its dtype at the end.
@@ -18,7 +19,8 @@ A. Griewank and A. Walther, "Evaluating Derivatives", 2nd edition, SIAM 2008.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -94,30 +96,42 @@ def _wide(g: Array) -> Array:
 # ---------------------------------------------------------------- arithmetic
 
 
+def _arithmetic(function: Callable[[Any, Any], Any], x: Any, y: Any) -> Any:
+    """`function` of two arrays, or of one and a number, which float16 meets in float32."""
+    if not hasattr(y, "dtype") and hasattr(x, "dtype"):
+        return function(_wide(x), y).astype(x.dtype, copy=False)
+    if not hasattr(x, "dtype") and hasattr(y, "dtype"):
+        return function(x, _wide(y)).astype(y.dtype, copy=False)
+    return function(x, y)
+
+
 def add(a: Operand, b: Operand) -> Node:
     """a + b; the gradients are g and g."""
     _, x, y = _values(a=a, b=b)
-    return _node(x + y, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(g, y)))
+    value = _arithmetic(operator.add, x, y)
+    return _node(value, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(g, y)))
 
 
 def subtract(a: Operand, b: Operand) -> Node:
     """a - b; the gradients are g and -g."""
     _, x, y = _values(a=a, b=b)
-    return _node(x - y, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(-g, y)))
+    value = _arithmetic(operator.sub, x, y)
+    return _node(value, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(-g, y)))
 
 
 def multiply(a: Operand, b: Operand) -> Node:
     """a * b; the gradients are g * b and g * a."""
     _, x, y = _values(a=a, b=b)
+    value = _arithmetic(operator.mul, x, y)
     return _node(
-        x * y, (a, lambda g: _summed(_wide(g) * y, x)), (b, lambda g: _summed(_wide(g) * x, y))
+        value, (a, lambda g: _summed(_wide(g) * y, x)), (b, lambda g: _summed(_wide(g) * x, y))
     )
 
 
 def divide(a: Operand, b: Operand) -> Node:
     """a / b; the gradients are g / b and -g * (a / b) / b."""
     _, x, y = _values(a=a, b=b)
-    ratio = x / y
+    ratio = _arithmetic(operator.truediv, x, y)
     return _node(
         ratio,
         (a, lambda g: _summed(_wide(g) / y, x)),
@@ -314,7 +328,9 @@ def clip(x: Operand, low: float, high: float) -> Node:
     if not low <= high:
         raise ValueError(f"low must not exceed high, got low={low} and high={high}")
     _, v = _values(x=x)
-    return _node(v.clip(low, high), (x, lambda g: g * ((v >= low) & (v <= high))))
+    wide = _wide(v)
+    value = wide.clip(low, high).astype(v.dtype, copy=False)
+    return _node(value, (x, lambda g: g * ((wide >= low) & (wide <= high))))
 
 
 def prelu(x: Operand, slope: Operand) -> Node:

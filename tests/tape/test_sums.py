@@ -161,6 +161,32 @@ def test_long_product_of_float16():
     np.testing.assert_allclose(found, 2**18 * float(a[0, 0]) ** 2, rtol=5e-4)
 
 
+@pytest.mark.parametrize(
+    ("operation", "value", "expected", "slope"),
+    [
+        (lambda x: x / 300_000, 60_000, 0.2, 1 / 300_000),
+        (lambda x: x * 1e-9, 60_000, 6e-5, 1e-9),
+        (lambda x: 1e5 * x, 1e-3, 100, 1e5),
+        (lambda x: x / 1e-8, 1e-6, 100, 1e8),
+        (lambda x: 1e5 / x, 1000, 100, -0.1),
+        (lambda x: x + 1e5, -6e4, 4e4, 1),
+        (lambda x: 1e5 - x, 6e4, 4e4, -1),
+        (lambda x: tape.clip(x, -1e6, 1e6), 6e4, 6e4, 1),
+    ],
+)
+def test_number_beyond_float16(operation, value, expected, slope, xp, host):
+    x = Node(xp.asarray(np.array([value], HALF)))
+    output = operation(x)
+    assert output.value.dtype == HALF
+    np.testing.assert_allclose(host(output.value), expected, rtol=6e-2)
+    seed = np.array([1e-4 if abs(slope) > 100 else 1], HALF)
+    gradient = host(pulled(output, x, xp.asarray(seed)))
+    assert gradient.dtype == HALF
+    with np.errstate(over="ignore"):
+        exact = (seed.astype(float) * slope).astype(HALF)
+    np.testing.assert_allclose(gradient, exact, rtol=2e-3)
+
+
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
 @pytest.mark.parametrize("value", [1.0, 0.1])
 def test_repeated_indices_accumulate_accurately(dtype, value, xp, host):

@@ -1,4 +1,8 @@
-"""Errors of an approximation, per tensor or along axes. All sums are taken in float64."""
+"""Errors of an approximation, per tensor or along axes. All sums are taken in float64.
+
+Squares of float64 below 1e-162 vanish, and those above 1e154 overflow: a ratio of sums that lost
+their digits so is NaN rather than 0 or infinite. No float16 or float32 comes near.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +80,7 @@ class Errors:
 
     def relative_mse(self) -> Array:
         """The squared error over the power; 0 where both are 0."""
-        return _ratio(self.error, self.power)
+        return _ratio(self.error, self.power, self._lost())
 
     def sqnr_db(self) -> Array:
         """-10 log10 of the relative MSE, in dB."""
@@ -91,13 +95,20 @@ class Errors:
         same = (self.power == 0) & (self.power_of_approx == 0)
         with np.errstate(invalid="ignore"):
             cosine = self.product / xp.where(both == 0, 1.0, both)
-        return xp.where(same, 1.0, xp.clip(cosine, -1.0, 1.0))
+        cosine = xp.where(same, 1.0, xp.clip(cosine, -1.0, 1.0))
+        return xp.where(self._lost() | xp.isinf(self.power_of_approx), np.nan, cosine)
+
+    def _lost(self) -> Array:
+        """Whether the squares of an error or of an x left the range of float64."""
+        xp = arrays.library(self.error)
+        return ((self.error == 0) & (self.worst > 0)) | xp.isinf(self.power)
 
 
-def _ratio(part: Array, whole: Array) -> Array:
+def _ratio(part: Array, whole: Array, lost: Array) -> Array:
     xp = arrays.library(part)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return xp.where(part == 0, xp.where(whole == whole, 0.0, whole), part / whole)
+        ratio = xp.where(part == 0, xp.where(whole == whole, 0.0, whole), part / whole)
+    return xp.where(lost, np.nan, ratio)
 
 
 def measure(

@@ -75,6 +75,38 @@ def test_infinity_gives_nan_without_a_warning(xp):
         assert math.isnan(float(getattr(errors, name)(x, x)))
 
 
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_sums_of_float16_exceed_its_range(axis, order, xp):
+    x, y = (xp.asarray(np.full((300, 200), value, np.float16, order)) for value in (300, 299))
+    assert (errors.relative_mse(x, y, axis=axis) == 1 / 300**2).all()
+    assert (errors.max_abs_error(x, y, axis=axis) == 1).all()
+    assert (abs(errors.cosine_similarity(x, y, axis=axis) - 1) < 1e-12).all()
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_sums_of_many_equal_errors_keep_their_digits(axis):
+    x, y = (np.full((2**21, 2), value, np.float32) for value in (0.1, 0.11))
+    exact = ((float(y[0, 0]) - float(x[0, 0])) / float(x[0, 0])) ** 2
+    np.testing.assert_allclose(errors.relative_mse(x, y, axis=axis), exact, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e160])
+def test_squares_out_of_range_give_nan(xp, scale):
+    x = xp.asarray(scale * np.array([3.0, 4.0]))
+    y = xp.asarray(scale * np.array([3.0, 4.0 + 1e-12]))
+    assert math.isnan(float(errors.relative_mse(x, y)))
+    assert math.isnan(float(errors.sqnr_db(x, y)))
+    assert math.isnan(float(errors.cosine_similarity(x, -x)))
+    assert float(errors.max_abs_error(x, -x)) == pytest.approx(8 * scale)
+    if scale < 1:
+        assert float(errors.relative_mse(x, x)) == 0
+        assert float(errors.cosine_similarity(x, x)) == 1
+        zero, one = xp.asarray(np.zeros(2)), xp.asarray(np.ones(2))
+        assert math.isnan(float(errors.relative_mse(zero, x)))
+        assert float(errors.relative_mse(one, x)) == 1
+
+
 def test_arguments():
     x = np.ones((2, 3))
     with pytest.raises(ValueError, match=r"approx has shape \(3,\)"):

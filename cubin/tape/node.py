@@ -7,7 +7,8 @@ supplies them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,6 +41,12 @@ class Node:
     -----
     The operators ``+ - * / @``, the sign and the subscript are declared here for type checkers,
     and defined by `cubin.tape.operations`.
+
+    `copy.deepcopy` copies the graph behind a node, too, of any depth: gradients of the copy are
+    taken with respect to copies of the leaves, which the same call made. The pull-backs are
+    functions and not copied; they keep to the arrays of the first graph. To leave the graph
+    behind, copy ``Node(node.value)``. A leaf can be pickled, a node with parents cannot, since
+    its pull-backs are no module's functions.
     """
 
     value: Array
@@ -67,6 +74,27 @@ class Node:
         if dtype is None or dtype.kind != "f":
             got = type(self.value).__qualname__ if dtype is None else dtype
             raise TypeError(f"value must be an array of floats, got {got}")
+
+    def __copy__(self) -> Node:
+        return Node(self.value, self.parents)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Node:
+        # Parents first, so that nothing recurses into them.
+        for node in _parents_first(self, known=memo):
+            parents = tuple(
+                (memo[id(parent)], copy.deepcopy(pull_back, memo))
+                for parent, pull_back in node.parents
+            )
+            memo[id(node)] = Node(copy.deepcopy(node.value, memo), parents)
+        return memo[id(self)]
+
+    def __reduce__(self) -> tuple[type[Node], tuple[Array]]:
+        if self.parents:
+            raise TypeError(
+                "a Node with parents cannot be pickled, since its pull-backs are functions: "
+                "pickle Node(node.value), without the graph behind it"
+            )
+        return Node, (self.value,)
 
     def __repr__(self) -> str:
         return f"Node(shape={self.value.shape}, dtype={self.value.dtype})"
@@ -104,10 +132,12 @@ def gradients(output: Node, wrt: Iterable[Node], seed: Array | None = None) -> l
     Reverse accumulation: with the nodes ordered such that each comes after its parents, the
     gradient at a node is complete once all nodes behind it are done. Nothing is stored in the
     nodes, so a graph can be walked any number of times. The gradient at a node is dropped as soon
-    as it is passed on, and no pull-back is called that leads to none of `wrt`.
+    as it is passed on, and no pull-back is called that leads to none of `wrt`. What comes to a node
+    on many paths is added in pairs, float16 in float32, so that no share is lost beside the sum of
+    the others.
     """
     wrt = _nodes(output, wrt)
-    pending = {output: _start(output.value, seed)}
+    pending = {output: _Sum(_start(output.value, seed))}
     order = _parents_first(output)
     wanted = set(wrt)
     leading = _descendants(order, wanted)
@@ -115,14 +145,45 @@ def gradients(output: Node, wrt: Iterable[Node], seed: Array | None = None) -> l
     for node in reversed(order):
         if node not in leading:
             continue
-        gradient = pending.pop(node)
+        gradient = pending.pop(node).rounded(node.value.dtype)
         if node in wanted:
             found[node] = gradient
         for parent, pull_back in node.parents:
             if parent in leading:
                 share = pull_back(gradient)
-                pending[parent] = pending[parent] + share if parent in pending else share
+                if parent in pending:
+                    pending[parent].add(share)
+                else:
+                    pending[parent] = _Sum(share)
     return [found[node] if node in found else np.zeros_like(node.value) for node in wrt]
+
+
+class _Sum:
+    """A sum of arrays that come one at a time, each addend in log2 of their number additions.
+
+    It holds sums of so many addends that each is a larger power of two than the next.
+    """
+
+    def __init__(self, addend: Array) -> None:
+        self.parts = [(1, addend)]
+
+    def add(self, addend: Array) -> None:
+        count = 1
+        while self.parts and self.parts[-1][0] == count:
+            addend = _wide_sum(self.parts.pop()[1], addend)
+            count *= 2
+        self.parts.append((count, addend))
+
+    def rounded(self, dtype: np.dtype) -> Array:
+        """The sum, which is used up."""
+        _, result = self.parts.pop()
+        while self.parts:
+            result = _wide_sum(self.parts.pop()[1], result)
+        return result.astype(dtype, copy=False)
+
+
+def _wide_sum(a: Array, b: Array) -> Array:
+    return a.astype(np.result_type(a.dtype, np.float32), copy=False) + b
 
 
 def _nodes(output: Node, wrt: Iterable[Node]) -> list[Node]:
@@ -152,8 +213,11 @@ def _start(value: Array, seed: Array | None) -> Array:
     return seed.astype(value.dtype, copy=False)
 
 
-def _parents_first(output: Node) -> list[Node]:
-    """All nodes that `output` was computed from, and itself, each after its parents."""
+def _parents_first(output: Node, known: Container[int] = ()) -> list[Node]:
+    """All nodes that `output` was computed from, and itself, each after its parents.
+
+    Those whose id is in `known` are left out, and so is what only they were computed from.
+    """
     order = []
     seen = set()
     stack = [(output, False)]
@@ -161,7 +225,7 @@ def _parents_first(output: Node) -> list[Node]:
         node, parents_done = stack.pop()
         if parents_done:
             order.append(node)
-        elif node not in seen:
+        elif node not in seen and id(node) not in known:
             seen.add(node)
             stack.append((node, True))
             stack.extend((parent, False) for parent, _ in node.parents)

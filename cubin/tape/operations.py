@@ -5,9 +5,11 @@ node with its pull-back. In the formulas g is the gradient at the result; where 
 broadcast, its gradient is summed over the axes along which it was repeated.
 
 An operand may also be a plain array or a number. It is a constant: it has no gradient, and takes
-on the dtype of the nodes that it meets, so that float32 stays float32. Nodes of different dtypes
-promote as in NumPy, and each gradient has the dtype of its own node. Sums of float16 are taken in
-float32, along every axis and in both libraries.
+on the dtype of the nodes that it meets, so that float32 stays float32. A number may lie outside the
+range of float16: x / 70000 is not 0. Nodes of different dtypes
+promote as in NumPy, and each gradient has the dtype of its own node. Sums of float16, and products
+that are summed, are taken in float32, longer sums in float64 as `cubin.tape.sums` says: along every
+axis, in every memory order and in both libraries. The sum is rounded to its dtype at the end.
 
 References
 ----------
@@ -17,13 +19,15 @@ A. Griewank and A. Walther, "Evaluating Derivatives", 2nd edition, SIAM 2008.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from cubin.arrays import (
     Array,
+    as_floats,
     as_integer,
     as_real,
     as_real_below,
@@ -33,6 +37,7 @@ from cubin.arrays import (
     work_dtype,
 )
 from cubin.tape.node import Node, PullBack
+from cubin.tape.sums import sum_dtype, total
 
 Operand: TypeAlias = Node | Array
 """A node, or a constant: an array or a number."""
@@ -79,36 +84,59 @@ def _summed(g: Array, operand: Array) -> Array:
     )
     axes = (*range(lead), *stretched)
     if axes:
-        g = g.sum(axis=axes, dtype=work_dtype(g.dtype)).reshape(operand.shape)
+        g = total(g, axes).reshape(operand.shape)
     return g.astype(operand.dtype, copy=False)
+
+
+def _wide(g: Array) -> Array:
+    """`g` in float32 where it is float16, so that products with it neither overflow nor vanish."""
+    return g.astype(work_dtype(g.dtype), copy=False)
 
 
 # ---------------------------------------------------------------- arithmetic
 
 
+def _arithmetic(function: Callable[[Any, Any], Any], x: Any, y: Any) -> Any:
+    """`function` of two arrays, or of one and a number, which float16 meets in float32."""
+    if not hasattr(y, "dtype") and hasattr(x, "dtype"):
+        return function(_wide(x), y).astype(x.dtype, copy=False)
+    if not hasattr(x, "dtype") and hasattr(y, "dtype"):
+        return function(x, _wide(y)).astype(y.dtype, copy=False)
+    return function(x, y)
+
+
 def add(a: Operand, b: Operand) -> Node:
     """a + b; the gradients are g and g."""
     _, x, y = _values(a=a, b=b)
-    return _node(x + y, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(g, y)))
+    value = _arithmetic(operator.add, x, y)
+    return _node(value, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(g, y)))
 
 
 def subtract(a: Operand, b: Operand) -> Node:
     """a - b; the gradients are g and -g."""
     _, x, y = _values(a=a, b=b)
-    return _node(x - y, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(-g, y)))
+    value = _arithmetic(operator.sub, x, y)
+    return _node(value, (a, lambda g: _summed(g, x)), (b, lambda g: _summed(-g, y)))
 
 
 def multiply(a: Operand, b: Operand) -> Node:
     """a * b; the gradients are g * b and g * a."""
     _, x, y = _values(a=a, b=b)
-    return _node(x * y, (a, lambda g: _summed(g * y, x)), (b, lambda g: _summed(g * x, y)))
+    value = _arithmetic(operator.mul, x, y)
+    return _node(
+        value, (a, lambda g: _summed(_wide(g) * y, x)), (b, lambda g: _summed(_wide(g) * x, y))
+    )
 
 
 def divide(a: Operand, b: Operand) -> Node:
     """a / b; the gradients are g / b and -g * (a / b) / b."""
     _, x, y = _values(a=a, b=b)
-    ratio = x / y
-    return _node(ratio, (a, lambda g: _summed(g / y, x)), (b, lambda g: _summed(-g * ratio / y, y)))
+    ratio = _arithmetic(operator.truediv, x, y)
+    return _node(
+        ratio,
+        (a, lambda g: _summed(_wide(g) / y, x)),
+        (b, lambda g: _summed(-_wide(g) * ratio / y, y)),
+    )
 
 
 def negative(x: Operand) -> Node:
@@ -137,19 +165,34 @@ def matmul(a: Operand, b: Operand) -> Node:
         If an operand has no axis, or the shapes do not match.
     """
     xp, x, y = _values(a=a, b=b)
-    value = xp.matmul(x, y)
+    value = _product(xp, x, y)
     rows = x if x.ndim > 1 else x[None, :]
     columns = y if y.ndim > 1 else y[:, None]
+
+    repeats = np.broadcast_shapes(rows.shape[:-2], columns.shape[:-2])
 
     def restored(g: Array) -> Array:
         g = g if y.ndim > 1 else g[..., None]
         return g if x.ndim > 1 else g[..., None, :]
 
+    def share(left: Array, right: Array, operand: Array) -> Array:
+        if operand.shape[:-2] != repeats:  # summed over the repeats
+            left, right = _wide(left), _wide(right)
+        return _summed(_product(xp, left, right), operand)
+
     return _node(
         value,
-        (a, lambda g: _summed(restored(g) @ columns.swapaxes(-1, -2), rows).reshape(x.shape)),
-        (b, lambda g: _summed(rows.swapaxes(-1, -2) @ restored(g), columns).reshape(y.shape)),
+        (a, lambda g: share(restored(g), columns.swapaxes(-1, -2), rows).reshape(x.shape)),
+        (b, lambda g: share(rows.swapaxes(-1, -2), restored(g), columns).reshape(y.shape)),
     )
+
+
+def _product(xp: Any, a: Array, b: Array) -> Array:
+    """a @ b. Both libraries add float16 in float32, but NumPy without BLAS, one by one."""
+    if xp is not np:
+        return xp.matmul(a, b)
+    dtype = np.result_type(a, b)
+    return np.matmul(a, b, dtype=work_dtype(dtype)).astype(dtype, copy=False)
 
 
 # ---------------------------------------------------------------- shape
@@ -159,19 +202,25 @@ def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     """The sum over `axis` (an int, a tuple, or None for all); the gradient repeats g along it."""
     _, v = _values(x=x)
     axes = _axes("axis", axis, v.shape)
-    total = v.sum(axis=axes, keepdims=keepdims, dtype=work_dtype(v.dtype))
-    return _node(total.astype(v.dtype, copy=False), (x, lambda g: _repeated(g, axes, v)))
+    value = _reduced(total(v, axes), axes, keepdims).astype(v.dtype, copy=False)
+    return _node(value, (x, lambda g: _repeated(g, axes, v)))
 
 
 def mean(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     """The mean of the n elements along `axis`; the gradient repeats g / n along it."""
     _, v = _values(x=x)
-    axes, work = _axes("axis", axis, v.shape), work_dtype(v.dtype)
+    axes = _axes("axis", axis, v.shape)
     count = math.prod(v.shape[number] for number in axes)
-    total = v.sum(axis=axes, keepdims=keepdims, dtype=work)
-    return _node(
-        (total / count).astype(v.dtype, copy=False),
-        (x, lambda g: _repeated(g.astype(work, copy=False) / count, axes, v)),
+    value = _reduced(total(v, axes) / count, axes, keepdims).astype(v.dtype, copy=False)
+    return _node(value, (x, lambda g: _repeated(_wide(g) / count, axes, v)))
+
+
+def _reduced(sums: Array, axes: tuple[int, ...], keepdims: bool) -> Array:
+    """`sums`, whose `axes` have length 1, without them unless they are to be kept."""
+    if keepdims:
+        return sums
+    return sums.reshape(
+        tuple(length for number, length in enumerate(sums.shape) if number not in axes)
     )
 
 
@@ -206,17 +255,18 @@ def index(x: Operand, key: Any) -> Node:
 
     The gradient is 0 but at `key`, where it is g; elements that an integer array picks several
     times get the sum of their gradients. On CuPy this sum is taken by atomic additions, whose
-    order is not fixed.
+    order is not fixed; in float64, as longer sums are, it hardly shows.
     """
     xp, v = _values(x=x)
 
     def pull_back(g: Array) -> Array:
-        whole = xp.zeros(v.shape, v.dtype)
         if _is_basic(key):
+            whole = xp.zeros(v.shape, v.dtype)
             whole[key] = g
-        else:
-            xp.add.at(whole, key, g)
-        return whole
+            return whole
+        whole = xp.zeros(v.shape, sum_dtype(v.dtype, g.size))
+        xp.add.at(whole, key, g.astype(whole.dtype, copy=False))
+        return whole.astype(v.dtype, copy=False)
 
     return _node(v[key], (x, pull_back))
 
@@ -254,6 +304,7 @@ def maximum(a: Operand, b: Operand) -> Node:
     xp, x, y = _values(a=a, b=b)
 
     def share(g: Array, mine: Array, other: Array) -> Array:
+        g = _wide(g)
         return _summed(g * (mine > other) + 0.5 * g * (mine == other), mine)
 
     return _node(xp.maximum(x, y), (a, lambda g: share(g, x, y)), (b, lambda g: share(g, y, x)))
@@ -277,7 +328,9 @@ def clip(x: Operand, low: float, high: float) -> Node:
     if not low <= high:
         raise ValueError(f"low must not exceed high, got low={low} and high={high}")
     _, v = _values(x=x)
-    return _node(v.clip(low, high), (x, lambda g: g * ((v >= low) & (v <= high))))
+    wide = _wide(v)
+    value = wide.clip(low, high).astype(v.dtype, copy=False)
+    return _node(value, (x, lambda g: g * ((wide >= low) & (wide <= high))))
 
 
 def prelu(x: Operand, slope: Operand) -> Node:
@@ -304,8 +357,8 @@ def prelu(x: Operand, slope: Operand) -> Node:
     below = xp.minimum(v, 0)
     return _node(
         xp.maximum(v, 0) + a * below,
-        (x, lambda g: _summed(g * ((v > 0) + a * (v <= 0)), v)),
-        (slope, lambda g: _summed(g * below, a).reshape(s.shape)),
+        (x, lambda g: _summed(_wide(g) * ((v > 0) + a * (v <= 0)), v)),
+        (slope, lambda g: _summed(_wide(g) * below, a).reshape(s.shape)),
     )
 
 
@@ -402,17 +455,20 @@ def conv2d(
         return g.transpose(1, 0, 2, 3).reshape(groups, matrix.shape[1], n * math.prod(counts))
 
     def to_images(g: Array) -> Array:
-        taps = (matrix.swapaxes(1, 2) @ flat(g)).reshape(channels, *size, n, *counts)
-        padded = xp.zeros((channels, n, *padded_shape), images.dtype)
+        taps = _product(xp, matrix.swapaxes(1, 2), flat(_wide(g)))
+        taps = taps.reshape(channels, *size, n, *counts)
+        dtype = sum_dtype(images.dtype, _overlaps(size, stride))
+        padded = xp.zeros((channels, n, *padded_shape), dtype)
         for (i, j), window in _taps(size, counts, stride):
             padded[:, :, *window] += taps[:, i, j]
-        return padded[:, :, *inside].transpose(1, 0, 2, 3)
+        return padded[:, :, *inside].transpose(1, 0, 2, 3).astype(images.dtype, copy=False)
 
     def to_kernels(g: Array) -> Array:
-        product = flat(g) @ columns().swapaxes(1, 2)
+        product = _product(xp, flat(g), columns().swapaxes(1, 2))
         return product.reshape(kernels.shape).astype(kernels.dtype, copy=False)
 
-    value = (matrix @ columns()).reshape(len(kernels), n, *counts).transpose(1, 0, 2, 3)
+    value = _product(xp, matrix, columns()).reshape(len(kernels), n, *counts)
+    value = value.transpose(1, 0, 2, 3)
     return _node(value, (x, to_images), (w, to_kernels))
 
 
@@ -463,19 +519,19 @@ def max_pool(
         If x has not four axes, or the window does not fit into it.
     """
     xp, v = _values(x=x)
-    windows = _pooling(v, size, stride)
+    windows, overlaps = _pooling(v, size, stride)
     value = v[:, :, *windows[0]]
     for window in windows[1:]:
         value = xp.maximum(value, v[:, :, *window])
 
     def pull_back(g: Array) -> Array:
-        whole = xp.zeros_like(v)
+        whole = xp.zeros_like(v, dtype=sum_dtype(v.dtype, overlaps))
         free = xp.ones(g.shape, bool)
         for window in windows:
             first = free & (v[:, :, *window] == value)
             whole[:, :, *window] += g * first
             free ^= first
-        return whole
+        return whole.astype(v.dtype, copy=False)
 
     return _node(value, (x, pull_back))
 
@@ -490,31 +546,40 @@ def mean_pool(
     Parameters, result and exceptions are those of `max_pool`.
     """
     xp, v = _values(x=x)
-    windows = _pooling(v, size, stride)
-    total = v[:, :, *windows[0]]
+    windows, overlaps = _pooling(v, size, stride)
+    value = v[:, :, *windows[0]].astype(sum_dtype(v.dtype, len(windows)))
     for window in windows[1:]:
-        total = total + v[:, :, *window]
+        value += v[:, :, *window]
+    value /= len(windows)
 
     def pull_back(g: Array) -> Array:
-        whole = xp.zeros_like(v)
-        share = g / len(windows)
+        whole = xp.zeros_like(v, dtype=sum_dtype(v.dtype, overlaps))
+        share = (_wide(g) / len(windows)).astype(whole.dtype, copy=False)
         for window in windows:
             whole[:, :, *window] += share
-        return whole
+        return whole.astype(v.dtype, copy=False)
 
-    return _node(total / len(windows), (x, pull_back))
+    return _node(value.astype(v.dtype, copy=False), (x, pull_back))
 
 
 def _pooling(
     x: Array, size: int | tuple[int, int], stride: int | tuple[int, int] | None
-) -> list[tuple[slice, ...]]:
-    """For each position in a window: the elements of `x` at this position of all windows."""
+) -> tuple[list[tuple[slice, ...]], int]:
+    """For each position in a window, the elements of `x` at this position of all windows.
+
+    And in how many windows an element lies, at most.
+    """
     if x.ndim != 4:
         raise ValueError(f"x must have the axes (n, channels, height, width), got shape {x.shape}")
     size = _pair("size", size, 1)
     stride = size if stride is None else _pair("stride", stride, 1)
     counts = _window_counts(x.shape[2:], size, stride)
-    return [window for _, window in _taps(size, counts, stride)]
+    return [window for _, window in _taps(size, counts, stride)], _overlaps(size, stride)
+
+
+def _overlaps(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """In how many windows an element lies, at most."""
+    return math.prod(-(-length // step) for length, step in zip(size, stride, strict=True))
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
@@ -576,8 +641,9 @@ def batch_norm(
     ----------
     x : Node or array, shape (batch, channels, ...)
     gamma, beta : Node or array, shape (channels,)
-    running : (mean, variance), two arrays of shape (channels,)
-        The running statistics so far. They are not changed.
+    running : (mean, variance), two arrays of floats, shape (channels,)
+        The running statistics so far. They are not changed. Let them be float32 beside x of
+        float16: in float16 a variance overflows, and a small momentum moves nothing.
     train : bool
         Whether to normalise by the batch.
     momentum : float
@@ -590,10 +656,12 @@ def batch_norm(
     y : Node, shape of x
     running : (mean, variance)
         In training ``(1 - momentum) * running + momentum * batch``, the variance with divisor
-        n - 1; in inference `running` itself.
+        n - 1, in the dtypes of `running`; in inference `running` itself.
 
     Raises
     ------
+    TypeError
+        If `running` is no pair of arrays of floats in the library of x.
     ValueError
         If a shape does not fit, a channel has a single element in training, or `momentum` or
         `epsilon` is out of range.
@@ -606,9 +674,12 @@ def batch_norm(
         raise TypeError(
             f"running must be a pair (mean, variance), got {type(running).__qualname__}"
         )
-    _, v, scale, offset, mean, variance = _values(
-        x=x, gamma=gamma, beta=beta, mean=running[0], variance=running[1]
+    _, v, scale, offset = _values(x=x, gamma=gamma, beta=beta)
+    mean, variance = (
+        as_floats(f"running {name}", array)
+        for name, array in zip(("mean", "variance"), running, strict=True)
     )
+    library(v, mean, variance)
     momentum, epsilon = as_real("momentum", momentum), as_real_below("epsilon", epsilon, math.inf)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must lie in 0 .. 1, got {momentum}")
@@ -619,21 +690,41 @@ def batch_norm(
         z, batch_mean, batch_variance = _standardized(x, epsilon)
         count = v.size // v.shape[1]
         running = (
-            (1 - momentum) * mean + (momentum * batch_mean).astype(mean.dtype),
-            (1 - momentum) * variance
-            + (momentum * count / (count - 1) * batch_variance).astype(variance.dtype),
+            _moved(mean, batch_mean, momentum),
+            _moved(variance, batch_variance * (count / (count - 1)), momentum),
         )
     else:
-        factor = (_per_channel("running variance", variance, v) + epsilon) ** -0.5
-        z = multiply(subtract(x, _per_channel("running mean", mean, v)), factor)
+        z = _normalized(
+            x, _per_channel("mean", mean, v), _per_channel("variance", variance, v), epsilon
+        )
     column = (-1,) + (1,) * (v.ndim - 2)
-    return add(multiply(z, reshape(gamma, column)), reshape(beta, column)), running
+    factor, shift = (
+        reshape(operand, column) if isinstance(operand, Node) else value.reshape(column)
+        for operand, value in ((gamma, scale), (beta, offset))
+    )
+    return add(multiply(z, factor), shift), running
+
+
+def _moved(old: Array, new: Array, weight: float) -> Array:
+    """``(1 - weight) * old + weight * new``, for `new` in float64, in old's dtype."""
+    return ((1 - weight) * old.astype(new.dtype, copy=False) + weight * new).astype(old.dtype)
+
+
+def _normalized(x: Operand, mean: Array, variance: Array, epsilon: float) -> Node:
+    """(x - mean) / sqrt(variance + epsilon) with constants, in x's dtype; float16 in float32."""
+    _, v = _values(x=x)
+    work = work_dtype(v.dtype)
+    factor = ((variance.astype(np.float64, copy=False) + epsilon) ** -0.5).astype(work, copy=False)
+    z = (v - mean.astype(work, copy=False)) * factor
+    return _node(
+        z.astype(v.dtype, copy=False), (x, lambda g: (g * factor).astype(v.dtype, copy=False))
+    )
 
 
 def _standardized(x: Operand, epsilon: float) -> tuple[Node, Array, Array]:
     """x with mean 0 and variance 1 in each channel, and the mean and variance that it had.
 
-    Float16 is squared and averaged in float32, as the mean and the variance are returned.
+    Float16 is squared in float32. The mean and the variance are returned in float64.
     """
     _, v = _values(x=x)
     work = work_dtype(v.dtype)
@@ -643,15 +734,16 @@ def _standardized(x: Operand, epsilon: float) -> tuple[Node, Array, Array]:
             f"x of shape {v.shape} has no two elements per channel: its variance in training "
             "means nothing"
         )
-    mean = v.mean(axis=axes, keepdims=True, dtype=work)
-    centred = v - mean
-    variance = (centred * centred).mean(axis=axes, keepdims=True)
-    factor = (variance + epsilon) ** -0.5
+    count = v.size // v.shape[1]
+    mean = total(v, axes) / count
+    centred = v - mean.astype(work, copy=False)
+    variance = total(centred * centred, axes) / count
+    factor = ((variance + epsilon) ** -0.5).astype(work, copy=False)
     z = centred * factor
 
     def pull_back(g: Array) -> Array:
-        level = g.mean(axis=axes, keepdims=True, dtype=work)
-        tilt = (g * z).mean(axis=axes, keepdims=True)
+        level = (total(g, axes) / count).astype(work, copy=False)
+        tilt = (total(g * z, axes) / count).astype(work, copy=False)
         return (factor * (g - level - z * tilt)).astype(v.dtype, copy=False)
 
     return (
@@ -687,14 +779,18 @@ def softmax_cross_entropy(logits: Operand, labels: Array) -> Node:
     """
     xp, v = _values(logits=logits)
     _check_labels(v, labels)
-    shifted = v - v.max(axis=1, keepdims=True)
-    log_softmax = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
+    shifted = _wide(v) - v.max(axis=1, keepdims=True)
+    level = xp.log(total(xp.exp(shifted), (1,)))
+    log_softmax = shifted - level.astype(shifted.dtype, copy=False)
     hot = labels[:, None] == xp.arange(v.shape[1])
     picked = xp.where(hot, log_softmax, 0).sum(axis=1)
-    return _node(
-        -xp.where(hot.any(axis=1), picked, np.nan).mean(),
-        (logits, lambda g: (xp.exp(log_softmax) - hot) * (g / len(v))),
-    )
+    losses = -xp.where(hot.any(axis=1), picked, np.nan)
+
+    def pull_back(g: Array) -> Array:
+        return ((xp.exp(log_softmax) - hot) * (_wide(g) / len(v))).astype(v.dtype, copy=False)
+
+    value = (total(losses, (0,)) / len(v)).reshape(()).astype(v.dtype, copy=False)
+    return _node(value, (logits, pull_back))
 
 
 def _check_labels(logits: Array, labels: Array) -> None:
@@ -728,26 +824,44 @@ def dropout(x: Operand, rate: float, rng: Any) -> Node:
     x : Node or array
     rate : float
         The probability with which an element is dropped, 0 <= rate < 1.
-    rng : numpy.random.Generator or cupy.random.Generator
-        Of x's library; each call draws one float32 per element.
+    rng : numpy.random.Generator, cupy.random.Generator or int
+        A generator of x's library, from which each call draws one float32 per element, or the
+        seed of one: the same seed drops the same elements in every call.
 
     Raises
     ------
     TypeError
-        If `rng` is no generator, or draws arrays of another library than x's.
+        If `rng` is neither a generator nor an integer, or draws arrays of another library than
+        x's.
     ValueError
-        If `rate` is out of range.
+        If `rate` is out of range, or a seed is negative.
 
     References
     ----------
     N. Srivastava et al., "Dropout", JMLR 15, 2014.
     """
     rate = as_real_below("rate", rate, 1)
-    if not hasattr(rng, "random"):
-        raise TypeError(f"rng must be a random generator, got {type(rng).__qualname__}")
-    _, v = _values(x=x)
-    kept = rng.random(v.shape, dtype=np.float32) >= rate
-    return multiply(x, kept.astype(v.dtype) / (1 - rate))
+    xp, v = _values(x=x)
+    kept = _generator(rng, xp).random(v.shape, dtype=np.float32) >= rate
+    library(v, kept)
+    factor = kept.astype(work_dtype(v.dtype)) / (1 - rate)
+    return _node(
+        (v * factor).astype(v.dtype, copy=False),
+        (x, lambda g: (g * factor).astype(v.dtype, copy=False)),
+    )
+
+
+def _generator(rng: Any, xp: Any) -> Any:
+    """`rng` where it is a random generator, or that of xp's with this seed."""
+    if hasattr(rng, "random"):
+        return rng
+    if isinstance(rng, (bool, np.bool_)) or not isinstance(rng, (int, np.integer)):
+        raise TypeError(
+            f"rng must be a random generator or an integer seed, got {type(rng).__qualname__}"
+        )
+    if rng < 0:
+        raise ValueError(f"rng must be a seed of at least 0, got {rng}")
+    return xp.random.default_rng(int(rng))
 
 
 # ---------------------------------------------------------------- operators

@@ -2,6 +2,12 @@
 
 Parameters, gradients and state are dicts of arrays by name. No argument is changed. The state is
 empty before the first step; saved as arrays and loaded again, it resumes the run bit for bit.
+
+A parameter of float16 takes its steps in float32, since in float16 most steps are too small to move
+it, squares of gradients overflow or vanish, and an epsilon of 1e-8 is 0. Its moments are float32,
+and the state holds its value in float32 as ``master.<name>``; the parameter is this value rounded.
+Where somebody changed an element of the parameter between two steps, by clipping it for example,
+the next step starts from the element as it is, else from the master's.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cubin.arrays import Array, as_floats, as_real_below, library, like
+from cubin.arrays import Array, as_floats, as_real_below, library, like, work_dtype
 
 Arrays: TypeAlias = Mapping[str, Array]
 
@@ -48,7 +54,7 @@ def sgd(
     -------
     parameters : dict of array
     state : dict of array
-        ``velocity.<name>`` for each parameter.
+        ``velocity.<name>`` for each parameter, and ``master.<name>`` for one of float16.
 
     Raises
     ------
@@ -62,13 +68,13 @@ def sgd(
     ----------
     B. T. Polyak, "Some methods of speeding up the convergence of iteration methods", 1964.
     """
-    gradients = _matching(parameters, gradients)
-    old = _moments(state, parameters, ("velocity",))
+    values, gradients, old = _matching(parameters, gradients, state, ("velocity",))
     rate = as_real_below("learning_rate", learning_rate, math.inf)
     momentum = as_real_below("momentum", momentum, 1)
     velocity = {name: momentum * old["velocity", name] + g for name, g in gradients.items()}
-    moved = {name: p - rate * velocity[name] for name, p in parameters.items()}
-    return moved, {f"velocity.{name}": value for name, value in velocity.items()}
+    moved = {name: p - rate * velocity[name] for name, p in values.items()}
+    rounded, masters = _rounded(moved, parameters)
+    return rounded, {f"velocity.{name}": value for name, value in velocity.items()} | masters
 
 
 def adam(
@@ -101,14 +107,15 @@ def adam(
     betas : (float, float)
         The decay rates of the two moments, 0 <= beta < 1.
     epsilon : float
-        Added to the root of the second moment, at least 0.
+        Added to the root of the second moment, at least 0. Where both are 0, nothing moves.
 
     Returns
     -------
     parameters : dict of array
     state : dict of array
-        ``first.<name>`` and ``second.<name>`` for each parameter, and ``step``, a NumPy integer
-        array of shape (), on CuPy too, so that reading it does not wait for the GPU.
+        ``first.<name>`` and ``second.<name>`` for each parameter, ``master.<name>`` for one of
+        float16, and ``step``, a NumPy integer array of shape (), on CuPy too, so that reading it
+        does not wait for the GPU.
 
     Raises
     ------
@@ -123,8 +130,9 @@ def adam(
     D. P. Kingma and J. Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015,
     arXiv:1412.6980.
     """
-    gradients = _matching(parameters, gradients)
-    old = _moments(state, parameters, ("first", "second"), counters=("step",))
+    values, gradients, old = _matching(
+        parameters, gradients, state, ("first", "second"), counters=("step",)
+    )
     step = int(state["step"]) + 1 if state else 1
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
@@ -133,46 +141,63 @@ def adam(
     rate = as_real_below("learning_rate", learning_rate, math.inf) / (1 - beta_1**step)
     moved = {}
     new_state = {"step": np.array(step)}
-    for name, p in parameters.items():
+    for name, p in values.items():
         g = gradients[name]
         first = beta_1 * old["first", name] + (1 - beta_1) * g
         second = beta_2 * old["second", name] + (1 - beta_2) * (g * g)
-        moved[name] = p - rate * first / ((second / (1 - beta_2**step)) ** 0.5 + epsilon)
+        scale = (second / (1 - beta_2**step)) ** 0.5 + epsilon
+        moved[name] = p - rate * first / (scale + (scale == 0))
         new_state[f"first.{name}"], new_state[f"second.{name}"] = first, second
-    return moved, new_state
+    rounded, masters = _rounded(moved, parameters)
+    return rounded, new_state | masters
 
 
-def _matching(parameters: Arrays, gradients: Arrays) -> dict[str, Array]:
-    """The gradients in the parameters' order and dtypes, once both are known to agree."""
+def _matching(
+    parameters: Arrays,
+    gradients: Arrays,
+    state: Arrays,
+    kinds: tuple[str, ...],
+    counters: tuple[str, ...] = (),
+) -> tuple[dict[str, Array], dict[str, Array], dict[tuple[str, str], Array]]:
+    """The parameters, gradients and moments of each kind, all in the dtypes of the steps.
+
+    Their names, shapes and libraries agree. The moments of an empty state are zeros.
+    """
     _check_names("gradients", gradients, parameters.keys())
+    values = {}
     for name, p in parameters.items():
-        as_floats(f"parameters[{name!r}]", p)
-    return {
-        name: like(f"gradients[{name!r}]", gradients[name], p, f"parameters[{name!r}]")
-        for name, p in parameters.items()
-    }
+        array = as_floats(f"parameters[{name!r}]", p)
+        values[name] = array.astype(work_dtype(array.dtype), copy=False)
 
+    def beside(what: str, array: Array, name: str) -> Array:
+        return like(what, array, values[name], f"parameters[{name!r}]")
 
-def _moments(
-    state: Arrays, parameters: Arrays, kinds: tuple[str, ...], counters: tuple[str, ...] = ()
-) -> dict[tuple[str, str], Array]:
-    """The running moments of each kind for each parameter: zeros where `state` is empty."""
-    pairs = [(kind, name) for kind in kinds for name in parameters]
+    wide = {name: beside(f"gradients[{name!r}]", gradients[name], name) for name in values}
+    pairs = [(kind, name) for kind in kinds for name in values]
     if not state:
-        return {
-            (kind, name): library(parameters[name]).zeros_like(parameters[name])
-            for kind, name in pairs
-        }
+        zeros = {(kind, name): library(wide[name]).zeros_like(wide[name]) for kind, name in pairs}
+        return values, wide, zeros
+    halves = [name for name, value in values.items() if value.dtype != parameters[name].dtype]
+    pairs += [("master", name) for name in halves]
     _check_names("state", state, {".".join(pair) for pair in pairs}.union(counters))
-    return {
-        (kind, name): like(
-            f"state['{kind}.{name}']",
-            state[f"{kind}.{name}"],
-            parameters[name],
-            f"parameters[{name!r}]",
-        )
+    old = {
+        (kind, name): beside(f"state['{kind}.{name}']", state[f"{kind}.{name}"], name)
         for kind, name in pairs
     }
+    for name in halves:
+        master = old["master", name]
+        kept = master.astype(parameters[name].dtype) == parameters[name]
+        values[name] = library(master).where(kept, master, values[name])
+    return values, wide, old
+
+
+def _rounded(
+    moved: dict[str, Array], parameters: Arrays
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The moved parameters in their own dtypes, and the masters of those that this rounds."""
+    rounded = {name: p.astype(parameters[name].dtype, copy=False) for name, p in moved.items()}
+    masters = {f"master.{name}": p for name, p in moved.items() if p.dtype != rounded[name].dtype}
+    return rounded, masters
 
 
 def _check_names(what: str, given: Arrays, wanted: Set[str]) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import gc
 import inspect
+import pickle
 import threading
 import weakref
 
@@ -270,3 +273,85 @@ def test_deep_chain_in_a_cycle_is_collected():
     del y, pull_back
     gc.collect()
     assert array() is None
+
+
+# ---------------------------------------------------------------- copies
+
+
+def chain(x: Node, length: int) -> Node:
+    y = x
+    for _ in range(length):
+        y = scaled(y, -1.0)
+    return y
+
+
+def test_copy_of_a_deep_graph_is_a_graph_of_its_own():
+    x = leaf(2.0)
+    y = chain(x, 3000)
+    other, start = copy.deepcopy([y, x])
+    np.testing.assert_array_equal(other.value, y.value)
+    assert other is not y
+    assert start is not x
+    assert not np.may_share_memory(start.value, x.value)
+    np.testing.assert_array_equal(gradients(other, [start, x]), [[1.0], [0.0]])
+    np.testing.assert_array_equal(gradients(y, [x, start]), [[1.0], [0.0]])
+
+
+def test_copies_in_one_call_share_what_they_share():
+    x = leaf(2.0)
+    a, b = scaled(x, 3.0), scaled(x, 5.0)
+    held = {"loss": joined(a, b), "a": a, "nested": [b, x]}
+    copied = copy.deepcopy(held)
+    b2, x2 = copied["nested"]
+    found = gradients(copied["loss"], [copied["a"], b2, x2])
+    np.testing.assert_array_equal(found, [[1.0], [1.0], [8.0]])
+    again = copy.deepcopy([x, x])
+    assert again[0] is again[1]
+
+
+def test_copies_of_all_nodes_of_a_chain_take_linear_time(monkeypatch):
+    nodes = [leaf(1.0)]
+    for _ in range(3000):
+        nodes.append(scaled(nodes[-1], 1.0))
+    walked = []
+    plain = node._parents_first
+
+    def counting(output, known=()):
+        order = plain(output, known)
+        walked.append(len(order))
+        return order
+
+    monkeypatch.setattr(node, "_parents_first", counting)
+    copied = copy.deepcopy(nodes)
+    assert np.sum(walked) == len(nodes)
+    assert copied[5].parents[0][0] is copied[4]
+
+
+def test_copied_pull_back_with_arguments_of_its_own():
+    def pull_back(g, other):
+        return g * other.value
+
+    x = leaf(3.0)
+    y = Node(x.value * x.value, ((x, functools.partial(pull_back, other=x)),))
+    other, start = copy.deepcopy((y, x))
+    assert other.parents[0][1].keywords["other"] is start
+
+
+def test_shallow_copy_has_the_same_parents():
+    x = leaf(2.0)
+    y = scaled(x, 3.0)
+    other = copy.copy(y)
+    assert other is not y
+    assert other.value is y.value
+    np.testing.assert_array_equal(gradients(other, [x]), [[3.0]])
+
+
+def test_leaf_can_be_pickled_and_a_graph_cannot():
+    x = leaf(1.0, 2.0)
+    again = pickle.loads(pickle.dumps(x))
+    assert isinstance(again, Node)
+    assert again.parents == ()
+    np.testing.assert_array_equal(again.value, x.value)
+    for length in (1, 3000):
+        with pytest.raises(TypeError, match=r"cannot be pickled.*pickle Node\(node.value\)"):
+            pickle.dumps(chain(x, length))

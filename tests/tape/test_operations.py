@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -495,6 +496,27 @@ def test_dropout_keeps_the_expectation_and_repeats_with_its_generator():
     np.testing.assert_array_equal(gx, first.value)
 
 
+@pytest.mark.parametrize("seed", [0, np.int64(3)])
+def test_dropout_takes_the_seed_of_a_generator(seed):
+    x = np.ones((40, 50))
+    expected = tape.dropout(x, 0.25, np.random.default_rng(seed)).value
+    np.testing.assert_array_equal(tape.dropout(x, 0.25, seed).value, expected)
+
+
+def test_dropout_makes_the_generator_in_the_library_of_x(device, monkeypatch):
+    made = []
+
+    def default_rng(seed):
+        made.append(seed)
+        return Draws(Node(device.zeros(3)), seed)
+
+    random = SimpleNamespace(default_rng=default_rng)
+    monkeypatch.setattr(device, "random", random, raising=False)
+    output = tape.dropout(device.ones((3, 4)), 0.5, 7)
+    assert made == [7]
+    assert library(output.value) is not np
+
+
 def test_dropout_at_rate_zero_is_the_identity():
     x = normal(5, 5)
     np.testing.assert_array_equal(tape.dropout(Node(x), 0, np.random.default_rng(0)).value, x)
@@ -556,6 +578,7 @@ PAIR = (np.zeros(4), np.ones(4))
         (lambda: tape.clip(IMAGES, 1, -1), "low must not exceed high, got low=1.0 and high=-1.0"),
         (lambda: tape.dropout(IMAGES, 1.0, None), "rate must lie in 0 <= rate < 1, got 1.0"),
         (lambda: tape.dropout(IMAGES, np.nan, None), "rate must lie in 0 <= rate < 1, got nan"),
+        (lambda: tape.dropout(IMAGES, 0.5, -1), "rng must be a seed of at least 0, got -1"),
         (
             lambda: tape.softmax_cross_entropy(Node(THREE), np.array([0])),
             r"logits must have the axes .*\(3,\)",
@@ -602,7 +625,13 @@ def test_bad_values_are_refused(call, message):
         (lambda: tape.sum(IMAGES, "x"), "axis must be an integer, got str"),
         (lambda: tape.clip(IMAGES, "x", 1), "low must be a real number, got str"),
         (lambda: tape.dropout(IMAGES, "x", None), "rate must be a real number, got str"),
-        (lambda: tape.dropout(IMAGES, 0.5, 1), "rng must be a random generator, got int"),
+        (lambda: tape.dropout(IMAGES, 0.5, 1.0), "rng must be a random generator or .* got float"),
+        (lambda: tape.dropout(IMAGES, 0.5, True), "rng must be a random generator or .* got bool"),
+        (lambda: tape.dropout(IMAGES, 0.5, None), "rng must be .* seed, got NoneType"),
+        (
+            lambda: tape.batch_norm(IMAGES, *PAIR, (PAIR[0], np.ones(4, int)), train=True),
+            "running variance must be float16, float32 or float64, got int64",
+        ),
         (
             lambda: tape.batch_norm(IMAGES, *PAIR, None, train=True),
             r"running must be a pair \(mean, variance\), got NoneType",

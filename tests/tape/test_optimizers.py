@@ -108,7 +108,73 @@ def test_parameters_and_moments_keep_their_dtype(optimizer, dtype):
     parameters = {name: p.astype(dtype) for name, p in PARAMETERS.items()}
     parameters, state = run(optimizer, 3, parameters, learning_rate=np.float64(0.1))
     assert {p.dtype for p in parameters.values()} == {np.dtype(dtype)}
-    assert {v.dtype for name, v in state.items() if name != "step"} == {np.dtype(dtype)}
+    assert {v.dtype for name, v in state.items() if name != "step"} == {np.dtype(np.float32)}
+    masters = {"master.w", "master.b"} if dtype == np.float16 else set()
+    assert {name for name in state if name.startswith("master.")} == masters
+
+
+@pytest.mark.parametrize("gradient", [0.0, 1e-7, 1e-4, 300.0, 60_000.0])
+def test_adam_moves_float16_by_the_learning_rate(xp, host, gradient):
+    parameters = {"w": xp.ones(2, np.float16)}
+    gradients = {"w": xp.asarray(np.array([gradient, -1], np.float16))}
+    moved, state = adam(parameters, gradients, {}, learning_rate=2.0**-6)
+    g = float(host(gradients["w"])[0])
+    exact = 1 - 2.0**-6 * g / (abs(g) + 1e-8)
+    np.testing.assert_allclose(host(moved["w"]), [exact, 1 + 2.0**-6], rtol=5e-4)
+    for value in host(state["first.w"]), host(state["second.w"]):
+        assert np.isfinite(value).all()
+
+
+def test_gradient_of_float32_is_not_rounded_to_a_parameter_of_float16():
+    parameters = {"w": np.ones(1, np.float16)}
+    moved, _ = sgd(parameters, {"w": np.array([1e6], np.float32)}, {}, learning_rate=1e-6)
+    np.testing.assert_allclose(moved["w"], 0, atol=1e-6)
+    moved, _ = sgd(parameters, {"w": np.array([1e-9], np.float32)}, {}, learning_rate=1e8)
+    np.testing.assert_allclose(moved["w"], 0.9, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
+def test_steps_too_small_for_float16_add_up(optimizer, options):
+    """A hundredth of the spacing of float16 at 1, a thousand times."""
+    rate = 2.0**-10 / 100 * (1 - options.get("momentum", 0))
+    parameters, state = {"w": np.ones(3, np.float16)}, {}
+    for _ in range(1000):
+        gradient = {"w": np.ones(3, np.float16)}
+        parameters, state = optimizer(
+            parameters, gradient, state, **{**options, "learning_rate": rate}
+        )
+    np.testing.assert_allclose(parameters["w"], 1 - 10 * 2.0**-10, atol=2.0**-10)
+
+
+@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
+def test_float16_that_was_changed_between_steps_is_taken_as_it_is(xp, host, optimizer, options):
+    parameters, state = {"w": xp.asarray(np.array([1, 2, 3], np.float16))}, {}
+    still = {"w": xp.zeros(3, np.float16)}
+    parameters, state = optimizer(parameters, still, state, **options)
+    state = {name: v + 1e-5 if name == "master.w" else v for name, v in state.items()}
+    changed = {"w": parameters["w"].clip(0, 2.5)}
+    parameters, state = optimizer(changed, still, state, **options)
+    np.testing.assert_array_equal(host(parameters["w"]), [1, 2, 2.5])
+    np.testing.assert_allclose(host(state["master.w"]), [1 + 1e-5, 2 + 1e-5, 2.5], rtol=2e-7)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_float16_resumes_bit_for_bit(optimizer):
+    start = {name: p.astype(np.float16) for name, p in PARAMETERS.items()}
+    straight, straight_state = run(optimizer, 7, start, learning_rate=1e-3)
+    parameters, state = run(optimizer, 3, start, learning_rate=1e-3)
+    parameters, state = run(optimizer, 4, parameters, state, first=3, learning_rate=1e-3)
+    for found, expected in ((parameters, straight), (state, straight_state)):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_adam_without_epsilon_leaves_what_has_no_gradient(dtype):
+    parameters = {"w": np.ones(2, dtype)}
+    moved, _ = adam(parameters, {"w": np.array([0, 1], dtype)}, {}, 0.25, epsilon=0)
+    np.testing.assert_allclose(moved["w"], [1, 0.75])
 
 
 @pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
@@ -139,6 +205,9 @@ def test_what_does_not_agree_is_refused(optimizer, options):
         step(state={name: value for name, value in state.items() if not name.endswith(".w")})
     with pytest.raises(ValueError, match=r"state\['\w+\.w'\] has shape \(3,\)"):
         step(state={k: np.zeros(3) if k.endswith(".w") else v for k, v in state.items()})
+    halves = {name: p.astype(np.float16) for name, p in PARAMETERS.items()}
+    with pytest.raises(ValueError, match=r"missing \['master.b', 'master.w'\]"):
+        step(parameters=halves)
     with pytest.raises(TypeError, match=r"parameters\['w'\] must be float16, float32 or float64"):
         step(parameters={**PARAMETERS, "w": np.arange(4).reshape(2, 2)})
 

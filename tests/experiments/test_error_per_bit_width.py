@@ -282,8 +282,10 @@ def test_arrays_are_moved_to_the_device_one_by_one(net):
         return array
 
     library = types.SimpleNamespace(asarray=asarray)
-    pairs = [(weight, weight.channel_axis) for weight in experiment.Weights([net]).tensors]
-    chosen = experiment.Chosen(pairs, None, library)
+    weights = experiment.Weights([net])
+    pairs = [(weight, weight.channel_axis) for weight in weights.tensors]
+    omissions = experiment.Omissions(weights, strict=False)
+    chosen = experiment.Chosen(pairs, None, library, omissions)
 
     assert len(chosen) == 3
     for count, (_, array, _) in enumerate(chosen, start=1):

@@ -286,13 +286,13 @@ def graph_tensors(graph: Any, opsets: Any, outer: Scope | None = None) -> list[S
             if stored is not None:
                 store(node.output[0], *stored)
             continue
-        inputs = [scope.get(name) for name in node.input]
+        inputs = [scope.get(name) if name else None for name in node.input]
         for position, value in enumerate(inputs):
             for trace in value.traces if value is not None else ():
                 claim(node, position, attributes, inputs, trace)
         outputs = moved(node, attributes, inputs)
         if outputs is None:
-            outputs = computed(node, inputs, opsets)
+            outputs = computed(node, attributes, inputs, opsets)
             note_uses(node, inputs, range(len(inputs)))
         elif node.op_type != "Concat":
             note_uses(node, inputs, range(1, len(inputs)))
@@ -567,13 +567,15 @@ ARITHMETIC = {
 }
 
 
-def computed(node: Any, inputs: Sequence[Value | None], opsets: Any) -> list[Value]:
+def computed(
+    node: Any, attributes: Mapping[str, Any], inputs: Sequence[Value | None], opsets: Any
+) -> list[Value]:
     """Give the outputs of any other operator: known as far as its inputs are constants."""
     given = [value for name, value in zip(node.input, inputs, strict=True) if name]
     if not given:
         return []
-    if node.op_type == "Shape" and not node.attribute and inputs[0] and inputs[0].shape is not None:
-        shape = inputs[0].shape
+    if node.op_type == "Shape" and inputs[0] is not None and inputs[0].shape is not None:
+        shape = inputs[0].shape[slice(attributes.get("start"), attributes.get("end"))]
         return [Value((len(shape),), numbers=np.array(shape, np.int64))]
     constants = [value for value in given if value is not None]
     if len(constants) < len(given):

@@ -488,10 +488,17 @@ def of_graph(tensor: StoredTensor, path: Path) -> Weight | None:
 
 
 def check_external_data(proto: Any, path: Path) -> None:
-    """Raise FileNotFoundError if the data of a tensor is in a file that does not exist."""
-    for entry in proto.external_data:
-        if entry.key == "location" and not (path.parent / entry.value).is_file():
-            raise FileNotFoundError(f"{proto.name}: its data is missing: {entry.value}")
+    """Raise an exception if the data of a tensor is in a file that is missing or cut off."""
+    data = {entry.key: entry.value for entry in proto.external_data}
+    if "location" not in data:
+        return
+    file = path.parent / data["location"]
+    if not file.is_file():
+        raise FileNotFoundError(f"{proto.name}: its data is missing: {data['location']}")
+    itemsize = np.dtype(ONNX_FLOATS[proto.data_type]).itemsize
+    end = int(data.get("offset", 0)) + math.prod(proto.dims) * itemsize
+    if file.stat().st_size < end:
+        raise ValueError(f"{proto.name}: its data is cut off: {data['location']}")
 
 
 def load_onnx_tensor(path: Path, proto: Any) -> np.ndarray:

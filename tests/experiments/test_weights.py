@@ -563,6 +563,28 @@ def test_onnx_embedding_with_constant_indices(tmp_path):
     assert axes(tmp_path, nodes, table, integers("ids", 0, 1, 2)) == {"table": 0}
 
 
+@pytest.mark.parametrize("bounds", [{"start": 1, "end": 2}, {"start": -3, "end": -2}])
+def test_onnx_pieces_of_a_shape(tmp_path, bounds):
+    nodes = [
+        helper.make_node("Shape", ["w"], ["second"], **bounds),
+        helper.make_node("Concat", ["second", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["w", "shape"], ["r"]),
+        helper.make_node("Gemm", ["x", "r"], ["y"], transB=1),
+    ]
+    stored = [tensor("w", np.ones((1, 6, 2, 2), np.float32)), integers("rest", -1)]
+    assert axes(tmp_path, nodes, *stored) == {"w": 1}
+
+
+def test_onnx_outputs_without_a_name_are_no_inputs_without_a_name(tmp_path):
+    nodes = [
+        helper.make_node("Split", ["w", "sizes"], ["", "w1"]),
+        helper.make_node("MatMul", ["x", "w1"], ["y"]),
+        helper.make_node("Gather", ["", "i"], ["z"]),
+    ]
+    stored = [tensor("w", np.ones((4, 5), np.float32)), integers("sizes", 1, 3)]
+    assert axes(tmp_path, nodes, *stored) == {"w": 1}
+
+
 def test_onnx_shapes_that_are_computed(tmp_path):
     """Reshape(w, Concat(Shape(w)[1:], -1)), as exporters leave it without folding."""
     nodes = [
@@ -675,7 +697,12 @@ def test_onnx_data_that_is_missing_is_found_before_any_work(tmp_path):
         [helper.make_node("MatMul", ["x", "w"], ["y"])], [tensor("w", np.ones((40, 50), "f4"))]
     )
     onnx.save(proto, tmp_path / "net.onnx", save_as_external_data=True, location="net.bin")
-    (tmp_path / "net.bin").unlink()
+    data = tmp_path / "net.bin"
+    data.write_bytes(data.read_bytes()[:7000])
+    with pytest.raises(WeightsError) as error:
+        Weights([tmp_path / "net.onnx"])
+    assert_one_line(error, "net.onnx", "w: its data is cut off: net.bin")
+    data.unlink()
     with pytest.raises(WeightsError) as error:
         Weights([tmp_path / "net.onnx"])
     assert_one_line(error, "net.onnx", "w: its data is missing: net.bin")

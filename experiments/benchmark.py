@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import peers
 import provenance
-from error_per_bit_width import UsageError, array_library, parse_bits
+from command_line import UsageError, array_library, parse_bits
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 

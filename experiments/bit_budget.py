@@ -18,20 +18,19 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import provenance
 import scipy.optimize
 import scipy.stats
-from error_per_bit_width import UsageError, array_library
+from command_line import Omissions, array_library, exit_status, weights_parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from weights import Weights, WeightsError, pretrained_sample
+from weights import Weights, WeightsError, channel_rows, pretrained_sample
 
 import cubin
 from cubin import bitmaps, theory
@@ -64,14 +63,18 @@ def sample(distribution: Any, shape: tuple[int, int], xp: Any) -> Arrays:
     return {"x": xp.asarray(drawn.astype(np.float32))}
 
 
-def weight_tensors(weights: Weights, quick: bool, xp: Any) -> Arrays:
+def weight_tensors(weights: Weights, omissions: Omissions, quick: bool, xp: Any) -> Arrays:
     """Load tensors, evenly over the files, as (output channels, elements of a channel)."""
     chosen = weights.tensors[:: -(-len(weights) // (QUICK_TENSORS if quick else TENSORS))]
     tensors = {}
-    for weight in chosen:
-        channels = np.moveaxis(weight.load(), weight.channel_axis, 0)
-        tensors[weight.name] = xp.asarray(channels.reshape(len(channels), -1))
-    return {name: x for name, x in tensors.items() if float(abs(x).max()) > 0}
+    for weight, array in omissions.finite(chosen):
+        if array.any():
+            tensors[weight.name] = xp.asarray(channel_rows(array, weight.channel_axis))
+        else:
+            omissions.left_out.append(replace(weight, reason="zeros alone"))
+    if not tensors:
+        raise WeightsError("all weights are zeros, whose relative error is not defined")
+    return tensors
 
 
 # ---------------------------------------------------------------- maps
@@ -397,50 +400,25 @@ def draw_all(figure: Figure, points: Sequence[Point]) -> Figure:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    description, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description, epilog=details)
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        type=Path,
-        metavar="PATH",
-        help=".npy, .npz, .safetensors or .onnx files, or folders of these "
-        "(default: the networks of the package rapidocr)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="cpu: NumPy; cuda: CuPy; auto: cuda where there is a GPU (default: auto)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output"),
-        metavar="FOLDER",
-        help="folder for the results (default: output)",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"at most {QUICK_TENSORS} tensors instead of {TENSORS}, and smaller samples",
-    )
-    return parser
+    quick = f"at most {QUICK_TENSORS} tensors instead of {TENSORS}, and smaller samples"
+    return weights_parser(NAME, __doc__, quick)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure, print and write the results."""
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write the results; return the exit status."""
     xp = array_library(arguments.device)
     weights = Weights(arguments.paths or pretrained_sample())
+    omissions = Omissions(weights, arguments.strict)
     arguments.output.mkdir(parents=True, exist_ok=True)
     shape = QUICK_SAMPLE_SHAPE if arguments.quick else SAMPLE_SHAPE
     sources = {name: sample(law, shape, xp) for name, law in DISTRIBUTIONS.items()}
-    sources[WEIGHTS] = weight_tensors(weights, arguments.quick, xp)
+    sources[WEIGHTS] = weight_tensors(weights, omissions, arguments.quick, xp)
     points = sweep(sources, xp)
     said = findings(points)
     print_table(points)
-    print("\n".join(said))
-    write(arguments, points, said, len(sources[WEIGHTS]))
+    print(*said, omissions.text(arguments.verbose), sep="\n")
+    write(arguments, points, said, omissions, len(sources[WEIGHTS]))
+    return omissions.exit_status
 
 
 def print_table(points: Sequence[Point]) -> None:
@@ -460,7 +438,11 @@ def print_table(points: Sequence[Point]) -> None:
 
 
 def write(
-    arguments: argparse.Namespace, points: Sequence[Point], said: Sequence[str], tensors: int
+    arguments: argparse.Namespace,
+    points: Sequence[Point],
+    said: Sequence[str],
+    omissions: Omissions,
+    tensors: int,
 ) -> None:
     """Write the CSV, the figure, and the provenance with the findings."""
     with (arguments.output / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -479,6 +461,7 @@ def write(
         vars(arguments), SEED, packages=("matplotlib", "onnx", "safetensors", "rapidocr")
     )
     origin["weights"] = {"tensors": tensors}
+    origin["omissions"] = omissions.record()
     origin["findings"] = list(said)
     path = arguments.output / f"{NAME}.json"
     path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
@@ -486,14 +469,8 @@ def write(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment; return the exit status, 2 for what the user can mend."""
-    arguments = argument_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (WeightsError, UsageError, OSError) as error:
-        print(f"{NAME}.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the experiment; return the exit status: 1 if weights were skipped, 2 for an error."""
+    return exit_status(NAME, run, argument_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

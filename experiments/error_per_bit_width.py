@@ -13,23 +13,30 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import provenance
 import scipy.stats
+from command_line import (
+    Omissions,
+    UsageError,
+    array_library,
+    exit_status,
+    parse_bits,
+    weights_parser,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from weights import Weight, Weights, WeightsError, pretrained_sample
+from weights import Axis, Weight, Weights, channel_rows, pretrained_sample
 
 from cubin import theory
 from cubin.analysis import ErrorRow, error_per_bit_width
 
 NAME = "error_per_bit_width"
 SEED = 0
-MAX_BITS = 16
 SAMPLE_SIZE = 1_000_000
 QUICK_SAMPLE_SIZE = 100_000
 QUICK_TENSORS = 40
@@ -50,35 +57,6 @@ SAMPLE_STYLES = {
 }
 
 
-class UsageError(Exception):
-    """What was asked for cannot be done; the message is one line and says what to do."""
-
-
-def parse_bits(text: str) -> list[int]:
-    """Read bit widths such as `1-8`, `1,2,4` or `1-4,8`.
-
-    Returns
-    -------
-    list of int
-        The widths in ascending order, each once.
-    """
-    widths: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        try:
-            low, high = int(first), int(last if dash else first)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no list of bit widths; write it like 1-8 or 1,2,4"
-            ) from None
-        if not 1 <= low <= high <= MAX_BITS:
-            raise argparse.ArgumentTypeError(
-                f"{part!r}: bit widths go upwards and lie between 1 and {MAX_BITS}"
-            )
-        widths.update(range(low, high + 1))
-    return sorted(widths)
-
-
 def parse_channel_axis(text: str) -> int | str:
     if text in {"auto", "none"}:
         return text
@@ -95,16 +73,8 @@ def parse_group_size(text: str) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    description, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description, epilog=details)
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        type=Path,
-        metavar="PATH",
-        help=".npy, .npz, .safetensors or .onnx files, or folders of these "
-        "(default: the networks of the package rapidocr)",
-    )
+    quick = f"at most {QUICK_TENSORS} tensors, evenly over the files, and smaller samples"
+    parser = weights_parser(NAME, __doc__, quick)
     parser.add_argument(
         "--bits", type=parse_bits, default="1-8", help="bit widths: 1-8, 1,2,4 (default: 1-8)"
     )
@@ -124,42 +94,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="scales for every N consecutive weights of an output channel "
         "(default: all weights of the channel)",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="cpu: NumPy; cuda: CuPy; auto: cuda where there is a GPU (default: auto)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output"),
-        metavar="FOLDER",
-        help="folder for the results (default: output)",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"at most {QUICK_TENSORS} tensors, evenly over the files, and smaller samples",
-    )
     return parser
-
-
-def array_library(device: str) -> Any:
-    """Choose NumPy or CuPy."""
-    if device == "cpu":
-        return np
-    try:
-        import cupy
-
-        if cupy.cuda.is_available():
-            return cupy
-        reason = "CuPy finds no CUDA GPU"
-    except ImportError:
-        reason = "CuPy is not installed (pip install '.[cuda12]' or '.[cuda13]')"
-    if device == "cuda":
-        raise UsageError(f"--device cuda: {reason}; use --device cpu")
-    return np
 
 
 @dataclass(frozen=True)
@@ -167,31 +102,34 @@ class Chosen:
     """Weights and their channel axes, each loaded when its turn comes.
 
     Iterating yields (name, array, channel axis); an axis of None makes the tensor one channel.
-    For groups, an array is laid out as (channels, elements of a channel).
+    For groups, an array is laid out as (channels, elements of a channel). Weights with NaN or
+    infinity are skipped.
     """
 
-    pairs: list[tuple[Weight, int | None]]
+    pairs: list[tuple[Weight, Axis]]
     group_size: int | None
     library: Any
+    omissions: Omissions
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __iter__(self) -> Iterator[tuple[str, Any, int | None]]:
-        for weight, axis in self.pairs:
-            array = weight.load()
+    def __iter__(self) -> Iterator[tuple[str, Any, Axis]]:
+        weights = (replace(weight, channel_axis=axis) for weight, axis in self.pairs)
+        for weight, array in self.omissions.finite(weights):
+            axis = weight.channel_axis
             if self.group_size is not None:
-                channels = array if axis is None else np.moveaxis(array, axis, 0)
-                array, axis = channels.reshape(-1, channel_length(weight, axis)), None
+                array, axis = channel_rows(array, axis), None
             yield weight.name, self.library.asarray(array), axis
 
 
-def channel_length(weight: Weight, axis: int | None) -> int:
+def channel_length(weight: Weight, axis: Axis) -> int:
     """Count the elements of an output channel."""
-    return weight.size if axis is None else weight.size // weight.shape[axis]
+    axes = () if axis is None else np.atleast_1d(axis).tolist()
+    return weight.size // math.prod(weight.shape[axis] for axis in axes)
 
 
-def channel_axis(weight: Weight, asked: int | str) -> int | None:
+def channel_axis(weight: Weight, asked: int | str) -> Axis:
     """Choose the channel axis of a weight.
 
     Raises
@@ -210,8 +148,8 @@ def channel_axis(weight: Weight, asked: int | str) -> int | None:
 
 
 def divisible(
-    pairs: list[tuple[Weight, int | None]], group_size: int
-) -> list[tuple[Weight, int | None]]:
+    pairs: list[tuple[Weight, Axis]], group_size: int, omissions: Omissions
+) -> list[tuple[Weight, Axis]]:
     """Keep the weights whose channels the group size divides; report the others.
 
     Raises
@@ -233,6 +171,11 @@ def divisible(
             f"the group size {group_size} does not divide their channels.",
             file=sys.stderr,
         )
+        omissions.left_out += [
+            replace(weight, reason=f"channels that groups of {group_size} do not divide")
+            for weight, axis in pairs
+            if channel_length(weight, axis) % group_size != 0
+        ]
     return kept
 
 
@@ -327,28 +270,36 @@ def summary(sample_rows: Sequence[ErrorRow], size: int) -> str:
     return "\n".join(lines)
 
 
-def write_csv(path: Path, rows: Iterable[ErrorRow]) -> None:
-    """Write rows, which ErrorTable.to_csv would sum up over weights and samples alike."""
+def write_csv(path: Path, rows: Iterable[ErrorRow], skipped: Iterable[Weight]) -> None:
+    """Write rows, which ErrorTable.to_csv would sum up over weights and samples alike.
+
+    Weights that were skipped follow, with the reason and without figures.
+    """
     columns = [field.name for field in fields(ErrorRow) if field.name != "sums"]
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(columns)
+        writer.writerow([*columns, "skipped"])
         for row in rows:
-            shape = "x".join(map(str, row.shape))
-            writer.writerow([shape if name == "shape" else getattr(row, name) for name in columns])
+            values = {name: getattr(row, name) for name in columns}
+            writer.writerow([*(values | {"shape": "x".join(map(str, row.shape))}).values(), ""])
+        for weight in skipped:
+            values = dict.fromkeys(columns, "")
+            values |= {"name": weight.name, "shape": "x".join(map(str, weight.shape))}
+            writer.writerow([*values.values(), weight.reason])
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure, print and write the results."""
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write the results; return the exit status."""
     library = array_library(arguments.device)
     weights = Weights(arguments.paths or pretrained_sample())
+    omissions = Omissions(weights, arguments.strict)
     pairs = [(weight, channel_axis(weight, arguments.channel_axis)) for weight in weights.tensors]
     size = SAMPLE_SIZE
     if arguments.quick:
         pairs = pairs[:: math.ceil(len(pairs) / QUICK_TENSORS)]
         size = QUICK_SAMPLE_SIZE
     if arguments.group_size is not None:
-        pairs = divisible(pairs, arguments.group_size)
+        pairs = divisible(pairs, arguments.group_size, omissions)
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -356,43 +307,38 @@ def run(arguments: argparse.Namespace) -> None:
             f"--output {arguments.output}: {error.strerror}; choose another"
         ) from error
 
-    chosen = Chosen(pairs, arguments.group_size, library)
+    chosen = Chosen(pairs, arguments.group_size, library, omissions)
     try:
         table = error_per_bit_width(chosen, arguments.bits, group_size=arguments.group_size)
     except ValueError as error:
         raise UsageError(str(error)) from error
     sample_table = error_per_bit_width(samples(size, library), arguments.bits)
-    measured = len(chosen) - len(table.skipped)
     print(table)
-    print(
-        f"{measured} of {len(weights)} weight tensors; {weights.left_out} other float tensors "
-        "of the files (biases, norm vectors, constants) are no weights.\n"
-    )
+    measured = len(chosen) - len(table.skipped)
+    print(f"{measured} of {len(weights) + len(weights.skipped)} weight tensors.")
+    print(omissions.text(arguments.verbose) + "\n")
     print(summary(sample_table.rows, size))
 
     results = arguments.output / NAME
-    write_csv(results.with_suffix(".csv"), [*table.rows, *table.overall(), *sample_table.rows])
+    rows = [*table.rows, *table.overall(), *sample_table.rows]
+    write_csv(results.with_suffix(".csv"), rows, omissions.skipped)
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     draw_errors(figure.subplots(), table.rows, sample_table.rows)
     figure.savefig(results.with_suffix(".png"), dpi=160)
     figure.savefig(results.with_suffix(".svg"))
     packages = ("matplotlib", "onnx", "safetensors", "rapidocr")
     origin = provenance.record(vars(arguments), SEED, packages)
-    origin |= {"library": library.__name__, "tensors": measured, "left_out": weights.left_out}
+    origin |= {"library": library.__name__, "tensors": measured, "left_out": len(weights.left_out)}
+    origin["omissions"] = omissions.record()
     text = json.dumps(origin, indent=2) + "\n"
     results.with_suffix(".json").write_text(text, encoding="utf-8")
     print(f"\nWritten: {results}.csv, .png, .svg and .json")
+    return omissions.exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment; return the exit status, 2 for what the user can mend."""
-    arguments = argument_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (WeightsError, UsageError, OSError) as error:
-        print(f"{NAME}.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the experiment; return the exit status: 1 if weights were skipped, 2 for an error."""
+    return exit_status(NAME, run, argument_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the solvers of binary codes achieve per bit, beside theory, and the time that they take.
 
-It codes samples of the Gaussian and Laplace distributions with one scale per level, and the weights
-of three OCR networks (the package rapidocr) with scales per output channel. It prints a table and
+It codes samples of the Gaussian and Laplace distributions with one scale per level, and weights
+with scales per output channel: without arguments those of three OCR networks (the package
+rapidocr). It prints a table and
 what follows from it, and writes solver_comparison.csv, .png and .json (where the figures come from,
 and the findings) to the output folder.
 """
@@ -19,17 +20,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import provenance
 import scipy.stats
-from error_per_bit_width import UsageError, array_library
+from command_line import Omissions, array_library, exit_status, weights_parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from weights import Weights, WeightsError, pretrained_sample
+from weights import Axis, Weight, Weights, pretrained_sample
 
 import cubin
 from cubin import theory
@@ -112,7 +112,7 @@ COLUMNS = [field.name for field in dataclasses.fields(Result)]
 # ---------------------------------------------------------------- measurements
 
 
-def relative_mse(array: Any, solver: str, bits: int, axis: int | None) -> float:
+def relative_mse(array: Any, solver: str, bits: int, axis: Axis) -> float:
     """The relative MSE of a solver's approximation; 0 for an array of zeros."""
     approx = cubin.multibit(array, bits, channel_axis=axis, **SOLVERS[solver].options)
     return float(cubin.errors.relative_mse(array, approx))
@@ -129,15 +129,17 @@ def of_samples(size: int, xp: Any) -> Iterator[Result]:
             yield Result(data, name, bits, 1, error, error, error, expected)
 
 
-def of_weights(weights: Sequence[Any], xp: Any) -> dict[tuple[str, int], np.ndarray]:
-    """The relative MSE of every tensor, in the order given, by solver and bit width."""
+def of_weights(
+    weights: Sequence[Weight], omissions: Omissions, xp: Any
+) -> dict[tuple[str, int], np.ndarray]:
+    """The relative MSE of every finite tensor, in the order given, by solver and bit width."""
     errors: dict[tuple[str, int], list[float]] = {
         key: [] for key in itertools.product(SOLVERS, BITS)
     }
     total = sum(weight.size for weight in weights)
     with tqdm(total=total, unit="weights", unit_scale=True, disable=None) as progress:
-        for weight in weights:
-            array = xp.asarray(weight.load())
+        for weight, loaded in omissions.finite(weights):
+            array = xp.asarray(loaded)
             for (name, bits), found in errors.items():
                 found.append(relative_mse(array, name, bits, weight.channel_axis))
             progress.update(weight.size)
@@ -332,38 +334,21 @@ def figure_of(results: Sequence[Result]) -> Figure:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    description, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description, epilog=details)
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="cpu: NumPy; cuda: CuPy; auto: cuda where there is a GPU (default: auto)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output"),
-        metavar="FOLDER",
-        help="folder for the results (default: output)",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"at most {QUICK_TENSORS} tensors, evenly over the files, and smaller samples",
-    )
-    return parser
+    quick = f"at most {QUICK_TENSORS} tensors, evenly over the files, and smaller samples"
+    return weights_parser(NAME, __doc__, quick)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure, print and write the results."""
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write the results; return the exit status."""
     xp = array_library(arguments.device)
-    weights = Weights(pretrained_sample()).tensors
+    found = Weights(arguments.paths or pretrained_sample())
+    omissions = Omissions(found, arguments.strict)
+    weights = found.tensors
     if arguments.quick:
         weights = weights[:: -(-len(weights) // QUICK_TENSORS)]
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    errors = of_weights(weights, xp)
+    errors = of_weights(weights, omissions, xp)
     results = [
         *of_samples(QUICK_SAMPLE_SIZE if arguments.quick else SAMPLE_SIZE, xp),
         *summarized(errors),
@@ -371,29 +356,26 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     said = findings(results, errors)
     print(table(results))
-    print(*said, sep="\n")
+    print(*said, omissions.text(arguments.verbose), sep="\n")
 
     with (arguments.output / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(dataclasses.astuple(result) for result in results)
     figure_of(results).savefig(arguments.output / f"{NAME}.png", dpi=130)
-    origin = provenance.record(vars(arguments), SEED, packages=("matplotlib", "onnx", "rapidocr"))
+    packages = ("matplotlib", "onnx", "safetensors", "rapidocr")
+    origin = provenance.record(vars(arguments), SEED, packages)
     origin["findings"] = said
+    origin["omissions"] = omissions.record()
     path = arguments.output / f"{NAME}.json"
     path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     print(f"Written to {arguments.output}: {NAME}.csv, .png, .json")
+    return omissions.exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment; return the exit status, 2 for what the user can mend."""
-    arguments = argument_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except (WeightsError, UsageError, OSError) as error:
-        print(f"{NAME}.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the experiment; return the exit status: 1 if weights were skipped, 2 for an error."""
+    return exit_status(NAME, run, argument_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import numpy as np
 import provenance
 import scipy.optimize
 import scipy.stats
-from error_per_bit_width import UsageError, array_library
+from command_line import UsageError, array_library
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm

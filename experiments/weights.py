@@ -1,24 +1,27 @@
 """Pretrained weights on disk, read one tensor at a time.
 
 `Weights(paths)` reads headers and graphs only: the name, shape and channel axis of every weight
-tensor are known before its data is touched. Iterating loads the tensors one by one.
+tensor are known before its data is touched. Iterating loads the tensors one by one. What the files
+hold besides is listed with the reason why it is left out.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import math
 import mmap
 import os
 import zipfile
-from collections import ChainMap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+from onnx_graph import Axis, StoredTensor, graph_tensors
 
 INSTALL = "install the extra `examples`: pip install '.[examples]'"
 
@@ -27,9 +30,23 @@ class WeightsError(Exception):
     """A path that gives no usable weights; the message is one line and says what to do."""
 
 
+class NotFiniteError(WeightsError):
+    """A tensor with NaN or infinity.
+
+    Attributes
+    ----------
+    reason : str
+        How many values, without the name of the tensor.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}; repair the tensor or leave its file out")
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Weight:
-    """A float tensor on disk.
+    """A tensor on disk.
 
     Attributes
     ----------
@@ -37,27 +54,38 @@ class Weight:
         Its name in the file; with several files, preceded by the file's.
     shape : tuple of int
         Its shape.
-    channel_axis : int or None
-        The output-channel axis of the operator that uses it as its weight; 0 in a file without a
-        graph; None if the graph has no such operator.
+    dtype : str
+        The type that it is stored in.
+    channel_axis : int, tuple of int or None
+        The axes along which output channels lie, each index of which has scales of its own. In a
+        file without a graph it is 0. In one with a graph it is an axis of the tensor as it is
+        stored, found back from the operator that uses it as its weight through all that only moves
+        elements: transposes, reshapes, slices, concatenations. Matrices that lie side by side, of
+        the directions of a recurrent layer or the batch indices of a product, have channels of
+        their own: their axis is one of the tuple. None if there is a single channel, and for
+        what is no weight. A tensor is given in a reshaped form where the channels are but a part
+        of an axis: as (512, 128), say, where the file holds 65536 numbers and the graph reshapes
+        them. Of several operators the first one counts.
     read : callable
         Returns the data as stored.
+    reason : str
+        Why the tensor is left out; empty if it is not.
+    is_weight : bool
+        Whether it is used as a weight; one with a reason is skipped.
     """
 
     name: str
     shape: tuple[int, ...]
-    channel_axis: int | None
+    dtype: str
+    channel_axis: Axis
     read: Callable[[], np.ndarray] = field(repr=False, compare=False)
+    reason: str = ""
+    is_weight: bool = True
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
-
-    @property
-    def is_weight(self) -> bool:
-        """Whether it has elements and is more than a bias, a norm vector or a constant."""
-        return self.channel_axis is not None and len(self.shape) >= 2 and self.size > 0
 
     def load(self) -> np.ndarray:
         """Read the data as float16, float32 or float64 (bfloat16 becomes float32).
@@ -70,10 +98,12 @@ class Weight:
         Raises
         ------
         WeightsError
-            If the data cannot be read, or holds NaN or infinity.
+            If the data cannot be read.
+        NotFiniteError
+            If it holds NaN or infinity.
         """
         try:
-            array = native_float(self.read())
+            array = native_float(self.read()).reshape(self.shape)
         except Exception as error:
             raise WeightsError(
                 f"{self.name}: cannot read the data ({first_line(error)})"
@@ -81,10 +111,7 @@ class Weight:
         # The extremes carry every NaN and infinity, and need no array of flags.
         if not (np.isfinite(array.min()) and np.isfinite(array.max())):
             bad = array.size - np.count_nonzero(np.isfinite(array))
-            raise WeightsError(
-                f"{self.name}: {bad} of {array.size} values are NaN or infinite; "
-                "repair the tensor or leave its file out"
-            )
+            raise NotFiniteError(self.name, f"{bad} of {array.size} values are NaN or infinite")
         return array
 
 
@@ -92,20 +119,23 @@ class Weights:
     """The float weight tensors of files and folders.
 
     In files with a graph (ONNX) a weight is what an operator uses as its weight; in the others,
-    every float tensor of rank 2 or more. Biases, norm vectors and other constants are left out.
+    every float tensor of rank 2 or more.
 
     Parameters
     ----------
     paths : iterable of path-like
         `.npy`, `.npz`, `.safetensors` and `.onnx` files, and folders, which are searched for
-        these at any depth.
+        these at any depth. A file that several paths lead to is read once.
 
     Attributes
     ----------
     tensors : list of Weight
         The weights in the order of their files, not loaded yet.
-    left_out : int
-        Number of float tensors in the files that are not weights.
+    skipped : list of Weight
+        Weights that cannot be read, such as those of float8 or int8.
+    left_out : list of Weight
+        Float tensors that are no weights, such as biases. From files without a graph also tensors
+        of other types that could be weights, since they have rank 2 or more.
 
     Raises
     ------
@@ -115,28 +145,30 @@ class Weights:
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
-        files = {Path(path): weight_files(Path(path)) for path in paths}
-        labels = file_labels([file for group in files.values() for file in group])
+        groups = {Path(path): weight_files(Path(path)) for path in paths}
+        # By the files themselves, whatever the paths to them.
+        files = {file.resolve(): file for group in groups.values() for file in group}
+        labels = file_labels(list(files.values()))
         self.tensors: list[Weight] = []
-        self.left_out = 0
-        for path, group in files.items():
-            found = [tensor for file in group for tensor in float_tensors(file, labels[file])]
-            weights = [tensor for tensor in found if tensor.is_weight]
+        self.skipped: list[Weight] = []
+        self.left_out: list[Weight] = []
+        for path, group in groups.items():
+            own = [file for file in group if files.pop(file.resolve(), None) is not None]
+            if not own:
+                continue
+            found = [tensor for file in own for tensor in tensors_of(file, labels)]
+            weights = [tensor for tensor in found if not tensor.reason]
             if not weights:
-                raise WeightsError(
-                    f"{path}: none of its {len(found)} float arrays is a weight, of rank 2 or more "
-                    "and used by a layer; give files that hold weights"
-                    if found
-                    else f"{path}: no float arrays in it; save the weights as float16, float32, "
-                    "float64 or bfloat16"
-                )
+                raise WeightsError(f"{path}: {without_weights(found)}")
             self.tensors += weights
-            self.left_out += len(found) - len(weights)
+            self.skipped += [tensor for tensor in found if tensor.reason and tensor.is_weight]
+            self.left_out += [tensor for tensor in found if tensor.reason and not tensor.is_weight]
+        self.tensors = apart(self.tensors)
 
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray, int | None]]:
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray, Axis]]:
         """Yield (name, array, channel_axis), one tensor in memory at a time."""
         for tensor in self.tensors:
             yield tensor.name, tensor.load(), tensor.channel_axis
@@ -196,12 +228,12 @@ def file_labels(files: list[Path]) -> dict[Path, str]:
     return {file: label.as_posix() for file, label in labels.items()}
 
 
-def float_tensors(path: Path, label: str = "") -> Iterator[Weight]:
-    """Yield the float tensors of a file, weights or not, under names that begin with the label."""
+def tensors_of(path: Path, labels: Mapping[Path, str]) -> Iterator[Weight]:
+    """Yield the tensors of a file, weights or not, under names that begin with its label."""
     try:
-        for name, shape, channel_axis, read in READERS[path.suffix.lower()](path):
-            name = ":".join(part for part in (label, name) if part) or path.stem
-            yield Weight(name, shape, channel_axis, read)
+        for tensor in READERS[path.suffix.lower()](path):
+            name = ":".join(part for part in (labels[path], tensor.name) if part) or path.stem
+            yield replace(tensor, name=name)
     except ModuleNotFoundError as error:
         raise WeightsError(f"{path}: reading it needs {error.name}; {INSTALL}") from error
     except Exception as error:
@@ -210,9 +242,82 @@ def float_tensors(path: Path, label: str = "") -> Iterator[Weight]:
         ) from error
 
 
+def apart(tensors: Iterable[Weight]) -> list[Weight]:
+    """Number the tensors that share a name, as those of subgraphs may."""
+    seen: Counter[str] = Counter()
+    named = []
+    for tensor in tensors:
+        seen[tensor.name] += 1
+        count = seen[tensor.name]
+        named.append(replace(tensor, name=f"{tensor.name} ({count})") if count > 1 else tensor)
+    return named
+
+
+def without_weights(found: Iterable[Weight]) -> str:
+    """Say why none of the tensors of a path is a weight that can be read."""
+    skipped = [tensor for tensor in found if tensor.is_weight]
+    if skipped:
+        counts = Counter(tensor.reason for tensor in skipped)
+        reasons = "; ".join(f"{count} {reason}" for reason, count in counts.most_common(3))
+        return f"none of its {len(skipped)} weights can be read: {reasons}; {SAVE}"
+    floats = [tensor for tensor in found if tensor.dtype in FLOATS]
+    if floats:
+        return (
+            f"none of its {len(floats)} float arrays is a weight, of rank 2 or more and used by a "
+            "layer; give files that hold weights"
+        )
+    return f"no float arrays in it; {SAVE}"
+
+
+SAVE = "save the weights as float16, float32, float64 or bfloat16"
+FLOATS = {"float16", "bfloat16", "float32", "float64", "float80", "float96", "float128"}
+
+
+def without_graph(
+    name: str, shape: tuple[int, ...], dtype: str, read: Callable[[], np.ndarray]
+) -> Weight:
+    """Judge a tensor by its type and shape alone: a weight has rank 2 or more, channels first."""
+    tensor = Weight(name, shape, dtype, 0, read)
+    if len(shape) < 2:
+        return replace(tensor, channel_axis=None, reason=f"of rank {len(shape)}", is_weight=False)
+    if tensor.size == 0:
+        return replace(tensor, channel_axis=None, reason="empty", is_weight=False)
+    if dtype not in FLOATS:
+        small_float = dtype.startswith("float") or dtype == SMALL_IN_NUMPY
+        reason = not_read(dtype) if small_float else f"of type {dtype}, which is no float"
+        return replace(tensor, channel_axis=None, reason=reason, is_weight=small_float)
+    return tensor
+
+
+def not_read(dtype: str) -> str:
+    return f"of type {dtype}, which is not read"
+
+
+def channel_rows(array: Any, channel_axis: Axis) -> Any:
+    """Lay a weight out as (channels, elements of a channel).
+
+    Parameters
+    ----------
+    array : ndarray
+        The weight.
+    channel_axis : int, tuple of int or None
+        As that of Weight.
+
+    Returns
+    -------
+    ndarray
+        A view where that is possible.
+    """
+    axes = () if channel_axis is None else np.atleast_1d(channel_axis).tolist()
+    moved = np.moveaxis(array, axes, range(len(axes)))
+    return moved.reshape(math.prod(moved.shape[: len(axes)]), -1)
+
+
 def native_float(array: np.ndarray) -> np.ndarray:
     """Return the array in the native float type that holds its values, a copy only if need be."""
     array = np.asarray(array)
+    if array.dtype == BFLOAT16_IN_NUMPY:
+        array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if array.dtype.name == "bfloat16":
         return array.astype(np.float32)
     return array.astype(f"f{min(array.dtype.itemsize, 8)}", copy=False)
@@ -222,56 +327,111 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-Found = Iterator[tuple[str, tuple[int, ...], int | None, Callable[[], np.ndarray]]]
+# NumPy's files have no name for the types of ml_dtypes: they hold void elements of the same size.
+# Those of two bytes are bfloat16; of one byte there are several types, and which is not told.
+BFLOAT16_IN_NUMPY = np.dtype("V2")
+SMALL_IN_NUMPY = "void8 (float8 or int4 of ml_dtypes)"
 
 
-def read_npy(path: Path) -> Found:
+def numpy_dtype_name(dtype: np.dtype) -> str:
+    """Name the type of an array in a file of NumPy."""
+    if dtype == BFLOAT16_IN_NUMPY:
+        return "bfloat16"
+    if dtype == np.dtype("V1"):
+        return SMALL_IN_NUMPY
+    return dtype.name
+
+
+def read_npy(path: Path) -> Iterator[Weight]:
     with path.open("rb") as stream:
         shape, dtype = npy_header(stream)
-    if dtype.kind == "f":
-        # Mapped now, too, so that a truncated file is found before any work is done.
-        np.load(path, mmap_mode="r")
-        yield "", shape, 0, partial(np.load, path, mmap_mode="r")
+    read = partial(np.load, path, mmap_mode="r")
+    tensor = without_graph("", shape, dtype, read)
+    if is_listed(tensor):
+        if not tensor.reason:
+            read()  # Mapped now, too, so that a truncated file is found before any work is done.
+        yield tensor
 
 
-def read_npz(path: Path) -> Found:
+def read_npz(path: Path) -> Iterator[Weight]:
     with zipfile.ZipFile(path) as archive:
-        for member in archive.namelist():
-            if not member.endswith(".npy"):
-                continue
+        members = [member for member in archive.namelist() if member.endswith(".npy")]
+        for member, count in Counter(members).items():
+            if count > 1:
+                raise ValueError(f"{count} members are named {member!r}")
             with archive.open(member) as stream:
                 shape, dtype = npy_header(stream)
-            if dtype.kind == "f":
-                name = member.removesuffix(".npy")
-                yield name, shape, 0, partial(load_npz_member, path, name)
+            read = partial(load_npz_member, path, member)
+            name = member.removesuffix(".npy")
+            tensor = without_graph(name, shape, dtype, read)
+            if is_listed(tensor):
+                yield tensor
 
 
-def load_npz_member(path: Path, name: str) -> np.ndarray:
-    with np.load(path) as archive:
-        return archive[name]
+def load_npz_member(path: Path, member: str) -> np.ndarray:
+    # Not by numpy.load: it takes 'a.npy' for the name of an array 'a' where there are both.
+    with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+        return np.lib.format.read_array(stream)
 
 
-def npy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype]:
-    """Read the shape and dtype of a `.npy` stream."""
-    if np.lib.format.read_magic(stream) == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    else:  # version 3 differs in the encoding of field names alone: no float array has any
-        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-    return shape, dtype
+def is_listed(tensor: Weight) -> bool:
+    """Whether to list a tensor of a file without a graph: one that is a float or might be one."""
+    return tensor.dtype in FLOATS or tensor.is_weight or len(tensor.shape) >= 2
 
 
-def read_safetensors(path: Path) -> Found:
+def npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], str]:
+    """Read the shape and the name of the dtype of a `.npy` stream."""
+    version = np.lib.format.read_magic(stream)
+    start = stream.tell()
+    try:
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        else:  # version 3 differs in the encoding of field names alone: no float array has any
+            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    except ValueError as error:
+        if "'<f1'" not in str(error):
+            raise
+        # NumPy writes this for float8_e5m2 of ml_dtypes, but does not read it.
+        stream.seek(start)
+        length = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
+        return ast.literal_eval(stream.read(length).decode("latin1"))["shape"], "float8_e5m2"
+    return shape, numpy_dtype_name(dtype)
+
+
+SAFETENSORS_DTYPES = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0",
+    "F6_E2M3": "float6_e2m3",
+    "F6_E3M2": "float6_e3m2",
+    "F4": "float4_e2m1",
+    "BOOL": "bool",
+    "C64": "complex64",
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+}
+"""What the names of types in a safetensors file stand for."""
+
+
+def read_safetensors(path: Path) -> Iterator[Weight]:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
         names = file.keys()
         for name in names:
             header = file.get_slice(name)
-            if header.get_dtype() == "BF16":
+            stored = header.get_dtype()
+            if stored == "BF16":
                 import ml_dtypes  # noqa: F401  (gives NumPy the type that safetensors asks it for)
-            if header.get_dtype() in {"F16", "BF16", "F32", "F64"}:
-                shape = tuple(header.get_shape())
-                yield name, shape, 0, partial(load_safetensor, path, name)
+            dtype = SAFETENSORS_DTYPES.get(stored, stored.lower())
+            read = partial(load_safetensor, path, name)
+            tensor = without_graph(name, tuple(header.get_shape()), dtype, read)
+            if is_listed(tensor):
+                yield tensor
 
 
 def load_safetensor(path: Path, name: str) -> np.ndarray:
@@ -281,7 +441,7 @@ def load_safetensor(path: Path, name: str) -> np.ndarray:
         return file.get_tensor(name)
 
 
-def read_onnx(path: Path) -> Found:
+def read_onnx(path: Path) -> Iterator[Weight]:
     import onnx
     import onnx.inliner
 
@@ -292,11 +452,53 @@ def read_onnx(path: Path) -> Found:
         model = onnx.ModelProto.FromString(outline(buffer, 0, len(buffer), MODEL))
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    for tensor in graph_tensors(model.graph, ChainMap()):
-        if tensor.proto.data_type in ONNX_FLOATS:
-            shape = tuple(tensor.proto.dims)
-            read = partial(load_onnx_tensor, path, tensor.proto)
-            yield tensor.name, shape, tensor.channel_axis, read
+    for tensor in graph_tensors(model.graph, model.opset_import):
+        weight = of_graph(tensor, path)
+        if weight is not None:
+            if not weight.reason:
+                check_external_data(tensor.proto, path)
+            yield weight
+
+
+def of_graph(tensor: StoredTensor, path: Path) -> Weight | None:
+    """Judge a stored tensor by what the graph does with it; None if it can be no weight."""
+    import onnx
+
+    kind = tensor.proto.data_type
+    claim = tensor.weight or tensor.table
+    if kind in ONNX_OTHERS or (kind not in ONNX_FLOATS and not (claim or tensor.obstacle)):
+        return None
+    dtype = onnx.TensorProto.DataType.Name(kind).lower()
+    dtype = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+    shape, axis = claim or (tensor.dims, None)
+    weight = Weight(tensor.name, shape, dtype, axis, partial(load_onnx_tensor, path, tensor.proto))
+    if math.prod(tensor.dims) == 0:
+        return replace(weight, reason="empty", is_weight=False)
+    if not claim and tensor.obstacle:
+        return replace(weight, reason=tensor.obstacle)
+    if not claim or len(shape) < 2:
+        uses = ", ".join(tensor.uses[:3]) + (", ..." if len(tensor.uses) > 3 else "")
+        reason = f"used as {uses}" if uses else "used by no operator"
+        return replace(weight, channel_axis=None, reason=reason, is_weight=False)
+    if tensor.sparse:
+        return replace(weight, reason="stored as a sparse tensor, which is not read")
+    if kind not in ONNX_FLOATS:
+        return replace(weight, reason=not_read(dtype))
+    return weight
+
+
+def check_external_data(proto: Any, path: Path) -> None:
+    """Raise an exception if the data of a tensor is in a file that is missing or cut off."""
+    data = {entry.key: entry.value for entry in proto.external_data}
+    if "location" not in data:
+        return
+    file = path.parent / data["location"]
+    if not file.is_file():
+        raise FileNotFoundError(f"{proto.name}: its data is missing: {data['location']}")
+    itemsize = np.dtype(ONNX_FLOATS[proto.data_type]).itemsize
+    end = int(data.get("offset", 0)) + math.prod(proto.dims) * itemsize
+    if file.stat().st_size < end:
+        raise ValueError(f"{proto.name}: its data is cut off: {data['location']}")
 
 
 def load_onnx_tensor(path: Path, proto: Any) -> np.ndarray:
@@ -318,7 +520,7 @@ def load_onnx_tensor(path: Path, proto: Any) -> np.ndarray:
     return array
 
 
-READERS: dict[str, Callable[[Path], Found]] = {
+READERS: dict[str, Callable[[Path], Iterator[Weight]]] = {
     ".npy": read_npy,
     ".npz": read_npz,
     ".safetensors": read_safetensors,
@@ -327,6 +529,9 @@ READERS: dict[str, Callable[[Path], Found]] = {
 
 # How the float types of onnx.TensorProto lie in a file; bfloat16 is the upper half of a float32.
 ONNX_FLOATS = {1: "<f4", 10: "<f2", 11: "<f8", 16: "<u2"}
+# Types that no weight has: none; int32, int64, string, bool; complex and unsigned ones of 32 bits
+# and more. All others are floats or integers of a few bits.
+ONNX_OTHERS = {0, 6, 7, 8, 9, 12, 13, 14, 15}
 
 # Which fields of the protobuf messages of an ONNX file lead to tensor data, by field number.
 DATA = object()
@@ -397,73 +602,3 @@ def encode_varint(value: int) -> bytes:
         value >>= 7
     encoded.append(value)
     return bytes(encoded)
-
-
-@dataclass
-class GraphTensor:
-    """A tensor stored in a graph, and its output-channel axis once an operator has claimed it."""
-
-    name: str
-    proto: Any
-    channel_axis: int | None = None
-
-
-# A name in a graph that stands for a stored tensor, and the axes of the tensor that its own are.
-Scope = ChainMap[str, tuple[GraphTensor, tuple[int, ...]]]
-
-SAME_AXES = {"Identity", "Cast", "QuantizeLinear", "DequantizeLinear"}
-
-
-def graph_tensors(graph: Any, outer: Scope) -> list[GraphTensor]:
-    """Collect the tensors stored in a graph and its subgraphs, with their channel axes."""
-    import onnx
-
-    scope = outer.new_child()
-    tensors: list[GraphTensor] = []
-
-    def store(name: str, proto: Any) -> None:
-        tensors.append(GraphTensor(name, proto))
-        scope[name] = tensors[-1], tuple(range(len(proto.dims)))
-
-    for proto in graph.initializer:
-        store(proto.name, proto)
-    for node in graph.node:
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Constant" and "value" in attributes:
-            store(node.output[0], attributes["value"])
-        for position, name in enumerate(node.input):
-            tensor, axes = scope.get(name, (None, ()))
-            if tensor is not None and tensor.channel_axis is None and len(axes) >= 2:
-                axis = output_axis(node.op_type, position, attributes)
-                tensor.channel_axis = None if axis is None else axes[axis]
-        if node.input and node.input[0] in scope:
-            tensor, axes = scope[node.input[0]]
-            if node.op_type in SAME_AXES:
-                scope[node.output[0]] = tensor, axes
-            elif node.op_type == "Transpose":
-                order = attributes.get("perm", range(len(axes))[::-1])
-                scope[node.output[0]] = tensor, tuple(axes[axis] for axis in order)
-        for value in attributes.values():
-            for subgraph in value if isinstance(value, list) else [value]:
-                if isinstance(subgraph, onnx.GraphProto):
-                    tensors += graph_tensors(subgraph, scope)
-    return tensors
-
-
-def output_axis(operator: str, position: int, attributes: Mapping[str, Any]) -> int | None:
-    """Tell the axis of an operator's input that holds the output channels; None if no weight."""
-    match operator, position:
-        case "Conv", 1:
-            return 0
-        case "ConvTranspose", 1:
-            # (in, out / group, ...): of a depthwise one, the input channels are the output's.
-            return 0 if attributes.get("group", 1) > 1 else 1
-        case "MatMul", (0 | 1):
-            return -2 if position == 0 else -1
-        case "Gemm", 1:
-            return 0 if attributes.get("transB", 0) else 1
-        case "Gather", 0:
-            return attributes.get("axis", 0)
-        case (("LSTM" | "GRU" | "RNN"), (1 | 2)):
-            return 1  # (directions, gates x hidden, in)
-    return None

@@ -52,8 +52,31 @@ def test_a_quick_run(result):
             <= error[source, experiment.UNIFORM, "greedy", 2.0] * 1.000_01
         )
     assert origin["weights"] == {"tensors": 2}
+    left_out = {tensor["name"]: tensor["reason"] for tensor in origin["omissions"]["left_out"]}
+    assert left_out == {"zeros": "zeros alone"}
     assert origin["seed"] == experiment.SEED
     assert origin["arguments"]["paths"] == ["net.npz"]
+
+
+def test_weights_that_are_not_finite_are_skipped(tmp_path):
+    arrays = {name: np.ones((2, 3, 4), np.float32) for name in ("sound", "mask")}
+    arrays["mask"][0] = -np.inf
+    np.savez(tmp_path / "net.npz", **arrays)
+    weights = experiment.Weights([tmp_path / "net.npz"])
+    omissions = experiment.Omissions(weights, strict=False)
+
+    tensors = experiment.weight_tensors(weights, omissions, True, np)
+
+    assert {name: x.shape for name, x in tensors.items()} == {"sound": (2, 12)}
+    assert [tensor.name for tensor in omissions.skipped] == ["mask"]
+    assert omissions.exit_status == 1
+
+
+def test_weights_that_are_all_zeros(tmp_path, capsys):
+    np.save(tmp_path / "w.npy", np.zeros((2, 3)))
+    status = experiment.main([str(tmp_path / "w.npy"), "--output", str(tmp_path / "out")])
+    assert status == 2
+    assert "all weights are zeros" in capsys.readouterr().err
 
 
 def test_mixes_have_their_mean():

@@ -165,6 +165,101 @@ def test_tensors_that_the_group_size_does_not_divide_are_reported(tmp_path, net,
     assert not {"half", "fortran"} & set(errors)
 
 
+@pytest.fixture
+def with_nan(tmp_path, rng):
+    """Two sound weights and one with values that are not finite."""
+    arrays = {name: rng.standard_normal((8, 64)) for name in ("first", "second", "mask")}
+    arrays["mask"][0, :3] = -np.inf
+    np.savez(tmp_path / "net.npz", **arrays)
+    return tmp_path / "net.npz"
+
+
+def test_a_tensor_that_is_not_finite_is_skipped_and_named(tmp_path, with_nan, capsys):
+    out = tmp_path / "out"
+    arguments = [str(with_nan), "--quick", "--bits", "2", "--output", str(out)]
+    status = experiment.main(arguments)
+
+    assert status == 1
+    printed = capsys.readouterr().out
+    assert "2 of 3 weight tensors" in printed
+    assert "mask (8x64, float64): 3 of 512 values are NaN or infinite" in printed
+    with (out / f"{NAME}.csv").open(newline="") as stream:
+        rows = {row["name"]: row for row in csv.DictReader(stream)}
+    assert rows["mask"]["skipped"] == "3 of 512 values are NaN or infinite"
+    assert rows["mask"]["relative_mse"] == rows["first"]["skipped"] == ""
+    with np.load(with_nan) as arrays:
+        both = np.concatenate([arrays["first"], arrays["second"]])
+    assert float(rows["overall"]["relative_mse"]) == pytest.approx(greedy_error(both, 2), rel=1e-6)
+    origin = json.loads((out / f"{NAME}.json").read_text())
+    assert origin["tensors"] == 2
+    assert [tensor["name"] for tensor in origin["omissions"]["skipped"]] == ["mask"]
+
+
+def test_strict_refuses_a_tensor_that_is_not_finite(tmp_path, with_nan, capsys):
+    status = experiment.main(
+        [str(with_nan), "--quick", "--strict", "--output", str(tmp_path / "out")]
+    )
+    assert_error(capsys, status, "mask: 3 of 512 values are NaN or infinite", "repair")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.fixture
+def with_float8(tmp_path, rng):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    numpy_file = pytest.importorskip("safetensors.numpy")
+    array = rng.standard_normal((8, 64))
+    saved = {"bf16": array.astype(ml_dtypes.bfloat16), "fp8": array.astype("float8_e4m3fn")}
+    numpy_file.save_file(saved, tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
+
+
+def test_weights_of_float8_are_named(tmp_path, with_float8, capsys):
+    status = experiment.main(
+        [str(with_float8), "--quick", "--bits", "1", "--output", str(tmp_path / "out")]
+    )
+    assert status == 1
+    printed = capsys.readouterr().out
+    assert "1 of 2 weight tensors" in printed
+    assert "fp8 (8x64, float8_e4m3fn): of type float8_e4m3fn, which is not read" in printed
+
+
+def test_strict_refuses_weights_of_float8(tmp_path, with_float8, capsys):
+    out = tmp_path / "out"
+    status = experiment.main([str(with_float8), "--strict", "--output", str(out)])
+    assert_error(capsys, status, "fp8: of type float8_e4m3fn", "without --strict")
+    assert not out.exists()
+
+
+def test_verbose_lists_what_is_left_out(tmp_path, net, capsys):
+    out = tmp_path / "out"
+    arguments = [str(net), "--quick", "--bits", "1", "--group-size", "128", "--output", str(out)]
+    assert experiment.main([*arguments, "--verbose"]) == 0
+    printed = capsys.readouterr().out
+    assert "bias (5, float64): of rank 1" in printed
+    assert "half (8x2x3x3, float16): channels that groups of 128 do not divide" in printed
+    origin = json.loads((out / f"{NAME}.json").read_text())
+    names = [tensor["name"] for tensor in origin["omissions"]["left_out"]]
+    assert names == ["bias", "half", "fortran"]
+
+
+@pytest.mark.parametrize("group", [None, 4])
+def test_directions_of_a_recurrent_layer_have_scales_of_their_own(tmp_path, rng, group):
+    onnx = pytest.importorskip("onnx")
+    powers = np.geomspace(1, 1e3, 12).reshape(2, 6, 1)
+    array = (powers * rng.standard_normal((2, 6, 16))).astype(np.float32)
+    node = onnx.helper.make_node("GRU", ["x", "w", "r"], ["y"], direction="bidirectional")
+    weight = onnx.numpy_helper.from_array(array, "w")
+    graph = onnx.helper.make_graph([node], "g", [], [], initializer=[weight])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "net.onnx")
+    arguments = [] if group is None else ["--group-size", group]
+
+    status, errors = run(tmp_path, tmp_path / "net.onnx", "--quick", "--bits", 2, *arguments)
+
+    assert status == 0
+    rows = array.reshape(-1, group or 16)
+    assert errors["w"][2] == pytest.approx(greedy_error(rows, 2), rel=1e-5)
+
+
 def test_runs_repeat_exactly(tmp_path, net):
     assert run(tmp_path, net, "--quick") == run(tmp_path, net, "--quick")
 
@@ -282,8 +377,10 @@ def test_arrays_are_moved_to_the_device_one_by_one(net):
         return array
 
     library = types.SimpleNamespace(asarray=asarray)
-    pairs = [(weight, weight.channel_axis) for weight in experiment.Weights([net]).tensors]
-    chosen = experiment.Chosen(pairs, None, library)
+    weights = experiment.Weights([net])
+    pairs = [(weight, weight.channel_axis) for weight in weights.tensors]
+    omissions = experiment.Omissions(weights, strict=False)
+    chosen = experiment.Chosen(pairs, None, library, omissions)
 
     assert len(chosen) == 3
     for count, (_, array, _) in enumerate(chosen, start=1):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -13,7 +14,7 @@ import onnx
 import pytest
 import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
-from weights import Weights, WeightsError, pretrained_sample
+from weights import Weights, WeightsError, channel_rows, pretrained_sample
 
 FLOATS = ["float16", "float32", "float64"]
 
@@ -86,14 +87,97 @@ def test_npz_members_without_vectors_integers_and_objects(tmp_path, rng, save):
 
     weights = Weights([tmp_path / "net.npz"])
 
-    assert weights.left_out == 3
+    assert {tensor.name: tensor.reason for tensor in weights.left_out} == {
+        "bias": "of rank 1",
+        "temperature": "of rank 0",
+        "nothing": "empty",
+        "ids": "of type int64, which is no float",
+    }
     assert len(weights) == 2
     for name, array, axis in weights:
         np.testing.assert_array_equal(array, arrays[name])
         assert axis == 0
 
 
+def test_npz_members_whose_names_differ_in_their_ending(tmp_path):
+    arrays = {"a": np.ones((2, 3)), "a.npy": np.zeros((4, 5))}
+    np.savez(tmp_path / "net.npz", **arrays)
+    read = loaded(tmp_path / "net.npz")
+    assert set(read) == set(arrays)
+    for name in arrays:
+        np.testing.assert_array_equal(read[name][0], arrays[name])
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_npz_with_two_members_of_one_name_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "net.npz", "w") as archive:
+        for value in (1, 2):
+            with archive.open("w.npy", "w") as stream:
+                np.lib.format.write_array(stream, np.full((2, 3), float(value)))
+    with pytest.raises(WeightsError) as error:
+        Weights([tmp_path / "net.npz"])
+    assert_one_line(error, "net.npz", "2 members are named 'w.npy'")
+
+
+@pytest.mark.parametrize("save", ["npy", "npz"])
+def test_bfloat16_in_numpy_files(tmp_path, rng, save):
+    array = rng.standard_normal((4, 5)).astype(ml_dtypes.bfloat16)
+    if save == "npy":
+        np.save(tmp_path / "w.npy", array)
+    else:
+        np.savez(tmp_path / "w.npz", w=array)
+
+    weights = Weights([tmp_path / f"w.{save}"])
+    [(_, read, axis)] = weights
+
+    assert weights.tensors[0].dtype == "bfloat16"
+    assert (read.dtype, axis) == (np.float32, 0)
+    np.testing.assert_array_equal(read, array.astype(np.float32))
+
+
+def test_bfloat16_in_numpy_files_of_any_order_and_with_nan(tmp_path):
+    array = np.asfortranarray(np.arange(12).reshape(3, 4)).astype(ml_dtypes.bfloat16)
+    np.save(tmp_path / "w.npy", array)
+    [(_, read, _)] = Weights([tmp_path / "w.npy"])
+    np.testing.assert_array_equal(read, np.arange(12).reshape(3, 4))
+
+    array[1, 2] = np.nan
+    np.save(tmp_path / "w.npy", array)
+    with pytest.raises(WeightsError, match="1 of 12 values"):
+        list(Weights([tmp_path / "w.npy"]))
+
+
+def test_other_types_of_ml_dtypes_in_numpy_files_are_named(tmp_path):
+    array = np.ones((4, 5))
+    other = {name: array.astype(name) for name in ("float8_e5m2", "float8_e4m3fn")}
+    np.savez(tmp_path / "w.npz", a=array, **other)
+    weights = Weights([tmp_path / "w.npz"])
+    assert [tensor.name for tensor in weights.tensors] == ["a"]
+    named = {tensor.name: tensor.reason for tensor in weights.skipped}
+    assert named == {
+        "float8_e5m2": "of type float8_e5m2, which is not read",
+        "float8_e4m3fn": "of type void8 (float8 or int4 of ml_dtypes), which is not read",
+    }
+
+
 # .safetensors
+
+
+@pytest.mark.parametrize("name", ["layer/0/weight", "Gewicht ä 重み", "a:b", ".", "w" * 300])
+def test_safetensors_names_are_kept(tmp_path, name):
+    safetensors.numpy.save_file({name: np.ones((2, 3))}, tmp_path / "net.safetensors")
+    assert list(loaded(tmp_path / "net.safetensors")) == [name]
+
+
+def test_file_of_float8_weights_and_bfloat16_biases(tmp_path):
+    saved = {f"w{i}": np.ones((4, 3), ml_dtypes.float8_e4m3fn) for i in range(2)}
+    saved["bias"] = np.ones(3, ml_dtypes.bfloat16)
+    safetensors.numpy.save_file(saved, tmp_path / "net.safetensors")
+    with pytest.raises(WeightsError) as error:
+        Weights([tmp_path / "net.safetensors"])
+    assert_one_line(
+        error, "none of its 2 weights can be read", "2 of type float8_e4m3fn", "bfloat16"
+    )
 
 
 def test_safetensors_with_bfloat16_and_transposed_arrays(tmp_path, rng):
@@ -112,7 +196,13 @@ def test_safetensors_with_bfloat16_and_transposed_arrays(tmp_path, rng):
     read = {name: array for name, array, _ in weights}
 
     assert set(read) == {"half", "bfloat", "transposed"}
-    assert weights.left_out == 1
+    assert {tensor.name: tensor.reason for tensor in weights.left_out} == {
+        "norm": "of rank 1",
+        "int8": "of type int8, which is no float",
+    }
+    assert {tensor.name: tensor.reason for tensor in weights.skipped} == {
+        "float8": "of type float8_e4m3fn, which is not read"
+    }
     assert read["half"].dtype == np.float16
     assert read["bfloat"].dtype == np.float32
     for name in read:
@@ -228,7 +318,6 @@ print(len(weights), peak - before)
     [
         ("Conv", {}, "xw", 0),
         ("ConvTranspose", {}, "xw", 1),
-        ("ConvTranspose", {"group": 4}, "xw", 0),
         ("MatMul", {}, "xw", 1),
         ("MatMul", {}, "wx", 0),
         ("Gemm", {}, "xw", 1),
@@ -239,6 +328,91 @@ print(len(weights), peak - before)
 def test_onnx_channel_axis_of_each_operator(tmp_path, operator, attributes, inputs, axis):
     node = helper.make_node(operator, list(inputs), ["y"], **attributes)
     assert axes(tmp_path, [node], tensor("w", np.ones((4, 3), np.float32))) == {"w": axis}
+
+
+@pytest.mark.parametrize("domain_and_operator", ["Conv", "com.microsoft.FusedConv", "DeformConv"])
+def test_onnx_convolutions_and_what_they_are_fused_into(tmp_path, domain_and_operator):
+    domain, _, operator = domain_and_operator.rpartition(".")
+    node = helper.make_node(operator, ["x", "w", "o"], ["y"], domain=domain, group=2)
+    weight = tensor("w", np.ones((4, 3, 3, 3), np.float32))
+    assert axes(tmp_path, [node], weight) == {"w": 0}
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "axis"),
+    [((4, 6, 3), 1, 1), ((4, 1, 3), 4, 0), ((4, 6, 3), 4, (0, 1)), ((4, 6, 3), 2, (0, 2))],
+)
+def test_onnx_channels_of_a_transposed_convolution_are_per_group(tmp_path, rng, shape, group, axis):
+    """Axis 0 holds the groups, each with its input channels; axis 1 the outputs of a group."""
+    array = rng.standard_normal(shape).astype(np.float32)
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=group)
+    onnx.save(model([node], [tensor("w", array)]), tmp_path / "net.onnx")
+
+    [(read, found)] = loaded(tmp_path / "net.onnx").values()
+
+    assert found == axis
+    np.testing.assert_array_equal(read, array.reshape(read.shape))
+    channels = group * shape[1]
+    assert channel_rows(read, found).shape == (channels, array.size // channels)
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "inputs", "axis"),
+    [
+        ("Gemm", {}, "wx", 0),
+        ("Gemm", {"transA": 1}, "wx", 1),
+        ("FusedGemm", {"transB": 1}, "xw", 0),
+        ("FusedMatMul", {}, "xw", 1),
+        ("FusedMatMul", {"transB": 1}, "xw", 0),
+        ("FusedMatMul", {"transA": 1}, "wx", 1),
+        ("Einsum", {"equation": "bi,oi->bo"}, "xw", 0),
+        ("Einsum", {"equation": "bi, io -> bo"}, "xw", 1),
+        ("Einsum", {"equation": "...i,io->...o"}, "xw", 1),
+        ("Einsum", {"equation": "oi,bi"}, "wx", 0),
+        ("Gather", {"axis": 1}, "wx", 1),
+        ("Gather", {"axis": -1}, "wx", 1),
+    ],
+)
+def test_onnx_channel_axis_of_products(tmp_path, operator, attributes, inputs, axis):
+    domain = "com.microsoft" if operator.startswith("Fused") else ""
+    node = helper.make_node(operator, list(inputs), ["y"], domain=domain, **attributes)
+    assert axes(tmp_path, [node], tensor("w", np.ones((4, 3), np.float32))) == {"w": axis}
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "axis"),
+    [
+        ("MatMul", {}, (0, 1, 3)),
+        ("FusedMatMul", {"transB": 1}, (0, 1, 2)),
+        ("FusedMatMul", {"transBatchB": 1}, (1, 2, 3)),
+        ("Einsum", {"equation": "...i,...io->...o"}, (0, 1, 3)),
+        ("Einsum", {"equation": "bhi,ghio->bgo"}, (0, 3)),
+    ],
+)
+def test_onnx_matrices_side_by_side_have_channels_of_their_own(
+    tmp_path, operator, attributes, axis
+):
+    node = helper.make_node(operator, ["x", "w"], ["y"], **attributes)
+    weight = tensor("w", np.ones((2, 3, 4, 5), np.float32))
+    assert axes(tmp_path, [node], weight) == {"w": axis}
+
+
+def test_onnx_einsum_without_a_sum_has_no_weight(tmp_path):
+    nodes = [
+        helper.make_node("Einsum", ["x", "mask"], ["y"], equation="bij,ij->bij"),
+        helper.make_node("MatMul", ["y", "w"], ["z"]),
+    ]
+    both = [tensor(name, np.ones((4, 3), np.float32)) for name in ("mask", "w")]
+    assert axes(tmp_path, nodes, *both) == {"w": 1}
+
+
+@pytest.mark.parametrize("operator", ["LSTM", "GRU", "RNN"])
+def test_onnx_directions_of_a_recurrent_layer_have_scales_of_their_own(tmp_path, operator):
+    node = helper.make_node(
+        operator, ["x", "w", "r"], ["y"], hidden_size=2, direction="bidirectional"
+    )
+    weights = [tensor(name, np.ones((2, 8, 3), np.float32)) for name in "wr"]
+    assert axes(tmp_path, [node], *weights) == {"w": (0, 1), "r": (0, 1)}
 
 
 @pytest.mark.parametrize("operator", ["LSTM", "GRU", "RNN"])
@@ -265,6 +439,284 @@ def test_onnx_axis_is_followed_through_transposes_and_casts(tmp_path):
     assert axes(tmp_path, nodes, *weights) == {"w": 2, "v": 0}
 
 
+def integers(name, *values):
+    return tensor(name, np.array(values, np.int64))
+
+
+@pytest.mark.parametrize("arguments_in", ["initializers", "constants"])
+def test_onnx_gates_that_are_reordered_for_a_recurrent_layer(tmp_path, rng, arguments_in):
+    """As PyTorch exports it without folding: slices, put together in another order."""
+    array = rng.standard_normal((512, 128)).astype(np.float32)
+    bounds = [(0, 128), (384, 512), (128, 384)]
+    arguments = [integers("zero", 0)]
+    nodes = []
+    for number, (start, end) in enumerate(bounds):
+        arguments += [integers(f"start{number}", start), integers(f"end{number}", end)]
+        inputs = ["weight_ih", f"start{number}", f"end{number}", "zero"]
+        nodes.append(helper.make_node("Slice", inputs, [f"gate{number}"]))
+    nodes += [
+        helper.make_node("Concat", ["gate0", "gate1", "gate2"], ["gates"], axis=0),
+        helper.make_node("Unsqueeze", ["gates", "zero"], ["directions"]),
+        helper.make_node("LSTM", ["x", "directions", "r"], ["h"], hidden_size=128),
+        helper.make_node("Conv", ["x", "kernel"], ["y"]),
+    ]
+    weights = [
+        tensor("weight_ih", array),
+        tensor("kernel", np.ones((8, 4, 3, 3), np.float32)),
+    ]
+    if arguments_in == "constants":
+        nodes[:0] = [helper.make_node("Constant", [], [a.name], value=a) for a in arguments]
+        arguments = []
+    onnx.save(model(nodes, [*weights, *arguments]), tmp_path / "net.onnx")
+
+    read = loaded(tmp_path / "net.onnx")
+
+    assert {name: axis for name, (_, axis) in read.items()} == {"weight_ih": 0, "kernel": 0}
+    np.testing.assert_array_equal(read["weight_ih"][0], array)
+
+
+def test_onnx_weights_of_both_directions_that_are_put_together(tmp_path):
+    nodes = [
+        helper.make_node("Unsqueeze", ["forward", "zero"], ["f"]),
+        helper.make_node("Unsqueeze", ["backward", "zero"], ["b"]),
+        helper.make_node("Concat", ["f", "b"], ["both"], axis=0),
+        helper.make_node("GRU", ["x", "both", "r"], ["h"], hidden_size=2),
+    ]
+    weights = [tensor(name, np.ones((6, 5), np.float32)) for name in ("forward", "backward")]
+    assert axes(tmp_path, nodes, *weights, integers("zero", 0)) == {"forward": 0, "backward": 0}
+
+
+MOVES = {
+    "Slice of opset 1": ("Slice", [], {"axes": [1], "starts": [0], "ends": [2]}),
+    "Slice backwards": ("Slice", [(-1,), (-(2**63) + 1,), (1,), (-1,)], {}),
+    "Reshape": ("Reshape", [(0, -1, 1)], {}),
+    "Reshape of opset 1": ("Reshape", [], {"shape": [6, 4, 1]}),
+    "Unsqueeze of opset 1": ("Unsqueeze", [], {"axes": [-1]}),
+    "Flatten": ("Flatten", [], {"axis": -1}),
+    "Dropout": ("Dropout", [], {}),
+    "CastLike": ("CastLike", [], {}),
+    "Gather in another order": ("Gather", [(5, 4, 3, 2, 1, 0)], {}),
+    "Split": ("Split", [(2, 4)], {}),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_onnx_axis_is_followed_through_what_moves_elements(tmp_path, move):
+    operator, arguments, attributes = MOVES[move]
+    names = [f"a{number}" for number in range(len(arguments))]
+    nodes = [
+        helper.make_node(operator, ["w", *names], ["moved", "rest"][: 1 + (move == "Split")]),
+        helper.make_node("Conv", ["x", "moved"], ["y"]),
+    ]
+    nodes[0].attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
+    initializers = [integers(n, *v) for n, v in zip(names, arguments, strict=True)]
+    weight = tensor("w", np.ones((6, 4), np.float32))
+    assert axes(tmp_path, nodes, weight, *initializers) == {"w": 0}
+
+
+@pytest.mark.parametrize(
+    ("shape", "reshaped", "perm", "axis", "given"),
+    [
+        # (in, kernel, out) as a matrix, turned into (out, in, kernel)
+        ((12, 5), (4, 3, 5), (2, 0, 1), 1, (12, 5)),
+        # two axes that together hold the output channels
+        ((2, 3, 4), (6, 4, 1), (0, 1, 2), (0, 1), (2, 3, 4)),
+        # an axis of which the output channels are a part, and a flat buffer
+        ((12, 5), (4, 3, 5), (0, 1, 2), 0, (4, 3, 5)),
+        ((60,), (4, 3, 5), (2, 0, 1), 1, (12, 5)),
+        # pieces that a transpose takes apart and that are all of an axis all the same
+        ((12, 5), (2, 6, 5), (1, 0, 2), 1, (2, 6, 5)),
+    ],
+)
+def test_onnx_channels_of_reshaped_tensors(tmp_path, rng, shape, reshaped, perm, axis, given):
+    array = rng.standard_normal(shape).astype(np.float32)
+    nodes = [
+        helper.make_node("Reshape", ["w", "shape"], ["r"]),
+        helper.make_node("Transpose", ["r"], ["t"], perm=perm),
+        helper.make_node("Conv", ["x", "t"], ["y"]),
+    ]
+    stored = [tensor("w", array), integers("shape", *reshaped)]
+    onnx.save(model(nodes, stored), tmp_path / "net.onnx")
+
+    [(read, found)] = loaded(tmp_path / "net.onnx").values()
+
+    moved = array.reshape(reshaped).transpose(perm)
+    channels = {frozenset(channel.ravel().tolist()) for channel in moved}
+    assert {frozenset(row.tolist()) for row in channel_rows(read, found)} == channels
+
+
+def test_onnx_layers_that_lie_in_one_tensor_have_channels_of_their_own(tmp_path):
+    nodes = []
+    for layer in range(3):
+        index = helper.make_node("Constant", [], [f"i{layer}"], value_int=layer)
+        one = helper.make_node("Gather", ["w", f"i{layer}"], [f"w{layer}"], axis=0)
+        nodes += [index, one, helper.make_node("MatMul", ["x", f"w{layer}"], [f"y{layer}"])]
+    assert axes(tmp_path, nodes, tensor("w", np.ones((3, 4, 5), np.float32))) == {"w": (0, 2)}
+
+
+def test_onnx_embedding_with_constant_indices(tmp_path):
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["e"]),
+        helper.make_node("Add", ["x", "e"], ["y"]),
+    ]
+    table = tensor("table", np.ones((9, 4), np.float32))
+    assert axes(tmp_path, nodes, table, integers("ids", 0, 1, 2)) == {"table": 0}
+
+
+@pytest.mark.parametrize("bounds", [{"start": 1, "end": 2}, {"start": -3, "end": -2}])
+def test_onnx_pieces_of_a_shape(tmp_path, bounds):
+    nodes = [
+        helper.make_node("Shape", ["w"], ["second"], **bounds),
+        helper.make_node("Concat", ["second", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["w", "shape"], ["r"]),
+        helper.make_node("Gemm", ["x", "r"], ["y"], transB=1),
+    ]
+    stored = [tensor("w", np.ones((1, 6, 2, 2), np.float32)), integers("rest", -1)]
+    assert axes(tmp_path, nodes, *stored) == {"w": 1}
+
+
+def test_onnx_outputs_without_a_name_are_no_inputs_without_a_name(tmp_path):
+    nodes = [
+        helper.make_node("Split", ["w", "sizes"], ["", "w1"]),
+        helper.make_node("MatMul", ["x", "w1"], ["y"]),
+        helper.make_node("Gather", ["", "i"], ["z"]),
+    ]
+    stored = [tensor("w", np.ones((4, 5), np.float32)), integers("sizes", 1, 3)]
+    assert axes(tmp_path, nodes, *stored) == {"w": 1}
+
+
+def test_onnx_shapes_that_are_computed(tmp_path):
+    """Reshape(w, Concat(Shape(w)[1:], -1)), as exporters leave it without folding."""
+    nodes = [
+        helper.make_node("Shape", ["w"], ["all"]),
+        helper.make_node("Gather", ["all", "one"], ["second"]),
+        helper.make_node("Concat", ["second", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["w", "shape"], ["r"]),
+        helper.make_node("Gemm", ["x", "r"], ["y"], transB=1),
+    ]
+    stored = [
+        tensor("w", np.ones((1, 6, 2, 2), np.float32)),
+        integers("one", 1),
+        integers("rest", -1),
+    ]
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(model(nodes, stored, opset_imports=opsets), tmp_path / "net.onnx")
+    [(_, axis)] = loaded(tmp_path / "net.onnx").values()
+    assert axis == 1
+
+
+def test_onnx_constants_of_floats(tmp_path):
+    nodes = [
+        helper.make_node("Constant", [], ["flat"], value_floats=[1.0, 2, 3, 4, 5, 6]),
+        helper.make_node("Constant", [], ["shape"], value_ints=[2, 3]),
+        helper.make_node("Reshape", ["flat", "shape"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    onnx.save(model(nodes), tmp_path / "net.onnx")
+    [(array, axis)] = loaded(tmp_path / "net.onnx").values()
+    np.testing.assert_array_equal(array, [[1, 2, 3], [4, 5, 6]])
+    assert axis == 1
+
+
+def skipped(tmp_path, nodes, *initializers):
+    """The reasons for tensors beside a weight, which is read."""
+    nodes = [*nodes, helper.make_node("MatMul", ["x", "beside"], ["y0"])]
+    beside = tensor("beside", np.ones((2, 2), np.float32))
+    onnx.save(model(nodes, [*initializers, beside]), tmp_path / "net.onnx")
+    weights = Weights([tmp_path / "net.onnx"])
+    assert [tensor.name for tensor in weights.tensors] == ["beside"]
+    return {tensor.name: tensor.reason for tensor in weights.skipped}
+
+
+def test_onnx_weights_of_int8_are_named(tmp_path):
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["w"], axis=0),
+        helper.make_node("Conv", ["x", "w"], ["y"]),
+        helper.make_node("MatMulInteger", ["x", "m"], ["z"]),
+    ]
+    stored = [
+        tensor("q", np.ones((4, 3, 1), np.int8)),
+        tensor("scale", np.ones(4, np.float32)),
+        tensor("m", np.ones((4, 3), np.uint8)),
+    ]
+    assert skipped(tmp_path, nodes, *stored) == {
+        "q": "of type int8, which is not read",
+        "m": "of type uint8, which is not read",
+    }
+
+
+def test_onnx_weights_of_float8_are_named(tmp_path):
+    nodes = [helper.make_node("Cast", ["q"], ["w"], to=TensorProto.FLOAT)]
+    nodes.append(helper.make_node("MatMul", ["x", "w"], ["y"]))
+    stored = tensor("q", np.ones((4, 3), ml_dtypes.float8_e4m3fn))
+    assert skipped(tmp_path, nodes, stored) == {"q": "of type float8e4m3fn, which is not read"}
+
+
+def test_onnx_weights_behind_arithmetic_are_named(tmp_path):
+    nodes = [
+        helper.make_node("Mul", ["direction", "gain"], ["w"]),
+        helper.make_node("Transpose", ["w"], ["turned"]),
+        helper.make_node("MatMul", ["x", "turned"], ["y"]),
+    ]
+    stored = [
+        tensor("direction", np.ones((4, 3), np.float32)),
+        tensor("gain", np.ones((4, 1), np.float32)),
+    ]
+    reason = "Mul stands between it and MatMul"
+    assert skipped(tmp_path, nodes, *stored) == {"direction": reason, "gain": reason}
+
+
+def test_onnx_weights_whose_channels_are_mixed_up_are_named(tmp_path):
+    nodes = [
+        helper.make_node("Reshape", ["w", "shape"], ["r"]),
+        helper.make_node("MatMul", ["x", "r"], ["y"]),
+    ]
+    stored = [tensor("w", np.ones((6, 4), np.float32)), integers("shape", 4, 6)]
+    assert skipped(tmp_path, nodes, *stored) == {
+        "w": "the channels that MatMul sees are mixed with its other axes"
+    }
+
+
+def test_onnx_sparse_weights_are_named(tmp_path):
+    values = helper.make_tensor("w", TensorProto.FLOAT, [2], [1.0, 2.0])
+    indices = helper.make_tensor("w_indices", TensorProto.INT64, [2], [0, 5])
+    sparse = helper.make_sparse_tensor(values, indices, [4, 3])
+    nodes = [helper.make_node("MatMul", ["x", name], [f"y{name}"]) for name in ("w", "v")]
+    proto = model(nodes, [tensor("v", np.ones((4, 3), np.float32))])
+    proto.graph.sparse_initializer.append(sparse)
+    onnx.save(proto, tmp_path / "net.onnx")
+    weights = Weights([tmp_path / "net.onnx"])
+    assert [tensor.name for tensor in weights.tensors] == ["v"]
+    assert [tensor.reason for tensor in weights.skipped] == [
+        "stored as a sparse tensor, which is not read"
+    ]
+
+
+def test_onnx_data_that_is_missing_is_found_before_any_work(tmp_path):
+    proto = model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], [tensor("w", np.ones((40, 50), "f4"))]
+    )
+    onnx.save(proto, tmp_path / "net.onnx", save_as_external_data=True, location="net.bin")
+    data = tmp_path / "net.bin"
+    data.write_bytes(data.read_bytes()[:7000])
+    with pytest.raises(WeightsError) as error:
+        Weights([tmp_path / "net.onnx"])
+    assert_one_line(error, "net.onnx", "w: its data is cut off: net.bin")
+    data.unlink()
+    with pytest.raises(WeightsError) as error:
+        Weights([tmp_path / "net.onnx"])
+    assert_one_line(error, "net.onnx", "w: its data is missing: net.bin")
+
+
+def test_onnx_tied_embedding_is_one_weight(tmp_path):
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("Transpose", ["table"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "turned"], ["y"]),
+    ]
+    assert axes(tmp_path, nodes, tensor("table", np.ones((9, 4), np.float32))) == {"table": 0}
+
+
 def test_onnx_leaves_out_what_no_operator_uses_as_a_weight(tmp_path):
     nodes = [
         helper.make_node("Conv", ["x", "w", "b"], ["y"]),
@@ -279,7 +731,11 @@ def test_onnx_leaves_out_what_no_operator_uses_as_a_weight(tmp_path):
     onnx.save(model(nodes, initializers), tmp_path / "net.onnx")
     weights = Weights([tmp_path / "net.onnx"])
     assert [name for name, _, _ in weights] == ["w"]
-    assert weights.left_out == 2
+    assert len(weights.left_out) == 2
+    assert {tensor.name: tensor.reason for tensor in weights.left_out} == {
+        "b": "used as input 2 of Conv",
+        "shift": "used as input 1 of Add",
+    }
 
 
 def test_onnx_weights_in_and_of_subgraphs(tmp_path, rng):
@@ -348,7 +804,7 @@ def test_folders_are_searched_and_names_tell_files_apart(tmp_path):
     weights = Weights([tmp_path])
 
     assert [tensor.name for tensor in weights.tensors] == ["a", "deep/a", "deep/b", "deep/net:w"]
-    assert weights.left_out == 1
+    assert len(weights.left_out) == 1
 
 
 def test_files_that_differ_in_their_type_alone_keep_it_in_their_names(tmp_path):
@@ -356,6 +812,24 @@ def test_files_that_differ_in_their_type_alone_keep_it_in_their_names(tmp_path):
     safetensors.numpy.save_file({"w": np.ones((2, 3))}, tmp_path / "net.safetensors")
     names = [tensor.name for tensor in Weights([tmp_path]).tensors]
     assert names == ["net.npz:w", "net.safetensors:w"]
+
+
+def test_a_file_that_several_paths_lead_to_is_read_once(tmp_path, monkeypatch):
+    np.savez(tmp_path / "net.npz", w=np.ones((2, 3)))
+    monkeypatch.chdir(tmp_path)
+    weights = Weights([tmp_path, "net.npz", tmp_path / "net.npz"])
+    assert [tensor.name for tensor in weights.tensors] == ["w"]
+
+
+def test_tensors_of_one_name_are_told_apart(tmp_path):
+    def branch():
+        constant = helper.make_node("Constant", [], ["w"], value=tensor("", np.ones((2, 2), "f4")))
+        node = helper.make_node("MatMul", ["x", "w"], ["z"])
+        output = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+        return helper.make_graph([constant, node], "branch", [], [output])
+
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch(), else_branch=branch())
+    assert axes(tmp_path, [node]) == {"w": 1, "w (2)": 1}
 
 
 def test_the_names_of_one_file_are_its_own(tmp_path):

@@ -314,7 +314,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     sample_table = error_per_bit_width(samples(size, library), arguments.bits)
     print(table)
-    measured = len(chosen) - len(table.skipped)
+    measured = len({row.name for row in table.rows})
     print(f"{measured} of {len(weights) + len(weights.skipped)} weight tensors.")
     print(omissions.text(arguments.verbose) + "\n")
     print(summary(sample_table.rows, size))

@@ -465,7 +465,7 @@ def of_graph(tensor: StoredTensor, path: Path) -> Weight | None:
     import onnx
 
     kind = tensor.proto.data_type
-    claim = tensor.weight or tensor.table
+    claim = tensor.weight or (None if tensor.obstacle else tensor.table)
     if kind in ONNX_OTHERS or (kind not in ONNX_FLOATS and not (claim or tensor.obstacle)):
         return None
     dtype = onnx.TensorProto.DataType.Name(kind).lower()

@@ -521,11 +521,11 @@ def test_onnx_axis_is_followed_through_what_moves_elements(tmp_path, move):
         ((12, 5), (4, 3, 5), (2, 0, 1), 1, (12, 5)),
         # two axes that together hold the output channels
         ((2, 3, 4), (6, 4, 1), (0, 1, 2), (0, 1), (2, 3, 4)),
-        # an axis of which the output channels are a part, and a flat buffer
+        # an axis of which the output channels are a part
         ((12, 5), (4, 3, 5), (0, 1, 2), 0, (4, 3, 5)),
-        ((60,), (4, 3, 5), (2, 0, 1), 1, (12, 5)),
-        # pieces that a transpose takes apart and that are all of an axis all the same
         ((12, 5), (2, 6, 5), (1, 0, 2), 1, (2, 6, 5)),
+        # a flat buffer
+        ((60,), (4, 3, 5), (2, 0, 1), 2, (4, 3, 5)),
     ],
 )
 def test_onnx_channels_of_reshaped_tensors(tmp_path, rng, shape, reshaped, perm, axis, given):
@@ -543,6 +543,82 @@ def test_onnx_channels_of_reshaped_tensors(tmp_path, rng, shape, reshaped, perm,
     moved = array.reshape(reshaped).transpose(perm)
     channels = {frozenset(channel.ravel().tolist()) for channel in moved}
     assert {frozenset(row.tolist()) for row in channel_rows(read, found)} == channels
+    assert (read.shape, found) == (given, axis)
+
+
+def random_move(rng, node_input, value):
+    """A node that moves elements, the integers it takes, and its output."""
+    name = f"{node_input}'"
+    axis = int(rng.integers(value.ndim))
+    match rng.choice(["Transpose", "Reshape", "Slice", "Concat", "Unsqueeze", "Gather"]):
+        case "Transpose":
+            perm = rng.permutation(value.ndim).tolist()
+            node = helper.make_node("Transpose", [node_input], [name], perm=perm)
+            return node, [], value.transpose(perm)
+        case "Reshape":
+            sizes = []
+            rest = value.size
+            while rest > 1 and len(sizes) < 3:
+                sizes.append(int(rng.choice([n for n in range(1, rest + 1) if rest % n == 0])))
+                rest //= sizes[-1]
+            sizes.append(rest)
+            node = helper.make_node("Reshape", [node_input, name + "s"], [name])
+            return node, [integers(name + "s", *sizes)], value.reshape(sizes)
+        case "Slice":
+            start = int(rng.integers(value.shape[axis]))
+            arguments = [name + letter for letter in "sea"]
+            node = helper.make_node("Slice", [node_input, *arguments], [name])
+            values = (start, 2**62, axis)
+            given = [integers(a, v) for a, v in zip(arguments, values, strict=True)]
+            return node, given, value.take(range(start, value.shape[axis]), axis)
+        case "Concat":
+            node = helper.make_node("Concat", [node_input, node_input], [name], axis=axis)
+            return node, [], np.concatenate([value, value], axis)
+        case "Unsqueeze":
+            node = helper.make_node("Unsqueeze", [node_input, name + "a"], [name])
+            return node, [integers(name + "a", axis)], np.expand_dims(value, axis)
+        case _:
+            if value.ndim == 1:
+                return random_move(rng, node_input, value)
+            index = int(rng.integers(value.shape[axis]))
+            node = helper.make_node("Gather", [node_input, name + "i"], [name], axis=axis)
+            scalar = numpy_helper.from_array(np.array(index), name + "i")
+            return node, [scalar], value.take(index, axis)
+
+
+def test_onnx_channels_after_random_moves(tmp_path):
+    """Elements share scales exactly if the convolution sees them in one output channel."""
+    known = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        value = array = np.arange(48, dtype=np.float32).reshape(rng.permutation([2, 4, 6]))
+        nodes, stored, last = [], [tensor("w", array)], "w"
+        for _ in range(rng.integers(1, 5)):
+            node, given, value = random_move(rng, last, value)
+            last = node.output[0]
+            nodes.append(node)
+            stored += given
+        if value.ndim < 2:
+            continue
+        nodes.append(helper.make_node("Conv", ["x", last], ["y"]))
+        stored.append(tensor("beside", np.ones((2, 2), np.float32)))
+        nodes.append(helper.make_node("MatMul", ["y", "beside"], ["z"]))
+        onnx.save(model(nodes, stored), tmp_path / "net.onnx")
+
+        weights = Weights([tmp_path / "net.onnx"])
+
+        read = {name: (array, axis) for name, array, axis in weights}
+        if "w" not in read:
+            assert [tensor.name for tensor in weights.skipped] == ["w"]
+            continue
+        known += 1
+        present = set(value.ravel().tolist())
+        rows = {frozenset(row.tolist()) & present for row in channel_rows(*read["w"])}
+        channels = [frozenset(channel.ravel().tolist()) for channel in value]
+        assert all(any(row <= channel for channel in channels) for row in rows), seed
+        if len(set().union(*channels)) == sum(map(len, channels)):
+            assert rows - {frozenset()} == set(channels), seed
+    assert known > 150
 
 
 def test_onnx_layers_that_lie_in_one_tensor_have_channels_of_their_own(tmp_path):

@@ -129,6 +129,8 @@ __device__ __forceinline__ void forget(double& value) { asm volatile("" : "+d"(v
 template<class Team, int N>
 __device__ int place(int pack, int rank) { return (pack * Team::size() + rank) * N; }
 
+// Zeros stand beyond the row's end. They are set as bytes: float16 has a default constructor that
+// leaves its bits as they are, so `= {}` would not do.
 template<class Team, int N, int A, int E, class T, class W>
 __device__ void load(const T* row, int length, W (&x)[E]) {
   const int rank = Team::rank();
@@ -137,7 +139,7 @@ __device__ void load(const T* row, int length, W (&x)[E]) {
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
     if (at < length) packs[pack] = *reinterpret_cast<const Pack<T, N, A>*>(row + at);
-    else packs[pack] = {};
+    else memset(&packs[pack], 0, sizeof(packs[pack]));
   }
 #pragma unroll
   for (int e = 0; e < E; ++e) x[e] = W(packs[e / N].item[e % N]);

@@ -150,7 +150,7 @@ template<int N> struct Full {
   static constexpr bool WHOLE_PACKS = true;
   int packs, length;
   template<class Team, int, int>
-  __device__ void load(const unsigned char*, int of_row) {
+  __device__ void load(const unsigned char*, int of_row, int) {
     length = of_row;
     packs = (length / N - Team::rank() + Team::size() - 1) / Team::size();
   }
@@ -163,17 +163,17 @@ template<int N> struct Full {
   __device__ int total(Sum) const { return length; }
 };
 
-// The bits of each element, four to a word, at most 16 each; 0 beyond the row's end.
+// The bits of each element, four to a word, at most `levels` each; 0 beyond the row's end.
 template<int E> struct Map {
   static constexpr bool WHOLE_PACKS = false;
   unsigned int word[E / 4];
   template<class Team, int N, int A>
-  __device__ void load(const unsigned char* row, int length) {
+  __device__ void load(const unsigned char* row, int length, int levels) {
     unsigned int bits[E];
     ::load<Team, N, A>(row, length, bits);
 #pragma unroll
     for (int w = 0; w < E / 4; ++w)
-      word[w] = __vminu4(0x10101010u,
+      word[w] = __vminu4(0x01010101u * levels,
           bits[4 * w] | bits[4 * w + 1] << 8 | bits[4 * w + 2] << 16 | bits[4 * w + 3] << 24);
   }
   __device__ void forget_levels() {

@@ -52,6 +52,27 @@ def current_device(x: Array) -> contextlib.AbstractContextManager[Any]:
     return x.device if on_device(x) else contextlib.nullcontext()
 
 
+def is_aligned(array: Array) -> bool:
+    """Whether all elements of a CuPy array lie at multiples of their size.
+
+    A GPU reads and writes no others, and stops every later call of the process where it should.
+    """
+    size = array.itemsize
+    steps = (step for length, step in zip(array.shape, array.strides, strict=True) if length > 1)
+    return not array.size or math.gcd(array.data.ptr, *steps) % size == 0
+
+
+def aligned(array: Array) -> Array:
+    """A CuPy array, or a copy of it where its elements do not lie at multiples of their size.
+
+    The copy goes byte by byte, since a kernel could not read the elements.
+    """
+    if is_aligned(array):
+        return array
+    with current_device(array):
+        return array[..., None].view(np.uint8).copy().view(array.dtype)[..., 0]
+
+
 def work_dtype(dtype: Any) -> np.dtype[Any]:
     """The dtype that residuals and scales are computed in: float32 for float16, else `dtype`."""
     return np.dtype(np.float32) if dtype == np.float16 else np.dtype(dtype)
@@ -62,7 +83,7 @@ def work_dtype(dtype: Any) -> np.dtype[Any]:
 
 def as_floats(name: str, value: object) -> Array:
     """`value` as a float16, float32 or float64 array where it is, else a TypeError."""
-    array: Array = value if on_device(value) else _host_array(name, value)
+    array: Array = aligned(value) if on_device(value) else _host_array(name, value)
     if array.dtype.char not in "efd":
         raise TypeError(
             f"{name} must be float16, float32 or float64, got {array.dtype}: "
@@ -116,6 +137,11 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
         raise ValueError(f"out has shape {out.shape}, but the result has shape {x.shape}")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
+    if on_device(out) and not is_aligned(out):
+        raise ValueError(
+            f"out must lie at multiples of its item size, {out.itemsize} bytes, as a GPU writes "
+            f"no other addresses, got the address {_address(out):#x} and strides {out.strides}"
+        )
     return out
 
 
@@ -160,7 +186,7 @@ def as_bits(
     `limit` levels are needed.
     """
     if on_device(value):
-        bits: Any = value
+        bits: Any = aligned(value)
         _same_library("bits", bits, x)
     else:
         bits = _host_array("bits", value)
@@ -208,7 +234,7 @@ def as_bound(value: object, x: Array) -> Array:
     Python's numbers are rounded to x's dtype, as in NumPy's own comparisons.
     """
     if on_device(value):
-        bound: Any = value
+        bound: Any = aligned(value)
         _same_library("bound", bound, x)
     else:
         bound = _host_array("bound", value)

@@ -2,11 +2,18 @@
 
 // ---------------------------------------------------------------- levels
 
-// The sum of a thread's hot magnitudes after LEVEL levels. Peeling one moves |r| to ||r| - scale|.
+// Up to FEW levels there is code for every number of them. Beyond, some numbers share the code of
+// the largest: it peels levels with a scale of 0, which leave everything as it is.
+constexpr int FEW = 4;
+
+// The sum of a thread's hot magnitudes after `level` levels, at most LEVEL; later scales are 0.
+// Peeling one moves |r| to ||r| - scale|.
 // GROUP magnitudes are added in W, the groups in double: two equal numbers, or one and a 0, add up
 // without rounding, and so do whole packs of four, so the mean of equal numbers is exact.
 template<int LEVEL, int N, class W, int E, int LEVELS, class Bits>
-__device__ double sum_after(const W (&x)[E], const Bits& bits, const W (&scale)[LEVELS]) {
+__device__ double sum_after(
+    int level, const W (&x)[E], const Bits& bits, const W (&scale)[LEVELS]) {
+  if (LEVEL <= FEW) level = LEVEL;
   constexpr bool WHOLE = Bits::WHOLE_PACKS && N > 1;
   constexpr int GROUP = WHOLE ? 4 : 2;
   double total = 0;
@@ -18,13 +25,13 @@ __device__ double sum_after(const W (&x)[E], const Bits& bits, const W (&scale)[
       m[g] = absolute(x[e + g]);
 #pragma unroll
       for (int i = 0; i < LEVEL; ++i) m[g] = absolute(minus(m[g], scale[i]));
-      if (!(WHOLE && N >= GROUP) && !bits.hot(e + g, LEVEL)) m[g] = 0;
+      if (!(WHOLE && N >= GROUP) && !bits.hot(e + g, level)) m[g] = 0;
     }
 #pragma unroll
     for (int step = 1; step < GROUP; step *= 2)
 #pragma unroll
       for (int g = 0; g < GROUP; g += 2 * step) m[g] = plus(m[g], m[g + step]);
-    if (!(WHOLE && N >= GROUP) || bits.hot(e, LEVEL)) total += to_double(m[0]);
+    if (!(WHOLE && N >= GROUP) || bits.hot(e, level)) total += to_double(m[0]);
   }
   return total;
 }
@@ -49,18 +56,21 @@ __device__ double wide_sum_after(
 template<int LEVEL, int N, class W, int E, int LEVELS, class Bits>
 __device__ double sum_of_thread(
     int level, const W (&x)[E], const Bits& bits, const W (&scale)[LEVELS]) {
+  constexpr int NEXT = LEVEL < FEW ? LEVEL + 1 : 2 * LEVEL;
   if constexpr (LEVEL + 1 < LEVELS)
-    if (level > LEVEL) return sum_of_thread<LEVEL + 1, N>(level, x, bits, scale);
-  return sum_after<LEVEL, N>(x, bits, scale);
+    if (level > LEVEL)
+      return sum_of_thread<NEXT < LEVELS ? NEXT : LEVELS - 1, N>(level, x, bits, scale);
+  return sum_after<LEVEL, N>(level, x, bits, scale);
 }
 
-// Finds the scales of a team's row; returns how many levels have any element. Every level starts
-// from x again: a compiler that keeps what it has for the next one runs out of registers.
+// Finds the first `levels` scales of a team's row; returns how many of them have any element.
+// Every level starts from x again: a compiler that keeps what it has for the next one runs out of
+// registers.
 template<class Team, int N, class W, int E, int LEVELS, class Bits>
-__device__ int fit(W (&x)[E], Bits& bits, W (&scale)[LEVELS]) {
+__device__ int fit(int levels, W (&x)[E], Bits& bits, W (&scale)[LEVELS]) {
 #pragma unroll
   for (int i = 0; i < LEVELS; ++i) scale[i] = 0;
-  double total = sum_after<0, N>(x, bits, scale);
+  double total = sum_after<0, N>(0, x, bits, scale);
 #pragma unroll 1
   for (int level = 0;;) {
     if (!(total < 1e300 * 1e300)) total = wide_sum_after(level, x, bits, scale);
@@ -74,7 +84,7 @@ __device__ int fit(W (&x)[E], Bits& bits, W (&scale)[LEVELS]) {
     bits.forget_levels();
 #pragma unroll
     for (int e = 0; e < E; ++e) forget(x[e]);
-    if (++level == LEVELS) return LEVELS;
+    if (++level == levels) return levels;
     total = sum_of_thread<LEVELS == 1 ? 0 : 1, N>(level, x, bits, scale);
   }
 }
@@ -92,19 +102,23 @@ __device__ __forceinline__ double signed_like(double m, double n) {
 
 // ---------------------------------------------------------------- kernels
 
+// LEVELS beyond FEW may be more than the `levels` that are wanted.
+
 template<class Team, class T, int N, int A, int E, int LEVELS, bool MAP>
 __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS) cubin_approximate_rows(
     const T* x, const unsigned char* bits, T* y,
-    long long rows, int length, long long x_step, long long bits_step, long long y_step) {
+    long long rows, int length, long long x_step, long long bits_step, long long y_step,
+    int levels) {
   typedef typename Work<T>::type W;
+  if (LEVELS <= FEW) levels = LEVELS;
   const long long row = Team::row();
   const int own = row < rows ? length : 0;
   W values[E];
   load<Team, N, A>(x + row * x_step, own, values);
   typename BitsOf<N, E, MAP>::type map;
-  map.template load<Team, N, A>(bits + row * bits_step, own);
+  map.template load<Team, N, A>(bits + row * bits_step, own, levels);
   W scale[LEVELS];
-  const int levels = fit<Team, N>(values, map, scale);
+  const int fitted = fit<Team, N>(levels, values, map, scale);
   int rank = Team::rank();
   forget(rank);
 #pragma unroll
@@ -117,7 +131,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
     for (int j = 0; j < N; ++j) n[j] = minus(W(0), values[pack * N + j]);
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
-      if (level >= levels) break;
+      if (level >= fitted) break;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const W step = signed_like(W(T(scale[level])), n[j]);
@@ -136,20 +150,23 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
 template<class Team, class T, int N, int A, int E, int LEVELS, bool MAP, class W = typename Work<T>::type>
 __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS) cubin_encode_rows(
     const T* x, const unsigned char* bits, W* scales, signed char* signs,
-    long long rows, int length, long long x_step, long long bits_step, long long sign_step) {
+    long long rows, int length, long long x_step, long long bits_step, long long sign_step,
+    int levels) {
+  if (LEVELS <= FEW) levels = LEVELS;
   const long long row = Team::row();
   const int own = row < rows ? length : 0;
   W values[E];
   load<Team, N, A>(x + row * x_step, own, values);
   typename BitsOf<N, E, MAP>::type map;
-  map.template load<Team, N, A>(bits + row * bits_step, own);
+  map.template load<Team, N, A>(bits + row * bits_step, own, levels);
   W scale[LEVELS];
-  fit<Team, N>(values, map, scale);
+  fit<Team, N>(levels, values, map, scale);
   int rank = Team::rank();
   forget(rank);
   if (own && rank == 0) {
 #pragma unroll
-    for (int level = 0; level < LEVELS; ++level) scales[level * rows + row] = scale[level];
+    for (int level = 0; level < LEVELS; ++level)
+      if (level < levels) scales[level * rows + row] = scale[level];
   }
 #pragma unroll
   for (int pack = 0; pack < E / N; ++pack) {
@@ -162,6 +179,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
     signed char* target = signs + row * sign_step + at;
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
+      if (level >= levels) break;
       Pack<signed char, N, A> result;
 #pragma unroll
       for (int j = 0; j < N; ++j) {

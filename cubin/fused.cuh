@@ -129,6 +129,8 @@ __device__ __forceinline__ void forget(double& value) { asm volatile("" : "+d"(v
 template<class Team, int N>
 __device__ int place(int pack, int rank) { return (pack * Team::size() + rank) * N; }
 
+// Zeros stand beyond the row's end. They are set as bytes: float16 has a default constructor that
+// leaves its bits as they are, so `= {}` would not do.
 template<class Team, int N, int A, int E, class T, class W>
 __device__ void load(const T* row, int length, W (&x)[E]) {
   const int rank = Team::rank();
@@ -137,7 +139,7 @@ __device__ void load(const T* row, int length, W (&x)[E]) {
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
     if (at < length) packs[pack] = *reinterpret_cast<const Pack<T, N, A>*>(row + at);
-    else packs[pack] = {};
+    else memset(&packs[pack], 0, sizeof(packs[pack]));
   }
 #pragma unroll
   for (int e = 0; e < E; ++e) x[e] = W(packs[e / N].item[e % N]);
@@ -148,7 +150,7 @@ template<int N> struct Full {
   static constexpr bool WHOLE_PACKS = true;
   int packs, length;
   template<class Team, int, int>
-  __device__ void load(const unsigned char*, int of_row) {
+  __device__ void load(const unsigned char*, int of_row, int) {
     length = of_row;
     packs = (length / N - Team::rank() + Team::size() - 1) / Team::size();
   }
@@ -161,17 +163,17 @@ template<int N> struct Full {
   __device__ int total(Sum) const { return length; }
 };
 
-// The bits of each element, four to a word, at most 16 each; 0 beyond the row's end.
+// The bits of each element, four to a word, at most `levels` each; 0 beyond the row's end.
 template<int E> struct Map {
   static constexpr bool WHOLE_PACKS = false;
   unsigned int word[E / 4];
   template<class Team, int N, int A>
-  __device__ void load(const unsigned char* row, int length) {
+  __device__ void load(const unsigned char* row, int length, int levels) {
     unsigned int bits[E];
     ::load<Team, N, A>(row, length, bits);
 #pragma unroll
     for (int w = 0; w < E / 4; ++w)
-      word[w] = __vminu4(0x10101010u,
+      word[w] = __vminu4(0x01010101u * levels,
           bits[4 * w] | bits[4 * w + 1] << 8 | bits[4 * w + 2] << 16 | bits[4 * w + 3] << 24);
   }
   __device__ void forget_levels() {

@@ -2,6 +2,12 @@
 
 A row is read once, worked on in registers and written once. The threads that share it are a team:
 lanes of a warp for short rows, a block for long ones. Rows that no block holds take passes.
+
+Every distinct set of template arguments is compiled once, which takes from a tenth of a second to
+some seconds, and CuPy keeps the result on disk. So there are few. For a kernel, a dtype, a number
+of levels, with or without a map, at most `MOST_TEMPLATES` serve rows of all lengths and alignments,
+and `MOST_ALIGNED` the usual ones, of a multiple of 16 bytes. Numbers of levels share the kernels of
+`LEVELS`. A map that is on the device already takes those of 16 levels, whatever is in it.
 """
 
 from __future__ import annotations
@@ -37,6 +43,15 @@ a multiprocessor; and so many may a block have."""
 
 GREEDY: Room = ((32, 16, 8), (32, 16, 16), (12, 8, 8))
 
+LEVELS = (1, 2, 3, 4, 8, 16)
+"""The numbers of levels that kernels are compiled for: they serve those in between, too."""
+
+MOST_TEMPLATES = 34
+"""How many templates of one kernel, dtype and number of levels all lengths and alignments take."""
+
+MOST_ALIGNED = 8
+"""How many of them rows take that begin and end at multiples of 16 bytes."""
+
 _NO_MAP = np.uint64(0)
 _C_TYPES = {"e": "float16", "f": "float", "d": "double"}
 
@@ -68,8 +83,11 @@ def team_of(
     """The team for rows of this length, or None if they are empty or too long for all of them.
 
     Eight lanes add up in three shuffles where 32 take five, and still move whole sectors of memory.
+    What threads hold is rounded up to a power of two, and packs are of 16 bytes, of four elements
+    or of one: few templates serve all lengths.
     """
-    pack = math.gcd(length, 16 // dtype.itemsize, 4 if length <= 32 or mapped else 8)
+    widest = min(16 // dtype.itemsize, 4 if length <= 32 or mapped else 8)
+    pack = next(n for n in (widest, min(widest, 4), 1) if length % n == 0)
     roomy, plain, beside_map = room[dtype.itemsize.bit_length() - 2]
     wide = pack * dtype.itemsize == 16 and levels <= 4
     most = beside_map if mapped else roomy if wide else plain
@@ -83,8 +101,8 @@ def team_of(
         name, threads = "Block", 32 * -(-length // (32 * most))
     else:
         return None
-    unit = max(pack, 4)
-    return Team(name, threads, pack, unit * -(-length // (threads * unit)))
+    share = max(-(-length // threads), pack, 4)
+    return Team(name, threads, pack, min(1 << (share - 1).bit_length(), most))
 
 
 def flat(array: Array, rows: Rows) -> Array:
@@ -154,9 +172,11 @@ def _plan(
     team = team_of(length, dtype, levels, mapped, room)
     if team is None:
         raise ValueError(f"no team holds {levels} levels of rows {shape} of {dtype}")
-    access = math.gcd(team.pack, aligned, *(steps if rows > 1 else ()))
+    fits = math.gcd(team.pack, aligned, *(steps if rows > 1 else ())) == team.pack
+    access = team.pack if fits else 1
+    compiled = next(n for n in LEVELS if n >= levels)
     threads = team.threads if team.name == "Block" else TILE_THREADS
-    template = (team.name, _C_TYPES[dtype.char], team.pack, access, team.held, levels)
+    template = (team.name, _C_TYPES[dtype.char], team.pack, access, team.held, compiled)
     spread = steps if mapped else (steps[0], 0, steps[1])
     return (
         (*template, str(mapped).lower()),

@@ -17,7 +17,7 @@ from cubin import arrays, blocks, fused, passes
 from cubin.arrays import Array, Rows
 from cubin.code import level_signs
 from cubin.encoding import Encoding
-from cubin.kernels import FLOATS, elementwise, raw, reduction, source
+from cubin.kernels import FLOATS, Launch, elementwise, raw, reduction, source
 from cubin.passes import Part
 from cubin.signs import as_integers, where
 
@@ -153,12 +153,16 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
         np.subtract(opposite, np.copysign(scale, opposite, out=step), out=opposite)
 
 
+def _launch(x: Array, bits: Array, levels: int, *outputs: Array) -> Launch:
+    return fused.launch(x, bits, levels, *outputs, options=(np.int32(levels),))
+
+
 @raw(
     "T x, uint8 bits, static int levels",
     "T y",
     code=fused.CUDA,
     preamble=fused.TEAMS,
-    launch=fused.launch,
+    launch=_launch,
     types=FLOATS,
 )
 def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndarray) -> None:
@@ -171,7 +175,7 @@ def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndar
     "W scales, int8 signs",
     code=fused.CUDA,
     preamble=fused.TEAMS,
-    launch=fused.launch,
+    launch=_launch,
     types=FLOATS,
 )
 def encode_rows(

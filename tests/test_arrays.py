@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cubin
 from cubin import arrays
 from tests import reference
 
@@ -156,3 +157,71 @@ def test_a_device_map_is_not_looked_at_but_clipped(device, host):
     np.testing.assert_allclose(host(there), cubin.multibit(x, 16), rtol=0, atol=1e-15)
     with pytest.raises(ValueError, match="got 300"):
         cubin.quantize(device.asarray(x), device.asarray(np.full(11, 300)))
+
+
+# ---------------------------------------------------------------- alignment
+
+
+def misplaced(device, values, offset, step):
+    """`values` on the device, `offset` bytes from an aligned address, rows `step` bytes apart."""
+    rows, size = len(values), values[0].nbytes
+    memory = np.zeros((rows, size + step), np.uint8)
+    memory[:, offset : offset + size] = values.view(np.uint8).reshape(rows, size)
+    held = device.asarray(memory)[:, offset : offset + size].view(values.dtype)
+    np.testing.assert_array_equal(held.get(), values)
+    return held
+
+
+PLACES = [(1, 8), (4, 9), (2, 16), (8, 16)]
+"""Offsets and gaps: some item sizes divide both, and such arrays are not copied."""
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("offset", "step"), PLACES)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_device_arrays_at_any_address_are_read(offset, step, dtype, device, rng):
+    """Without a copy, each of these calls stops at an address that the GPU refuses."""
+    x = rng.normal(size=(3, 24)).astype(dtype)
+    gy, bits = rng.normal(size=x.shape).astype(dtype), rng.integers(0, 3, x.shape).astype(np.int32)
+    bound = rng.uniform(0, 2, x.shape)
+    held, gradient, map_, limit = (misplaced(device, a, offset, step) for a in (x, gy, bits, bound))
+    calls = [
+        (cubin.sign, (x,), (held,), {}),
+        (cubin.ste_mask, (x, bits), (held, map_), {}),
+        (cubin.ste_mask, (x, bound), (held, limit), {}),
+        (cubin.multibit, (x, 2), (held, 2), {"channel_axis": 0}),
+        (cubin.multibit, (x, bits), (held, map_), {"channel_axis": 0}),
+        (cubin.multibit, (x, bits), (held, map_), {"channel_axis": 0, "solver": "refined"}),
+        (cubin.multibit_grad, (x, bits, gy), (held, map_, gradient), {}),
+        (cubin.errors.relative_mse, (x, gy), (held, gradient), {}),
+    ]
+    for function, host, on_device, options in calls:
+        close = 1e-14 if dtype == np.float64 else 1e-2 if dtype == np.float16 else 1e-5
+        found, wanted = function(*on_device, **options), function(*host, **options)
+        np.testing.assert_allclose(found.get(), wanted, rtol=close, atol=close)
+    code = cubin.quantize(held, map_, channel_axis=0, solver="refined")
+    wanted = cubin.quantize(x, bits, channel_axis=0, solver="refined")
+    np.testing.assert_array_equal(code.signs.get(), wanted.signs)
+    np.testing.assert_array_equal(held.get(), x)
+
+
+@pytest.mark.kernels
+def test_single_elements_at_any_address_are_read(device):
+    held = device.asarray(np.zeros(16, np.uint8))[3:7].view(np.float32).reshape(())
+    assert cubin.sign(held).get() == -1
+    assert arrays.aligned(held).shape == ()
+    plain = device.ones((3, 4), np.float32)
+    assert arrays.aligned(plain) is plain
+    view = plain[:, ::2].T
+    assert arrays.aligned(view) is view
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("offset", "step"), PLACES[:3])
+def test_a_result_at_an_address_that_a_gpu_refuses(offset, step, device):
+    x = np.ones((2, 4))
+    out = misplaced(device, x, offset, step)
+    for function in (cubin.sign, lambda x, out: cubin.multibit(x, 1, out=out)):
+        with pytest.raises(ValueError, match="out must lie at multiples of its item size, 8 bytes"):
+            function(device.asarray(x), out=out)
+    assert (out.get() == 1).all()

@@ -10,6 +10,7 @@ from cubin import arrays, fused, greedy, kernels
 from cubin.code import level_signs
 from cubin.encoding import Encoding
 from cubin.kernels import FLOATS, raw
+from cubin.solvers import teams
 from tests.registers import assert_registers_suffice
 
 SHORT = [1, 7, 27, 31, 32, 33, 127, 128, 129]
@@ -100,10 +101,27 @@ def test_rows_of_other_types(dtype, length, mapped, device, rng):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("levels", [1, 4, 5, 8, 16])
-def test_any_number_of_levels(levels, device, rng):
-    x, bits = sample(rng, (9, 64), np.float32, levels, levels % 2 == 0)
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize("levels", [1, 4, 5, 6, 7, 8, 9, 13, 16])
+def test_any_number_of_levels(levels, mapped, device, rng):
+    x, bits = sample(rng, (9, 64), np.float32, levels, mapped)
     check(device, x, bits, levels)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("levels", [1, 2, 5, 9])
+def test_bits_beyond_the_levels_count_as_these(levels, device, rng):
+    """Also where one kernel serves more levels than are wanted."""
+    x, bits = sample(rng, (7, 40), np.float32, levels + 3, True)
+    few = np.minimum(bits, levels).astype(np.uint8)
+    clipped, beyond = (on(device, x, one) for one in (few, bits))
+    for found, wanted in zip(
+        encode(device, *beyond, levels), encode(device, *clipped, levels), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(
+        approximate(device, *beyond, levels), approximate(device, *clipped, levels)
+    )
 
 
 @pytest.mark.kernels
@@ -386,6 +404,37 @@ def test_a_team_holds_its_row_and_wastes_little(dtype):
     assert fused.team_of(1, dtype, 0, False) is None
 
 
+def templates(length, dtype, levels, mapped, room):
+    """Those that rows of one length take, wherever they lie."""
+    for aligned in (1, 2, 4, 8, 16):
+        yield fused._plan.__wrapped__(
+            (2, length), dtype, levels, mapped, room, aligned, *[length] * (2 + mapped)
+        )[0]
+
+
+@pytest.mark.parametrize("room", [fused.GREEDY, teams.ROOM], ids=["greedy", "teams"])
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_templates_serve_all_lengths_and_alignments(dtype, mapped, room):
+    dtype = np.dtype(dtype)
+    for levels in (1, 16) if room is fused.GREEDY else (1,):
+        found = {
+            template
+            for length in range(1, 32769)
+            if fused.team_of(length, dtype, levels, mapped, room)
+            for template in templates(length, dtype, levels, mapped, room)
+        }
+        assert 0 < len(found) <= fused.MOST_TEMPLATES
+        aligned = {
+            list(templates(length, dtype, levels, mapped, room))[-1]
+            for length in range(16 // dtype.itemsize, 32769, 16 // dtype.itemsize)
+            if fused.team_of(length, dtype, levels, mapped, room)
+        }
+        assert 0 < len(aligned) <= fused.MOST_ALIGNED
+        by_levels = {next(templates(64, dtype, n, mapped, room))[5] for n in range(1, 17)}
+        assert by_levels == set(fused.LEVELS)
+
+
 HEAVIEST = [
     (greedy.approximate_rows, ("Tile<8>", "float", 4, 4, 16, 4, "false")),
     (greedy.approximate_rows, ("Tile<32>", "float", 4, 4, 32, 4, "false")),
@@ -393,6 +442,7 @@ HEAVIEST = [
     (greedy.approximate_rows, ("Block", "float16", 8, 8, 32, 4, "false")),
     (greedy.approximate_rows, ("Block", "float", 1, 1, 16, 8, "true")),
     (greedy.approximate_rows, ("Block", "double", 2, 2, 12, 4, "false")),
+    (greedy.approximate_rows, ("Tile<32>", "double", 1, 1, 8, 8, "false")),
     (greedy.encode_rows, ("Block", "float", 4, 4, 32, 4, "false")),
     (greedy.encode_rows, ("Block", "float", 1, 1, 16, 8, "true")),
 ]

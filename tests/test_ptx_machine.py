@@ -167,6 +167,70 @@ def test_assertions_and_traps():
         run("if (a[i] == 3) __trap();", [np.arange(64, dtype=np.int32)])
 
 
+# ---------------------------------------------------------------- registers that nothing wrote
+
+NONE = """int none;
+asm volatile("{ .reg .b32 r; .reg .pred p; setp.lt.s32 p, %1, 32; @p mov.b32 r, 7; mov.b32 %0, r; }"
+             : "=r"(none) : "r"(t));
+"""
+# A register that the first 32 threads wrote.
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "if (t < 32) a[i] = none;",
+        "a[i] = t < 32 ? none : 0;",
+        "int both = none; if (t >= 32) both = 7; a[i] = both;",
+        'int y; asm volatile("{ .reg .pred p; setp.lt.s32 p, %2, 32; selp.b32 %0, %1, 0, p; }"'
+        ' : "=r"(y) : "r"(none), "r"(t)); a[i] = y;',
+        "if (t < 32) a[i] = __shfl_sync(~0u, none, 3);",
+        'long long w; asm volatile("mov.b64 %0, {%1, %1};" : "=l"(w) : "r"(none));'
+        " if (t < 32) a[i] = (int)w;",
+    ],
+)
+def test_an_unwritten_register_may_be_moved_and_left(body):
+    (found,) = run(NONE + body, [np.zeros(64, np.int32)])
+    assert (found[:32] == 7).all()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a[i] = none;",
+        "a[i] = none + 1;",
+        "if (none == 7) a[i] = 1;",
+        "a[none & 63] = 1;",
+        "a[i] = __shfl_xor_sync(~0u, none, 1);",
+        'int y; asm volatile("{ .reg .pred p; setp.lt.s32 p, %2, 40; selp.b32 %0, %1, 0, p; }"'
+        ' : "=r"(y) : "r"(none), "r"(t)); a[i] = y;',
+        'asm volatile("{ .reg .pred p; setp.lt.s32 p, %1, 40; @p mov.b32 %0, %2; }"'
+        ' : "=r"(a[i]) : "r"(t), "r"(none));',
+        'asm volatile("{ .reg .pred p, q; setp.lt.s32 p, %1, 9; @p setp.eq.s32 q, %1, 0; '
+        '@q mov.b32 %0, 1; }" : "+r"(a[i]) : "r"(t));',
+        'long long w; asm volatile("mov.b64 %0, {%1, %1};" : "=l"(w) : "r"(none)); a[i] = w != 0;',
+        "a[i] = __ballot_sync(~0u, none);",
+    ],
+)
+def test_an_unwritten_register_decides_nothing(body):
+    with pytest.raises(ptx.UninitializedRead, match="register"):
+        run(NONE + body, [np.zeros(64, np.int32)])
+
+
+def test_the_thread_that_reads_an_unwritten_register_is_named():
+    with pytest.raises(ptx.UninitializedRead, match="32 of the lanes") as caught:
+        run(NONE + "a[i] = none + 1;", [np.zeros(64, np.int32)])
+    assert caught.value.place.thread == (32, 0, 0)
+
+
+def test_a_function_that_returns_nothing_it_promised():
+    top = """__device__ __noinline__ int half(int x) {
+      if (x % 2 == 0) return x / 2;
+      int none; asm volatile("{ .reg .b32 r; mov.b32 %0, r; }" : "=r"(none)); return none; }"""
+    with pytest.raises(ptx.UninitializedRead, match="register"):
+        run("a[i] = half(i);", [np.zeros(64, np.int32)], top=top)
+
+
 # ---------------------------------------------------------------- memory
 
 

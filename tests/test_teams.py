@@ -236,6 +236,24 @@ def test_elements_without_bits_do_not_set_the_unit(device, rng):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("rule", [(True, 0), (False, 2)])
+@pytest.mark.parametrize("length", [27, 600])
+def test_bits_beyond_the_levels_count_as_these(length, rule, device, rng):
+    x, bits = sample(rng, (3, length), np.float32, 2, True)
+    wanted = solve(device, x, bits, 2, rule)
+    beyond = np.where(bits == 2, rng.choice(np.array([2, 3, 16, 255]), bits.shape), bits)
+    for found, one in zip(solve(device, x, beyond.astype(np.uint8), 2, rule), wanted, strict=True):
+        np.testing.assert_array_equal(found, one)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
+@pytest.mark.parametrize("length", [1, 27, 33, 63, 129, 1001])
+def test_what_stands_beyond_a_row_of_float16_does_not_count(length, mapped, device, rng):
+    x, bits = sample(rng, (5, length), np.float16, 2, mapped)
+    check(device, x, bits, 2, (True, 0), differing=1)
+    check(device, x, bits, 2, (False, 2), differing=1)
+
+
 # ---------------------------------------------------------------- in use
 
 

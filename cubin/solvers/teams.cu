@@ -61,9 +61,10 @@ template<class W, int E, class Bits> struct Magnitudes {
 
   template<class Team, int N, int A, class T>
   __device__ void load(
-      const T* row, const unsigned char* bits_of_row, int length, W& unit, bool& valid) {
+      const T* row, const unsigned char* bits_of_row, int length, int levels,
+      W& unit, bool& valid) {
     typedef typename Edges<W>::Pattern Pattern;
-    bits.template load<Team, N, A>(bits_of_row, length);
+    bits.template load<Team, N, A>(bits_of_row, length, levels);
     ::load<Team, N, A>(row, length, m);
     Pattern most = 0;
     up = 0;
@@ -400,7 +401,8 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
   const long long row = Team::row();
   const int own = row < rows ? length : 0;
   Magnitudes<W, E, typename BitsOf<N, E, MAP>::type> elements;
-  elements.template load<Team, N, A>(x + row * x_step, bits + row * bits_step, own, found.unit, found.valid);
+  elements.template load<Team, N, A>(
+      x + row * x_step, bits + row * bits_step, own, LEVELS, found.unit, found.valid);
   found.find(elements, refit, iterations);
   int rank = Team::rank();
   forget(rank);
@@ -430,7 +432,8 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
   const long long row = Team::row();
   const int own = row < rows ? length : 0;
   Magnitudes<W, E, typename BitsOf<N, E, MAP>::type> elements;
-  elements.template load<Team, N, A>(x + row * x_step, bits + row * bits_step, own, found.unit, found.valid);
+  elements.template load<Team, N, A>(
+      x + row * x_step, bits + row * bits_step, own, LEVELS, found.unit, found.valid);
   found.find(elements, refit, iterations);
   if (own) {
     for (int level = Team::rank(); level < LEVELS; level += Team::size())

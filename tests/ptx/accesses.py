@@ -231,9 +231,10 @@ class Accesses(Operands):
 
         def load_local(b: Batch, s: Selection, where: NDArray[np.int64]) -> Array:
             b.check_layout("local", where, size, s, what)
-            place = b.local_place(where, s)
-            if b.local_bytes is None:
-                raise AssertionError
+            place, lanes = b.local_place(where, s), b.lanes(s)
+            fresh = ~b.local_written[place[:, None] + np.arange(size)].all(axis=1)
+            if fresh.any():
+                b.fail(faults.UninitializedRead, "local memory nothing wrote", what, lanes[fresh])
             return pick(b.local_bytes, place)
 
         def load_const(b: Batch, s: Selection, where: NDArray[np.int64]) -> Array:
@@ -339,9 +340,8 @@ class Accesses(Operands):
         def store_local(b: Batch, s: Selection, where: NDArray[np.int64], values: Array) -> None:
             b.check_layout("local", where, size, s, what)
             place = b.local_place(where, s)
-            if b.local_bytes is None:
-                raise AssertionError
             put(b.local_bytes, place, values)
+            b.local_written[place[:, None] + np.arange(size)] = True
 
         def store_const(b: Batch, s: Selection, where: NDArray[np.int64], values: Array) -> None:
             raise UnsupportedInstruction(f"store to a variable of the module: {what.text}")

@@ -37,10 +37,10 @@ class Assembler(Accesses, Crossings):
         step = self._plain(what)
         if what.guard is None:
             return step
-        guard, wrong = what.guard, what.negated
+        guard, wrong = self.predicate(what.guard, what), what.negated
 
         def guarded(b: Batch, s: Selection) -> None:
-            taken = b.get(guard, s) != wrong
+            taken = guard(b, s) != wrong
             if taken.all():
                 step(b, s)
             elif taken.any():
@@ -85,9 +85,19 @@ class Assembler(Accesses, Crossings):
         return [kind] * many
 
     def do_mov(self, what: Instruction) -> Step:
-        kind = what.opcode[-1]
-        write, read = self.write(what.operands[0], what), self.read(what.operands[1], kind, what)
-        return lambda b, s: write(b, s, read(b, s).copy())
+        kind, (target, source) = what.opcode[-1], what.operands
+        write, read = self.write(target, what), self.take(source, kind, what)
+        targets, sources = self.watched(target), self.watched(source)
+        if not sources:
+            return lambda b, s: write(b, s, read(b, s).copy())
+
+        def move(b: Batch, s: Selection) -> None:
+            fresh = b.unwritten_among(sources, s)
+            write(b, s, read(b, s).copy())
+            for register in targets:
+                b.mark_unwritten(register, s, fresh)
+
+        return move
 
     def do_cvt(self, what: Instruction) -> Step:
         parts = what.opcode[1:]
@@ -185,10 +195,22 @@ class Assembler(Accesses, Crossings):
 
     def do_selp(self, what: Instruction) -> Step:
         kind = what.opcode[-1]
-        yes, no = (self.read(o, kind, what) for o in what.operands[1:3])
-        which = self.read(what.operands[3], "pred", what)
-        write = self.write(what.operands[0], what)
-        return lambda b, s: write(b, s, np.where(which(b, s), yes(b, s), no(b, s)))
+        target, *parts, condition = what.operands
+        yes, no = (self.take(o, kind, what) for o in parts)
+        which = self.read(condition, "pred", what)
+        write = self.write(target, what)
+        targets, (first, second) = self.watched(target), (self.watched(o) for o in parts)
+        if not (first or second):
+            return lambda b, s: write(b, s, np.where(which(b, s), yes(b, s), no(b, s)))
+
+        def choose(b: Batch, s: Selection) -> None:
+            holds = which(b, s)
+            fresh = np.where(holds, b.unwritten_among(first, s), b.unwritten_among(second, s))
+            write(b, s, np.where(holds, yes(b, s), no(b, s)))
+            for register in targets:
+                b.mark_unwritten(register, s, fresh)
+
+        return choose
 
     def do_lop3(self, what: Instruction) -> Step:
         sources = [self.read(o, "b32", what) for o in what.operands[1:4]]

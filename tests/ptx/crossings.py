@@ -48,10 +48,10 @@ class Crossings(Operands):
         """`act` for the lanes whose guard holds; the others go on."""
         if what.guard is None:
             return act
-        guard, wrong = what.guard, what.negated
+        guard, wrong = self.predicate(what.guard, what), what.negated
 
         def step(b: Batch, s: Selection) -> None:
-            taken = b.get(guard, s) != wrong
+            taken = guard(b, s) != wrong
             if taken.all():
                 act(b, s)
             elif not taken.any():
@@ -155,7 +155,10 @@ class Crossings(Operands):
             (target.first, target.second) if isinstance(target, Pair) else (target, None)
         )
         write, write_inside = self.write(first, what), self.write(second, what)
-        source = self.read(what.operands[1], "b32", what)
+        source, watched = (
+            self.take(what.operands[1], "b32", what),
+            self.watched(what.operands[1]),
+        )
         amount, clamp = (self.read(o, "u32", what) for o in what.operands[2:4])
         mode = next(p for p in what.opcode if p in ("up", "down", "bfly", "idx"))
 
@@ -189,6 +192,14 @@ class Crossings(Operands):
                     f"reads lane {number}, which does not take part",
                     what,
                     lanes[absent],
+                )
+            fresh = b.unwritten_among(watched, place)
+            if fresh.any():
+                b.fail(
+                    faults.UninitializedRead,
+                    "takes from another lane a register that nothing wrote there",
+                    what,
+                    lanes[fresh],
                 )
             values = source(b, None)
             write(b, chosen, values[place] if len(values) > 1 else values.copy())

@@ -44,7 +44,7 @@ class Race(Fault):
 
 
 class UninitializedRead(Fault):
-    """Memory was read that nothing wrote."""
+    """Memory or a register was read that nothing wrote."""
 
 
 class DivergentBarrier(Fault):

@@ -182,6 +182,7 @@ class Batch:
         self.clock = Clock((self.block + first) * stride + self.thread, stride, first, blocks)
         self.warp = self.clock.warp
         self.registers: list[Array | None] = [None] * len(kernel.function.registers)
+        self.unwritten: dict[int, Flags] = {}
         self.exited = np.zeros(size, bool)
         self.ready: dict[int, list[NDArray[np.intp]]] = {}
         self.heap: list[int] = []
@@ -194,7 +195,8 @@ class Batch:
         self.shared_granule = 16
         self.shared_shadow: Shadow | None = None
         self.local_size = local.size
-        self.local_bytes: Bytes | None = None
+        self.local_bytes: Bytes = np.zeros(0, np.uint8)
+        self.local_written: Flags = np.zeros(0, bool)
         self.arguments: dict[str, Bytes] = {}
 
     # Registers
@@ -218,6 +220,40 @@ class Batch:
             old = np.repeat(old, self.size)
         old[chosen] = value
         self.registers[register.index] = old
+
+    def unwritten_lanes(self, register: Register) -> Flags:
+        """Of a register that is watched: the lanes that hold nothing in it that they wrote."""
+        if register.index not in self.unwritten:
+            self.unwritten[register.index] = np.ones(self.size, bool)
+        return self.unwritten[register.index]
+
+    def mark_unwritten(
+        self, register: Register, chosen: Selection, flags: Flags | np.bool_ | bool
+    ) -> None:
+        """Note which of the chosen lanes hold in a register what nothing wrote."""
+        self.unwritten_lanes(register)[slice(None) if chosen is None else chosen] = flags
+
+    def unwritten_among(self, registers: Sequence[Register], chosen: Selection) -> Flags:
+        """The chosen lanes that hold in any of these registers what nothing wrote."""
+        lanes = self.lanes(chosen)
+        flags = np.zeros(len(lanes), bool)
+        for register in registers:
+            flags |= self.unwritten_lanes(register)[lanes]
+        return flags
+
+    def check_written(
+        self, register: Register, chosen: Selection, instruction: Instruction
+    ) -> None:
+        """Raise unless every chosen lane wrote the register."""
+        lanes = self.lanes(chosen)
+        fresh = self.unwritten_lanes(register)[lanes]
+        if fresh.any():
+            self.fail(
+                faults.UninitializedRead,
+                f"register {register.name}, which nothing wrote",
+                instruction,
+                lanes[fresh],
+            )
 
     def lanes(self, chosen: Selection) -> Lanes:
         """The chosen lanes by number."""
@@ -562,8 +598,9 @@ class Batch:
 
     def local_place(self, offset: NDArray[np.int64], chosen: Selection) -> NDArray[np.int64]:
         """Offsets into the local memory of all lanes."""
-        if self.local_bytes is None:
+        if not len(self.local_bytes):
             self.local_bytes = np.full(self.size * self.local_size, UNWRITTEN, np.uint8)
+            self.local_written = np.zeros(len(self.local_bytes), bool)
         return self.lanes(chosen) * self.local_size + offset
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.ptx import arithmetic
+from tests.ptx.assignments import doubtful, registers_of
 from tests.ptx.machine import CONSTANT, LOCAL, PARAMETER, SHARED, STATES, Batch, Selection
 from tests.ptx.program import (
     Function,
@@ -102,13 +103,39 @@ class Operands:
             self.parameters[variable.name] = at, variable.size
             at += variable.size
         self.parameter_bytes = at
+        self.doubtful = doubtful(function)
 
     # Operands
 
     def read(self, operand: Operand | None, kind: str, what: Instruction) -> Read:
-        """How to read an operand as values of the PTX type `kind`."""
+        """How to read an operand as values of the PTX type `kind`, which every lane wrote."""
+        return self._checked(self.take(operand, kind, what), operand, what)
+
+    def _checked(self, read: Read, operand: Operand | None, what: Instruction) -> Read:
+        """`read`, and a fault where a lane never wrote a register of the operand."""
+        watched = self.watched(operand)
+        if not watched:
+            return read
+
+        def check(b: Batch, s: Selection) -> Array:
+            for register in watched:
+                b.check_written(register, s, what)
+            return read(b, s)
+
+        return check
+
+    def predicate(self, register: Register, what: Instruction) -> Read:
+        """How to read a predicate that decides what a lane does."""
+        return self._checked(lambda b, s: b.get(register, s), register, what)
+
+    def watched(self, operand: Operand | None) -> list[Register]:
+        """The registers of an operand that some lane may not have written."""
+        return [r for r in registers_of(operand) if r.index in self.doubtful]
+
+    def take(self, operand: Operand | None, kind: str, what: Instruction) -> Read:
+        """How to read an operand, whatever its registers hold."""
         if kind in HALVES:
-            inner, half = self.read(operand, "b32", what), HALVES[kind]
+            inner, half = self.take(operand, "b32", what), HALVES[kind]
             return lambda b, s: inner(b, s).view(half).reshape(-1, 2)
         if kind not in arithmetic.TYPES:
             raise UnsupportedInstruction(f"type {kind}: {what.text}")
@@ -155,7 +182,7 @@ class Operands:
         self, items: Sequence[Operand | None], wanted: np.dtype[np.generic], what: Instruction
     ) -> Read:
         width = wanted.itemsize // len(items)
-        parts = [self.read(item, f"b{8 * width}", what) for item in items]
+        parts = [self.take(item, f"b{8 * width}", what) for item in items]
 
         def pack(b: Batch, s: Selection) -> Array:
             values = np.broadcast_arrays(*(part(b, s) for part in parts))
@@ -165,6 +192,18 @@ class Operands:
 
     def write(self, operand: Operand | None, what: Instruction) -> Write:
         """How to write a result, of any type, to a destination."""
+        put, watched = self._put(operand, what), self.watched(operand)
+        if not watched:
+            return put
+
+        def note(b: Batch, s: Selection, value: Array) -> None:
+            put(b, s, value)
+            for register in watched:
+                b.mark_unwritten(register, s, False)
+
+        return note
+
+    def _put(self, operand: Operand | None, what: Instruction) -> Write:
         match operand:
             case None:
                 return lambda b, s, value: None
@@ -179,7 +218,7 @@ class Operands:
 
                 return put
             case Vector(items=items):
-                writers = [self.write(item, what) for item in items]
+                writers = [self._put(item, what) for item in items]
 
                 def unpack(b: Batch, s: Selection, value: Array) -> None:
                     part = bits_of(value.dtype.itemsize // len(writers))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from cubin.arrays import Array
-from cubin.host.loops import loop, map_of, read_only, store, target
+from cubin.host.loops import loop, part, map_of, read_only, store, target
 from cubin.sums import CHUNK
 
 
-@loop
+@part
 def _add_signs(scale: float, sign: Array, y: Array) -> None:
     zero, none = y.dtype.type(0), np.int8(0)
     for j in range(y.size):

@@ -17,6 +17,7 @@ from cubin.host.loops import (
     loop,
     magnitude_sum,
     map_of,
+    part,
     scratch,
     store,
     target,
@@ -80,20 +81,20 @@ def _level_sum(
 # 0 less the residual, n, is never -0.0: its sign bit is set exactly where the residual is > 0.
 
 
-@loop
+@part
 def _step(n: float, scale: float) -> float:
     """scale * sign(r) for n = 0 - r."""
     return scale if n < 0 else -scale
 
 
-@loop
+@part
 def _write_one(x: Array, a: float, y: Array) -> None:
     zero = x.dtype.type(0)
     for j in range(y.size):
         y[j] = zero + _step(zero - x[j], a)
 
 
-@loop
+@part
 def _write_two(x: Array, a: float, b: float, y: Array) -> None:
     zero = x.dtype.type(0)
     for j in range(y.size):
@@ -102,7 +103,7 @@ def _write_two(x: Array, a: float, b: float, y: Array) -> None:
         y[j] = zero + first + _step(n + first, b)
 
 
-@loop
+@part
 def _write_three(x: Array, a: float, b: float, c: float, y: Array) -> None:
     zero = x.dtype.type(0)
     for j in range(y.size):
@@ -113,7 +114,7 @@ def _write_three(x: Array, a: float, b: float, c: float, y: Array) -> None:
         y[j] = zero + first + second + _step(n + second, c)
 
 
-@loop
+@part
 def _write_four(x: Array, a: float, b: float, c: float, d: float, y: Array) -> None:
     zero = x.dtype.type(0)
     for j in range(y.size):
@@ -126,13 +127,13 @@ def _write_four(x: Array, a: float, b: float, c: float, d: float, y: Array) -> N
         y[j] = zero + first + second + third + _step(n + third, d)
 
 
-@loop
+@part
 def _negate(x: Array, n: Array) -> None:
     for j in range(n.size):
         n[j] = x.dtype.type(0) - x[j]
 
 
-@loop
+@part
 def _add_level(n: Array, scale: float, stored: float, y: Array) -> None:
     for j in range(y.size):
         positive = n[j] < 0
@@ -140,7 +141,7 @@ def _add_level(n: Array, scale: float, stored: float, y: Array) -> None:
         n[j] += scale if positive else -scale
 
 
-@loop
+@part
 def _add_hot_level(
     n: Array, bits: Array, level: int, scale: float, stored: float, y: Array
 ) -> None:
@@ -204,7 +205,7 @@ def _approximate_rows(
 # ---------------------------------------------------------------- codes
 
 
-@loop
+@part
 def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) -> None:
     """Write the signs of a level, and take it off what is left."""
     for j in range(signs.size):
@@ -233,7 +234,7 @@ def _encode_rows(
                            signs[level, row, start : start + CHUNK])  # fmt: skip
 
 
-@loop
+@part
 def _set_bits(n: Array, bits: Array, level: int, scale: float, code: Array) -> None:
     bit, none = code.dtype.type(1 << level), code.dtype.type(0)
     for j in range(code.size):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from cubin.arrays import Array
-from cubin.host.loops import loop, read_only
+from cubin.host.loops import loop, part, read_only
 
 
-@loop
+@part
 def _sign(value: float, one: float) -> float:
     return one if value > 0 else (-one if value == value else value)
 

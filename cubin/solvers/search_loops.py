@@ -19,7 +19,7 @@ import numpy as np
 from cubin import blocks
 from cubin.arrays import Array
 from cubin.code import decode
-from cubin.host.loops import add_up, in_work_dtype, loop, store, target
+from cubin.host.loops import add_up, in_work_dtype, loop, part, store, target
 from cubin.solvers.cells import DEPENDENT
 
 CHUNK = 1 << 13
@@ -32,13 +32,13 @@ LONGEST_KEPT = 1 << 19
 _UNIT = 4.0
 
 
-@loop
+@part
 def _rounded_down(value: float) -> Any:
     rounded = np.float32(value)
     return np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded
 
 
-@loop
+@part
 def _padded(size: int) -> int:
     """Elements that fill four columns of whole registers."""
     return -(-size // 32) * 32
@@ -49,7 +49,7 @@ def _padded(size: int) -> int:
 
 # Four are added in float32: numbers that are equal do not round. NaN is not below an edge, so that
 # it shows in the sums.
-@loop
+@part
 def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
     """Add up what lies above an edge in columns of four, and give its number."""
     zero, below = np.float32(0), np.int32(0)
@@ -62,7 +62,7 @@ def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
     return fours.size - below
 
 
-@loop
+@part
 def _widen(values: Array, wide: Array) -> None:
     for j in range(values.size):
         wide[j] = values[j]
@@ -97,7 +97,7 @@ def _add_up(
 # ---------------------------------------------------------------- least squares
 
 
-@loop
+@part
 def _signed(value: float, code: int, level: int) -> float:
     return value if code >> level & 1 else -value
 
@@ -122,7 +122,7 @@ def _set_equations(
                 equations[j, i] += _signed(mass, code >> j ^ ~code >> i, 0)
 
 
-@loop
+@part
 def _mean(equations: Array, level: int, scales: Array) -> float:
     """The mean of what the levels before leave of the magnitudes, with the signs of a level."""
     total = equations[level + 1, level]
@@ -178,7 +178,7 @@ def _nearest(scales: Array, levels: int, edges: Array, codes: Array, sums: Array
         edges[cell] = _rounded_down(sums[cell] / 2 + sums[cell + 1] / 2)
 
 
-@loop
+@part
 def _split(
     scales: Array, level: int, edges: Array, codes: Array, number: Array, total: Array
 ) -> None:
@@ -204,7 +204,7 @@ def _split(
         number[2 * cell], total[2 * cell] = number[cell], total[cell]
 
 
-@loop
+@part
 def _in_order(
     found: Array, unit: float, codes: Array, moved: Array, scales: Array, row: int
 ) -> None:
@@ -225,7 +225,7 @@ def _in_order(
 # ---------------------------------------------------------------- rows
 
 
-@loop
+@part
 def _magnitudes(x: Array, unit: float, m: Array) -> None:
     """|x| in a unit that is a power of 2, or 0 if that is NaN, as in rows that are not finite.
 
@@ -240,7 +240,7 @@ def _magnitudes(x: Array, unit: float, m: Array) -> None:
     m[x.size :] = -2
 
 
-@loop
+@part
 def _is_finite(x: Array) -> bool:
     finite = True
     for j in range(x.size):
@@ -316,7 +316,7 @@ def fit(
 # ---------------------------------------------------------------- what they give
 
 
-@loop
+@part
 def _of_four(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
     never = np.float32(np.inf)
     a = edges[0] if edges.size > 0 else never
@@ -332,7 +332,7 @@ def _of_four(x: Array, edges: Array, table: Array, mirror: Any, given: Array) ->
         given[j] = mirror - own if x[j] <= 0 else own
 
 
-@loop
+@part
 def _of_eight(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
     a, b, c, d, e, f, g = edges[0], edges[1], edges[2], edges[3], edges[4], edges[5], edges[6]
     p, q, r, s = table[0], table[1], table[2], table[3]

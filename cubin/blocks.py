@@ -129,6 +129,8 @@ def each(
             stop()
         finally:
             _thread.works = not outermost
+            if workers > 1:
+                _scratch.__dict__.clear()  # of as many threads it is too much to keep
 
     def stop() -> None:
         for share in shares:
@@ -186,7 +188,6 @@ def _help(job: list[tuple[Callable[[int], None], int]]) -> None:
     with contextlib.suppress(IndexError):  # the caller was done before
         work, number = job.pop()
         work(number)
-        _scratch.__dict__.clear()  # of as many threads it is too much to keep
         del work
 
 

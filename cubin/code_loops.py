@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cubin.arrays import Array
-from cubin.host.loops import loop, part, map_of, read_only, store, target
+from cubin.host.loops import loop, map_of, part, read_only, store, target
 from cubin.sums import CHUNK
 
 
@@ -49,6 +49,8 @@ def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:
     """`code.level_signs`, at a level that `bits` has if it is a scalar."""
     given = sign if sign.flags.c_contiguous else np.empty(sign.shape, np.int8)
     bits = map_of(bits, 0).reshape(-1)
-    _level_signs(read_only(np.ascontiguousarray(code)).reshape(-1), bits, int(level), given.reshape(-1))
+    _level_signs(
+        read_only(np.ascontiguousarray(code)).reshape(-1), bits, int(level), given.reshape(-1)
+    )
     if given is not sign:
         sign[...] = given

@@ -35,7 +35,7 @@ def _level_signs(code: Array, bits: Array, level: int, sign: Array) -> None:
         sign[j] = np.int8(1) if np.uint16(code[j] & bit) != none else np.int8(-1)
     if bits.size:
         for j in range(sign.size):
-            sign[j] = sign[j] if bits[j] > level else np.int8(0)
+            sign[j] = sign[j] if bits[j] > np.uint8(level) else np.int8(0)
 
 
 def sum_signs(scales: Array, signs: Array, *, y: Array) -> None:

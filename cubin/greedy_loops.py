@@ -214,7 +214,7 @@ def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) ->
         n[j] += scale if positive else -scale
     if bits.size:
         for j in range(signs.size):
-            signs[j] = signs[j] if bits[j] > level else np.int8(0)
+            signs[j] = signs[j] if bits[j] > np.uint8(level) else np.int8(0)
 
 
 @loop
@@ -236,14 +236,14 @@ def _encode_rows(
 
 @part
 def _set_bits(n: Array, bits: Array, level: int, scale: float, code: Array) -> None:
-    bit, none = code.dtype.type(1 << level), code.dtype.type(0)
+    bit, none = np.uint16(1 << level), np.uint16(0)
     for j in range(code.size):
         positive = n[j] < 0
         code[j] |= bit if positive else none
         n[j] += scale if positive else -scale
     if bits.size:
         for j in range(code.size):
-            code[j] &= code.dtype.type(~none) if bits[j] > level else code.dtype.type(~bit)
+            code[j] &= np.uint16(~none) if bits[j] > np.uint8(level) else np.uint16(~bit)
 
 
 @loop

@@ -88,7 +88,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array of arbitrary content, in the memory of a dropped one where there is one."""
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
-    if not LARGE <= nbytes <= _limit or _madvise() is None:
+    if nbytes < LARGE or not _limit or _madvise() is None:
         return np.empty(shape, dtype)
     return np.asarray(_Owner(_take(nbytes), shape, dtype))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cubin.arrays import Array
-from cubin.host.loops import loop, map_of, part, read_only, store, target
+from cubin.host.loops import loop, map_of, part, read_only, store, target, uncounted
 from cubin.sums import CHUNK
 
 
@@ -20,6 +20,7 @@ def _add_signs(scale: float, sign: Array, y: Array) -> None:
 @loop
 def _sum_signs(scales: Array, signs: Array, y: Array) -> None:
     """Write the sums of scales, (rows, levels), times signs, (levels, rows, n)."""
+    signs, y = uncounted(signs, y)
     for row in range(len(y)):
         for start in range(0, y.shape[1], CHUNK):
             some = y[row, start : start + CHUNK]

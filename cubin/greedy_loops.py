@@ -21,6 +21,7 @@ from cubin.host.loops import (
     scratch,
     store,
     target,
+    uncounted,
 )
 from cubin.sums import CHUNK
 
@@ -32,6 +33,8 @@ def _find_scales(
     x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array
 ) -> None:
     """Write the scales of a row; `m`, of its length, is overwritten."""
+    x, bits, scales, m = uncounted(x, bits, scales, m)
+    chunk, sums, wide = uncounted(chunk, sums, wide)
     zero = x.dtype.type(0)
     source, taken, count = x, zero, x.size
     for level in range(scales.size):
@@ -52,6 +55,8 @@ def _find_scales(
 def _level_scales(
     x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array
 ) -> None:
+    x, bits, scales, m = uncounted(x, bits, scales, m)
+    chunk, sums, wide = uncounted(chunk, sums, wide)
     for row in range(len(x)):
         _find_scales(x[row], bits[row], scales[row], m, chunk, sums, wide)
 
@@ -61,6 +66,7 @@ def _level_sum(
     x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array
 ) -> tuple[float, int]:
     """The sum of what the scales leave of a piece of a row, and the number of its elements."""
+    x, bits, m, chunk, sums, wide = uncounted(x, bits, m, chunk, sums, wide)
     total, count = 0.0, 0
     for start in range(0, x.size, CHUNK):
         source, hot = x[start : start + CHUNK], bits[start : start + CHUNK]
@@ -159,6 +165,8 @@ def _write(x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y:
 
     Without a map they are stored as they are found, up to four levels take one pass.
     """
+    x, bits, scales, stored = uncounted(x, bits, scales, stored)
+    chunk, y = uncounted(chunk, y)
     s, levels = scales, scales.size
     as_found = not bits.size
     for level in range(levels):
@@ -188,6 +196,8 @@ def _write(x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y:
 def _approximation(
     x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y: Array
 ) -> None:
+    x, bits, scales, stored = uncounted(x, bits, scales, stored)
+    chunk, y = uncounted(chunk, y)
     for row in range(len(x)):
         _write(x[row], bits[row], scales[row], stored[row], chunk, y[row])
 
@@ -196,6 +206,8 @@ def _approximation(
 def _approximate_rows(
     x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array, y: Array
 ) -> None:
+    x, bits, scales, m = uncounted(x, bits, scales, m)
+    chunk, sums, wide, y = uncounted(chunk, sums, wide, y)
     for row in range(len(x)):
         found = scales[row]
         _find_scales(x[row], bits[row], found, m, chunk, sums, wide)
@@ -222,6 +234,8 @@ def _encode_rows(
     x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array,
     signs: Array,
 ) -> None:  # fmt: skip
+    x, bits, scales, m = uncounted(x, bits, scales, m)
+    chunk, sums, wide, signs = uncounted(chunk, sums, wide, signs)
     for row in range(len(x)):
         found, own = scales[row], bits[row]
         _find_scales(x[row], own, found, m, chunk, sums, wide)
@@ -248,6 +262,7 @@ def _set_bits(n: Array, bits: Array, level: int, scale: float, code: Array) -> N
 
 @loop
 def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> None:
+    x, bits, chunk, code = uncounted(x, bits, chunk, code)
     for row in range(len(x)):
         for start in range(0, x.shape[1], CHUNK):
             some = code[row, start : start + CHUNK]

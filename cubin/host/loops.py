@@ -15,6 +15,8 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from cubin import arrays, blocks
 from cubin.arrays import Array
@@ -37,6 +39,27 @@ def part(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, inline="always")(function)
 
 
+@intrinsic
+def uncounted(context: Any, *kinds: Any) -> Any:
+    """The same arrays, as a tuple, whose slices count no references: others must hold them.
+
+    Numba counts the references to whatever is sliced, which takes longer than the work on a short
+    row. This is the only thing that it has no plain name for.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        views = []
+        for number, kind in enumerate(kinds):
+            view = context.make_array(kind)(
+                context, builder, builder.extract_value(arguments[0], number)
+            )
+            view.meminfo = cgutils.get_null_value(view.meminfo.type)
+            views.append(view._getvalue())
+        return context.make_tuple(builder, signature.return_type, views)
+
+    return numba.types.Tuple(kinds)(numba.types.StarArgTuple(kinds)), generate
+
+
 # ---------------------------------------------------------------- sums
 
 # As in `cubin.sums`, operation by operation. Each loop has numbers of one width alone, so that
@@ -46,17 +69,17 @@ def part(function: Callable[..., Any]) -> Any:
 @part
 def _add_columns(x: Array, taken: float, sums: Array) -> None:
     """Add up the magnitudes ``abs(abs(x) - taken)`` in `COLUMNS` columns, by halves."""
-    c = x.reshape(COLUMNS, sums.size)
-    for j in range(sums.size):
-        r = abs(abs(c[0, j]) - taken) + abs(abs(c[8, j]) - taken)
-        s = abs(abs(c[4, j]) - taken) + abs(abs(c[12, j]) - taken)
-        t = abs(abs(c[2, j]) - taken) + abs(abs(c[10, j]) - taken)
-        u = abs(abs(c[6, j]) - taken) + abs(abs(c[14, j]) - taken)
+    n = sums.size
+    for j in range(n):
+        r = abs(abs(x[j]) - taken) + abs(abs(x[j + 8 * n]) - taken)
+        s = abs(abs(x[j + 4 * n]) - taken) + abs(abs(x[j + 12 * n]) - taken)
+        t = abs(abs(x[j + 2 * n]) - taken) + abs(abs(x[j + 10 * n]) - taken)
+        u = abs(abs(x[j + 6 * n]) - taken) + abs(abs(x[j + 14 * n]) - taken)
         even = (r + s) + (t + u)
-        r = abs(abs(c[1, j]) - taken) + abs(abs(c[9, j]) - taken)
-        s = abs(abs(c[5, j]) - taken) + abs(abs(c[13, j]) - taken)
-        t = abs(abs(c[3, j]) - taken) + abs(abs(c[11, j]) - taken)
-        u = abs(abs(c[7, j]) - taken) + abs(abs(c[15, j]) - taken)
+        r = abs(abs(x[j + n]) - taken) + abs(abs(x[j + 9 * n]) - taken)
+        s = abs(abs(x[j + 5 * n]) - taken) + abs(abs(x[j + 13 * n]) - taken)
+        t = abs(abs(x[j + 3 * n]) - taken) + abs(abs(x[j + 11 * n]) - taken)
+        u = abs(abs(x[j + 7 * n]) - taken) + abs(abs(x[j + 15 * n]) - taken)
         sums[j] = even + ((r + s) + (t + u))
 
 
@@ -79,7 +102,7 @@ def add_up(values: Array) -> float:
 def _chunk_sum(x: Array, taken: float, sums: Array, wide: Array) -> float:
     width = x.size // COLUMNS
     whole, size = COLUMNS * width, x.size - (COLUMNS - 1) * width
-    _add_columns(x[:whole], taken, sums[:width])
+    _add_columns(x, taken, sums[:width])
     for j in range(width):
         wide[j] = sums[j]
     for j in range(whole, x.size):

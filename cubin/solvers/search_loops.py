@@ -19,7 +19,7 @@ import numpy as np
 from cubin import blocks
 from cubin.arrays import Array
 from cubin.code import decode
-from cubin.host.loops import add_up, in_work_dtype, loop, part, store, target
+from cubin.host.loops import add_up, in_work_dtype, loop, part, store, target, uncounted
 from cubin.solvers.cells import DEPENDENT
 
 CHUNK = 1 << 13
@@ -50,16 +50,16 @@ def _padded(size: int) -> int:
 # Four are added in float32: numbers that are equal do not round. NaN is not below an edge, so that
 # it shows in the sums.
 @part
-def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
+def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     """Add up what lies above an edge in columns of four, and give its number."""
-    zero, below = np.float32(0), np.int32(0)
-    for j in range(sums.size):
-        a, b, c, d = fours[0, j], fours[1, j], fours[2, j], fours[3, j]
+    zero, below, n = np.float32(0), np.int32(0), sums.size
+    for j in range(n):
+        a, b, c, d = m[j], m[j + n], m[j + 2 * n], m[j + 3 * n]
         below = np.int32(below + (a <= edge) + (b <= edge) + (c <= edge) + (d <= edge))
         first = (zero if a <= edge else a) + (zero if b <= edge else b)
         second = (zero if c <= edge else c) + (zero if d <= edge else d)
         sums[j] = first + second
-    return fours.size - below
+    return m.size - below
 
 
 @part
@@ -77,6 +77,8 @@ def _add_up(
 
     `m` are the magnitudes of a row, or what they are written to, chunk by chunk, if it is shorter.
     """
+    x, m, edges, number, total = uncounted(x, m, edges, number, total)
+    sums_of_four, wide = uncounted(sums_of_four, wide)
     for cell in cells:
         number[cell], total[cell] = 0, 0
     for start in range(0, x.size, CHUNK):
@@ -86,10 +88,10 @@ def _add_up(
         else:
             chunk = m[start : start + CHUNK]
         columns = chunk.size // 4
-        fours, sums = chunk.reshape(4, columns), sums_of_four[:columns]
+        sums = sums_of_four[:columns]
         for cell in cells:
             edge = edges[cell - 1] if cell else np.float32(-1)
-            number[cell] += _sums_of_four(fours, edge, sums)
+            number[cell] += _sums_of_four(chunk, edge, sums)
             _widen(sums, wide)
             total[cell] += add_up(wide[:columns])
 
@@ -268,6 +270,7 @@ def fit(
     codes : array of uint16, shape (rows, cells)
         Those of positive elements.
     """
+    x, scales, edges, codes = uncounted(x, scales, edges, codes)
     cells = 1 << (levels - 1)
     kept = x.shape[1] <= LONGEST_KEPT
     m = np.empty(_padded(x.shape[1]) if kept else CHUNK, np.float32)
@@ -355,6 +358,7 @@ def give(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> Non
 
     Elements that are not positive get `mirror` less that.
     """
+    x, edges, table, given = uncounted(x, edges, table, given)
     for row in range(len(x)):
         if table.shape[1] > 4:
             _of_eight(x[row], edges[row], table[row], mirror, given[row])

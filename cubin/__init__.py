@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from cubin import bitmaps, errors, operators
+from cubin import bitmaps, errors, memory, operators
 from cubin.code import BinaryCode
 from cubin.quantize import multibit, quantize
 from cubin.signs import multibit_grad, sign, sign_grad, ste_mask
@@ -17,6 +17,7 @@ __all__ = [
     "analysis",
     "bitmaps",
     "errors",
+    "memory",
     "multibit",
     "multibit_grad",
     "operators",

@@ -1,7 +1,8 @@
 """Work on NumPy arrays in blocks that fit the cache, over threads where it pays.
 
-NumPy releases the GIL inside its loops. What is added up together depends on the shape of an array
-alone, never on the number of threads, so that results are the same on every machine.
+NumPy releases the GIL inside its loops, and so do the compiled ones. What is added up together
+depends on the shape of an array alone, never on the number of threads, so that results are the same
+on every machine.
 """
 
 from __future__ import annotations
@@ -12,20 +13,32 @@ import importlib
 import itertools
 import math
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from cubin import threads
-
 BLOCK = 1 << 17
 """Elements of a block: 512 KB of float32."""
 
+PIECE = 1 << 18
+"""Elements of a piece of a row that is longer than a block."""
+
 THREADED = 1 << 22
 """Elements from which on threads pay: 16 MB of float32."""
+
+LOOPS_THREADED = 1 << 20
+"""The same for compiled loops, which need no Python while they work."""
+
+COMPILED = 1 << 12
+"""Elements from which on compiled loops pay once they are loaded."""
+
+LOADING = 1 << 20
+"""Elements from which on it pays to load them: importing Numba takes half a second."""
 
 KEPT = 1 << 19
 """Elements of the largest array that a thread keeps for its next block."""
@@ -33,17 +46,12 @@ KEPT = 1 << 19
 WORKERS = 16
 """The most threads: the memory is saturated then, and what each of them keeps stays small."""
 
-COMPILED = 1 << 20
-"""Elements from which on compiled loops pay: below, NumPy takes a few milliseconds."""
-
-COMPILED_PIECE = 1 << 19
-"""Elements of a piece of a long row for compiled loops, which need no cache for it."""
-
 LARGEST = 1 << 21
 """Elements of the largest block, of which there may be a copy."""
 
 _BUFFER = 1 << 10
-"""NumPy's own buffer: an operand that broadcasts along rows longer than it costs half."""
+"""NumPy's ufunc buffer, in elements. Broadcasting along a row is twice as fast once the row is
+longer than this."""
 
 _LINE = 64
 """Bytes that processors read memory by."""
@@ -76,30 +84,53 @@ def tile(shape: Sequence[int], size: int | None = None) -> Iterator[Block]:
             yield (*fixed, slice(start, min(start + step, shape[axis])), *whole)
 
 
+def extent(block: Block, shape: Sequence[int]) -> int:
+    """The number of elements of `block` in an array of shape `shape`."""
+    return math.prod(len(range(*cut.indices(n))) for cut, n in zip(block, shape, strict=True))
+
+
+def portion(size: int) -> int:
+    """Elements of a fourth of what each thread has of `size`, but no more than `LARGEST`.
+
+    Smaller blocks mean more steps in Python, larger ones leave threads to wait for one that lags.
+    """
+    return min(size // (4 * _workers()), LARGEST)
+
+
+# ---------------------------------------------------------------- threads
+
+
 def each(
     task: Callable[[Any], None], blocks: Sequence[Any], size: int, threaded: int | None = None
 ) -> None:
     """Run `task` on every block; `size` is the number of elements of all of them.
 
-    Threads share the work from `threaded` elements on (default: `THREADED`).
+    Threads share the work from `threaded` elements on (default: `THREADED`). The caller is one of
+    them, so that callers at the same time cannot wait for each other. A task that calls this itself
+    has its blocks run on its own thread. What is raised first, in any thread, stops the others
+    after the block that they are at, and is raised again.
     """
-    pays = size >= (THREADED if threaded is None else threaded)
+    pays = size >= (THREADED if threaded is None else threaded) and not _thread.works
     workers = max(1, min(_workers(), len(blocks))) if pays else 1
     # Threads keep apart: side by side in new memory, each would clear the page that they share.
     ends = [len(blocks) * number // workers for number in range(workers + 1)]
     shares = [deque(blocks[start:stop]) for start, stop in itertools.pairwise(ends)]
+    errors: list[BaseException] = []
 
     def work(number: int) -> None:
-        with np.errstate(all="ignore"):
-            np.setbufsize(_BUFFER)  # until this errstate ends
-            for block in _taken(shares[number:] + shares[:number]):
-                task(block)
-
-    def work_and_forget(number: int) -> None:
+        outermost, _thread.works = not _thread.works, True
         try:
-            work(number)
+            with np.errstate(all="ignore"):
+                np.setbufsize(_BUFFER)  # until this errstate ends
+                for block in _taken(shares[number:] + shares[:number]):
+                    task(block)
+        except BaseException as error:
+            errors.append(error)
+            stop()
         finally:
-            _spares.__dict__.clear()  # of as many threads it is too much to keep
+            _thread.works = not outermost
+            if workers > 1:
+                _scratch.__dict__.clear()  # of as many threads it is too much to keep
 
     def stop() -> None:
         for share in shares:
@@ -108,7 +139,19 @@ def each(
     if workers == 1:
         work(0)
     else:
-        threads.share(work_and_forget, workers, stop)
+        helpers = _Helpers(work, workers - 1)
+        try:
+            work(0)
+            helpers.wait()
+        except BaseException:  # while waiting
+            stop()
+            helpers.wait()
+            raise
+    if errors:
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # a cycle, which would hold arrays
 
 
 def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:
@@ -120,13 +163,68 @@ def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:
                 yield take()
 
 
+class _Helpers:
+    """Threads of the pool that call ``work(number)``, for 1 to `count`, where they can start."""
+
+    def __init__(self, work: Callable[[int], None], count: int) -> None:
+        # The pool holds on to what it was handed: to lists that are emptied, and not to arrays.
+        self._jobs = [[(work, number)] for number in range(1, count + 1)]
+        self._futures: list[Future[None]] = []
+        # A new thread cannot be had at the interpreter's end, or where the system has no more.
+        with contextlib.suppress(RuntimeError):
+            for job in self._jobs:
+                self._futures.append(_pool().submit(_help, job))
+
+    def wait(self) -> None:
+        """Wait for those that have begun; the others, which are not needed any more, never do."""
+        for job in self._jobs:
+            job.clear()
+        for future in self._futures:
+            if not future.cancel():
+                future.result()
+
+
+def _help(job: list[tuple[Callable[[int], None], int]]) -> None:
+    with contextlib.suppress(IndexError):  # the caller was done before
+        work, number = job.pop()
+        work(number)
+        del work
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(WORKERS - 1, "cubin")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no threads
+
+
+class _Thread(threading.local):
+    """What a thread is doing: whether it works on blocks."""
+
+    works = False
+
+
+_thread = _Thread()
+
+
+def _workers() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return min(WORKERS, len(os.sched_getaffinity(0)))
+    return min(WORKERS, os.cpu_count() or 1)
+
+
+# ---------------------------------------------------------------- scratch
+
+
 def spare(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array of arbitrary content, the same memory whenever this thread asks for `name`.
 
     Memory that is new each time costs more than the work on it. What is larger than `KEPT` is not
     kept.
     """
-    kept = _spares.__dict__
+    kept = _scratch.__dict__
     last = kept.get(name)
     if last is not None and last.shape == shape and last.dtype == dtype:
         return last
@@ -142,39 +240,31 @@ def spare(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return kept[name]
 
 
-_spares = threading.local()
+_scratch = threading.local()
 
 
-def compiled(size: int) -> Any:
-    """The module of compiled loops if they pay for `size` elements and Numba is there, else None.
+# ---------------------------------------------------------------- which form
 
-    It depends on the size alone, so that results do not change with what ran before.
+
+def compiled(loops: str, size: int) -> Any:
+    """A module of compiled loops if they pay for `size` elements and Numba is there, else None.
+
+    `loops` is its name. These loops give the same bits as NumPy's expressions, so that the form may
+    depend on what is loaded already.
     """
-    return _compiled() if size >= COMPILED else None
+    if size < COMPILED or (size < LOADING and "cubin.host.loops" not in sys.modules):
+        return None
+    return _imported(loops)
+
+
+def compiled_by_size(loops: str, size: int, least: int) -> Any:
+    """The same for loops that round in another way: from `least` elements on, in any case."""
+    return _imported(loops) if size >= least else None
 
 
 @functools.cache
-def _compiled() -> Any:
+def _imported(loops: str) -> Any:
     try:
-        return importlib.import_module("cubin.compiled")
+        return importlib.import_module(loops)
     except ImportError:  # Numba is missing, or does not know this NumPy yet
         return None
-
-
-def extent(block: Block, shape: Sequence[int]) -> int:
-    """The number of elements of `block` in an array of shape `shape`."""
-    return math.prod(len(range(*cut.indices(n))) for cut, n in zip(block, shape, strict=True))
-
-
-def portion(size: int) -> int:
-    """Elements of a fourth of what each thread has of `size`, but no more than `LARGEST`.
-
-    Smaller blocks take longer in Python, larger ones leave threads to wait for one that lags.
-    """
-    return min(size // (4 * _workers()), LARGEST)
-
-
-def _workers() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return min(WORKERS, len(os.sched_getaffinity(0)))
-    return min(WORKERS, os.cpu_count() or 1)

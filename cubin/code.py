@@ -271,7 +271,7 @@ class BinaryCode:
         rows, y = self._rows, arrays.result(self.shape, self.dtype, scales)
         flat_scales = scales.reshape(len(scales), rows.count, 1)
         signs, target = rows.view(self.signs, lead=1), rows.view(y)
-        loops: Any = blocks.compiled(y.size)
+        loops: Any = blocks.compiled("cubin.code_loops", y.size)
         add_up = sum_signs if loops is None else loops.sum_signs
 
         def task(part: Part) -> None:
@@ -287,7 +287,7 @@ class BinaryCode:
         # What has to be gathered first stays in the cache.
         in_order = loops and target.flags.c_contiguous
         size = max(blocks.BLOCK, blocks.portion(y.size)) if in_order else None
-        passes.for_each_part(task, rows, block=size, threaded=loops and blocks.COMPILED)
+        passes.for_each_part(task, rows, block=size, threaded=loops and blocks.LOOPS_THREADED)
         return y
 
     def __eq__(self, other: object) -> bool:

@@ -35,7 +35,7 @@ class Encoding:
         self.rows = rows
         self.scales = xp.zeros((levels, rows.count), x.dtype)
         self.signs = arrays.result((levels, *x.shape), np.int8, x)
-        loops = None if arrays.on_device(x) else blocks.compiled(x.size)
+        loops = None if arrays.on_device(x) else blocks.compiled("cubin.code_loops", x.size)
         self._signs_at: Any = level_signs if loops is None else loops.level_signs
 
     def fill(self, primitive: Raw, x: Array, bits: Any, *static: Any) -> None:

@@ -20,6 +20,7 @@ from cubin.encoding import Encoding
 from cubin.kernels import FLOATS, Launch, elementwise, raw, reduction, source
 from cubin.passes import Part
 from cubin.signs import as_integers, where
+from cubin.sums import magnitude_sums
 
 _CUDA = source(__file__)
 
@@ -71,7 +72,7 @@ def _sum(m: np.ndarray, bits: np.ndarray, level: int) -> tuple[np.ndarray, Any]:
     else:
         m = m if bits > level else m[..., :0]
         count = m.shape[-1]
-    return np.add.reduce(m, axis=-1, keepdims=True, dtype=np.float64), count
+    return magnitude_sums(m), count
 
 
 @reduction(
@@ -277,7 +278,7 @@ def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
     def finish_part(part: Part, x: Array, bits: Array) -> None:
         finish(part, x, bits, [scale[part.rows] for scale in scales])
 
-    _for_each_part(finish_part, x, bits, rows, _piece(x))
+    _for_each_part(finish_part, x, bits, rows, blocks.PIECE)
 
 
 def _fit_in_cache(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
@@ -305,15 +306,10 @@ def _for_each_block(task: Callable[..., None], x: Array, bits: Array, rows: Rows
     _for_each_part(task, x, bits, rows, block // itemsize)
 
 
-def _piece(x: Array) -> int | None:
-    """Elements of the pieces of long rows; None for what `passes` does by default."""
-    return None if _loops(x) in (_KERNELS, _EXPRESSIONS) else blocks.COMPILED_PIECE
-
-
 def _for_each_part(
     task: Callable[..., None], x: Array, bits: Array, rows: Rows, block: int | None = None
 ) -> None:
-    threaded = None if _loops(x) is _EXPRESSIONS else blocks.COMPILED
+    threaded = None if _loops(x) is _EXPRESSIONS else blocks.LOOPS_THREADED
     device = arrays.on_device(x)
     passes.for_each_part(task, rows, x, bits, device=device, block=block, threaded=threaded)
 
@@ -321,7 +317,7 @@ def _for_each_part(
 def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> tuple[Array, Array]:
     """The sums and counts of the next level over the pieces of long rows, as (rows, pieces)."""
     loops = _loops(x)
-    pieces = sum(1 for _ in blocks.tile(rows.inner_shape, _piece(x)))
+    pieces = sum(1 for _ in blocks.tile(rows.inner_shape, blocks.PIECE))
     totals = np.empty((rows.count, pieces), np.float64)
     counts = np.empty((rows.count, pieces), np.int64)
 
@@ -330,7 +326,7 @@ def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> t
         found = [scale[part.rows] for scale in scales]
         loops.level_sums(x, bits, *found, total=totals[at], count=counts[at])
 
-    _for_each_part(task, x, bits, rows, _piece(x))
+    _for_each_part(task, x, bits, rows, blocks.PIECE)
     return totals, counts
 
 
@@ -366,4 +362,6 @@ _EXPRESSIONS = SimpleNamespace(
 
 def _loops(x: Array) -> Any:
     """What works on the parts of `x`: kernels, or on the host compiled loops where they pay."""
-    return _KERNELS if arrays.on_device(x) else blocks.compiled(x.size) or _EXPRESSIONS
+    if arrays.on_device(x):
+        return _KERNELS
+    return blocks.compiled("cubin.greedy_loops", x.size) or _EXPRESSIONS

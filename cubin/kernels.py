@@ -190,21 +190,28 @@ class Elementwise(Primitive):
     def _run_numpy(self, inputs: tuple[Array, ...], outputs: dict[str, Array]) -> None:
         output = next(iter(outputs.values()))
         shape, size = output.shape, output.size
-        if size <= blocks.BLOCK:
+        function = self._loop(inputs, outputs) if self.looped and size >= blocks.COMPILED else None
+        if function is None and size <= blocks.BLOCK:
             super()._run_numpy(inputs, outputs)
             return
         spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
-        # Numba takes long to import, which is for nothing where no loop can follow.
-        plain = self.looped and all(map(_is_plain, (*spread, *outputs.values())))
-        loops = blocks.compiled(size) if plain else None
-        function = loops.ELEMENTWISE[self.name] if loops else self.function
 
         def run(block: blocks.Block) -> None:
-            own = [a[block] if np.ndim(a) else a for a in spread]
-            function(*own, **{name: a[block] for name, a in outputs.items()})
+            cut = [a[block] if np.ndim(a) else a for a in spread]
+            (function or self.function)(*cut, **{name: a[block] for name, a in outputs.items()})
 
-        piece = max(blocks.COMPILED_PIECE, blocks.portion(size)) if loops else blocks.BLOCK
-        blocks.each(run, list(blocks.tile(shape, piece)), size)
+        block = max(4 * blocks.BLOCK, blocks.portion(size)) if function else blocks.BLOCK
+        blocks.each(run, list(blocks.tile(shape, block)), size)
+
+    def _loop(self, inputs: tuple[Array, ...], outputs: dict[str, Array]) -> Any:
+        """The compiled loop, where there is one for such operands and it pays, else None."""
+        shapes = {np.shape(a) for a in (*inputs, *outputs.values()) if np.ndim(a)}
+        # Numba takes long to import, which is for nothing where no loop can follow.
+        if len(shapes) > 1 or not all(map(_is_plain, (*inputs, *outputs.values()))):
+            return None
+        size = next(iter(outputs.values())).size
+        loops = blocks.compiled(f"{self.function.__module__}_loops", size)
+        return loops and getattr(loops, self.name)
 
 
 def _is_plain(array: Any) -> bool:
@@ -324,7 +331,8 @@ def elementwise(
 ) -> Callable[[Callable[..., None]], Elementwise]:
     """Make a function an elementwise primitive; the arguments are ElementwiseKernel's.
 
-    `looped` tells that `cubin.compiled` has a loop for it, which is faster on large arrays.
+    `looped` tells that the module of the function has one of compiled loops beside it, with a loop
+    of the same name for contiguous arrays and scalars.
     """
 
     def decorate(function: Callable[..., None]) -> Elementwise:

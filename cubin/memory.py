@@ -1,9 +1,12 @@
 """Memory of large results on the CPU, used again once they are dropped.
 
 The system clears new memory while it is written, which takes longer than most of the work here.
-So what a large result lay in is kept for the next one of as many bytes, as CuPy's pool does on a
-device. It is offered to the system meanwhile (``MADV_FREE``), which takes it when it runs short;
-where that cannot be said, nothing is kept.
+So what a large result (from 32 MB on) lay in is kept for the next one of as many bytes, as CuPy's
+pool does on a device: calls on arrays of the same size, one after the other, become faster. It is
+offered to the system meanwhile (``MADV_FREE``), which takes it when it runs short; where that
+cannot be said, as on Windows, nothing is kept.
+
+`set_limit` says how much is kept, 256 MB if nobody calls it; `release` gives all of it back.
 """
 
 from __future__ import annotations
@@ -13,46 +16,81 @@ import ctypes
 import functools
 import math
 import mmap
+import operator
 import sys
 from collections import deque
 from typing import Any
 
 import numpy as np
 
+__all__ = ["release", "set_limit"]
+
 LARGE = 1 << 25
 """Bytes of a result from which on its memory is kept: C libraries keep what is smaller."""
-
-KEPT = 1 << 28
-"""The most bytes that are kept."""
 
 HEADER = 64
 """The most bytes that C libraries write before memory that they map for itself."""
 
+_limit = 1 << 28
+
 _kept: deque[np.ndarray] = deque()
+
+
+def release() -> None:
+    """Give the memory that is kept of dropped results back to the system.
+
+    It concerns NumPy results alone; what lies on a device is CuPy's to free. Results that are still
+    referred to stay as they are.
+
+    Examples
+    --------
+    >>> import cubin
+    >>> cubin.memory.release()
+    """
+    _kept.clear()
+
+
+def set_limit(nbytes: int) -> None:
+    """Set how much memory of dropped results is kept for the next ones.
+
+    Parameters
+    ----------
+    nbytes : int
+        The most bytes that are kept together, at least 0: with 0 none are. What is kept beyond
+        them is given back at once. 256 MB until this is called.
+
+    Raises
+    ------
+    TypeError
+        If `nbytes` is no integer.
+    ValueError
+        If it is negative.
+
+    Examples
+    --------
+    >>> import cubin
+    >>> cubin.memory.set_limit(1 << 28)
+    """
+    global _limit
+    try:
+        number = operator.index(nbytes)
+    except TypeError:
+        number = None
+    if number is None or isinstance(nbytes, bool):
+        raise TypeError(f"nbytes must be an integer, got {type(nbytes).__qualname__}")
+    if number < 0:
+        raise ValueError(f"nbytes must be at least 0, got {number}")
+    _limit = number
+    _give_back()
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array of arbitrary content, in the memory of a dropped one where there is one."""
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < LARGE or _system("madvise") is None:
+    if nbytes < LARGE or not _limit or _madvise() is None:
         return np.empty(shape, dtype)
     return np.asarray(_Owner(_take(nbytes), shape, dtype))
-
-
-def release() -> None:
-    """Give what is kept back to the system."""
-    _kept.clear()
-
-
-def is_resident(array: np.ndarray) -> bool:
-    """Whether the system has given memory to `array` yet, as far as its middle tells."""
-    mincore = _system("mincore")
-    if mincore is None:
-        return False
-    address, answer = array.ctypes.data + array.nbytes // 2, ctypes.c_ubyte()
-    page = ctypes.c_void_p(address - address % mmap.PAGESIZE)
-    return mincore(page, ctypes.c_size_t(1), ctypes.byref(answer)) == 0 and answer.value & 1 == 1
 
 
 class _Owner:
@@ -78,11 +116,15 @@ def _take(nbytes: int) -> np.ndarray:
 
 
 def _keep(memory: np.ndarray) -> None:
-    if memory.nbytes > KEPT or not _offer(memory):
-        return
-    _kept.append(memory)
+    if memory.nbytes <= _limit and _offer(memory):
+        _kept.append(memory)
+        _give_back()
+
+
+def _give_back() -> None:
+    """Let go of what has been kept longest, as far as it is too much."""
     with contextlib.suppress(IndexError):
-        while sum(kept.nbytes for kept in tuple(_kept)) > KEPT:
+        while sum(memory.nbytes for memory in tuple(_kept)) > _limit:
             _kept.popleft()
 
 
@@ -91,7 +133,7 @@ def _offer(memory: np.ndarray) -> bool:
 
     What does not begin on a page of its own was not mapped for itself: the C library keeps it then.
     """
-    madvise = _system("madvise")
+    madvise = _madvise()
     page, address = mmap.PAGESIZE, memory.ctypes.data
     if madvise is None or address % page > HEADER:
         return False
@@ -101,11 +143,9 @@ def _offer(memory: np.ndarray) -> bool:
 
 
 @functools.cache
-def _system(name: str) -> Any:
-    """The function of the system of that name, where there is one."""
-    if name == "madvise" and not hasattr(mmap, "MADV_FREE"):
-        return None
+def _madvise() -> Any:
+    """The system's function of that name, where it takes memory once it runs short."""
     try:
-        return getattr(ctypes.CDLL(None), name)
+        return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_FREE") else None
     except (AttributeError, OSError, TypeError):  # the last on Windows
         return None

@@ -34,7 +34,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import cubin
-from cubin import blocks, memory
+from cubin import blocks, memory, solvers
 from cubin.quantize import SOLVERS
 
 NAME = "benchmark"
@@ -344,7 +344,7 @@ def candidates_of(
         found[REUSED] = lambda a: cubin.multibit(a.x, a.bits, out=a.out, **options)
     if REUSED in found and isinstance(machine, Host) and inputs[0].x.nbytes >= memory.LARGE:
         found[NEW] = functools.partial(_in_new_memory, found[CUBIN])
-    if isinstance(machine, Host) and blocks.compiled(case.layout.size):
+    if isinstance(machine, Host) and blocks.compiled("cubin.greedy_loops", case.layout.size):
         found[WITHOUT_NUMBA] = functools.partial(_without_numba, found[CUBIN])
     found[COPY] = _copy(case, machine)
     found |= _peers(case, machine)
@@ -374,11 +374,12 @@ def _in_new_memory(call: Callable[[Inputs], Any], inputs: Inputs) -> Any:
 
 
 def _without_numba(call: Callable[[Inputs], Any], inputs: Inputs) -> Any:
-    kept, blocks.COMPILED = blocks.COMPILED, sys.maxsize
+    before = blocks.COMPILED, solvers.COMPILED
+    blocks.COMPILED = solvers.COMPILED = sys.maxsize
     try:
         return call(inputs)
     finally:
-        blocks.COMPILED = kept
+        blocks.COMPILED, solvers.COMPILED = before
 
 
 def _copy(case: Case, machine: Host | Device) -> Callable[[Inputs], Any]:

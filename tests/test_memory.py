@@ -32,6 +32,7 @@ def nothing_kept(monkeypatch):
     memory.release()
     yield
     memory.release()
+    memory.set_limit(1 << 28)
 
 
 def address(array: np.ndarray) -> int:
@@ -104,8 +105,8 @@ def test_memory_of_another_size_is_given_back_first():
 
 
 @keeps
-def test_no_more_is_kept_than_said(monkeypatch):
-    monkeypatch.setattr(memory, "KEPT", 3 * N)
+def test_no_more_is_kept_than_said():
+    cubin.memory.set_limit(3 * N)
     dropped = [memory.empty((N,), np.int8) for _ in range(5)]
     addresses = [address(array) for array in dropped]
     while dropped:
@@ -114,6 +115,45 @@ def test_no_more_is_kept_than_said(monkeypatch):
     larger = memory.empty((4 * N,), np.int8)
     del larger
     assert not memory._kept
+
+
+@keeps
+def test_a_lower_limit_gives_back_what_is_too_much():
+    dropped = [memory.empty((N,), np.int8) for _ in range(3)]
+    addresses = [address(array) for array in dropped]
+    while dropped:
+        dropped.pop(0)
+    cubin.memory.set_limit(2 * N)
+    assert [address(kept) for kept in memory._kept] == addresses[1:]
+
+
+def test_a_limit_of_0_keeps_nothing():
+    before = memory.empty((N,), np.int8)
+    cubin.memory.set_limit(0)
+    array = memory.empty((N,), np.int8)
+    assert array.flags.owndata
+    del before, array
+    assert not memory._kept
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "message"),
+    [
+        (-1, ValueError, "nbytes must be at least 0, got -1"),
+        (1e6, TypeError, "nbytes must be an integer, got float"),
+        (True, TypeError, "nbytes must be an integer, got bool"),
+        (None, TypeError, "nbytes must be an integer, got NoneType"),
+    ],
+)
+def test_limits_that_are_none(limit, error, message):
+    with pytest.raises(error, match=message):
+        cubin.memory.set_limit(limit)
+    assert memory._limit == 1 << 28
+
+
+def test_it_is_a_public_module():
+    assert "memory" in cubin.__all__
+    assert memory.__all__ == ["release", "set_limit"]
 
 
 def test_nothing_is_kept_of_small_arrays():
@@ -145,7 +185,7 @@ def test_release():
 
 @pytest.mark.parametrize("answer", [None, lambda *_: -1])
 def test_nothing_is_kept_where_the_system_cannot_take_it(monkeypatch, answer):
-    monkeypatch.setattr(memory, "_system", lambda name: answer)
+    monkeypatch.setattr(memory, "_madvise", lambda: answer)
     array = memory.empty((N,), np.float32)
     array[...] = 1
     del array
@@ -158,24 +198,15 @@ def test_what_the_system_took_is_new_memory():
     expected = cubin.multibit(x, 2).copy()
     (kept,) = memory._kept
     whole = -address(kept) % mmap.PAGESIZE
-    madvise = memory._system("madvise")
+    madvise = memory._madvise()
     inside = (kept.nbytes - whole) // mmap.PAGESIZE * mmap.PAGESIZE
     start = ctypes.c_void_p(address(kept) + whole)
     assert madvise(start, ctypes.c_size_t(inside), mmap.MADV_DONTNEED) == 0
-    if memory._system("mincore") is not None:
-        assert not memory.is_resident(kept)
     where = address(kept)
     del kept
     again = cubin.multibit(x, 2)
     assert address(again) == where
     np.testing.assert_array_equal(again, expected)
-
-
-def test_is_resident():
-    new = np.empty(1 << 26, np.uint8)
-    assert not memory.is_resident(new)
-    new[...] = 0
-    assert memory.is_resident(new) == (memory._system("mincore") is not None)
 
 
 @pytest.mark.parametrize(

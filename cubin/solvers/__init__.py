@@ -14,7 +14,7 @@ from cubin.passes import Part
 from cubin.solvers import search, teams
 from cubin.solvers.cells import Cells
 from cubin.solvers.fits import Fit
-from cubin.solvers.magnitudes import Magnitudes, Unsorted
+from cubin.solvers.magnitudes import Magnitudes
 
 Solver = Callable[[Magnitudes, int], dict[int, Cells]]
 """Takes the magnitudes of rows and the number of levels; gives cells by number of bits."""
@@ -26,9 +26,14 @@ LARGEST_BLOCK = 1 << 20
 """The most of them, where all elements have as many bits and the same importance: while Python is
 between two, other threads wait for it."""
 
-FEW_PASSES = 16
-"""Thresholds that rows are compared with in less time than they are sorted in: so many for long
-rows, half as many as there are elements for short ones."""
+COMPILED = 1 << 18
+"""Elements from which on compiled loops pay, even if they have to be loaded: sorting takes long.
+
+They round in another way, so that it depends on the size alone which form is taken.
+"""
+
+MAX_COMPILED_LEVELS = 4
+"""From here on sorting pays: the edges double with every level."""
 
 DEVICE_BLOCK = 1 << 24
 """What a device works on at a time."""
@@ -89,14 +94,12 @@ def _fits_one_launch(x: Array, bits: Any, levels: int, rows: Rows) -> bool:
 
 def _loops(x: Array, bits: Any, levels: int, rows: Rows) -> Any:
     """The compiled loops, where there are some for such rows and they pay, else None."""
-    if arrays.on_device(x) or blocks.compiled(x.size) is None:
+    if arrays.on_device(x) or np.ndim(bits) or levels > MAX_COMPILED_LEVELS:
         return None
-    from cubin.solvers import loops  # needs Numba
-
-    fits = np.ndim(bits) == 0 and 2 <= levels <= loops.MAX_LEVELS
     # Long rows are read as they are, since a copy would take as much memory again.
     plain = x.dtype == np.float32 or (x.dtype == np.float16 and rows.length <= BLOCK)
-    return loops if fits and plain else None
+    name = "cubin.solvers.search_loops"
+    return blocks.compiled_by_size(name, x.size, COMPILED) if plain else None
 
 
 def _fit(
@@ -113,7 +116,6 @@ def _fit(
     long = rows.length > BLOCK and not device
     rule: Any = search.rule(solver) if importance is None else None
     loops = None if rule is None else _loops(x, bits, levels, rows)
-    unsorted = _is_quick(x, bits, levels, rows, solver, importance)
     fits: dict[int, Fit] = {}
 
     def solve(part: Part) -> None:
@@ -121,11 +123,7 @@ def _fit(
         if loops is not None:
             found = loops.Fit(own_x, levels, *rule)
         else:
-            magnitudes = (
-                Unsorted(own_x, levels)
-                if unsorted
-                else Magnitudes(own_x, own_bits, levels, weights)
-            )
+            magnitudes = Magnitudes(own_x, own_bits, levels, weights)
             found = Fit(magnitudes, solver(magnitudes, levels), levels)
         if long:
             fits[part.rows.start] = found
@@ -143,23 +141,11 @@ def _fit(
         for part in parts:
             solve(part)
     else:
-        threaded = loops and blocks.COMPILED
+        threaded = loops and blocks.LOOPS_THREADED
         blocks.each(solve, parts, x.size, threaded)
         if long:
-            piece = blocks.COMPILED_PIECE if loops else None
+            piece = blocks.PIECE if loops else None
             passes.for_each_part(finish_piece, rows, x, bits, block=piece, threaded=threaded)
-
-
-def _is_quick(
-    x: Array, bits: Any, levels: int, rows: Rows, solver: Solver, importance: Array | None
-) -> bool:
-    """Whether a solver asks for so few sums of the rows that sorting them does not pay."""
-    rule = search.rule(solver)
-    if rule is None or arrays.on_device(x) or np.ndim(bits) or importance is not None:
-        return False
-    # m levels have 2^(m-1) - 1 thresholds: once for every m, and again in every iteration.
-    count = (1 << levels) - 1 - levels + rule[1] * ((1 << (levels - 1)) - 1)
-    return count <= min(FEW_PASSES, rows.length // 2) and rows.length <= blocks.BLOCK
 
 
 def _cut(array: Any, rows: Rows, part: Part) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,8 @@ import numpy as np
 from cubin import arrays, blocks
 from cubin.arrays import Array
 from cubin.code import decode
-from cubin.signs import as_integers
 from cubin.solvers.cells import Cells, fitted
 from cubin.solvers.magnitudes import Magnitudes
-
-_COUNTED = 8
-"""Up to so many cells, counting the edges below a magnitude is faster than bisection."""
 
 
 class Fit:
@@ -80,13 +75,8 @@ class Fit:
         `x`, (rows, n), and `bits` may be some columns of what was fitted.
         """
         codes = self._xp.empty(x.shape, np.uint16)
-        if self._counts_edges(x):
-            every = np.uint16((1 << self._levels) - 1)
-            for rows, chosen in self._counted(x, self._codes.reshape(len(x), -1), every):
-                codes[rows] = chosen
-        else:
-            for rows in _tiles(x):
-                codes[rows] = self._xp.take(self._codes, self._entries(x, bits, rows))
+        for rows in _tiles(x):
+            codes[rows] = self._xp.take(self._codes, self._entries(x, bits, rows))
         return codes
 
     def approximate(self, x: Array, bits: Any, y: Array) -> None:
@@ -99,42 +89,8 @@ class Fit:
             depths = xp.broadcast_to(depths, codes.shape)
         values = xp.empty(codes.shape, y.dtype)
         decode(codes, depths, *self.scales, y=values)
-        if self._counts_edges(x):
-            words = as_integers(values)
-            top = words.dtype.type(1 << (8 * words.itemsize - 1))
-            for rows, chosen in self._counted(x, words, top):
-                # The sums of levels are odd, and +0 where they cancel.
-                np.add(chosen.view(y.dtype), 0, out=y[rows])
-        else:
-            for rows in _tiles(x):
-                y[rows] = xp.take(values.ravel(), self._entries(x, bits, rows))
-
-    def _counts_edges(self, x: Array) -> bool:
-        return not (self._mapped or self._cells > _COUNTED or arrays.on_device(x))
-
-    def _counted(
-        self, x: np.ndarray, words: np.ndarray, mirror: Any
-    ) -> Iterator[tuple[slice, np.ndarray]]:
-        """Rows, and for each element the word of its cell; where x <= 0, with `mirror` flipped.
-
-        Edge by edge, those bits are flipped in which the words of two cells differ.
-        """
-        edges = self._edges.reshape(len(x), self._cells - 1)
-        changes = words[:, : self._cells - 1] ^ words[:, 1 : self._cells]
         for rows in _tiles(x):
-            own = x[rows]
-            beyond = blocks.spare("beyond", own.shape, np.bool_)
-            chosen = blocks.spare("chosen", own.shape, words.dtype)
-            np.multiply(np.less_equal(own, 0, out=beyond), mirror, out=chosen)
-            np.bitwise_xor(chosen, words[rows, :1], out=chosen)
-            magnitude = blocks.spare("magnitude", own.shape, self._unit.dtype)
-            np.divide(np.abs(own, out=magnitude), self._unit[rows], out=magnitude)
-            step = blocks.spare("step", own.shape, words.dtype)
-            for cell in range(self._cells - 1):
-                np.greater(magnitude, edges[rows, cell, None], out=beyond)
-                np.multiply(beyond, changes[rows, cell, None], out=step)
-                np.bitwise_xor(chosen, step, out=chosen)
-            yield rows, chosen
+            y[rows] = xp.take(values.ravel(), self._entries(x, bits, rows))
 
     def _entries(self, x: Array, bits: Any, rows: slice) -> Array:
         """Where the codes of elements of some rows stand among those of all rows."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks
+from cubin import arrays
 from cubin.arrays import Array
 from cubin.signs import as_integers
 
@@ -47,9 +47,16 @@ class Magnitudes:
     """
 
     def __init__(self, x: Array, bits: Any, levels: int, importance: Array | None) -> None:
-        out = arrays.library(x).empty(x.shape, arrays.work_dtype(x.dtype))
-        magnitude = self._scaled(x, bits, levels, out)
-        xp, mapped = self.xp, self.mapped
+        xp = self.xp = arrays.library(x)
+        self.count, self.length = x.shape
+        mapped = self.mapped = np.ndim(bits) > 0
+        self.depths = tuple(range(1, levels + 1)) if mapped else (levels,)
+        magnitude = xp.abs(x, out=xp.empty(x.shape, arrays.work_dtype(x.dtype)))
+        if mapped:
+            magnitude = xp.where(bits > 0, magnitude, 0)
+        self.unit, self.valid = _unit(xp, magnitude)
+        magnitude /= self.unit
+        magnitude[~self.valid] = 0
         weight = None if importance is None else _weights(xp, importance, bits)
         if mapped or weight is not None:
             order = xp.argsort(magnitude, axis=1)
@@ -66,20 +73,6 @@ class Magnitudes:
         self._values = magnitude.ravel()
         self._mass = None if weight is None else _running_sums(xp, weight)
         self._first = _running_sums(xp, magnitude if weight is None else magnitude * weight)
-
-    def _scaled(self, x: Array, bits: Any, levels: int, out: Array) -> Array:
-        """The magnitudes in units, for which there is room in `out`; sets all attributes."""
-        xp = self.xp = arrays.library(x)
-        self.count, self.length = x.shape
-        self.mapped = np.ndim(bits) > 0
-        self.depths = tuple(range(1, levels + 1)) if self.mapped else (levels,)
-        magnitude = xp.abs(x, out=out)
-        if self.mapped:
-            magnitude = xp.where(bits > 0, magnitude, 0)
-        self.unit, self.valid = _unit(xp, magnitude)
-        magnitude /= self.unit
-        magnitude[~self.valid] = 0
-        return magnitude
 
     def totals(self, depth: int) -> tuple[Array, Array]:
         """The weight and the weighted magnitudes of all elements with this number of bits."""
@@ -142,44 +135,6 @@ class Magnitudes:
             found = xp.where(xp.take(self._values, probe) <= thresholds, probe, found)
             step >>= 1
         return found - base
-
-
-class Unsorted(Magnitudes):
-    """The magnitudes of NumPy rows as they lie, without bit map or importance.
-
-    Every threshold takes a pass over its row. As long as a solver asks for few of them this is
-    faster than sorting. A thread has one at a time: the next takes over its memory.
-    """
-
-    def __init__(self, x: np.ndarray, levels: int) -> None:
-        out = blocks.spare("rows", x.shape, arrays.work_dtype(x.dtype))
-        self._magnitude = self._scaled(x, np.uint8(levels), levels, out)
-        self._total = self._magnitude.sum(axis=1, dtype=np.float64)
-        self._last: tuple[Any, ...] = (None, None, None)
-
-    def sums(self, rows: Array, depth: int, thresholds: Array) -> tuple[Array, Array]:
-        """As of sorted magnitudes; what was asked for last is kept."""
-        if self._last[0] is not thresholds:
-            self._last = (thresholds, *self._sums(rows, thresholds))
-        return self._last[1:]
-
-    def _sums(self, rows: np.ndarray, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        every = len(rows) == self.count
-        m = self._magnitude if every else self._magnitude[rows]
-        word = m.view(f"i{m.itemsize}")
-        mass, first = np.zeros((2, len(thresholds) + 2, len(m)))
-        mass[0], first[0] = self.length, self._total[rows]
-        for (part,) in blocks.tile((len(m),), max(1, blocks.KEPT // self.length)):
-            kept = blocks.spare("kept", m[part].shape, m.dtype)
-            mask = kept.view(word.dtype)
-            for cell, edge in enumerate(thresholds[:, part], start=1):
-                # The sign bit is set above the edge: spread, it is -1 there.
-                np.subtract(edge[:, None], m[part], out=kept)
-                np.right_shift(mask, 8 * m.itemsize - 1, out=mask)
-                mass[cell, part] = -mask.sum(axis=1, dtype=mask.dtype)
-                np.bitwise_and(mask, word[part], out=mask)
-                kept.sum(axis=1, dtype=np.float64, out=first[cell, part])
-        return mass[:-1] - mass[1:], first[:-1] - first[1:]
 
 
 def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:

@@ -1,9 +1,9 @@
-"""The solvers `refined` and `alternating` as Numba compiles them, a row at a time.
+"""The solvers `refined` and `alternating` as compiled loops, a row at a time.
 
 They do what `cubin.solvers.search` does, without sorting: the elements above an edge of cells are
 added up in one pass over the row, while it is in the cache. They take float32, for which no square
-in float64 overflows or vanishes, and elements that all have the same number of bits, 2 to
-`MAX_LEVELS`.
+in float64 overflows or vanishes, and elements that all have the same number of bits, 1 to
+4.
 
 What the cells of a row hold is kept as `number` and `total`: how many magnitudes lie above the
 lower edge of a cell, and their sum. `equations` are the normal equations of least squares: the
@@ -16,19 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from cubin import blocks, compiled
+from cubin import blocks
 from cubin.arrays import Array
-from cubin.compiled import in_work_dtype, loop
+from cubin.code import decode
+from cubin.host.loops import add_up, in_work_dtype, loop, part, store, target, uncounted
 from cubin.solvers.cells import DEPENDENT
-
-MAX_LEVELS = 4
-"""From here on sorting pays: the edges double with every level."""
 
 CHUNK = 1 << 13
 """Elements that stay in the first cache while they are added up above one edge after the other."""
-
-SHORT = 1 << 8
-"""The longest rows that are added up in one loop, without keeping the sums of four."""
 
 LONGEST_KEPT = 1 << 19
 """Elements of the longest row whose magnitudes are kept; else they are found chunk by chunk."""
@@ -37,13 +32,13 @@ LONGEST_KEPT = 1 << 19
 _UNIT = 4.0
 
 
-@loop()
+@part
 def _rounded_down(value: float) -> Any:
     rounded = np.float32(value)
     return np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded
 
 
-@loop()
+@part
 def _padded(size: int) -> int:
     """Elements that fill four columns of whole registers."""
     return -(-size // 32) * 32
@@ -52,57 +47,38 @@ def _padded(size: int) -> int:
 # ---------------------------------------------------------------- sums
 
 
-# Four are added in float32, which has twice the lanes: numbers that are equal do not round. NaN is
-# not below an edge, so that it shows in the sums.
-@loop(fastmath={"reassoc"})
-def _short_sum(m: Array, edge: float) -> tuple[int, float]:
-    """How many magnitudes lie above an edge, and their sum."""
-    n, zero, below, total = m.size // 4, np.float32(0), np.int32(0), 0.0
-    for j in range(n):
-        a, b, c, d = m[j], m[n + j], m[2 * n + j], m[3 * n + j]
-        # In 32 bits, or the lanes are halved.
-        below = np.int32(below + (a <= edge) + (b <= edge) + (c <= edge) + (d <= edge))
-        first = (zero if a <= edge else a) + (zero if b <= edge else b)
-        second = (zero if c <= edge else c) + (zero if d <= edge else d)
-        total += np.float64(first + second)
-    return m.size - below, total
-
-
-@loop()
-def _sums_of_four(fours: Array, edge: float, sums: Array) -> int:
+# Four are added in float32: numbers that are equal do not round. NaN is not below an edge, so that
+# it shows in the sums.
+@part
+def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     """Add up what lies above an edge in columns of four, and give its number."""
-    zero, below = np.float32(0), np.int32(0)
-    for j in range(sums.size):
-        a, b, c, d = fours[0, j], fours[1, j], fours[2, j], fours[3, j]
+    zero, below, n = np.float32(0), np.int32(0), sums.size
+    for j in range(n):
+        a, b, c, d = m[j], m[j + n], m[j + 2 * n], m[j + 3 * n]
         below = np.int32(below + (a <= edge) + (b <= edge) + (c <= edge) + (d <= edge))
         first = (zero if a <= edge else a) + (zero if b <= edge else b)
         second = (zero if c <= edge else c) + (zero if d <= edge else d)
         sums[j] = first + second
-    return fours.size - below
+    return m.size - below
 
 
-@loop(fastmath={"reassoc"})
-def _float64_sum(values: Array) -> float:
-    total = 0.0
+@part
+def _widen(values: Array, wide: Array) -> None:
     for j in range(values.size):
-        total += np.float64(values[j])
-    return total
+        wide[j] = values[j]
 
 
-@loop()
+@loop
 def _add_up(
     x: Array, unit: float, m: Array, edges: Array, cells: range, number: Array, total: Array,
-    spare: Array,
+    sums_of_four: Array, wide: Array,
 ) -> None:  # fmt: skip
     """Find what lies above the lower edges of cells.
 
     `m` are the magnitudes of a row, or what they are written to, chunk by chunk, if it is shorter.
     """
-    if m.size <= SHORT:
-        for cell in cells:
-            edge = edges[cell - 1] if cell else np.float32(-1)
-            number[cell], total[cell] = _short_sum(m, edge)
-        return
+    x, m, edges, number, total = uncounted(x, m, edges, number, total)
+    sums_of_four, wide = uncounted(sums_of_four, wide)
     for cell in cells:
         number[cell], total[cell] = 0, 0
     for start in range(0, x.size, CHUNK):
@@ -112,22 +88,23 @@ def _add_up(
         else:
             chunk = m[start : start + CHUNK]
         columns = chunk.size // 4
-        fours, sums = chunk.reshape(4, columns), spare[:columns]
+        sums = sums_of_four[:columns]
         for cell in cells:
             edge = edges[cell - 1] if cell else np.float32(-1)
-            number[cell] += _sums_of_four(fours, edge, sums)
-            total[cell] += _float64_sum(sums)
+            number[cell] += _sums_of_four(chunk, edge, sums)
+            _widen(sums, wide)
+            total[cell] += add_up(wide[:columns])
 
 
 # ---------------------------------------------------------------- least squares
 
 
-@loop()
+@part
 def _signed(value: float, code: int, level: int) -> float:
     return value if code >> level & 1 else -value
 
 
-@loop()
+@loop
 def _set_equations(
     codes: Array, levels: int, number: Array, total: Array, equations: Array
 ) -> None:
@@ -147,7 +124,7 @@ def _set_equations(
                 equations[j, i] += _signed(mass, code >> j ^ ~code >> i, 0)
 
 
-@loop()
+@part
 def _mean(equations: Array, level: int, scales: Array) -> float:
     """The mean of what the levels before leave of the magnitudes, with the signs of a level."""
     total = equations[level + 1, level]
@@ -156,7 +133,7 @@ def _mean(equations: Array, level: int, scales: Array) -> float:
     return total / max(equations[0, 0], 1)
 
 
-@loop()
+@loop
 def _solve(equations: Array, levels: int, scales: Array) -> float:
     """Write the least-squares scales, which overwrites the equations; give what they explain."""
     count = equations[0, 0]
@@ -181,7 +158,7 @@ def _solve(equations: Array, levels: int, scales: Array) -> float:
 # ---------------------------------------------------------------- cells
 
 
-@loop()
+@loop
 def _nearest(scales: Array, levels: int, edges: Array, codes: Array, sums: Array) -> None:
     """The cells in which each magnitude takes the nearest sum of levels."""
     cells = 1 << (levels - 1)
@@ -203,7 +180,7 @@ def _nearest(scales: Array, levels: int, edges: Array, codes: Array, sums: Array
         edges[cell] = _rounded_down(sums[cell] / 2 + sums[cell + 1] / 2)
 
 
-@loop()
+@part
 def _split(
     scales: Array, level: int, edges: Array, codes: Array, number: Array, total: Array
 ) -> None:
@@ -229,7 +206,7 @@ def _split(
         number[2 * cell], total[2 * cell] = number[cell], total[cell]
 
 
-@loop()
+@part
 def _in_order(
     found: Array, unit: float, codes: Array, moved: Array, scales: Array, row: int
 ) -> None:
@@ -250,7 +227,7 @@ def _in_order(
 # ---------------------------------------------------------------- rows
 
 
-@loop()
+@part
 def _magnitudes(x: Array, unit: float, m: Array) -> None:
     """|x| in a unit that is a power of 2, or 0 if that is NaN, as in rows that are not finite.
 
@@ -265,7 +242,7 @@ def _magnitudes(x: Array, unit: float, m: Array) -> None:
     m[x.size :] = -2
 
 
-@loop()
+@part
 def _is_finite(x: Array) -> bool:
     finite = True
     for j in range(x.size):
@@ -273,7 +250,7 @@ def _is_finite(x: Array) -> bool:
     return finite
 
 
-@loop()
+@loop
 def fit(
     x: Array, levels: int, refit: bool, iterations: int, scales: Array, edges: Array, codes: Array
 ) -> None:
@@ -293,10 +270,12 @@ def fit(
     codes : array of uint16, shape (rows, cells)
         Those of positive elements.
     """
+    x, scales, edges, codes = uncounted(x, scales, edges, codes)
     cells = 1 << (levels - 1)
     kept = x.shape[1] <= LONGEST_KEPT
     m = np.empty(_padded(x.shape[1]) if kept else CHUNK, np.float32)
-    spare = np.empty(min(m.size, CHUNK) // 4, np.float32)
+    four = np.empty(min(m.size, CHUNK) // 4, np.float32)
+    wide = np.empty(four.size)
     moved = np.empty(cells, codes.dtype)
     number, total, sums = np.empty(cells), np.empty(cells), np.empty(cells)
     equations = np.empty((levels + 1, levels))
@@ -306,17 +285,17 @@ def fit(
         unit = 1.0
         if kept:
             _magnitudes(own, unit, m)
-        _add_up(own, unit, m, edge, range(1), number, total, spare)
+        _add_up(own, unit, m, edge, range(1), number, total, four, wide)
         if not total[0] < np.inf:
             unit = _UNIT if _is_finite(own) else np.nan
             if kept:
                 _magnitudes(own, unit, m)
-            _add_up(own, unit, m, edge, range(1), number, total, spare)
+            _add_up(own, unit, m, edge, range(1), number, total, four, wide)
         code[0] = 1
         for level in range(levels):
             if level:
                 _split(found, level, edge, code, number, total)
-                _add_up(own, unit, m, edge, range(1, 1 << level, 2), number, total, spare)
+                _add_up(own, unit, m, edge, range(1, 1 << level, 2), number, total, four, wide)
             _set_equations(code, level + 1, number, total, equations)
             if refit:
                 _solve(equations, level + 1, found)
@@ -326,7 +305,7 @@ def fit(
             gain = _solve(equations, levels, found)
             for _ in range(iterations):
                 _nearest(found, levels, edge, code, sums)
-                _add_up(own, unit, m, edge, range(1, cells), number, total, spare)
+                _add_up(own, unit, m, edge, range(1, cells), number, total, four, wide)
                 _set_equations(code, levels, number, total, equations)
                 raised = _solve(equations, levels, found)
                 if not raised > gain:
@@ -340,13 +319,14 @@ def fit(
 # ---------------------------------------------------------------- what they give
 
 
-@loop()
+@part
 def _of_four(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
     never = np.float32(np.inf)
-    two = table.size == 2
-    a, b, c = edges[0], never if two else edges[1], never if two else edges[2]
-    p, q = table[0], table[1]
-    r, s = q if two else table[2], q if two else table[3]
+    a = edges[0] if edges.size > 0 else never
+    b, c = (edges[1], edges[2]) if edges.size > 1 else (never, never)
+    p = table[0]
+    q = table[1] if table.size > 1 else p
+    r, s = (table[2], table[3]) if table.size > 2 else (q, q)
     for j in range(x.size):
         m = abs(x[j])
         own = q if m > a else p
@@ -355,7 +335,7 @@ def _of_four(x: Array, edges: Array, table: Array, mirror: Any, given: Array) ->
         given[j] = mirror - own if x[j] <= 0 else own
 
 
-@loop()
+@part
 def _of_eight(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
     a, b, c, d, e, f, g = edges[0], edges[1], edges[2], edges[3], edges[4], edges[5], edges[6]
     p, q, r, s = table[0], table[1], table[2], table[3]
@@ -372,12 +352,13 @@ def _of_eight(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -
         given[j] = mirror - own if x[j] <= 0 else own
 
 
-@loop()
+@loop
 def give(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
     """Write for each element, (rows, n), what the table of its row has for its cell.
 
     Elements that are not positive get `mirror` less that.
     """
+    x, edges, table, given = uncounted(x, edges, table, given)
     for row in range(len(x)):
         if table.shape[1] > 4:
             _of_eight(x[row], edges[row], table[row], mirror, given[row])
@@ -395,7 +376,7 @@ class Fit:
     ----------
     x : array of float16 or float32, shape (rows, n)
     levels : int
-        At least 2, at most `MAX_LEVELS`.
+        1 to 4: from there on sorting pays, since the edges double with every level.
     refit, iterations
         As in `fit`.
     """
@@ -417,13 +398,10 @@ class Fit:
 
     def approximate(self, x: Array, bits: Any, y: Array) -> None:
         """Write what the codes and scales of elements stand for."""
-        own = in_work_dtype(x)
+        wide = in_work_dtype(x)
+        work, given = wide.dtype, target(y, wide)
         values = np.empty(self._table.shape, y.dtype)
-        compiled.decode(self._table, np.uint8(len(self.scales)), *self.scales, y=values)
-        work = own.dtype
-        direct = y.dtype == work and y.flags.carray and not np.may_share_memory(own, y)
-        target = y if direct else np.empty(own.shape, work)
+        decode(self._table, np.uint8(len(self.scales)), *self.scales, y=values)
         # The sums of levels are odd, and +0 where they cancel.
-        give(own, self._edges, values.astype(work, copy=False), work.type(0), target)
-        if not direct:
-            compiled.store(target, y)
+        give(wide, self._edges, values.astype(work, copy=False), work.type(0), given)
+        store(given, y)

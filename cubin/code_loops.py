@@ -1,0 +1,57 @@
+"""Primitives of `cubin.code` as compiled loops: see there for what each does."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cubin.arrays import Array
+from cubin.host.loops import loop, map_of, part, read_only, store, target, uncounted
+from cubin.sums import CHUNK
+
+
+@part
+def _add_signs(scale: float, sign: Array, y: Array) -> None:
+    zero, none = y.dtype.type(0), np.int8(0)
+    for j in range(y.size):
+        step = scale if sign[j] > none else -scale
+        y[j] += step if sign[j] != none else zero
+
+
+@loop
+def _sum_signs(scales: Array, signs: Array, y: Array) -> None:
+    """Write the sums of scales, (rows, levels), times signs, (levels, rows, n)."""
+    signs, y = uncounted(signs, y)
+    for row in range(len(y)):
+        for start in range(0, y.shape[1], CHUNK):
+            some = y[row, start : start + CHUNK]
+            some[:] = 0
+            for level in range(len(signs)):
+                _add_signs(scales[row, level], signs[level, row, start : start + CHUNK], some)
+
+
+@loop
+def _level_signs(code: Array, bits: Array, level: int, sign: Array) -> None:
+    bit, none = np.uint16(1 << level), np.uint16(0)
+    for j in range(sign.size):
+        sign[j] = np.int8(1) if np.uint16(code[j] & bit) != none else np.int8(-1)
+    if bits.size:
+        for j in range(sign.size):
+            sign[j] = sign[j] if bits[j] > np.uint8(level) else np.int8(0)
+
+
+def sum_signs(scales: Array, signs: Array, *, y: Array) -> None:
+    """`code.sum_signs`."""
+    values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
+    _sum_signs(np.ascontiguousarray(scales[:, :, 0].T), read_only(signs), values)
+    store(values, y)
+
+
+def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:
+    """`code.level_signs`, at a level that `bits` has if it is a scalar."""
+    given = sign if sign.flags.c_contiguous else np.empty(sign.shape, np.int8)
+    bits = map_of(bits, 0).reshape(-1)
+    _level_signs(
+        read_only(np.ascontiguousarray(code)).reshape(-1), bits, int(level), given.reshape(-1)
+    )
+    if given is not sign:
+        sign[...] = given

@@ -1,0 +1,349 @@
+"""The greedy primitives as compiled loops, a row at a time: see `cubin.greedy` for what each does.
+
+They give the same bits. Arrays come as (rows, n).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cubin import arrays, blocks
+from cubin.arrays import Array
+from cubin.host.loops import (
+    count_hot,
+    in_work_dtype,
+    keep,
+    keep_hot,
+    loop,
+    magnitude_sum,
+    map_of,
+    part,
+    scratch,
+    store,
+    target,
+    uncounted,
+)
+from cubin.sums import CHUNK
+
+# ---------------------------------------------------------------- scales
+
+
+@loop
+def _find_scales(
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array
+) -> None:
+    """Write the scales of a row; `m`, of its length, is overwritten."""
+    x, bits, scales, m = uncounted(x, bits, scales, m)
+    chunk, sums, wide = uncounted(chunk, sums, wide)
+    zero = x.dtype.type(0)
+    source, taken, count = x, zero, x.size
+    for level in range(scales.size):
+        if level:
+            taken = scales[level - 1]
+        if bits.size:
+            keep_hot(source, taken, bits, level, m)
+            count = count_hot(bits, level)
+            source, taken = m, zero
+        elif 0 < level < scales.size - 1:  # the first and the last need not be kept
+            keep(source, taken, m)
+            source, taken = m, zero
+        total = magnitude_sum(source, taken, chunk, sums, wide)
+        scales[level] = x.dtype.type(total / count) if count else zero
+
+
+@loop
+def _level_scales(
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array
+) -> None:
+    x, bits, scales, m = uncounted(x, bits, scales, m)
+    chunk, sums, wide = uncounted(chunk, sums, wide)
+    for row in range(len(x)):
+        _find_scales(x[row], bits[row], scales[row], m, chunk, sums, wide)
+
+
+@loop
+def _level_sum(
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array
+) -> tuple[float, int]:
+    """The sum of what the scales leave of a piece of a row, and the number of its elements."""
+    x, bits, m, chunk, sums, wide = uncounted(x, bits, m, chunk, sums, wide)
+    total, count = 0.0, 0
+    for start in range(0, x.size, CHUNK):
+        source, hot = x[start : start + CHUNK], bits[start : start + CHUNK]
+        left, taken = m[: source.size], x.dtype.type(0)
+        for level in range(scales.size):
+            keep(source, scales[level], left)
+            source = left
+        if bits.size:
+            keep_hot(source, taken, hot, scales.size, left)
+            source = left
+            count += count_hot(hot, scales.size)
+        total += magnitude_sum(source, taken, chunk, sums, wide)
+    return total, count if bits.size else x.size
+
+
+# ---------------------------------------------------------------- what they approximate
+
+# 0 less the residual, n, is never -0.0: its sign bit is set exactly where the residual is > 0.
+
+
+@part
+def _step(n: float, scale: float) -> float:
+    """scale * sign(r) for n = 0 - r."""
+    return scale if n < 0 else -scale
+
+
+@part
+def _write_one(x: Array, a: float, y: Array) -> None:
+    zero = x.dtype.type(0)
+    for j in range(y.size):
+        y[j] = zero + _step(zero - x[j], a)
+
+
+@part
+def _write_two(x: Array, a: float, b: float, y: Array) -> None:
+    zero = x.dtype.type(0)
+    for j in range(y.size):
+        n = zero - x[j]
+        first = _step(n, a)
+        y[j] = zero + first + _step(n + first, b)
+
+
+@part
+def _write_three(x: Array, a: float, b: float, c: float, y: Array) -> None:
+    zero = x.dtype.type(0)
+    for j in range(y.size):
+        n = zero - x[j]
+        first = _step(n, a)
+        n += first
+        second = _step(n, b)
+        y[j] = zero + first + second + _step(n + second, c)
+
+
+@part
+def _write_four(x: Array, a: float, b: float, c: float, d: float, y: Array) -> None:
+    zero = x.dtype.type(0)
+    for j in range(y.size):
+        n = zero - x[j]
+        first = _step(n, a)
+        n += first
+        second = _step(n, b)
+        n += second
+        third = _step(n, c)
+        y[j] = zero + first + second + third + _step(n + third, d)
+
+
+@part
+def _negate(x: Array, n: Array) -> None:
+    for j in range(n.size):
+        n[j] = x.dtype.type(0) - x[j]
+
+
+@part
+def _add_level(n: Array, scale: float, stored: float, y: Array) -> None:
+    for j in range(y.size):
+        positive = n[j] < 0
+        y[j] += stored if positive else -stored
+        n[j] += scale if positive else -scale
+
+
+@part
+def _add_hot_level(
+    n: Array, bits: Array, level: int, scale: float, stored: float, y: Array
+) -> None:
+    number = np.int32(level)
+    for j in range(y.size):
+        positive = n[j] < 0
+        step = stored if positive else -stored
+        y[j] += step if np.int32(bits[j]) > number else y.dtype.type(0)
+        n[j] += scale if positive else -scale
+
+
+@loop
+def _write(x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y: Array) -> None:
+    """Write the sum of the levels of a row, with the scales as stored.
+
+    Without a map they are stored as they are found, up to four levels take one pass.
+    """
+    x, bits, scales, stored = uncounted(x, bits, scales, stored)
+    chunk, y = uncounted(chunk, y)
+    s, levels = scales, scales.size
+    as_found = not bits.size
+    for level in range(levels):
+        as_found &= stored[level] == scales[level]
+    if as_found and levels == 1:
+        _write_one(x, s[0], y)
+    elif as_found and levels == 2:
+        _write_two(x, s[0], s[1], y)
+    elif as_found and levels == 3:
+        _write_three(x, s[0], s[1], s[2], y)
+    elif as_found and levels == 4:
+        _write_four(x, s[0], s[1], s[2], s[3], y)
+    else:
+        for start in range(0, x.size, CHUNK):
+            some, hot = y[start : start + CHUNK], bits[start : start + CHUNK]
+            n = chunk[: some.size]
+            _negate(x[start : start + CHUNK], n)
+            some[:] = 0
+            for level in range(levels):
+                if bits.size:
+                    _add_hot_level(n, hot, level, scales[level], stored[level], some)
+                else:
+                    _add_level(n, scales[level], stored[level], some)
+
+
+@loop
+def _approximation(
+    x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y: Array
+) -> None:
+    x, bits, scales, stored = uncounted(x, bits, scales, stored)
+    chunk, y = uncounted(chunk, y)
+    for row in range(len(x)):
+        _write(x[row], bits[row], scales[row], stored[row], chunk, y[row])
+
+
+@loop
+def _approximate_rows(
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array, y: Array
+) -> None:
+    x, bits, scales, m = uncounted(x, bits, scales, m)
+    chunk, sums, wide, y = uncounted(chunk, sums, wide, y)
+    for row in range(len(x)):
+        found = scales[row]
+        _find_scales(x[row], bits[row], found, m, chunk, sums, wide)
+        _write(x[row], bits[row], found, found, chunk, y[row])
+
+
+# ---------------------------------------------------------------- codes
+
+
+@part
+def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) -> None:
+    """Write the signs of a level, and take it off what is left."""
+    for j in range(signs.size):
+        positive = n[j] < 0
+        signs[j] = np.int8(1) if positive else np.int8(-1)
+        n[j] += scale if positive else -scale
+    if bits.size:
+        for j in range(signs.size):
+            signs[j] = signs[j] if bits[j] > np.uint8(level) else np.int8(0)
+
+
+@loop
+def _encode_rows(
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array,
+    signs: Array,
+) -> None:  # fmt: skip
+    x, bits, scales, m = uncounted(x, bits, scales, m)
+    chunk, sums, wide, signs = uncounted(chunk, sums, wide, signs)
+    for row in range(len(x)):
+        found, own = scales[row], bits[row]
+        _find_scales(x[row], own, found, m, chunk, sums, wide)
+        for start in range(0, x.shape[1], CHUNK):
+            some = x[row, start : start + CHUNK]
+            n = chunk[: some.size]
+            _negate(some, n)
+            for level in range(len(signs)):
+                _set_signs(n, own[start : start + CHUNK], level, found[level],
+                           signs[level, row, start : start + CHUNK])  # fmt: skip
+
+
+@part
+def _set_bits(n: Array, bits: Array, level: int, scale: float, code: Array) -> None:
+    bit, none = np.uint16(1 << level), np.uint16(0)
+    for j in range(code.size):
+        positive = n[j] < 0
+        code[j] |= bit if positive else none
+        n[j] += scale if positive else -scale
+    if bits.size:
+        for j in range(code.size):
+            code[j] &= np.uint16(~none) if bits[j] > np.uint8(level) else np.uint16(~bit)
+
+
+@loop
+def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> None:
+    x, bits, chunk, code = uncounted(x, bits, chunk, code)
+    for row in range(len(x)):
+        for start in range(0, x.shape[1], CHUNK):
+            some = code[row, start : start + CHUNK]
+            n = chunk[: some.size]
+            _negate(x[row, start : start + CHUNK], n)
+            some[:] = 0
+            for level in range(scales.shape[1]):
+                _set_bits(n, bits[row, start : start + CHUNK], level, scales[row, level], some)
+
+
+# ---------------------------------------------------------------- as the primitives are called
+
+
+def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
+    """The scales of whole rows, (rows, 1) for each level."""
+    wide = in_work_dtype(x)
+    scales = np.empty((len(x), levels), wide.dtype)
+    _level_scales(wide, map_of(bits, len(x)), scales, _row(wide), *scratch(wide.dtype))
+    return list(scales.T[:, :, None])
+
+
+def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
+    """`greedy.level_sums` over a piece of one row."""
+    wide = in_work_dtype(x)
+    m = blocks.spare("left", (CHUNK,), wide.dtype)
+    total[...], count[...] = _level_sum(
+        wide[0], map_of(bits, 1)[0], _stack(scales, wide)[0], m, *scratch(wide.dtype)
+    )
+
+
+def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
+    """`greedy.approximation`."""
+    wide = in_work_dtype(x)
+    _write_levels(wide, bits, _stack(scales, wide), y)
+
+
+def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
+    """`greedy.approximate_rows`."""
+    wide = in_work_dtype(x)
+    scales, known = np.empty((len(x), levels), wide.dtype), map_of(bits, len(x))
+    if y.dtype != wide.dtype:
+        _level_scales(wide, known, scales, _row(wide), *scratch(wide.dtype))
+        _write_levels(wide, bits, scales, y)
+        return
+    values = target(y, wide)
+    _approximate_rows(wide, known, scales, _row(wide), *scratch(wide.dtype), values)
+    store(values, y)
+
+
+def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
+    values, stored = target(y, x), scales.astype(y.dtype).astype(x.dtype)
+    chunk, _, _ = scratch(x.dtype)
+    _approximation(x, map_of(bits, len(x)), scales, stored, chunk, values)
+    store(values, y)
+
+
+def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
+    """`greedy.encode_rows`."""
+    wide = in_work_dtype(x)
+    found = np.empty((len(x), levels), wide.dtype)
+    given = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
+    _encode_rows(wide, map_of(bits, len(x)), found, _row(wide), *scratch(wide.dtype), given)
+    if given is not signs:
+        signs[...] = given
+    scales[...] = found.T[:, :, None]
+
+
+def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
+    """`greedy.codes`."""
+    wide = in_work_dtype(x)
+    chunk, _, _ = scratch(wide.dtype)
+    _codes(wide, map_of(bits, len(x)), _stack(scales, wide), chunk, code)
+
+
+def _row(x: Array) -> Array:
+    return blocks.spare("row", x.shape[1:], x.dtype)
+
+
+def _stack(scales: tuple[Array, ...], x: Array) -> Array:
+    """Scales, (rows, 1) for each level, as (rows, levels)."""
+    stacked = np.empty((len(x), len(scales)), arrays.work_dtype(x.dtype))
+    for level, scale in enumerate(scales):
+        stacked[:, level] = scale[:, 0]
+    return stacked

@@ -1,0 +1,1 @@
+"""What the loops on the host are made with."""

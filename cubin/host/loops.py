@@ -1,0 +1,257 @@
+"""What compiled loops are made with: the decorator, sums in a fixed order, and float16.
+
+A loop is plain Python that Numba compiles. It releases the GIL, and holds no memory of its own:
+what it needs to work with is handed in. Its types are kept few, since each is compiled anew:
+float32 and float64, contiguous, and a missing bit map is one without columns.
+
+Numba keeps what it has compiled in ``__pycache__`` and looks at the file of a loop alone: after a
+change to this file, delete ``cubin/**/__pycache__/*.nb?``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cubin import arrays, blocks
+from cubin.arrays import Array
+from cubin.sums import CHUNK, COLUMNS, UNIT
+
+
+def loop(function: Callable[..., Any]) -> Any:
+    """Compile a function for the types that it is called with, and keep the result on disk."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder to keep it in can be written
+        return numba.njit(nogil=True)(function)
+
+
+def part(function: Callable[..., Any]) -> Any:
+    """Make a function a part of the loops that call it, which are then compiled in one go.
+
+    That takes half as long as compiling each function and again what it calls.
+    """
+    return numba.njit(nogil=True, inline="always")(function)
+
+
+@intrinsic
+def uncounted(context: Any, *kinds: Any) -> Any:
+    """The same arrays, as a tuple, whose slices count no references: others must hold them.
+
+    Numba counts the references to whatever is sliced, which takes longer than the work on a short
+    row. This is the only thing that it has no plain name for.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        views = []
+        for number, kind in enumerate(kinds):
+            view = context.make_array(kind)(
+                context, builder, builder.extract_value(arguments[0], number)
+            )
+            view.meminfo = cgutils.get_null_value(view.meminfo.type)
+            views.append(view._getvalue())
+        return context.make_tuple(builder, signature.return_type, views)
+
+    return numba.types.Tuple(kinds)(numba.types.StarArgTuple(kinds)), generate
+
+
+# ---------------------------------------------------------------- sums
+
+# As in `cubin.sums`, operation by operation. Each loop has numbers of one width alone, so that
+# vectors are filled; and none may be reordered, so that all processors round the same way.
+
+
+@part
+def _add_columns(x: Array, taken: float, sums: Array) -> None:
+    """Add up the magnitudes ``abs(abs(x) - taken)`` in `COLUMNS` columns, by halves."""
+    n = sums.size
+    for j in range(n):
+        r = abs(abs(x[j]) - taken) + abs(abs(x[j + 8 * n]) - taken)
+        s = abs(abs(x[j + 4 * n]) - taken) + abs(abs(x[j + 12 * n]) - taken)
+        t = abs(abs(x[j + 2 * n]) - taken) + abs(abs(x[j + 10 * n]) - taken)
+        u = abs(abs(x[j + 6 * n]) - taken) + abs(abs(x[j + 14 * n]) - taken)
+        even = (r + s) + (t + u)
+        r = abs(abs(x[j + n]) - taken) + abs(abs(x[j + 9 * n]) - taken)
+        s = abs(abs(x[j + 5 * n]) - taken) + abs(abs(x[j + 13 * n]) - taken)
+        t = abs(abs(x[j + 3 * n]) - taken) + abs(abs(x[j + 11 * n]) - taken)
+        u = abs(abs(x[j + 7 * n]) - taken) + abs(abs(x[j + 15 * n]) - taken)
+        sums[j] = even + ((r + s) + (t + u))
+
+
+@part
+def add_up(values: Array) -> float:
+    """The sum of float64 numbers by halves, which overwrites them; 0 if there are none."""
+    count = values.size
+    if not count:
+        return 0.0
+    while count > 1:
+        half = (count + 1) // 2
+        low, high = values[: count - half], values[half:count]
+        for j in range(low.size):
+            low[j] += high[j]
+        count = half
+    return float(values[0])
+
+
+@part
+def _chunk_sum(x: Array, taken: float, sums: Array, wide: Array) -> float:
+    width = x.size // COLUMNS
+    whole, size = COLUMNS * width, x.size - (COLUMNS - 1) * width
+    _add_columns(x, taken, sums[:width])
+    for j in range(width):
+        wide[j] = sums[j]
+    for j in range(whole, x.size):
+        wide[width + j - whole] = abs(abs(x[j]) - taken)
+    return float(add_up(wide[:size]))
+
+
+@part
+def keep(x: Array, taken: float, m: Array) -> None:
+    """Write what is left of magnitudes once a scale is taken off; `m` may be `x`."""
+    for j in range(m.size):
+        m[j] = abs(abs(x[j]) - taken)
+
+
+@part
+def keep_hot(x: Array, taken: float, bits: Array, level: int, m: Array) -> None:
+    """The same where an element has a code at a level; 0 elsewhere."""
+    number = np.int32(level)  # wider than the elements it would halve the lanes
+    for j in range(m.size):
+        left = abs(abs(x[j]) - taken)
+        m[j] = left if np.int32(bits[j]) > number else m.dtype.type(0)
+
+
+@part
+def count_hot(bits: Array, level: int) -> int:
+    """How many elements have a code at a level."""
+    number, count = np.int32(level), np.int32(0)
+    for j in range(bits.size):
+        count = np.int32(count + (np.int32(bits[j]) > number))
+    return int(count)
+
+
+@part
+def magnitude_sum(x: Array, taken: float, m: Array, sums: Array, wide: Array) -> float:
+    """The sum of ``abs(abs(x) - taken)``, in float64.
+
+    Parameters
+    ----------
+    x : array of float32 or float64, shape (n,)
+    taken : number of x's dtype
+    m : array of x's dtype, shape (CHUNK,)
+    sums : array of x's dtype, shape (CHUNK // COLUMNS,)
+    wide : array of float64, shape (CHUNK // COLUMNS + COLUMNS,)
+        All three are overwritten; `x` may be the first of them.
+    """
+    total, unit = np.inf, 1.0
+    while total == np.inf and unit >= UNIT:
+        total = 0.0
+        for start in range(0, x.size, CHUNK):
+            some, less = x[start : start + CHUNK], taken
+            if unit < 1:  # perhaps a column overflows: in smaller units none does
+                small = m[: some.size]
+                for j in range(some.size):
+                    small[j] = abs(abs(some[j]) - taken) * x.dtype.type(UNIT)
+                some, less = small, x.dtype.type(0)
+            total += _chunk_sum(some, less, sums, wide)
+        total /= unit
+        unit *= UNIT
+    return total
+
+
+def scratch(dtype: Any) -> tuple[Array, Array, Array]:
+    """What `magnitude_sum` works with: `m`, `sums` and `wide`."""
+    width = CHUNK // COLUMNS
+    return (
+        blocks.spare("chunk", (CHUNK,), dtype),
+        blocks.spare("sums", (width,), dtype),
+        blocks.spare("wide", (width + COLUMNS,), np.float64),
+    )
+
+
+# ---------------------------------------------------------------- float16
+
+# Numba does not know it, and NumPy converts it one by one: here it is its bits.
+
+_INFINITE_HALF, _INFINITE = 0x7C00, 0x7F800000
+_EXPONENTS_APART = np.float32(2.0**112)
+
+
+@loop
+def widen(half: Array, words: Array) -> None:
+    """Write the bits of float32 for bits of float16."""
+    for j in range(half.size):
+        word = np.uint32(half[j])
+        moved = np.uint32((word & 0x7FFF) << 13)
+        value = np.uint32(moved).view(np.float32) * _EXPONENTS_APART
+        finite = moved < np.uint32(_INFINITE_HALF << 13)
+        magnitude = np.float32(value).view(np.uint32) if finite else np.uint32(moved | _INFINITE)
+        words[j] = np.uint32(magnitude | np.uint32((word & 0x8000) << 16))
+
+
+@loop
+def narrow(words: Array, half: Array) -> None:
+    """Write the bits of float16 for bits of float32, rounded to the nearest, ties to even."""
+    for j in range(half.size):
+        word = words[j]
+        m = np.uint32(word & 0x7FFFFFFF)
+        odd = np.uint32((m >> 13) & 1)
+        normal = np.uint32(np.uint32(m - 0x38000000 + 0xFFF + odd) >> 13)
+        # The sum has the steps of the smallest numbers of float16, and is rounded by the processor.
+        raised = np.uint32(m).view(np.float32) + np.float32(0.5)
+        small = np.uint32(np.float32(raised).view(np.uint32) - 0x3F000000)
+        payload = np.uint32((m >> 13) & 0x3FF)
+        nan = np.uint32(_INFINITE_HALF | (payload if payload > 0 else np.uint32(1)))
+        value = small if m < np.uint32(0x38800000) else normal
+        value = np.uint32(_INFINITE_HALF) if m >= np.uint32(0x47800000) else value
+        value = nan if m > np.uint32(_INFINITE) else value
+        half[j] = np.uint16(value | np.uint32((word >> 16) & 0x8000))
+
+
+# ---------------------------------------------------------------- what loops take and give
+
+
+def read_only(array: Array) -> Array:
+    """A view that cannot be written to, whether the array can or not, which would be two types."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def in_work_dtype(x: Array) -> Array:
+    """The same numbers, contiguous and aligned: those of `x` where they are, and read-only."""
+    if x.dtype != np.float16:
+        return read_only(np.require(x, requirements=("C", "A")))
+    wide = np.empty(x.shape, np.float32)
+    half = read_only(np.ascontiguousarray(x)).view(np.uint16)
+    widen(half.reshape(-1), wide.view(np.uint32).reshape(-1))
+    return read_only(wide)
+
+
+def store(values: Array, y: Array) -> None:
+    """Write contiguous numbers in the work dtype to `y`, where they do not lie there already."""
+    if values is y:
+        return
+    if y.dtype == np.float16 and y.flags.carray:
+        narrow(read_only(values).view(np.uint32).reshape(-1), y.view(np.uint16).reshape(-1))
+    else:
+        y[...] = values
+
+
+def target(y: Array, *inputs: Array) -> Array:
+    """Where a loop writes what `store` then brings to `y`: there itself if that is possible."""
+    work = arrays.work_dtype(y.dtype)
+    direct = y.dtype == work and y.flags.carray
+    if direct and not any(np.may_share_memory(y, x) for x in inputs):
+        return y
+    return np.empty(y.shape, work)
+
+
+def map_of(bits: Array, rows: int) -> Array:
+    """A map as loops take it; of no columns where there is none."""
+    return read_only(np.ascontiguousarray(bits) if np.ndim(bits) else np.empty((rows, 0), np.uint8))

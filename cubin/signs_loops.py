@@ -1,0 +1,56 @@
+"""Primitives of `cubin.signs` as compiled loops, on arrays whose elements lie in order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cubin.arrays import Array
+from cubin.host.loops import loop, part, read_only
+
+
+@part
+def _sign(value: float, one: float) -> float:
+    return one if value > 0 else (-one if value == value else value)
+
+
+@loop
+def _signs(x: Array, y: Array) -> None:
+    for j in range(x.size):
+        y[j] = _sign(x[j], y.dtype.type(1))
+
+
+@loop
+def _signs_in_place(y: Array) -> None:
+    for j in range(y.size):
+        y[j] = _sign(y[j], y.dtype.type(1))
+
+
+@loop
+def _clip(x: Array, bound: float, gy: Array, gx: Array) -> None:
+    for j in range(x.size):
+        gx[j] = gy[j] if abs(x[j]) <= bound else gx.dtype.type(0)
+
+
+@loop
+def _clip_to_bits(x: Array, bits: Array, gy: Array, gx: Array) -> None:
+    for j in range(x.size):
+        bound = x.dtype.type(bits[j])
+        gx[j] = gy[j] if abs(x[j]) <= bound else gx.dtype.type(0)
+
+
+def signs(x: Array, *, y: Array) -> None:
+    """`signs.signs`."""
+    # A loop on two arrays that might overlap is not vectorized.
+    if np.may_share_memory(x, y):
+        _signs_in_place(y.reshape(-1))
+    else:
+        _signs(read_only(x).reshape(-1), y.reshape(-1))
+
+
+def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
+    """`signs.gradient_inside`."""
+    x, gy = (read_only(a).reshape(-1) for a in (x, gy))
+    if np.ndim(bits):
+        _clip_to_bits(x, read_only(bits).reshape(-1), gy, gx.reshape(-1))
+    else:
+        _clip(x, x.dtype.type(bits), gy, gx.reshape(-1))

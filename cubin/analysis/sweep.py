@@ -117,13 +117,15 @@ def _errors_of(
 ) -> Iterator[ErrorRow]:
     x = checked.as_floats("x", array)
     rows = checked.rows_of(x.shape, None if group_size is not None else axis, group_size)
-    approx = checked.output(None, x)
+    with checked.current_device(x):
+        approx = checked.output(None, x)
     for solver in solvers:
         for width in widths:
             multibit(x, width, channel_axis=None if group_size is not None else axis,
                      group_size=group_size, solver=solver, out=approx)  # fmt: skip
             found = errors.measure(x, approx)
-            if not np.isfinite(float(found.power)) or (found.power == 0 and found.worst > 0):
+            power, worst = float(found.power), float(found.worst)
+            if not np.isfinite(power) or (power == 0 and worst > 0):
                 raise ValueError(
                     "it has NaN or infinity, or the squares of its values overflow or vanish: "
                     "clean it first, e.g. with nan_to_num, or scale it"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks
+from cubin import arrays, blocks, floats
 from cubin.arrays import Array
 from cubin.signs import as_integers
 
@@ -36,8 +36,12 @@ class Magnitudes:
 
     Attributes
     ----------
-    unit : array, shape (rows, 1), in the work dtype
-        The power of two that x is divided by, so that no square can overflow or vanish.
+    unit : array, shape (rows, 1)
+        The power of two that x is divided by, so that no square can overflow or vanish. It has the
+        dtype of the magnitudes: the work dtype, but float64 on a device, where CuPy's functions
+        lose small float32 numbers.
+    work : dtype
+        The work dtype of x.
     valid : array of bool, shape (rows,)
         False for rows with NaN or infinity, which count as zeros here.
     mapped : bool
@@ -47,7 +51,8 @@ class Magnitudes:
     """
 
     def __init__(self, x: Array, bits: Any, levels: int, importance: Array | None) -> None:
-        out = arrays.library(x).empty(x.shape, arrays.work_dtype(x.dtype))
+        dtype = np.float64 if arrays.on_device(x) else arrays.work_dtype(x.dtype)
+        out = arrays.library(x).empty(x.shape, dtype)
         magnitude = self._scaled(x, bits, levels, out)
         xp, mapped = self.xp, self.mapped
         weight = None if importance is None else _weights(xp, importance, bits)
@@ -73,7 +78,8 @@ class Magnitudes:
         self.count, self.length = x.shape
         self.mapped = np.ndim(bits) > 0
         self.depths = tuple(range(1, levels + 1)) if self.mapped else (levels,)
-        magnitude = xp.abs(x, out=out)
+        self.work = arrays.work_dtype(x.dtype)
+        magnitude = xp.abs(floats.computable(x), out=out)
         if self.mapped:
             magnitude = xp.where(bits > 0, magnitude, 0)
         self.unit, self.valid = _unit(xp, magnitude)
@@ -195,7 +201,7 @@ def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:
 
 def _weights(xp: Any, importance: Array, bits: Any) -> Array:
     """Weights below 2 in float64: 0 for elements without bits, 1 in a row of zeros."""
-    weight = importance.astype(np.float64)
+    weight = floats.widened(importance)
     if np.ndim(bits):
         weight[bits == 0] = 0
     weight /= _unit(xp, weight)[0]

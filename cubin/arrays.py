@@ -229,8 +229,9 @@ def _broadcasts(name: str, array: Array, shape: tuple[int, ...]) -> None:
 
 
 def as_bound(value: object, x: Array) -> Array:
-    """A bound on |x|: uint8 where it is an integer map or scalar that fits, else float64.
+    """A bound on |x|: uint8 where it is an integer map or scalar that fits, else floats.
 
+    They are float64, or as they come.
     Python's numbers are rounded to x's dtype, as in NumPy's own comparisons.
     """
     if on_device(value):
@@ -250,7 +251,8 @@ def as_bound(value: object, x: Array) -> Array:
             return np.float64(x.dtype.type(value))
     if bound.ndim == 0 and not on_device(bound):
         return np.float64(bound)
-    return library(x).asarray(bound).astype(np.float64, copy=False)
+    bound = library(x).asarray(bound)
+    return bound if bound.dtype.kind == "f" else bound.astype(np.float64)
 
 
 def as_integer(name: str, value: object) -> int:

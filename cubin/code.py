@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks, passes
+from cubin import arrays, blocks, floats, passes
 from cubin.arrays import Array
 from cubin.kernels import FLOATS, elementwise
 from cubin.passes import Part
@@ -149,7 +149,8 @@ def effective_bits(bits: Array, rows: arrays.Rows, dtype: Any) -> float:
 
 
 def _host(array: Array) -> np.ndarray:
-    return array.get() if arrays.on_device(array) else np.asarray(array)
+    with arrays.current_device(array):
+        return array.get() if arrays.on_device(array) else np.asarray(array)
 
 
 class BinaryCode:
@@ -163,7 +164,9 @@ class BinaryCode:
         The scale shape is () per tensor, the lengths of the channel axes in the order given per
         channel, and ``x.shape[:-1] + (n_groups,)`` per group.
     signs : int8 array, shape (k, \\*x.shape)
-        -1 or +1, and 0 where an element has no code at that level.
+        -1 or +1, and 0 where an element has no code at that level. Where a residual is exactly 0,
+        the greedy solver gives -1, and those that refit the opposite of the sign of x: their codes
+        of -x are those of x, negated (`cubin.quantize`).
     bits : int or integer array that broadcasts to x's shape
         The number of levels of each element; at most k.
     channel_axis : int or tuple of int, optional
@@ -218,12 +221,14 @@ class BinaryCode:
                 f"channel_axis={channel_axis} and group_size={group_size} need "
                 f"{(len(signs), *self._rows.scale_shape)}"
             )
-        limits, levels = arrays.as_bits(bits, xp.empty(self._rows.shape, np.int8), look=True)
-        if levels > len(signs):
-            raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
+        with arrays.current_device(signs):
+            like = xp.broadcast_to(xp.zeros((), np.int8), self._rows.shape)
+            limits, levels = arrays.as_bits(bits, like, look=True)
+            if levels > len(signs):
+                raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
+            self.bits: Any = int(limits) if isinstance(limits, np.generic) else limits.copy()
         self.scales = scales
         self.signs = signs
-        self.bits: Any = int(limits) if isinstance(limits, np.generic) else limits.copy()
         # As plain integers, whatever stood for them, which the file's layout can hold.
         self.channel_axis = (
             tuple(map(operator.index, channel_axis))
@@ -257,10 +262,10 @@ class BinaryCode:
     def dequantize(self) -> Array:
         """The approximation ``sum_i scales[i] * signs[i]``, in the shape and dtype of x."""
         rows, work = self._rows, arrays.work_dtype(self.dtype)
-        scales = self.scales.astype(work, copy=False)
-        if not arrays.on_device(scales):
-            return self._dequantize_in_cache(scales)
-        with arrays.current_device(scales):
+        with arrays.current_device(self.scales):
+            scales = self.scales.astype(work, copy=False)
+            if not arrays.on_device(scales):
+                return self._dequantize_in_cache(scales)
             total = arrays.library(scales).zeros(rows.split, work)
             for scale, sign in zip(scales, self.signs, strict=True):
                 add_level(total, rows.aligned(scale), sign.reshape(rows.split), total=total)
@@ -296,17 +301,23 @@ class BinaryCode:
             return NotImplemented
         if arrays.on_device(self.scales) != arrays.on_device(other.scales):
             return False
-        xp = arrays.library(self.scales)
-        return (
+        if not (
             self.dtype == other.dtype
             and self._rows == other._rows
             and np.shape(self.bits) == np.shape(other.bits)
-            and bool((self.bits == other.bits) if np.ndim(self.bits) == 0
-                     else xp.array_equal(self.bits, other.bits))
             and self.scales.shape == other.scales.shape
-            and bool(xp.array_equal(self.scales, other.scales, equal_nan=True))
-            and bool(xp.array_equal(self.signs, other.signs))
-        )  # fmt: skip
+        ):
+            return False
+        xp = arrays.library(self.scales)
+        with arrays.current_device(self.scales):
+            # Another device's arrays are copied to this one, others are taken as they are.
+            bits, scales, signs = map(xp.asarray, (other.bits, other.scales, other.signs))
+            own = floats.computable(self.scales)
+            return (
+                bool((xp.asarray(self.bits) == bits).all())
+                and bool(xp.array_equal(own, floats.computable(scales), equal_nan=True))
+                and bool(xp.array_equal(self.signs, signs))
+            )
 
     # ------------------------------------------------------------ display
 
@@ -467,7 +478,8 @@ def _decode(cls: type[BinaryCode], members: dict[str, np.ndarray]) -> BinaryCode
     bits = members["bits"]
     scales, packed = members["scales"], members["signs"]
     size = math.prod(shape)
-    if len(shape) > 64 or min(shape, default=0) < 0 or scales.ndim == 0:
+    # With no levels nothing in the file is as large as the shape; no memory has 2^47 elements.
+    if len(shape) > 64 or min(shape, default=0) < 0 or size >> 47 or scales.ndim == 0:
         raise ValueError(f"shape {shape} is no shape of an array")
     levels = len(scales)
     if levels > arrays.MAX_BITS or packed.shape != (levels, -(-size // 8)):

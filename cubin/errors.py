@@ -80,23 +80,24 @@ class Errors:
 
     def relative_mse(self) -> Array:
         """The squared error over the power; 0 where both are 0."""
-        return _ratio(self.error, self.power, self._lost())
+        with arrays.current_device(self.error):
+            return _ratio(self.error, self.power, self._lost())
 
     def sqnr_db(self) -> Array:
         """-10 log10 of the relative MSE, in dB."""
         xp = arrays.library(self.error)
-        with np.errstate(divide="ignore"):
+        with arrays.current_device(self.error), np.errstate(divide="ignore"):
             return 0 - 10 * xp.log10(self.relative_mse())
 
     def cosine_similarity(self) -> Array:
         """The cosine; 1 where both are 0, 0 where one is."""
         xp = arrays.library(self.error)
-        both = xp.sqrt(self.power) * xp.sqrt(self.power_of_approx)
-        same = (self.power == 0) & (self.power_of_approx == 0)
-        with np.errstate(invalid="ignore"):
+        with arrays.current_device(self.error), np.errstate(invalid="ignore"):
+            both = xp.sqrt(self.power) * xp.sqrt(self.power_of_approx)
+            same = (self.power == 0) & (self.power_of_approx == 0)
             cosine = self.product / xp.where(both == 0, 1.0, both)
-        cosine = xp.where(same, 1.0, xp.clip(cosine, -1.0, 1.0))
-        return xp.where(self._lost() | xp.isinf(self.power_of_approx), np.nan, cosine)
+            cosine = xp.where(same, 1.0, xp.clip(cosine, -1.0, 1.0))
+            return xp.where(self._lost() | xp.isinf(self.power_of_approx), np.nan, cosine)
 
     def _lost(self) -> Array:
         """Whether the squares of an error or of an x left the range of float64."""
@@ -120,11 +121,11 @@ def measure(
 ) -> Errors:
     """The moments of `x` and `approx` over `axis` (default: all axes), in one pass."""
     x = arrays.as_floats("x", x)
-    approx = arrays.like("approx", approx, x)
     every = tuple(range(x.ndim))
     reduced = every if axis is None else arrays.axes_of("axis", axis, x.shape)
     rows = arrays.rows_of(x.shape, tuple(a for a in every if a not in reduced))
     with arrays.current_device(x):
+        approx = arrays.like("approx", approx, x)
         sums = passes.partial_results(moments, rows, (x, approx), [])
         # Rows are numbered by the axes kept, in their order.
         shape = rows.scale_shape

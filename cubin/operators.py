@@ -130,7 +130,8 @@ class Multibit:
 
     def state_dict(self) -> dict[str, Any]:
         """The operator's state: ``bits``, an int or an array of its own, and ``channel_axis``."""
-        bits = self.bits if isinstance(self.bits, int) else self.bits.copy()
+        with arrays.current_device(self.bits):
+            bits = self.bits if isinstance(self.bits, int) else self.bits.copy()
         return {"bits": bits, "channel_axis": self.channel_axis}
 
     @classmethod
@@ -143,13 +144,16 @@ class Multibit:
         if type(other) is not type(self):
             return NotImplemented
         assert isinstance(other, Multibit)
+        if (
+            self.channel_axis != other.channel_axis
+            or arrays.on_device(self.bits) != arrays.on_device(other.bits)
+            or np.shape(self.bits) != np.shape(other.bits)
+        ):
+            return False
         xp = arrays.library(self.bits)
-        return (
-            self.channel_axis == other.channel_axis
-            and arrays.on_device(self.bits) == arrays.on_device(other.bits)
-            and np.shape(self.bits) == np.shape(other.bits)
-            and bool(xp.array_equal(self.bits, other.bits))
-        )
+        with arrays.current_device(self.bits):
+            # A map on another device is copied to this one.
+            return bool((self.bits == xp.asarray(other.bits)).all())
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, greedy, solvers
+from cubin import arrays, floats, greedy, solvers
 from cubin.arrays import Array
 from cubin.code import BinaryCode
 from cubin.encoding import Encoding
@@ -41,8 +41,8 @@ def multibit(
     .. math:: a_i = \\operatorname{mean} |r_i|, \\quad b_i = \\operatorname{sign}(r_i), \\quad
         r_{i+1} = r_i - a_i b_i, \\quad r_0 = x;
 
-    `quantize` describes the others. An element with 0 bits is approximated by 0. The
-    straight-through gradient is `multibit_grad`.
+    a residual of exactly 0 has the sign -1. `quantize` describes the others. An element with 0
+    bits is approximated by 0. The straight-through gradient is `multibit_grad`.
 
     Parameters
     ----------
@@ -177,7 +177,8 @@ def quantize(
 
     where a level whose signs depend linearly on those of the levels before it has the scale 0.
 
-    - ``greedy`` is the algorithm described at `multibit`.
+    - ``greedy`` is the algorithm described at `multibit`: a residual of exactly 0 has the sign -1,
+      whatever the sign of x.
     - ``refined``: each level has the signs of the residual, and then all scales so far are
       refitted [1]_ [2]_.
     - ``alternating``: from the greedy codes on, the scales are refitted, and then every element
@@ -186,6 +187,12 @@ def quantize(
     - ``optimal``: the codes of least error for one and two bits, also under a map. For three or
       more, the best that alternating finds from several starts, among them those of the other
       solvers: none of them has a lower error.
+
+    The solvers that refit find the codes of magnitudes, and mirror them where x is not positive:
+    the codes of -x are those of x, negated. So does a tie: where a residual is exactly 0, or an
+    element lies halfway between two sums, it takes the sum of smaller magnitude, and the sign of
+    the level that changes between them is -1 where x > 0 and +1 where x < 0. An element that is 0
+    itself has the codes of a small negative one.
 
     On a device, ``refined`` and ``alternating`` with at most 4 bits and no importance take one
     launch where a block of threads holds a row, and synchronise only to look at a map that is on
@@ -259,19 +266,20 @@ def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
     """The importance as an array of x's shape."""
     if importance is None:
         return None
-    weights = arrays.as_floats("importance", importance)
-    xp = arrays.library(x, weights)
+    given = arrays.as_floats("importance", importance)
+    xp = arrays.library(x, given)
     if solver == "greedy":
         raise ValueError(
             "the greedy solver takes no importance: use refined, alternating or optimal"
         )
     try:
-        weights = xp.broadcast_to(weights, x.shape)
+        weights = xp.broadcast_to(given, x.shape)
     except ValueError:
         raise ValueError(
-            f"importance of shape {weights.shape} does not broadcast to x's shape {x.shape}"
+            f"importance of shape {given.shape} does not broadcast to x's shape {x.shape}"
         ) from None
-    if not bool((xp.isfinite(weights) & (weights >= 0)).all()):
+    given = floats.computable(given)
+    if not bool((xp.isfinite(given) & (given >= 0)).all()):
         raise ValueError("importance must be finite and not negative")
     return weights
 

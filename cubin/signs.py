@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays
+from cubin import arrays, floats
 from cubin.arrays import Array
 from cubin.kernels import FLOATS, elementwise
 
@@ -175,6 +175,8 @@ def ste_mask(x: Array, bound: Array = 1) -> Array:
     x = arrays.as_floats("x", x)
     with arrays.current_device(x):
         limit = arrays.as_bound(bound, x)
+        if limit.dtype.kind == "f":
+            limit = floats.widened(limit)
         mask = arrays.output(None, x, np.bool_)
         (inside_bits if limit.dtype == np.uint8 else inside)(x, limit, mask=mask)
     return mask
@@ -231,9 +233,8 @@ def sign_grad(x: Array, gy: Array, surrogate: str = "ste", **parameters: Any) ->
 
     rule = surrogates.sign_rule(surrogate, parameters)
     x = arrays.as_floats("x", x)
-    gy = arrays.like("gy", gy, x)
     with arrays.current_device(x):
-        return rule(x, gy)
+        return rule(x, arrays.like("gy", gy, x))
 
 
 def multibit_grad(
@@ -290,16 +291,17 @@ def multibit_grad(
     array([1., 2., 0.])
     """
     x = arrays.as_floats("x", x)
-    gy = arrays.like("gy", gy, x)
     if surrogate != "bits_clip":
         from cubin import surrogates
 
         rule = surrogates.multibit_rule(surrogate)
         rows = arrays.rows_of(x.shape, channel_axis, group_size)
         with arrays.current_device(x):
+            gy = arrays.like("gy", gy, x)
             limits, levels = arrays.as_bits(bits, x)
             return rule(x, limits, levels, gy, rows)
     with arrays.current_device(x):
+        gy = arrays.like("gy", gy, x)
         bound, _ = arrays.as_bits(bits, x)
         gx = arrays.output(None, x)
         gradient_inside(x, bound, gy, gx=gx)

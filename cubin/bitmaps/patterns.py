@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays
+from cubin import arrays, floats
 from cubin.arrays import MAX_BITS, Array, as_integer
 
 
@@ -242,11 +242,13 @@ def magnitudes(x: Array) -> Array:
     Neither squares nor sums of them overflow, and what underflows does not matter.
     """
     xp = arrays.library(x)
-    m = xp.abs(x).astype(arrays.work_dtype(x.dtype), copy=False)
+    work = arrays.work_dtype(x.dtype)
+    m = xp.abs(floats.computable(x))
     largest = float(m.max()) if m.size else 0.0
     if not math.isfinite(largest):
         raise ValueError("x must be finite, but it has NaN or infinity: clean it first")
-    return xp.asarray(xp.ldexp(m, -math.frexp(largest)[1]))
+    m = m.astype(np.promote_types(m.dtype, work), copy=False)
+    return xp.asarray(xp.ldexp(m, -math.frexp(largest)[1])).astype(work, copy=False)
 
 
 def descending_magnitude(m: Array) -> Array:

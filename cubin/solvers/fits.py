@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks
+from cubin import arrays, blocks, floats
 from cubin.arrays import Array
 from cubin.code import decode
 from cubin.solvers.cells import Cells, fitted
@@ -44,7 +44,7 @@ class Fit:
         self._unit = magnitudes.unit
         in_units_of_x = scales[:, :, None] * self._unit
         in_units_of_x[:, ~magnitudes.valid] = np.nan
-        self.scales = list(in_units_of_x.astype(self._unit.dtype))
+        self.scales = list(floats.narrowed(in_units_of_x, magnitudes.work))
         self._tabulate(cells, negative, order)
 
     def _tabulate(self, cells: dict[int, Cells], negative: Array, order: Array) -> None:
@@ -95,12 +95,13 @@ class Fit:
     def _entries(self, x: Array, bits: Any, rows: slice) -> Array:
         """Where the codes of elements of some rows stand among those of all rows."""
         xp = self._xp
-        magnitude = abs(x[rows]) / self._unit[rows]
+        own = floats.computable(x[rows])
+        magnitude = abs(own) / self._unit[rows]
         table = xp.arange(len(x))[rows, None]
         if self._mapped:
             table = table * (self._levels + 1) + bits[rows]
         position = self._bisected(magnitude, table)
-        position += (x[rows] <= 0) * position.dtype.type(self._cells)
+        position += (own <= 0) * position.dtype.type(self._cells)
         return position + table * (2 * self._cells)
 
     def _bisected(self, magnitude: Array, table: Array) -> Array:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays
+from cubin import arrays, floats
 from cubin.arrays import Array
 from cubin.signs import as_integers
 
@@ -36,8 +36,12 @@ class Magnitudes:
 
     Attributes
     ----------
-    unit : array, shape (rows, 1), in the work dtype
-        The power of two that x is divided by, so that no square can overflow or vanish.
+    unit : array, shape (rows, 1)
+        The power of two that x is divided by, so that no square can overflow or vanish. It has the
+        dtype of the magnitudes: the work dtype, but float64 on a device, where CuPy's functions
+        lose small float32 numbers.
+    work : dtype
+        The work dtype of x.
     valid : array of bool, shape (rows,)
         False for rows with NaN or infinity, which count as zeros here.
     mapped : bool
@@ -51,7 +55,9 @@ class Magnitudes:
         self.count, self.length = x.shape
         mapped = self.mapped = np.ndim(bits) > 0
         self.depths = tuple(range(1, levels + 1)) if mapped else (levels,)
-        magnitude = xp.abs(x, out=xp.empty(x.shape, arrays.work_dtype(x.dtype)))
+        self.work = arrays.work_dtype(x.dtype)
+        dtype = np.float64 if arrays.on_device(x) else self.work
+        magnitude = xp.abs(floats.computable(x), out=xp.empty(x.shape, dtype))
         if mapped:
             magnitude = xp.where(bits > 0, magnitude, 0)
         self.unit, self.valid = _unit(xp, magnitude)
@@ -150,7 +156,7 @@ def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:
 
 def _weights(xp: Any, importance: Array, bits: Any) -> Array:
     """Weights below 2 in float64: 0 for elements without bits, 1 in a row of zeros."""
-    weight = importance.astype(np.float64)
+    weight = floats.widened(importance)
     if np.ndim(bits):
         weight[bits == 0] = 0
     weight /= _unit(xp, weight)[0]

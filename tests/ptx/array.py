@@ -1,4 +1,9 @@
-"""The device array of the stand-in: NumPy memory that kernels reach and NumPy does not."""
+"""The device array of the stand-in: NumPy memory that kernels reach and NumPy does not.
+
+There are as many devices as are asked for. What computes, converts or gathers takes arrays of the
+current device alone; views, copies and transfers take any. CuPy's own functions flush subnormal
+float32, and so do these.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,26 @@ from typing import Any
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
-from tests.ptx.memory import Allocation
+from tests.ptx.memory import CURRENT_DEVICE, Allocation
 
 _WORD = 8
 """Bytes of the largest item of an access."""
+
+
+_TINY = np.finfo(np.float32).tiny
+
+_VIEWING = {"broadcast_to", "may_share_memory", "moveaxis", "ndim", "shape", "shares_memory"}
+"""Functions that do not look at items."""
+
+_MOVING = {
+    "argsort", "concatenate", "copyto", "partition", "repeat", "sort", "stack", "take",
+    "take_along_axis", "where",
+}  # fmt: skip
+"""Functions that hand items on as they are."""
+
+
+class WrongDevice(Exception):
+    """An array of another device than the current one was computed with."""
 
 
 class Pointer:
@@ -24,19 +45,21 @@ class Pointer:
 
 
 class Device:
-    """The one device; a context, as CuPy's."""
+    """A device; a context in which it is the current one, as CuPy's."""
 
-    def __init__(self, number: int = 0) -> None:
-        self.id = number
+    def __init__(self, number: int | None = None) -> None:
+        self.id = CURRENT_DEVICE[-1] if number is None else number
 
     def __enter__(self) -> Device:
+        CURRENT_DEVICE.append(self.id)
         return self
 
     def __exit__(self, *_: object) -> None:
-        return None
+        CURRENT_DEVICE.pop()
 
     def use(self) -> None:
-        """Nothing: there is one device."""
+        """Make it the current one."""
+        CURRENT_DEVICE[-1] = self.id
 
     def synchronize(self) -> None:
         """Nothing: every launch has ended when it returns."""
@@ -107,7 +130,7 @@ class ndarray:
     @property
     def device(self) -> Device:
         """Where it lies."""
-        return Device(0)
+        return Device(self._allocation.device)
 
     @property
     def data(self) -> Pointer:
@@ -185,6 +208,14 @@ class ndarray:
     def _view(self, host: np.ndarray) -> ndarray:
         return ndarray(host, self._allocation)
 
+    def _here(self) -> np.ndarray:
+        """Its items, for what runs on the current device."""
+        if self._allocation.device != CURRENT_DEVICE[-1]:
+            raise WrongDevice(
+                f"an array of device {self._allocation.device} on device {CURRENT_DEVICE[-1]}"
+            )
+        return self._host
+
     def __getitem__(self, index: Any) -> ndarray:
         found = self._host[_host_index(index)]
         if isinstance(found, np.ndarray) and np.shares_memory(found, self._allocation.bytes):
@@ -192,15 +223,20 @@ class ndarray:
         if not isinstance(found, np.ndarray):  # one item: a 0-d view of it
             parts = index if isinstance(index, tuple) else (index,)
             return self._view(self._host[(*_host_index(parts), ...)])
+        self._here()
         return upload(found)
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        self._here()
+        value = _host_value(value)
+        if isinstance(value, np.ndarray) and value.dtype != self.dtype:
+            value = _flushed(_flushed(value).astype(self.dtype))
         target = self[index]
         if target._allocation is not self._allocation:
-            self._host[_host_index(index)] = _host_value(value)
+            self._host[_host_index(index)] = value
             self._mark()
             return
-        target._assign(_host_value(value))
+        target._assign(value)
 
     def _assign(self, value: Any) -> None:
         self._host[...] = value
@@ -219,7 +255,10 @@ class ndarray:
     def reshape(self, *shape: Any, order: str = "C") -> ndarray:
         """A view where the strides allow one, else a copy."""
         host = self._host.reshape(*shape, order=order)
-        return self._view(host) if np.may_share_memory(host, self._host) else upload(host)
+        if np.may_share_memory(host, self._host):
+            return self._view(host)
+        self._here()
+        return upload(host)
 
     def transpose(self, *axes: Any) -> ndarray:
         """A view with the axes permuted."""
@@ -249,11 +288,15 @@ class ndarray:
         """The items converted; itself where `copy` is false and nothing changes."""
         if not copy and self.dtype == dtype:
             return self
+        host = self._here()
+        if host.dtype == dtype:
+            return adopt(host.copy(order="K"))
         with np.errstate(all="ignore"):
-            return adopt(self._host.astype(dtype))
+            return adopt(_flushed(_flushed(host).astype(dtype)))
 
     def fill(self, value: Any) -> None:
         """Set every item."""
+        self._here()
         self._assign(_host_value(value))
 
     # Arithmetic, by NumPy
@@ -271,15 +314,16 @@ class ndarray:
 
     def _binary(function: Any, *, reverse: bool = False) -> Callable[..., ndarray]:
         def method(self: ndarray, other: Any) -> ndarray:
-            left, right = self._host, _host_value(other)
+            left, right = _flushed(self._here()), _flushed(_host_value(other))
             with np.errstate(all="ignore"):
-                return adopt(function(right, left) if reverse else function(left, right))
+                return adopt(_flushed(function(right, left) if reverse else function(left, right)))
 
         return method
 
     def _update(function: Any) -> Callable[..., ndarray]:
         def method(self: ndarray, other: Any) -> ndarray:
-            self._assign(function(self._host, _host_value(other)))
+            left, right = _flushed(self._here()), _flushed(_host_value(other))
+            self._assign(_flushed(function(left, right)))
             return self
 
         return method
@@ -302,13 +346,13 @@ class ndarray:
     __iand__, __ior__ = _update(operator.and_), _update(operator.or_)
 
     def __neg__(self) -> ndarray:
-        return adopt(-self._host)
+        return adopt(-_flushed(self._here()))
 
     def __abs__(self) -> ndarray:
-        return adopt(abs(self._host))
+        return adopt(abs(_flushed(self._here())))
 
     def __invert__(self) -> ndarray:
-        return adopt(~self._host)
+        return adopt(~self._here())
 
 
 def allocate(shape: Any, dtype: Any, order: str = "C") -> ndarray:
@@ -341,22 +385,35 @@ def adopt(values: Any) -> ndarray:
 
 def _host_value(value: Any) -> Any:
     if isinstance(value, ndarray):
-        return value._host
+        return value._here()
     if isinstance(value, np.ndarray) and value.ndim:
         raise TypeError(f"Unsupported type {type(value)}: move it to the device first")
     return value
 
 
-def _host_values(value: Any) -> Any:
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """A function of a value, or of all that a list or tuple holds."""
     if isinstance(value, list | tuple):
-        return type(value)(map(_host_values, value))
-    return _host_value(value)
+        return type(value)(_each(function, item) for item in value)
+    return function(value)
+
+
+def _flushed(value: Any) -> Any:
+    """A value with float32 as ``-ftz=true`` takes and gives them: subnormal ones are zeros."""
+    if not isinstance(value, np.ndarray | np.generic) or value.dtype != np.float32:
+        return value
+    small = np.abs(value) < _TINY
+    return np.where(small, np.copysign(np.float32(0), value), value) if small.any() else value
 
 
 def _host_index(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(_host_index(part) for part in index)
-    return index._host if isinstance(index, ndarray) else index
+    return index._here() if isinstance(index, ndarray) else index
+
+
+def _host_value_anywhere(value: Any) -> Any:
+    return value._host if isinstance(value, ndarray) else _host_value(value)
 
 
 def through_numpy(function: Callable[..., Any], inputs: Any, options: dict[str, Any]) -> Any:
@@ -364,13 +421,23 @@ def through_numpy(function: Callable[..., Any], inputs: Any, options: dict[str, 
     out = options.get("out")
     if out is not None and not isinstance(out, ndarray):
         raise TypeError("Output arguments type must be cupy.ndarray")
+    if function.__name__ in _VIEWING:
+        items: Callable[[Any], Any] = _host_value_anywhere
+    elif function.__name__ in _MOVING:
+        items = _host_value
+    else:
+
+        def items(value: Any) -> Any:
+            return _flushed(_host_value(value))
+
+    given = {k: _each(_host_value if k == "out" else items, v) for k, v in options.items()}
     with np.errstate(all="ignore"):
-        result = function(
-            *map(_host_values, inputs), **{k: _host_values(v) for k, v in options.items()}
-        )
+        result = function(*(_each(items, value) for value in inputs), **given)
     if out is not None:
-        out._mark()
+        out._assign(_flushed(out._host))
         return out
+    if function.__name__ not in _VIEWING | _MOVING:
+        result = _each(_flushed, result)
     return wrap(result, [i._allocation for i in inputs if isinstance(i, ndarray)])
 
 

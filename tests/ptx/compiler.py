@@ -175,8 +175,12 @@ def compile(
 @functools.cache
 def _versions() -> tuple[str, ...]:
     """What else a result depends on: the compiler and the headers."""
-    names = ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12", "cupy-cuda12x")
-    return tuple(f"{name} {metadata.version(name)}" for name in names)
+    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
+    return tuple(
+        f"{name} {number}"
+        for name, number in sorted(installed.items())
+        if name.startswith(("cupy-cuda", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime"))
+    )
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def _real(value: Any) -> Any:
     """An argument as CuPy's own type: an array at its made-up address, or a scalar."""
     if not isinstance(value, array.ndarray):
         return _scalar.CScalar(value)
+    value._here()
     memory = cupy.cuda.UnownedMemory(
         value._allocation.address, value._allocation.size, value._allocation, 0
     )

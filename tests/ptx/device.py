@@ -261,12 +261,14 @@ class Module:
         Stream=_Stream,
         get_current_stream=lambda: _Stream.null,
         is_available=lambda: True,
-        runtime=SimpleNamespace(getDeviceCount=lambda: 1, getDevice=lambda: 0),
+        runtime=SimpleNamespace(getDeviceCount=lambda: 2, getDevice=lambda: array.Device().id),
     )
 
     def asarray(self, values: Any, dtype: Any = None, order: Any = None) -> ndarray:
         """`values` on the device: itself where it is there already and of the right type."""
         if isinstance(values, ndarray):
+            if values.device != array.Device():
+                values = values.copy()
             return values if dtype is None else values.astype(dtype, copy=False)
         return array.upload(np.asarray(values, dtype))
 

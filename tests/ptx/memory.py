@@ -18,6 +18,9 @@ ALIGNMENT = 256
 UNWRITTEN = 0xFB
 """What memory holds that nothing wrote."""
 
+CURRENT_DEVICE = [0]
+"""The number of the device that memory is allocated on and kernels run on: the last entry."""
+
 _GUARD = 1 << 20
 _ADDRESSES = itertools.count(0x7F00_0000_0000, 1 << 34)
 
@@ -35,6 +38,7 @@ class Allocation:
             raise MemoryError(f"{size} bytes")
         self.address = next(_ADDRESSES)
         self.size = size
+        self.device = CURRENT_DEVICE[-1]
         self.bytes: Bytes = np.full(padded, UNWRITTEN, np.uint8) if held is None else held
         self.written: NDArray[np.bool_] | None = None if written else np.zeros(padded, bool)
 

@@ -137,6 +137,9 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
         raise ValueError(f"out has shape {out.shape}, but the result has shape {x.shape}")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
+    repeated = any(n > 1 and step == 0 for n, step in zip(out.shape, out.strides, strict=True))
+    if repeated and out.size:
+        raise ValueError(f"out has elements that share their memory: its strides are {out.strides}")
     if on_device(out) and not is_aligned(out):
         raise ValueError(
             f"out must lie at multiples of its item size, {out.itemsize} bytes, as a GPU writes "

@@ -225,3 +225,18 @@ def test_a_result_at_an_address_that_a_gpu_refuses(offset, step, device):
         with pytest.raises(ValueError, match="out must lie at multiples of its item size, 8 bytes"):
             function(device.asarray(x), out=out)
     assert (out.get() == 1).all()
+
+
+def test_elements_of_a_result_share_no_memory(xp):
+    """Else it is left to chance which of them stays: threads write them in no order."""
+    x = xp.asarray(np.array([[1.0, -2.0], [-3.0, 4.0]]))
+    for memory in (xp.zeros((1, 2)), xp.zeros((2, 1))):
+        out = xp.broadcast_to(memory, x.shape)
+        if xp is np:  # whose views of this kind are read-only
+            out = np.lib.stride_tricks.as_strided(memory, out.shape, out.strides)
+        for function in (cubin.sign, lambda x, out: cubin.multibit(x, 1, out=out)):
+            with pytest.raises(ValueError, match="out has elements that share their memory"):
+                function(x, out=out)
+    nothing = xp.zeros((2, 2))[:, :0]
+    empty = xp.broadcast_to(nothing[:1], (2, 0)) if xp is not np else np.zeros((2, 0))
+    assert cubin.sign(nothing, out=empty) is empty

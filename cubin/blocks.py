@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -112,46 +112,49 @@ def each(
     """
     pays = size >= (THREADED if threaded is None else threaded) and not _thread.works
     workers = max(1, min(_workers(), len(blocks))) if pays else 1
+    if workers == 1:
+        _run(task, blocks)
+        return
     # Threads keep apart: side by side in new memory, each would clear the page that they share.
     ends = [len(blocks) * number // workers for number in range(workers + 1)]
     shares = [deque(blocks[start:stop]) for start, stop in itertools.pairwise(ends)]
     errors: list[BaseException] = []
 
     def work(number: int) -> None:
-        outermost, _thread.works = not _thread.works, True
+        _thread.works = True
         try:
-            with np.errstate(all="ignore"):
-                np.setbufsize(_BUFFER)  # until this errstate ends
-                for block in _taken(shares[number:] + shares[:number]):
-                    task(block)
+            _run(task, _taken(shares[number:] + shares[:number]))
         except BaseException as error:
             errors.append(error)
             stop()
         finally:
-            _thread.works = not outermost
-            if workers > 1:
-                _scratch.__dict__.clear()  # of as many threads it is too much to keep
+            _thread.works = False
+            _scratch.__dict__.clear()  # of as many threads it is too much to keep
 
     def stop() -> None:
         for share in shares:
             share.clear()
 
-    if workers == 1:
+    helpers = _Helpers(work, workers - 1)
+    try:
         work(0)
-    else:
-        helpers = _Helpers(work, workers - 1)
-        try:
-            work(0)
-            helpers.wait()
-        except BaseException:  # while waiting
-            stop()
-            helpers.wait()
-            raise
+        helpers.wait()
+    except BaseException:  # while waiting
+        stop()
+        helpers.wait()
+        raise
     if errors:
         try:
             raise errors[0]
         finally:
             errors.clear()  # a cycle, which would hold arrays
+
+
+def _run(task: Callable[[Any], None], blocks: Iterable[Any]) -> None:
+    with np.errstate(all="ignore"):
+        np.setbufsize(_BUFFER)  # until this errstate ends
+        for block in blocks:
+            task(block)
 
 
 def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:
@@ -201,7 +204,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Thread(threading.local):
-    """What a thread is doing: whether it works on blocks."""
+    """Whether a thread is one of those that share the work of a call."""
 
     works = False
 

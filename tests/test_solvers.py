@@ -542,17 +542,23 @@ def test_sixteen_refined_levels(rng):
 
 @pytest.mark.parametrize("length", [1, 7, 100, 600])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_unsorted_rows_have_the_sums_of_sorted_ones(rng, dtype, length):
+def test_sums_of_cells(rng, dtype, length):
     x = rng.normal(size=(9, length)).astype(dtype)
     x[2], x[3, 0] = 0, np.inf
-    plain = magnitudes.Magnitudes(x, np.uint8(3), 3, None)
-    unsorted = magnitudes.Unsorted(x, 3)
+    sorted_rows = magnitudes.Magnitudes(x, np.uint8(3), 3, None)
+    unit = sorted_rows.unit.astype(np.float64)
+    m = np.where(np.isfinite(x).all(axis=1, keepdims=True), np.abs(x) / unit, 0)
     for rows in (np.arange(9), np.array([0, 3, 8])):
-        thresholds = np.sort(rng.uniform(-0.1, 2, (3, len(rows))), axis=0).astype(plain.unit.dtype)
-        expected = plain.sums(rows, 3, thresholds)
-        for found in (unsorted.sums(rows, 3, thresholds), unsorted.sums(rows, 3, thresholds)):
-            np.testing.assert_array_equal(found[0], expected[0])
-            np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-12 * length)
+        thresholds = np.sort(rng.uniform(-0.1, 2, (3, len(rows))), axis=0)
+        thresholds = thresholds.astype(sorted_rows.unit.dtype)
+        mass, first = sorted_rows.sums(rows, 3, thresholds)
+        edges = np.concatenate([[[-1] * len(rows)], thresholds, [[np.inf] * len(rows)]])
+        for cell, (low, high) in enumerate(itertools.pairwise(edges[:, :, None])):
+            # Above the edge before it, and not above its own.
+            inside = (m[rows] > low) & (m[rows] <= np.maximum(low, high))
+            np.testing.assert_array_equal(mass[cell], inside.sum(axis=1))
+            expected = (m[rows] * inside).sum(axis=1)
+            np.testing.assert_allclose(first[cell], expected, rtol=0, atol=1e-12 * length)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

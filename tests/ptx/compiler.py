@@ -175,7 +175,9 @@ def compile(
 @functools.cache
 def _versions() -> tuple[str, ...]:
     """What else a result depends on: the compiler and the headers."""
-    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
+    installed: dict[str, str] = {}
+    for one in metadata.distributions():  # the first of a name is what is imported
+        installed.setdefault(one.metadata["Name"], one.version)
     return tuple(
         f"{name} {number}"
         for name, number in sorted(installed.items())

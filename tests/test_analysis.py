@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 
 import matplotlib as mpl
@@ -53,6 +54,21 @@ def test_overall_is_the_error_of_all_arrays_as_one(table, weights):
         assert row.relative_mse == pytest.approx(float(cubin.errors.relative_mse(x, y)))
         assert row.cosine_similarity == pytest.approx(float(cubin.errors.cosine_similarity(x, y)))
         assert row.max_abs_error == float(cubin.errors.max_abs_error(x, y))
+
+
+def test_overall_averages_bits_over_elements(weights):
+    rows = error_per_bit_width(weights, bits=[2]).rows
+    payloads, effective = (1.25, 3.0), (1.5, 4.0)
+    mapped = [
+        dataclasses.replace(row, payload_bits=payload, effective_bits=whole)
+        for row, payload, whole in zip(rows, payloads, effective, strict=True)
+    ]
+    [overall] = ErrorTable(mapped).overall()
+    sizes = [row.size for row in rows]
+    assert sizes[0] != sizes[1]
+    assert overall.payload_bits == pytest.approx(np.average(payloads, weights=sizes))
+    assert overall.effective_bits == pytest.approx(np.average(effective, weights=sizes))
+    assert overall.compression == pytest.approx(32 / overall.effective_bits)
 
 
 def test_overall_of_zeros():
@@ -187,6 +203,9 @@ def test_arguments(rng):
         error_per_bit_width(x, bits=[1.5])
     with pytest.raises(ValueError, match="solver"):
         error_per_bit_width(x, solvers=["magic"])
+    for axis in (0, (0, 1)):
+        with pytest.raises(ValueError, match="group_size=3 exclude each other"):
+            error_per_bit_width({"w": x}, channel_axis=axis, group_size=3)
     with pytest.raises(ValueError, match="array 'w': group_size 4"):
         error_per_bit_width({"w": x}, group_size=4)
     with pytest.raises(TypeError, match="array 'w'"):

@@ -32,15 +32,6 @@ def write(x, bits, first, scales, stored, y, opposite):
     levels_in_lanes(x, bits, np.uint8(first), scales, stored, y, opposite)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_before_any_deadline():
-    for dtype in DTYPES:
-        x, bits = np.ones(2, dtype), np.ones(2, np.uint8)
-        for given_bits in (None, bits):
-            add(x, given_bits, 0, (x[0],), x.copy())
-            write(x, given_bits, 0, (x[0], x[1]), None, x.copy(), x.copy())
-
-
 def magnitudes(x, scales):
     """What is left of magnitudes, rounded at each step as the dtype does."""
     m = np.abs(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -22,7 +22,7 @@ def error_per_bit_width(
     arrays: Mapping[str, Array] | Iterable[Any] | Array,
     bits: int | Iterable[int] = range(1, 9),
     solvers: Sequence[str] = ("greedy",),
-    channel_axis: Axis = 0,
+    channel_axis: Axis | Literal["auto"] = "auto",
     *,
     group_size: int | None = None,
 ) -> ErrorTable:
@@ -39,9 +39,10 @@ def error_per_bit_width(
         The bit widths, 0 to 16.
     solvers : sequence of str
         The solvers of `cubin.quantize`.
-    channel_axis : int, tuple of int or None
-        One scale per level for each index of this axis (these axes); None for one per tensor. It
-        is not used where an array brings its own, or with groups.
+    channel_axis : int, tuple of int, None or "auto"
+        One scale per level for each index of this axis (these axes); None for one per tensor;
+        "auto" for axis 0 unless groups are given. It is not used where an array brings its own,
+        which in turn is not used with groups.
     group_size : int, optional
         One scale per level for every run of this many elements of the last axis.
 
@@ -54,8 +55,8 @@ def error_per_bit_width(
     TypeError
         If an array is not floating point or a bit width no integer.
     ValueError
-        If a solver is unknown, a bit width is out of range, an axis or group size does not fit an
-        array, or an array has NaN or infinity, or values whose squares float64 cannot hold. The
+        If a solver is unknown, a bit width is out of range, `channel_axis` and `group_size` are
+        both given, an axis or group size does not fit an array, or an array has NaN or infinity, or values whose squares float64 cannot hold. The
         message names the array.
 
     Examples
@@ -75,7 +76,12 @@ def error_per_bit_width(
     for solver in solvers:
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    axis = None if group_size is not None else channel_axis
+    if group_size is not None and channel_axis not in ("auto", None):
+        raise ValueError(
+            f"channel_axis={channel_axis} and group_size={group_size} exclude each other: "
+            "give one of them"
+        )
+    axis = 0 if channel_axis == "auto" else channel_axis
     total = len(arrays) if isinstance(arrays, Sized) else None
     bar = tqdm(_named(arrays, axis), total=total, unit="tensor", delay=1, leave=False, disable=None)
     rows: list[ErrorRow] = []

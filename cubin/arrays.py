@@ -137,9 +137,11 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
         raise ValueError(f"out has shape {out.shape}, but the result has shape {x.shape}")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
-    repeated = any(n > 1 and step == 0 for n, step in zip(out.shape, out.strides, strict=True))
-    if repeated and out.size:
-        raise ValueError(f"out has elements that share their memory: its strides are {out.strides}")
+    if _overlaps_itself(out):
+        raise ValueError(
+            f"out of shape {out.shape} and strides {out.strides} has elements that share memory: "
+            "pass an array of its own"
+        )
     if on_device(out) and not is_aligned(out):
         raise ValueError(
             f"out must lie at multiples of its item size, {out.itemsize} bytes, as a GPU writes "
@@ -148,20 +150,39 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
     return out
 
 
+def _overlaps_itself(array: Array) -> bool:
+    """Whether elements share memory, as in broadcast arrays and sliding windows.
+
+    Each axis must step over all that the axes of smaller strides span.
+    """
+    span = array.itemsize
+    for stride, length in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if length > 1 and stride < span:
+            return bool(array.size)
+        span += stride * (length - 1)
+    return False
+
+
 def result(shape: tuple[int, ...], dtype: Any, x: Array) -> Array:
     """A new array of arbitrary content in x's library."""
     return library(x).empty(shape, dtype) if on_device(x) else memory.empty(shape, dtype)
 
 
-def apart(x: Array, out: Array) -> Array:
-    """`x`, or a copy of it where writing `out` would overwrite elements not read yet."""
+def apart(given: Array, out: Array) -> Array:
+    """`given`, or a copy of it where writing `out` would overwrite elements not read yet.
+
+    What is `out` itself is not copied: every element is read before it is written. Scalars are no
+    part of any array.
+    """
+    if isinstance(given, np.generic):
+        return given
     same = (
-        x.shape == out.shape
-        and x.strides == out.strides
-        and _address(x) == _address(out)
-        and x.dtype == out.dtype
+        given.shape == out.shape
+        and given.strides == out.strides
+        and _address(given) == _address(out)
+        and given.dtype == out.dtype
     )
-    return x.copy() if not same and library(x).may_share_memory(x, out) else x
+    return given.copy() if not same and library(given).may_share_memory(given, out) else given
 
 
 def _address(array: Array) -> int:

@@ -62,7 +62,8 @@ def multibit(
     importance : array that broadcasts to x's shape, optional
         As in `quantize`.
     out : array, optional
-        Where to put the result: x's shape and dtype. It may be `x` itself.
+        Where to put the result: x's shape and dtype. It may be `x` itself, or overlap any of the
+        other arrays.
 
     Returns
     -------
@@ -106,8 +107,8 @@ def multibit(
         y = arrays.output(out, x)
         limits, levels = arrays.as_bits(bits, x, limit=SOLVERS[solver], look=solve is not None)
         weights = _weights(importance, x, solver)
-        x = arrays.apart(x, y)
-        limits = arrays.apart(limits, y) if np.ndim(limits) else limits
+        x, limits = arrays.apart(x, y), arrays.apart(limits, y)
+        weights = None if weights is None else arrays.apart(weights, y)
         if solve is None or _greedy_is_best(levels, weights):
             greedy.approximate(x, _spread(limits, x), levels, rows, y)
         else:

@@ -105,7 +105,7 @@ def sign(x: Array, *, out: Array | None = None) -> Array:
     x : array of float16, float32 or float64, any shape
         NumPy or CuPy array, or anything that ``numpy.asarray`` takes.
     out : array, optional
-        Where to put the result: x's shape and dtype. It may be `x` itself.
+        Where to put the result: x's shape and dtype. It may be `x` itself, or overlap it.
 
     Returns
     -------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from tests.ptx.plugin import (
     device,
@@ -27,6 +28,10 @@ __all__ = [
     "pytest_testnodedown",
     "pytest_xdist_setupnodes",
 ]
+
+# On a machine that is busy with other things, any test takes longer than a deadline.
+settings.register_profile("cubin", deadline=None)
+settings.load_profile("cubin")
 
 
 @pytest.fixture(params=["numpy", pytest.param("device", marks=pytest.mark.kernels)])

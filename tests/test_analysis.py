@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import functools
 import math
 import multiprocessing
@@ -67,6 +68,21 @@ def test_overall_is_the_error_of_all_arrays_as_one(table, weights):
         assert row.relative_mse == pytest.approx(float(cubin.errors.relative_mse(x, y)))
         assert row.cosine_similarity == pytest.approx(float(cubin.errors.cosine_similarity(x, y)))
         assert row.max_abs_error == float(cubin.errors.max_abs_error(x, y))
+
+
+def test_overall_averages_bits_over_elements(weights):
+    rows = error_per_bit_width(weights, bits=[2]).rows
+    payloads, effective = (1.25, 3.0), (1.5, 4.0)
+    mapped = [
+        dataclasses.replace(row, payload_bits=payload, effective_bits=whole)
+        for row, payload, whole in zip(rows, payloads, effective, strict=True)
+    ]
+    [overall] = ErrorTable(mapped).overall()
+    sizes = [row.size for row in rows]
+    assert sizes[0] != sizes[1]
+    assert overall.payload_bits == pytest.approx(np.average(payloads, weights=sizes))
+    assert overall.effective_bits == pytest.approx(np.average(effective, weights=sizes))
+    assert overall.compression == pytest.approx(32 / overall.effective_bits)
 
 
 def test_overall_of_zeros():

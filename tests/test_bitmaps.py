@@ -248,7 +248,7 @@ def some_array(seed, shape, dtype, kind):
 KINDS = st.sampled_from(["normal", "heavy", "tied", "rows", "sparse"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.tuples(st.integers(1, 5), st.integers(1, 4).map(lambda n: 3 * n)),
@@ -439,7 +439,7 @@ def model(seed, kinds, dtype="float64"):
     }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     kinds=st.lists(KINDS, min_size=1, max_size=4),

@@ -42,23 +42,6 @@ def xp():
     return np
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_before_any_deadline():
-    for dtype in WORK:
-        x = np.ones((1, 5), dtype)
-        scale = np.ones((1, 1), dtype)
-        for bits in (np.uint8(1), np.ones(x.shape, np.uint8)):
-            greedy_loops.level_scales(x, bits, 1)
-            greedy_loops.level_sums(
-                x, bits, total=np.empty((1, 1)), count=np.empty((1, 1), np.int64)
-            )
-            greedy_loops.approximation(x, bits, scale, y=np.empty_like(x))
-            greedy_loops.approximate_rows(x, bits, 1, y=np.empty_like(x))
-            greedy_loops.codes(x, bits, scale, code=np.empty(x.shape, np.uint16))
-            signs = np.empty((1, 1, 5), np.int8)
-            greedy_loops.encode_rows(x, bits, 1, scales=np.empty((1, 1, 1)), signs=signs)
-
-
 @pytest.fixture(autouse=True)
 def loops_for_any_size(monkeypatch):
     monkeypatch.setattr(blocks, "COMPILED", 0)

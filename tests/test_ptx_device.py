@@ -110,7 +110,7 @@ views = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=4, max_side=5),
                elements=st.floats(-8, 8, width=16)),
@@ -129,7 +129,7 @@ def test_elementwise_on_views(x, first, second):
     np.testing.assert_array_equal(weighted(device, np.float32(3)).get(), host * 3)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     hnp.arrays(np.float64, hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=6),
                elements=st.integers(-100, 100).map(float)),

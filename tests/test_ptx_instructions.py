@@ -599,7 +599,7 @@ def nearest(value, dtype):
     return np.float32(low if below < above else high)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data(), st.sampled_from([32, 64]))
 def test_fma_rounds_once(data, width):
     bound = 2.0**50 if width == 32 else 1e100

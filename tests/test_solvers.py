@@ -166,7 +166,7 @@ def small_problem(data):
     return x, bits, importance
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_against_all_codes(data):
     x, bits, importance = small_problem(data)
@@ -182,7 +182,7 @@ def test_against_all_codes(data):
         assert found["optimal"] <= limit + 1e-12 * power
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_alternating_as_defined(data):
     n = data.draw(st.integers(6, 24))
@@ -200,7 +200,7 @@ def test_alternating_as_defined(data):
 # ---------------------------------------------------------------- properties
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_the_error_never_rises(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))

@@ -10,12 +10,15 @@ change to this file, delete ``cubin/**/__pycache__/*.nb?``.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from cubin import arrays, blocks
@@ -23,12 +26,46 @@ from cubin.arrays import Array
 from cubin.sums import CHUNK, COLUMNS, UNIT
 
 
+class _Cache(FunctionCache):
+    """Compiled loops on disk, without which they are compiled again.
+
+    A killed process, a full disk and processes that save at once leave entries that cannot be
+    read, or that hold a loop for other types. Numba raises for the first, whenever the loop is
+    called, and takes the second as it is.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The loop for the types `sig`, or None where there is no sound entry."""
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception:  # unpickling what is damaged may raise anything
+            found = None
+        else:
+            if found is None or found.signature.args == tuple(sig):
+                return found
+        with contextlib.suppress(OSError):
+            self.flush()
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep the loop for the types `sig`, or warn that this is not possible."""
+        try:
+            super().save_overload(sig, data)
+        except Exception:
+            warnings.warn(
+                f"compiled loops cannot be kept in {self.cache_path}, so every process compiles "
+                "them again: delete that folder, or let it be written",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
 def loop(function: Callable[..., Any]) -> Any:
     """Compile a function for the types that it is called with, and keep the result on disk."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder to keep it in can be written
-        return numba.njit(nogil=True)(function)
+    compiled: Any = numba.njit(nogil=True)(function)
+    with contextlib.suppress(RuntimeError):  # no folder to keep the cache in can be written
+        compiled._cache = _Cache(function)
+    return compiled
 
 
 def part(function: Callable[..., Any]) -> Any:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cubin import arrays, passes
-from cubin.arrays import Array
-from cubin.kernels import FLOATS, reduction
+from cubin.core import arrays, libraries, passes
+from cubin.core.libraries import Array
+from cubin.core.primitives import FLOATS, reduction
+from cubin.core.rows import axes_of, rows_of
 
 _CUDA = """
 struct Moments {
@@ -80,19 +81,19 @@ class Errors:
 
     def relative_mse(self) -> Array:
         """The squared error over the power; 0 where both are 0."""
-        with arrays.current_device(self.error):
+        with libraries.current_device(self.error):
             return _ratio(self.error, self.power, self._lost())
 
     def sqnr_db(self) -> Array:
         """-10 log10 of the relative MSE, in dB."""
-        xp = arrays.library(self.error)
-        with arrays.current_device(self.error), np.errstate(divide="ignore"):
+        xp = libraries.library(self.error)
+        with libraries.current_device(self.error), np.errstate(divide="ignore"):
             return 0 - 10 * xp.log10(self.relative_mse())
 
     def cosine_similarity(self) -> Array:
         """The cosine; 1 where both are 0, 0 where one is."""
-        xp = arrays.library(self.error)
-        with arrays.current_device(self.error), np.errstate(invalid="ignore"):
+        xp = libraries.library(self.error)
+        with libraries.current_device(self.error), np.errstate(invalid="ignore"):
             both = xp.sqrt(self.power) * xp.sqrt(self.power_of_approx)
             same = (self.power == 0) & (self.power_of_approx == 0)
             cosine = self.product / xp.where(both == 0, 1.0, both)
@@ -101,12 +102,12 @@ class Errors:
 
     def _lost(self) -> Array:
         """Whether the squares of an error or of an x left the range of float64."""
-        xp = arrays.library(self.error)
+        xp = libraries.library(self.error)
         return ((self.error == 0) & (self.worst > 0)) | xp.isinf(self.power)
 
 
 def _ratio(part: Array, whole: Array, lost: Array) -> Array:
-    xp = arrays.library(part)
+    xp = libraries.library(part)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = xp.where(part == 0, xp.where(whole == whole, 0.0, whole), part / whole)
     return xp.where(lost, np.nan, ratio)
@@ -122,9 +123,9 @@ def measure(
     """The moments of `x` and `approx` over `axis` (default: all axes), in one pass."""
     x = arrays.as_floats("x", x)
     every = tuple(range(x.ndim))
-    reduced = every if axis is None else arrays.axes_of("axis", axis, x.shape)
-    rows = arrays.rows_of(x.shape, tuple(a for a in every if a not in reduced))
-    with arrays.current_device(x):
+    reduced = every if axis is None else axes_of("axis", axis, x.shape)
+    rows = rows_of(x.shape, tuple(a for a in every if a not in reduced))
+    with libraries.current_device(x):
         approx = arrays.like("approx", approx, x)
         sums = passes.partial_results(moments, rows, (x, approx), [])
         # Rows are numbered by the axes kept, in their order.

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays
-from cubin.arrays import Array
-from cubin.quantize import multibit
-from cubin.signs import multibit_grad, sign, sign_grad
+from cubin.binarize import multibit, sign
+from cubin.core import arrays, libraries
+from cubin.core.bits import as_bits
+from cubin.core.libraries import Array
+from cubin.gradients import multibit_grad, sign_grad
 
 
 class Sign:
@@ -105,10 +106,10 @@ class Multibit:
     """
 
     def __init__(self, bits: Array, channel_axis: int | tuple[int, ...] | None = None) -> None:
-        if not arrays.on_device(bits):
+        if not libraries.on_device(bits):
             # A map may be of any shape until x is known.
             checked = np.asarray(bits)
-            arrays.as_bits(checked, np.broadcast_to(np.float32(0), checked.shape))
+            as_bits(checked, np.broadcast_to(np.float32(0), checked.shape))
             bits = checked.copy() if checked.ndim else int(checked)
         self.bits = bits
         self.channel_axis = (
@@ -130,7 +131,7 @@ class Multibit:
 
     def state_dict(self) -> dict[str, Any]:
         """The operator's state: ``bits``, an int or an array of its own, and ``channel_axis``."""
-        with arrays.current_device(self.bits):
+        with libraries.current_device(self.bits):
             bits = self.bits if isinstance(self.bits, int) else self.bits.copy()
         return {"bits": bits, "channel_axis": self.channel_axis}
 
@@ -146,12 +147,12 @@ class Multibit:
         assert isinstance(other, Multibit)
         if (
             self.channel_axis != other.channel_axis
-            or arrays.on_device(self.bits) != arrays.on_device(other.bits)
+            or libraries.on_device(self.bits) != libraries.on_device(other.bits)
             or np.shape(self.bits) != np.shape(other.bits)
         ):
             return False
-        xp = arrays.library(self.bits)
-        with arrays.current_device(self.bits):
+        xp = libraries.library(self.bits)
+        with libraries.current_device(self.bits):
             # A map on another device is copied to this one.
             return bool((self.bits == xp.asarray(other.bits)).all())
 

@@ -23,12 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, greedy
-from cubin.arrays import Array, Rows
-from cubin.code import level_signs
-from cubin.kernels import FLOATS, REGISTRY, Elementwise, elementwise
-from cubin.passes import Part
-from cubin.signs import gradient_inside, where
+from cubin.codes.levels import level_signs
+from cubin.core import arrays, floats, libraries
+from cubin.core.floats import where
+from cubin.core.libraries import Array
+from cubin.core.passes import Part
+from cubin.core.primitives import FLOATS, REGISTRY, Elementwise, elementwise
+from cubin.core.rows import Rows
+from cubin.core.signs import gradient_inside
+from cubin.solvers import greedy
 
 SIGN: dict[str, Elementwise] = {}
 """The surrogates of the sign by name."""
@@ -75,7 +78,7 @@ def surrogate(slope: str) -> Callable[[Callable[..., Any]], Elementwise]:
                 raise ValueError(f"{parameter.name} of {function.__name__!r} needs a default value")
 
         def pull_back(x: np.ndarray, gy: np.ndarray, *values: Any, gx: np.ndarray) -> None:
-            work = arrays.work_dtype(x.dtype)
+            work = floats.work_dtype(x.dtype)
             given = (value.astype(work, copy=False) for value in values)
             slopes = function(x.astype(work, copy=False), *given)
             product = np.empty(gx.shape, work)
@@ -334,7 +337,7 @@ def gradient_inside_scales(
     x: np.ndarray, bits: np.ndarray, gy: np.ndarray, *scales: np.ndarray, gx: np.ndarray
 ) -> None:
     """The gradient gy where |x| is at most the sum of the element's scales, else +0."""
-    total = np.zeros(x.shape, arrays.work_dtype(x.dtype))
+    total = np.zeros(x.shape, floats.work_dtype(x.dtype))
     for level, scale in enumerate(scales):
         np.add(total, scale, out=total, where=np.greater(bits, level))
     where(np.abs(x) <= total, gy, out=gx)
@@ -362,7 +365,7 @@ def scaled_clip(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Ar
         flat = target.reshape(x.shape)
         gradient = gradients[part.block].reshape(x.shape)
         gradient_inside_scales(x, bits, gradient, *scales, gx=flat)
-        if not arrays.library(flat).may_share_memory(flat, target):
+        if not libraries.library(flat).may_share_memory(flat, target):
             target[...] = flat.reshape(target.shape)
 
     greedy.fit(x, _spread(bits, x), levels, rows, finish)
@@ -397,8 +400,8 @@ def scale_aware(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Ar
     .. [1] M. Rastegari et al., "XNOR-Net: ImageNet Classification Using Binary Convolutional
        Neural Networks", ECCV 2016, arXiv:1603.05279.
     """
-    xp = arrays.library(x)
-    work = arrays.work_dtype(x.dtype)
+    xp = libraries.library(x)
+    work = floats.work_dtype(x.dtype)
     scales = [xp.zeros((rows.count, 1), work) for _ in range(levels)]
 
     def finish(part: Part, x: Array, bits: Array, found: list[Array]) -> None:
@@ -437,7 +440,9 @@ def scale_aware(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Ar
 
 
 def _spread(bits: Array, x: Array) -> Any:
-    return bits if isinstance(bits, np.generic) else arrays.library(x).broadcast_to(bits, x.shape)
+    return (
+        bits if isinstance(bits, np.generic) else libraries.library(x).broadcast_to(bits, x.shape)
+    )
 
 
 MULTIBIT: dict[str, MultibitRule] = {

@@ -34,8 +34,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import cubin
-from cubin import blocks, memory, solvers
-from cubin.quantize import SOLVERS
+from cubin import solvers
+from cubin.core import memory
+from cubin.core.host import blocks
+from cubin.solvers import SOLVERS
 
 NAME = "benchmark"
 SEED = 0

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cubin
-from cubin import arrays
+from cubin.core import arrays, libraries
+from cubin.core.bits import as_bits
+from cubin.core.rows import rows_of
 from tests import reference
 
 
@@ -88,7 +90,7 @@ def test_rows_hold_the_elements_that_share_a_scale(data):
         divisors = [n for n in range(1, shape[-1] + 1) if shape[-1] % n == 0]
         granularity = {"group_size": data.draw(st.sampled_from(divisors))}
     numbers = np.arange(np.prod(shape)).reshape(shape)
-    rows = arrays.rows_of(shape, **granularity)
+    rows = rows_of(shape, **granularity)
     expected = [
         [numbers[index] for index in row] for row in reference.rows(shape, **granularity).values()
     ]
@@ -103,14 +105,14 @@ def test_rows_hold_the_elements_that_share_a_scale(data):
 def test_views_of_rows_share_memory():
     x = np.zeros((4, 5, 6))
     for granularity in ({"channel_axis": (2, 0)}, {"group_size": 3}, {}):
-        assert np.shares_memory(arrays.rows_of(x.shape, **granularity).view(x[::-1]), x)
+        assert np.shares_memory(rows_of(x.shape, **granularity).view(x[::-1]), x)
 
 
 def test_maps_are_not_copied():
     x = np.zeros((3, 4))
     for dtype in "bBhHiIlLqQ":
         bits = np.arange(12, dtype=dtype).reshape(4, 3).T[::-1]
-        found, levels = arrays.as_bits(bits, x)
+        found, levels = as_bits(bits, x)
         assert (found.dtype, levels) == (np.uint8, 11)
         assert np.shares_memory(found, bits)
         np.testing.assert_array_equal(found, bits)
@@ -129,7 +131,7 @@ def test_mixed_libraries_are_refused(device):
         lambda: cubin.multibit(x, device.asarray(np.ones(3, int))),
         lambda: cubin.ste_mask(x, there),
         lambda: cubin.errors.relative_mse(x, there),
-        lambda: arrays.library(x, there),
+        lambda: libraries.library(x, there),
     ):
         with pytest.raises(TypeError, match="NumPy"):
             call()
@@ -209,11 +211,11 @@ def test_device_arrays_at_any_address_are_read(offset, step, dtype, device, rng)
 def test_single_elements_at_any_address_are_read(device):
     held = device.asarray(np.zeros(16, np.uint8))[3:7].view(np.float32).reshape(())
     assert cubin.sign(held).get() == -1
-    assert arrays.aligned(held).shape == ()
+    assert libraries.aligned(held).shape == ()
     plain = device.ones((3, 4), np.float32)
-    assert arrays.aligned(plain) is plain
+    assert libraries.aligned(plain) is plain
     view = plain[:, ::2].T
-    assert arrays.aligned(view) is view
+    assert libraries.aligned(view) is view
 
 
 @pytest.mark.kernels

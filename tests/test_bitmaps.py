@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import cubin
-from cubin import bitmaps, blocks
+from cubin import bitmaps
 from cubin.bitmaps import distortion
+from cubin.core.host import blocks
 
 FLOATS = ["float16", "float32", "float64"]
 RANKED = [bitmaps.top_down, bitmaps.bottom_up, bitmaps.middle_out]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cubin import blocks
+from cubin.core.host import blocks
 
 
 @given(st.lists(st.integers(0, 7), max_size=5), st.integers(1, 40))

@@ -12,22 +12,23 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import arrays, blocks, code, greedy, solvers
-from cubin.code import level_signs
-from cubin.encoding import Encoding
-from cubin.signs import as_integers
-from cubin.solvers import search
-from cubin.solvers.fits import Fit
-from cubin.solvers.magnitudes import Magnitudes
+from cubin import solvers
+from cubin.codes import levels, levels_loops
+from cubin.codes.encoding import Encoding
+from cubin.codes.levels import level_signs
+from cubin.core import floats, signs_loops
+from cubin.core.floats import as_integers
+from cubin.core.host import blocks
+from cubin.core.host.loops import loop
+from cubin.core.rows import rows_of
+from cubin.solvers import greedy, greedy_loops, search, search_rows_loops
+from cubin.solvers.lookup import Fit
+from cubin.solvers.sorted_rows import Magnitudes
 from tests import test_multibit, test_signs
 
 pytest.importorskip("numba")
 
 import numba
-
-from cubin import code_loops, greedy_loops, signs_loops
-from cubin.host.loops import loop
-from cubin.solvers import search_loops
 
 # The same test bodies, on the loops whatever the size.
 globals().update(
@@ -74,7 +75,7 @@ def samples(rng, shape, dtype, levels, mapped):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (40, 27), (3, 128), (2, 1001)])
 def test_loops_equal_the_primitives(rng, dtype, mapped, levels, shape):
     x, bits = samples(rng, shape, dtype, levels, mapped)
-    work = arrays.work_dtype(np.dtype(dtype))
+    work = floats.work_dtype(np.dtype(dtype))
     scales = greedy._level_scales(x, bits, levels)
     found = greedy_loops.level_scales(x, bits, levels)
     for one, other in zip(found, scales, strict=True):
@@ -105,7 +106,7 @@ def test_whole_rows_at_once_equal_the_steps(rng, dtype, mapped, levels, shape):
     np.testing.assert_array_equal(y, expected)
     code, sign = np.empty(shape, np.uint16), np.empty(shape, np.int8)
     greedy.codes(x, bits, *found, code=code)
-    scales = np.empty((levels, len(x), 1), arrays.work_dtype(np.dtype(dtype)))
+    scales = np.empty((levels, len(x), 1), floats.work_dtype(np.dtype(dtype)))
     signs = np.empty((levels, *shape), np.int8)
     greedy_loops.encode_rows(x, bits, levels, scales=scales, signs=signs)
     np.testing.assert_array_equal(scales, found)
@@ -181,7 +182,7 @@ def test_long_rows(rng, levels, mapped):
 def test_whole_arrays(rng, without_loops, lay_out, axis):
     x = lay_out(rng.normal(size=(300, 1000)).astype(np.float32))
     bits = rng.integers(0, 6, x.shape).astype(np.uint8)
-    rows = arrays.rows_of(x.shape, axis)
+    rows = rows_of(x.shape, axis)
 
     def run(bits):
         y = np.empty_like(x)
@@ -200,7 +201,7 @@ def test_whole_arrays(rng, without_loops, lay_out, axis):
 
 def test_in_place(rng):
     x = rng.normal(size=(20, 500)).astype(np.float32)
-    rows = arrays.rows_of(x.shape, 0)
+    rows = rows_of(x.shape, 0)
     y = np.empty_like(x)
     greedy.approximate(x, np.uint8(3), 3, rows, y)
     greedy.approximate(x, np.uint8(3), 3, rows, x)
@@ -214,7 +215,7 @@ def solved(solver, x, levels):
     """Scales and codes by the definition and by the compiled form."""
     magnitudes = Magnitudes(x, np.uint8(levels), levels, None)
     expected = Fit(magnitudes, solver(magnitudes, levels), levels)
-    found = search_loops.Fit(x, levels, *search.rule(solver))
+    found = search_rows_loops.Fit(x, levels, *search.rule(solver))
     codes = (fit.codes(x, np.uint8(levels)) for fit in (expected, found))
     return tuple(zip((np.stack(expected.scales), found.scales), codes, strict=True))
 
@@ -253,7 +254,7 @@ def test_solvers_on_what_is_not_finite(rng, solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_solvers_on_large_numbers_and_rows_of_several_chunks(rng, solver):
-    x = rng.normal(size=(3, 2 * search_loops.CHUNK + 7)).astype(np.float32)
+    x = rng.normal(size=(3, 2 * search_rows_loops.CHUNK + 7)).astype(np.float32)
     x[0] *= np.finfo(np.float32).max / np.abs(x[0]).max()
     x[1] = np.finfo(np.float32).max
     (expected, expected_codes), (scales, codes) = solved(solver, x, 3)
@@ -261,16 +262,16 @@ def test_solvers_on_large_numbers_and_rows_of_several_chunks(rng, solver):
     np.testing.assert_allclose(np.stack(scales) / top, expected / top, atol=1e-6)
     assert (codes != expected_codes).mean() < 1e-4
     y = np.empty_like(x)
-    search_loops.Fit(x, 3, *search.rule(solver)).approximate(x, np.uint8(3), y)
+    search_rows_loops.Fit(x, 3, *search.rule(solver)).approximate(x, np.uint8(3), y)
     decoded = np.empty_like(x)
-    code.decode(codes, np.uint8(3), *scales, y=decoded)
+    levels.decode(codes, np.uint8(3), *scales, y=decoded)
     np.testing.assert_array_equal(y, decoded)
 
 
 @pytest.mark.parametrize("solver", ["refined", "alternating"])
 @pytest.mark.parametrize("spoiled", [None, np.nan, np.finfo(np.float32).max])
 def test_solvers_on_rows_that_are_read_chunk_by_chunk(rng, solver, spoiled):
-    x = rng.normal(size=(2, search_loops.LONGEST_KEPT + 1021)).astype(np.float32)
+    x = rng.normal(size=(2, search_rows_loops.LONGEST_KEPT + 1021)).astype(np.float32)
     if spoiled is not None:
         x[1, ::9] = spoiled
     found = cubin.quantize(x, 3, channel_axis=0, solver=solver, check_finite=False)
@@ -471,7 +472,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
 # Of these even an instruction set of 2013 has vectors, of eight numbers.
 VECTORS = {
     greedy_loops._approximate_rows: {"vaddps", "vaddpd", "vsubps"},
-    code_loops._sum_signs: {"vaddps"},
+    levels_loops._sum_signs: {"vaddps"},
     signs_loops._signs: {"vmovups"},
     signs_loops._clip: {"vmovups"},
 }
@@ -482,14 +483,14 @@ VECTORS = {
 def test_loops_are_in_vectors(tmp_path):
     program = """
 import numpy as np
-from cubin import code_loops, greedy_loops, signs_loops
+from cubin import levels_loops, greedy_loops, signs_loops
 from cubin.host.loops import read_only, scratch
 f = np.float32
 x, bits = read_only(np.ones((2, 9), f)), read_only(np.ones((2, 9), np.uint8))
 loops = {
     greedy_loops._approximate_rows: (
         x, bits, np.ones((2, 2), f), np.ones(9, f), *scratch(f), np.ones((2, 9), f)),
-    code_loops._sum_signs: (
+    levels_loops._sum_signs: (
         np.ones((2, 2), f), read_only(np.ones((2, 2, 9), np.int8)), np.ones((2, 9), f)),
     signs_loops._signs: (x[0], np.ones(9, f)),
     signs_loops._clip: (x[0], f(1), x[0], np.ones(9, f)),
@@ -538,7 +539,7 @@ def test_a_row_that_is_not_aligned(rng):
 @pytest.mark.parametrize("levels", [0, 1, 2, 5])
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (50, 27), (9, 300), (2, 2500)])
 def test_sums_of_signs(rng, dtype, levels, shape):
-    work = arrays.work_dtype(np.dtype(dtype))
+    work = floats.work_dtype(np.dtype(dtype))
     scales = rng.normal(size=(levels, shape[0], 1)).astype(dtype).astype(work)
     scales[:, 1:2] = np.nan  # which does not count where the sign is 0
     signs = rng.integers(-1, 2, (levels, *shape)).astype(np.int8)
@@ -547,14 +548,14 @@ def test_sums_of_signs(rng, dtype, levels, shape):
         step = scales[level].astype(float) * signs[level]
         expected += np.where(signs[level] == 0, 0, step)
     tolerance = levels * np.finfo(dtype).eps * 5
-    for add_up in (code.sum_signs, code_loops.sum_signs):
+    for add_up in (levels.sum_signs, levels_loops.sum_signs):
         for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
             add_up(scales, signs, y=y)
             np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
     aligned = np.empty((levels, shape[0], shape[1] + 3), np.int8)[:, :, 3:]
     aligned[...] = signs
     again = np.empty(shape, dtype)
-    code_loops.sum_signs(scales, aligned, y=again)
+    levels_loops.sum_signs(scales, aligned, y=again)
     np.testing.assert_array_equal(again, y)
 
 

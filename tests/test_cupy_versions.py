@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cubin import kernels
-from cubin.kernels import FLOATS, Raw
+from cubin.core import primitives
+from cubin.core.primitives import FLOATS, Raw
 from tests.test_kernels import COUNTS, inputs_of, outputs_of
 
 pytestmark = pytest.mark.kernels
@@ -33,7 +33,7 @@ LEVELS = 3
 
 
 def names():
-    return [name for name in kernels.REGISTRY if ALL or name in SAMPLE]
+    return [name for name in primitives.REGISTRY if ALL or name in SAMPLE]
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def launch_raw(primitive, types, shape, mapped, device):
 
 @pytest.mark.parametrize("name", names())
 def test_kernels_compile(name, device, asked, monkeypatch, rng):
-    primitive = kernels.REGISTRY[name]
+    primitive = primitives.REGISTRY[name]
     # Built anew: what an earlier test has built does not compile again.
     monkeypatch.setattr(primitive, "_kernels", {})
     before = 0

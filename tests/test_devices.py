@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import arrays, bitmaps, operators
+from cubin import bitmaps, operators
+from cubin.core import libraries
 from tests.ptx.plugin import ENGINE
 
 ptx = pytest.importorskip("tests.ptx.array")
@@ -81,12 +82,12 @@ CALLS = {
 
 
 def half(x):
-    with arrays.current_device(x):
+    with libraries.current_device(x):
         return x.astype(np.float16)
 
 
 def magnitude(x):
-    with arrays.current_device(x):
+    with libraries.current_device(x):
         return abs(x)
 
 

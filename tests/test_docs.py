@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cubin import kernels, surrogates
+from cubin import surrogates
+from cubin.core import primitives
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,7 +78,7 @@ def forgotten():
     before = set(surrogates.SIGN)
     yield
     for name in set(surrogates.SIGN) - before:
-        del surrogates.SIGN[name], kernels.REGISTRY[name]
+        del surrogates.SIGN[name], primitives.REGISTRY[name]
 
 
 def with_marks(page):

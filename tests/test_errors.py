@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import blocks, errors, passes
+from cubin import errors
+from cubin.core import passes
+from cubin.core.host import blocks
 
 
 def expected(x, y, axis):

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from cubin import blocks, fused, memory
-from cubin.solvers import teams
+from cubin.core import memory, teams
+from cubin.core.host import blocks
+from cubin.solvers import search_rows
 from tests.test_multibit import TOLERANCE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +140,7 @@ def longest_row(room, levels, mapped=False, multiple=1):
     dtype = np.dtype(np.float32)
 
     def fits(length):
-        return fused.team_of(length, dtype, levels, mapped, room) is not None
+        return teams.team_of(length, dtype, levels, mapped, room) is not None
 
     # A length that fits may owe it to what divides it: its odd neighbour must fit as well.
     lengths = range(1 << 16, 0, -multiple)
@@ -305,17 +306,17 @@ def sentences():
                 with_kept_pages("torch.compile"),
             ),
             ("eager PyTorch {} to {} times as long", with_kept_pages("PyTorch eager", (1, 4))),
-            ("rows of up to {} elements take one launch", [longest_row(fused.GREEDY, 8)]),
+            ("rows of up to {} elements take one launch", [longest_row(teams.GREEDY, 8)]),
             (
                 "up to {} where the length is a multiple of 4, with at most four levels and no map",
-                [longest_row(fused.GREEDY, 4, multiple=4)],
+                [longest_row(teams.GREEDY, 4, multiple=4)],
             ),
             (
                 "rows of up to {} elements ({} where the length is a multiple of 4, {} with a map)",
                 [
-                    longest_row(teams.ROOM, 4),
-                    longest_row(teams.ROOM, 4, multiple=4),
-                    longest_row(teams.ROOM, 4, mapped=True),
+                    longest_row(search_rows.ROOM, 4),
+                    longest_row(search_rows.ROOM, 4, multiple=4),
+                    longest_row(search_rows.ROOM, 4, mapped=True),
                 ],
             ),
         ],

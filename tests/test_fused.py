@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import arrays, fused, greedy, kernels
-from cubin.code import level_signs
-from cubin.encoding import Encoding
-from cubin.kernels import FLOATS, raw
-from cubin.solvers import teams
+from cubin.codes.encoding import Encoding
+from cubin.codes.levels import level_signs
+from cubin.core import floats, primitives, teams
+from cubin.core.primitives import FLOATS, raw
+from cubin.core.rows import rows_of
+from cubin.solvers import greedy, search_rows
 from tests.registers import assert_registers_suffice
 
 SHORT = [1, 7, 27, 31, 32, 33, 127, 128, 129]
@@ -31,7 +32,7 @@ def on(device, *values):
 
 def encode(device, x, bits, levels):
     """What the kernel gives: scales (levels, rows, 1) and signs (levels, rows, n)."""
-    scales = device.empty((levels, len(x), 1), arrays.work_dtype(x.dtype))
+    scales = device.empty((levels, len(x), 1), floats.work_dtype(x.dtype))
     signs = device.empty((levels, *x.shape), np.int8)
     greedy.encode_rows(x, bits, levels, scales=scales, signs=signs)
     return scales.get(), signs.get()
@@ -258,7 +259,7 @@ def layouts(x):
 def test_rows_wherever_they_lie(mapped, device, rng):
     x, bits = sample(rng, (5, 32), np.float32, 2, mapped)
     plain = approximate(device, *on(device, x, bits), 2)
-    rows = arrays.rows_of(x.shape, 0)
+    rows = rows_of(x.shape, 0)
     for name, memory, at in layouts(x):
         held, target = device.asarray(memory)[at], device.asarray(memory)[at]
         greedy.approximate(held, on(device, bits)[0], 2, rows, target)
@@ -272,7 +273,7 @@ def test_rows_wherever_they_lie(mapped, device, rng):
 @pytest.mark.parametrize("axis", [0, 1, (0, 2), None])
 def test_rows_of_any_axes(axis, device, rng):
     x, bits = sample(rng, (3, 4, 5), np.float32, 2, True)
-    rows = arrays.rows_of(x.shape, axis)
+    rows = rows_of(x.shape, axis)
     y, wanted = device.empty(x.shape, x.dtype), np.empty_like(x)
     greedy.approximate(*on(device, x, bits), 2, rows, y)
     greedy.approximate(x, bits, 2, rows, wanted)
@@ -300,7 +301,7 @@ def test_a_map_of_rows_and_a_single_row(device, rng):
     x, _ = sample(rng, (3, 48), np.float32, 2, False)
     per_row = np.array([[0], [1], [2]], np.uint8)
     y, wanted = device.empty(x.shape, x.dtype), np.empty_like(x)
-    rows = arrays.rows_of(x.shape, 0)
+    rows = rows_of(x.shape, 0)
     spread = device.broadcast_to(device.asarray(per_row), x.shape)
     greedy.approximate(device.asarray(x), spread, 2, rows, y)
     greedy.approximate(x, np.broadcast_to(per_row, x.shape), 2, rows, wanted)
@@ -312,7 +313,7 @@ def test_a_map_of_rows_and_a_single_row(device, rng):
 def test_nothing_to_do(shape, levels, device):
     x = device.ones(shape, np.float32)
     y = device.empty(shape, np.float32)
-    rows = arrays.rows_of(shape, 0)
+    rows = rows_of(shape, 0)
     greedy.approximate(x, np.uint8(levels), levels, rows, y)
     assert not y.get().any()
     encoding = Encoding(x, levels, rows)
@@ -339,7 +340,7 @@ def test_one_launch_reads_x_once_and_writes_the_result_once(shape, dtype, mapped
     x, bits = sample(rng, shape, dtype, 2, mapped)
     held, map_ = on(device, x, bits)
     y = device.empty(shape, dtype)
-    rows = arrays.rows_of(shape, 0)
+    rows = rows_of(shape, 0)
     with ptx.launches() as launches:
         greedy.approximate(held, map_, 2, rows, y)
     (launch,) = launches
@@ -361,14 +362,14 @@ def test_rows_too_long_for_a_block_take_passes(device, rng):
     ptx = pytest.importorskip("tests.ptx")
     x, _ = sample(rng, (1, 32769), np.float32, 1, False)
     y, wanted = device.empty(x.shape, x.dtype), np.empty_like(x)
-    rows = arrays.rows_of(x.shape, 0)
+    rows = rows_of(x.shape, 0)
     with ptx.launches() as launches:
         greedy.approximate(device.asarray(x), np.uint8(1), 1, rows, y)
     assert len(launches) > 1
     greedy.approximate(x, np.uint8(1), 1, rows, wanted)
     np.testing.assert_allclose(y.get(), wanted, rtol=1e-6)
     with pytest.raises(ValueError, match="no team holds 1 levels"):
-        fused.launch(device.asarray(x), np.uint8(1), 1, y)
+        teams.launch(device.asarray(x), np.uint8(1), 1, y)
 
 
 @pytest.mark.kernels
@@ -389,7 +390,7 @@ def test_a_team_holds_its_row_and_wastes_little(dtype):
     longest = {2: 8192, 4: 16384, 8: 8192}
     for levels, mapped in ((1, False), (4, False), (5, False), (1, True)):
         for length in range(1, 33000):
-            team = fused.team_of(length, dtype, levels, mapped)
+            team = teams.team_of(length, dtype, levels, mapped)
             if team is None:
                 assert length > longest[dtype.itemsize]
                 continue
@@ -400,39 +401,39 @@ def test_a_team_holds_its_row_and_wastes_little(dtype):
             assert team.held % max(team.pack, 4) == 0
             assert team.threads <= 1024
             assert length < 16 or length >= slots / 2
-    assert fused.team_of(0, dtype, 1, False) is None
-    assert fused.team_of(1, dtype, 0, False) is None
+    assert teams.team_of(0, dtype, 1, False) is None
+    assert teams.team_of(1, dtype, 0, False) is None
 
 
 def templates(length, dtype, levels, mapped, room):
     """Those that rows of one length take, wherever they lie."""
     for aligned in (1, 2, 4, 8, 16):
-        yield fused._plan.__wrapped__(
+        yield teams._plan.__wrapped__(
             (2, length), dtype, levels, mapped, room, aligned, *[length] * (2 + mapped)
         )[0]
 
 
-@pytest.mark.parametrize("room", [fused.GREEDY, teams.ROOM], ids=["greedy", "teams"])
+@pytest.mark.parametrize("room", [teams.GREEDY, search_rows.ROOM], ids=["greedy", "teams"])
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_templates_serve_all_lengths_and_alignments(dtype, mapped, room):
     dtype = np.dtype(dtype)
-    for levels in (1, 16) if room is fused.GREEDY else (1,):
+    for levels in (1, 16) if room is teams.GREEDY else (1,):
         found = {
             template
             for length in range(1, 32769)
-            if fused.team_of(length, dtype, levels, mapped, room)
+            if teams.team_of(length, dtype, levels, mapped, room)
             for template in templates(length, dtype, levels, mapped, room)
         }
-        assert 0 < len(found) <= fused.MOST_TEMPLATES
+        assert 0 < len(found) <= teams.MOST_TEMPLATES
         aligned = {
             list(templates(length, dtype, levels, mapped, room))[-1]
             for length in range(16 // dtype.itemsize, 32769, 16 // dtype.itemsize)
-            if fused.team_of(length, dtype, levels, mapped, room)
+            if teams.team_of(length, dtype, levels, mapped, room)
         }
-        assert 0 < len(aligned) <= fused.MOST_ALIGNED
+        assert 0 < len(aligned) <= teams.MOST_ALIGNED
         by_levels = {next(templates(64, dtype, n, mapped, room))[5] for n in range(1, 17)}
-        assert by_levels == set(fused.LEVELS)
+        assert by_levels == set(teams.LEVELS)
 
 
 HEAVIEST = [
@@ -465,9 +466,9 @@ def declare(inputs, outputs, code):
         """Nothing: only its parameters matter."""
 
     try:
-        return raw(inputs, outputs, code=code, launch=fused.launch, types=FLOATS)(halves)
+        return raw(inputs, outputs, code=code, launch=teams.launch, types=FLOATS)(halves)
     finally:
-        kernels.REGISTRY.pop("halves", None)
+        primitives.REGISTRY.pop("halves", None)
 
 
 def test_a_raw_kernel_has_the_declared_parameters():

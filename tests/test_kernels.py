@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cubin.surrogates  # its kernels are among those of the registry
-from cubin import arrays, kernels, passes
-from cubin.kernels import FLOATS, Elementwise, Reduction, elementwise, reduction
+from cubin.core import arrays, passes, primitives
+from cubin.core.primitives import FLOATS, Elementwise, Reduction, elementwise, reduction
 
 ARCHITECTURES = ["sm_70", "sm_80", "sm_90", "sm_100", "sm_120"]
 COUNTS = [0, 1, 3]
@@ -15,7 +15,7 @@ COUNTS = [0, 1, 3]
 
 def cases():
     """Every primitive that CuPy generates the kernel of, in every type and some arities."""
-    for primitive in kernels.REGISTRY.values():
+    for primitive in primitives.REGISTRY.values():
         if isinstance(primitive, (Elementwise, Reduction)):
             for types in primitive.types:
                 for count in COUNTS if primitive.variadic else [0]:
@@ -132,7 +132,7 @@ def unregistered(decorator, function):
     try:
         return decorator(function)
     finally:
-        kernels.REGISTRY.pop(function.__name__, None)
+        primitives.REGISTRY.pop(function.__name__, None)
 
 
 def test_parameters_must_agree():

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cubin
-from cubin import memory
+from cubin.core import memory
 
 keeps = pytest.mark.skipif(
     not hasattr(mmap, "MADV_FREE"), reason="this system takes no memory that is kept"

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cubin
-from cubin import arrays, blocks, passes
-from cubin.quantize import SOLVERS
+from cubin.core import floats, passes
+from cubin.core.host import blocks
+from cubin.solvers import SOLVERS
 from tests import reference
 
 FLOATS = ["float16", "float32", "float64"]
@@ -27,7 +28,7 @@ def check(xp, host, x, bits, **granularity):
     assert code.dtype == code.scales.dtype == x.dtype
     assert code.signs.dtype == np.int8
     found = host(code.signs)
-    tied = ties(residuals, signs, TOLERANCE[str(arrays.work_dtype(x.dtype))] * largest)
+    tied = ties(residuals, signs, TOLERANCE[str(floats.work_dtype(x.dtype))] * largest)
     np.testing.assert_array_equal(found[~tied], signs[~tied])
     np.testing.assert_array_equal(found == 0, signs == 0)
     np.testing.assert_allclose(host(code.scales), scales, rtol=tolerance, atol=tolerance * largest)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import blocks, greedy, solvers
+from cubin import solvers
+from cubin.core.host import blocks
+from cubin.solvers import greedy
 
 
 def public_functions():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from cubin.core import arrays
+
 pytest.importorskip("cupy")
 
-from cubin import arrays
 from tests.ptx import device as stand_in
 from tests.ptx.plugin import ENGINE
 from tests.test_kernels import cases, run

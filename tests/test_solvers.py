@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import cubin
-from cubin import blocks, solvers, theory
-from cubin.code import decode
-from cubin.solvers import magnitudes, search
+from cubin import solvers, theory
+from cubin.codes.levels import decode
+from cubin.core.host import blocks
+from cubin.solvers import search, sorted_rows
 from tests import reference
 
 SOLVERS = ["refined", "alternating", "optimal"]
@@ -545,7 +546,7 @@ def test_sixteen_refined_levels(rng):
 def test_sums_of_cells(rng, dtype, length):
     x = rng.normal(size=(9, length)).astype(dtype)
     x[2], x[3, 0] = 0, np.inf
-    sorted_rows = magnitudes.Magnitudes(x, np.uint8(3), 3, None)
+    sorted_rows = sorted_rows.Magnitudes(x, np.uint8(3), 3, None)
     unit = sorted_rows.unit.astype(np.float64)
     m = np.where(np.isfinite(x).all(axis=1, keepdims=True), np.abs(x) / unit, 0)
     for rows in (np.arange(9), np.array([0, 3, 8])):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import bitmaps, floats
+from cubin import bitmaps
+from cubin.core import conversions
 
 pytestmark = pytest.mark.kernels
 
@@ -105,11 +106,11 @@ def test_conversions(device, dtype):
     x = np.array(
         [limits.smallest_subnormal, -limits.tiny / 2, limits.max, 0, np.inf, np.nan], dtype
     )
-    wide = floats.widened(device.asarray(x))
+    wide = conversions.widened(device.asarray(x))
     np.testing.assert_array_equal(wide.get(), x.astype(np.float64))
-    np.testing.assert_array_equal(floats.widened(x), x.astype(np.float64))
+    np.testing.assert_array_equal(conversions.widened(x), x.astype(np.float64))
     if dtype != "float16":
-        np.testing.assert_array_equal(floats.narrowed(wide, dtype).get(), x)
+        np.testing.assert_array_equal(conversions.narrowed(wide, dtype).get(), x)
 
 
 def test_the_stand_in_flushes_as_cupy_does(device):

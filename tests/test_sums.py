@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numbers
 
-from cubin.sums import CHUNK, COLUMNS, magnitude_sums
+from cubin.core.sums import CHUNK, COLUMNS, magnitude_sums
 
 try:
     from cubin.host import loops

@@ -8,7 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import cubin
-from cubin import kernels, surrogates
+from cubin import surrogates
+from cubin.core import primitives
 from tests import reference
 
 FLOATS = ["float16", "float32", "float64"]
@@ -48,7 +49,7 @@ def unregistered():
     before = set(surrogates.SIGN), set(surrogates.MULTIBIT)
     yield
     for name in set(surrogates.SIGN) - before[0]:
-        del surrogates.SIGN[name], kernels.REGISTRY[name]
+        del surrogates.SIGN[name], primitives.REGISTRY[name]
     for name in set(surrogates.MULTIBIT) - before[1]:
         del surrogates.MULTIBIT[name]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import arrays
-from cubin.solvers import teams
+from cubin.core import floats
+from cubin.solvers import search_rows
 from tests.registers import assert_registers_suffice
 
 pytestmark = pytest.mark.kernels
@@ -35,12 +35,12 @@ def on(library, *values):
 
 def solve(library, x, bits, levels, rule):
     """Scales (levels, rows), signs (levels, rows, n) and approximation."""
-    scales = library.empty((levels, len(x), 1), arrays.work_dtype(x.dtype))
+    scales = library.empty((levels, len(x), 1), floats.work_dtype(x.dtype))
     signs = library.empty((levels, *x.shape), np.int8)
     y = library.empty(x.shape, x.dtype)
     inputs = on(library, x, bits)
-    teams.solve_rows(*inputs, levels, *rule, scales=scales, signs=signs)
-    teams.reconstruct_rows(*inputs, levels, *rule, y=y)
+    search_rows.solve_rows(*inputs, levels, *rule, scales=scales, signs=signs)
+    search_rows.reconstruct_rows(*inputs, levels, *rule, y=y)
     found = scales[..., 0], signs, y
     return found if library is np else tuple(a.get() for a in found)
 
@@ -52,7 +52,7 @@ def check(device, x, bits, levels, rule, differing=0):
     """
     scales, signs, y = solve(device, x, bits, levels, rule)
     expected = solve(np, x, bits, levels, rule)
-    work = np.finfo(arrays.work_dtype(x.dtype)).eps
+    work = np.finfo(floats.work_dtype(x.dtype)).eps
     top = np.abs(x).max(axis=1).astype(np.float64)
     close = (np.abs(scales - expected[0]) <= 16 * work * top).all(axis=0)
     assert (~close).sum() <= differing
@@ -323,5 +323,5 @@ HEAVIEST = [
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_registers_hold_the_row(arch, device, monkeypatch):
     """No spills, and 1024 threads on a multiprocessor of 65536 registers."""
-    names = [teams.solve_rows.name_of(template) for template in HEAVIEST]
-    assert_registers_suffice(arch, device, monkeypatch, teams.solve_rows.source, names)
+    names = [search_rows.solve_rows.name_of(template) for template in HEAVIEST]
+    assert_registers_suffice(arch, device, monkeypatch, search_rows.solve_rows.source, names)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import blocks
+from cubin.core.host import blocks
 
 DTYPES = ["float16", "float32", "float64"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cubin.arrays import MAX_BITS
+from cubin.core.bits import MAX_BITS
 
 if TYPE_CHECKING:
     from cubin.analysis.table import ErrorRow, ErrorTable

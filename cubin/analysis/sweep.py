@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays as checked
 from cubin import errors
 from cubin.analysis.table import ErrorRow, ErrorTable
-from cubin.arrays import Array
-from cubin.code import effective_bits, payload_bits
-from cubin.quantize import multibit
+from cubin.binarize import multibit
+from cubin.codes.cost import effective_bits, payload_bits
+from cubin.core import arrays as checked
+from cubin.core import libraries
+from cubin.core.bits import MAX_BITS, as_bits
+from cubin.core.libraries import Array
+from cubin.core.rows import Rows, rows_of
 
 with warnings.catch_warnings():
     # Without ipywidgets a notebook has no bar, which is no reason for a warning.
@@ -206,8 +209,8 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 def _width(value: object) -> int:
     width = checked.as_integer("bits", value)
-    if not 0 <= width <= checked.MAX_BITS:
-        raise ValueError(f"bits must lie in 0 .. {checked.MAX_BITS}, got {width}")
+    if not 0 <= width <= MAX_BITS:
+        raise ValueError(f"bits must lie in 0 .. {MAX_BITS}, got {width}")
     return width
 
 
@@ -221,7 +224,7 @@ def _check_granularity(channel_axis: Axis | str, group_size: int | None) -> None
     for number in axis if isinstance(axis, (tuple, list)) else [0 if axis is None else axis]:
         checked.as_integer("channel_axis", number)
     if group_size is not None:
-        checked.rows_of((0,), axis, group_size)
+        rows_of((0,), axis, group_size)
 
 
 def _importance(importance: Any, arrays: Any) -> Mapping[str, Any]:
@@ -321,16 +324,16 @@ def _floats(array: Any, min_ndim: int) -> Array:
     return x
 
 
-def _layout(x: Array, axis: Axis, group_size: int | None) -> checked.Rows:
+def _layout(x: Array, axis: Axis, group_size: int | None) -> Rows:
     try:
-        return checked.rows_of(x.shape, axis, group_size)
+        return rows_of(x.shape, axis, group_size)
     except ValueError as error:
         raise _UnfitError(error) from error
 
 
 def _errors_of(
     x: Array,
-    layout: checked.Rows,
+    layout: Rows,
     widths: Mapping[Any, Any],
     quantizers: Mapping[str, Any],
     *,
@@ -339,7 +342,7 @@ def _errors_of(
     **options: Any,
 ) -> list[ErrorRow]:
     """The rows of an array; `options` are those of `multibit`."""
-    with checked.current_device(x):
+    with libraries.current_device(x):
         approx = checked.output(None, x)
         _check_range(x, approx)
         maps = {
@@ -380,7 +383,7 @@ def _errors_of(
 
 def _bit_map(bits: Any, x: Array) -> Any:
     """What a function has made of `x`, if it is a bit map."""
-    checked.as_bits(bits, x, look=True)
+    as_bits(bits, x, look=True)
     return bits
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cubin import errors
-from cubin.arrays import Array
+from cubin.core.libraries import Array
 from cubin.errors import Errors
 
 _ROWS_SHOWN = 60

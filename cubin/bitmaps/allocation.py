@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays as checked
 from cubin import errors
-from cubin.arrays import Array
+from cubin.binarize import multibit
 from cubin.bitmaps import patterns
 from cubin.bitmaps.distortion import hull
-from cubin.quantize import multibit
+from cubin.core import arrays as checked
+from cubin.core import libraries
+from cubin.core.libraries import Array
+from cubin.core.rows import Rows, rows_of
 
 
 def allocate(
@@ -106,7 +108,7 @@ def allocate(
     for name, array in arrays.items():
         try:
             x = checked.as_floats("x", array)
-            rows = checked.rows_of(x.shape, channel_axis)
+            rows = rows_of(x.shape, channel_axis)
             weight = _weights(weights.get(name, 1.0), rows)
             curves.append(_curves(x, channel_axis, low, high) * weight.ravel())
         except (TypeError, ValueError) as error:
@@ -121,14 +123,14 @@ def allocate(
     for name, shape in shapes.items():
         stop = start + math.prod(shape)
         map_of_rows = bits[start:stop].astype(np.int8).reshape(shape)
-        xp = checked.library(arrays[name])
-        with checked.current_device(arrays[name]):
+        xp = libraries.library(arrays[name])
+        with libraries.current_device(arrays[name]):
             maps[name] = xp.asarray(map_of_rows)
         start = stop
     return maps
 
 
-def _weights(value: Any, rows: checked.Rows) -> np.ndarray:
+def _weights(value: Any, rows: Rows) -> np.ndarray:
     """The weights of the rows, in the shape of the map."""
     weight = np.asarray(value)
     if weight.dtype.kind not in "iuf":
@@ -148,18 +150,18 @@ def _weights(value: Any, rows: checked.Rows) -> np.ndarray:
 
 def _curves(x: Array, channel_axis: Any, low: int, high: int) -> np.ndarray:
     """The squared errors of the rows with `low` .. `high` bits, (bits, rows)."""
-    rows = checked.rows_of(x.shape, channel_axis)
+    rows = rows_of(x.shape, channel_axis)
     if not x.size:
         return np.zeros((high - low + 1, rows.count))
     kept = rows.order[: len(rows.scale_shape)]
     summed = tuple(axis for axis in range(x.ndim) if axis not in kept)
     curves = []
-    with checked.current_device(x):
+    with libraries.current_device(x):
         y = checked.output(None, x)
         for width in range(low, high + 1):
             multibit(x, width, channel_axis=channel_axis, out=y)
             found = errors.measure(x, y, axis=summed).error
-            curves.append((found.get() if checked.on_device(found) else found).ravel())
+            curves.append((found.get() if libraries.on_device(found) else found).ravel())
     result = np.array(curves)
     if not np.isfinite(result).all():
         raise ValueError("it has NaN or infinity, or its squares overflow: clean it first")

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, errors, greedy, passes
-from cubin.arrays import Array, Rows
+from cubin import errors
+from cubin.binarize import multibit
 from cubin.bitmaps import patterns
-from cubin.passes import Part
-from cubin.quantize import multibit
+from cubin.core import arrays, libraries, passes
+from cubin.core.libraries import Array
+from cubin.core.passes import Part
+from cubin.core.rows import Rows, rows_of
+from cubin.solvers import greedy
 
 _TRIALS = 64
 _FIRST_STEP = 1.25
@@ -106,13 +109,13 @@ def budget(
     x = arrays.as_floats("x", x)
     low, high = patterns.as_range(min_bits, max_bits)
     mean = patterns.as_mean(mean_bits, low, high)
-    rows = arrays.rows_of(x.shape, channel_axis, group_size)
-    with arrays.current_device(x):
+    rows = rows_of(x.shape, channel_axis, group_size)
+    with libraries.current_device(x):
         magnitudes = patterns.magnitudes(x)
         total = round(mean * x.size)
         if total in (low * x.size, high * x.size):
             width = low if total == low * x.size else high
-            return arrays.library(x).full(x.shape, width, np.int8)
+            return libraries.library(x).full(x.shape, width, np.int8)
         starts = list(_starts(magnitudes, total, low, high))
         found = _search(_Problem(magnitudes, rows, low, high, total), starts)
 
@@ -135,7 +138,7 @@ class _Problem:
 
     def fit(self, bits: Array) -> tuple[float, list[Array]]:
         """The squared error of a map with its greedy scales, and these."""
-        xp = arrays.library(self.magnitudes)
+        xp = libraries.library(self.magnitudes)
         scales = list(xp.empty((self.high, self.rows.count, 1), self.magnitudes.dtype))
         squares: list[float] = []
 
@@ -158,7 +161,7 @@ class _Problem:
     def gains(self, scales: list[Array]) -> Array:
         """By how much each bit above the least lowers the error, on its hull: (bits, \\*shape)."""
         m = self.magnitudes
-        gains = arrays.library(m).empty((self.high - self.low, *m.shape), m.dtype)
+        gains = libraries.library(m).empty((self.high - self.low, *m.shape), m.dtype)
         views = self.rows.view(gains, lead=1)
 
         def task(part: Part, m: Array) -> None:
@@ -171,7 +174,7 @@ class _Problem:
             target = views[(slice(None), *part.block)]
             target[...] = hull(curve).reshape(target.shape)
 
-        passes.for_each_part(task, self.rows, m, device=arrays.on_device(m))
+        passes.for_each_part(task, self.rows, m, device=libraries.on_device(m))
         return gains
 
 
@@ -213,7 +216,7 @@ def hull(curve: list[Array]) -> Array:
     greatest over t > m of ``(curve[s] - curve[t]) / (t - s)``: never less than the next one, and
     equal along an edge of the hull.
     """
-    xp = arrays.library(curve[0])
+    xp = libraries.library(curve[0])
     steps = len(curve) - 1
     falls = xp.full((steps, *curve[0].shape), np.inf, curve[0].dtype)
     for s in range(steps):
@@ -230,7 +233,7 @@ def spend(gains: Array, bits: int) -> Array:
 
     `gains` has the shape (steps, \\*shape), and an element's gains do not rise.
     """
-    xp = arrays.library(gains)
+    xp = libraries.library(gains)
     at = gains.size - bits
     threshold = xp.partition(gains.ravel(), at)[at]
     counts = xp.zeros(gains.shape[1:], np.int8)

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, floats
-from cubin.arrays import MAX_BITS, Array, as_integer
+from cubin.core import arrays, conversions, floats, libraries
+from cubin.core.arrays import as_integer
+from cubin.core.bits import MAX_BITS
+from cubin.core.libraries import Array
 
 
 def uniform(shape: int | tuple[int, ...], bits: int) -> np.ndarray:
@@ -241,9 +243,9 @@ def magnitudes(x: Array) -> Array:
 
     Neither squares nor sums of them overflow, and what underflows does not matter.
     """
-    xp = arrays.library(x)
-    work = arrays.work_dtype(x.dtype)
-    m = xp.abs(floats.computable(x))
+    xp = libraries.library(x)
+    work = floats.work_dtype(x.dtype)
+    m = xp.abs(conversions.computable(x))
     largest = float(m.max()) if m.size else 0.0
     if not math.isfinite(largest):
         raise ValueError("x must be finite, but it has NaN or infinity: clean it first")
@@ -253,24 +255,24 @@ def magnitudes(x: Array) -> Array:
 
 def descending_magnitude(m: Array) -> Array:
     """The positions in flat magnitudes, the largest first."""
-    return arrays.library(m).argsort(-m, kind="stable")
+    return libraries.library(m).argsort(-m, kind="stable")
 
 
 def ascending_magnitude(m: Array) -> Array:
     """The positions in flat magnitudes, the smallest first."""
-    return arrays.library(m).argsort(m, kind="stable")
+    return libraries.library(m).argsort(m, kind="stable")
 
 
 def descending_distance_from_mean(m: Array) -> Array:
     """The positions in flat magnitudes, the farthest from their mean first."""
-    xp = arrays.library(m)
+    xp = libraries.library(m)
     mean = m.sum(dtype=np.float64) / max(m.size, 1)
     return xp.argsort(-xp.abs(m - mean), kind="stable")
 
 
 def in_order(positions: Array, counts: Mapping[int, int]) -> Array:
     """Flat bits: the elements at the first positions take the largest number of bits."""
-    bits = arrays.library(positions).empty(len(positions), np.int8)
+    bits = libraries.library(positions).empty(len(positions), np.int8)
     start = 0
     for width in sorted(counts, reverse=True):
         bits[positions[start : start + counts[width]]] = width
@@ -280,7 +282,7 @@ def in_order(positions: Array, counts: Mapping[int, int]) -> Array:
 
 def _mixed(x: Array, mix: Mapping[int, float], order: Any) -> Array:
     counts = _counts(_shares(mix), x.size)
-    with arrays.current_device(x):
+    with libraries.current_device(x):
         m = magnitudes(x).ravel()
         return in_order(order(m), counts).reshape(x.shape)
 

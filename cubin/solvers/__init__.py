@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks, fused, passes
-from cubin.arrays import Array, Rows
-from cubin.encoding import Encoding
-from cubin.passes import Part
-from cubin.solvers import search, teams
-from cubin.solvers.cells import Cells
-from cubin.solvers.fits import Fit
-from cubin.solvers.magnitudes import Magnitudes
+from cubin.codes.encoding import Encoding
+from cubin.core import libraries, passes, teams
+from cubin.core.host import blocks
+from cubin.core.libraries import Array
+from cubin.core.passes import Part
+from cubin.core.rows import Rows
+from cubin.solvers import search, search_rows
+from cubin.solvers.codebook import Cells
+from cubin.solvers.lookup import Fit
+from cubin.solvers.sorted_rows import Magnitudes
 
 Solver = Callable[[Magnitudes, int], dict[int, Cells]]
 """Takes the magnitudes of rows and the number of levels; gives cells by number of bits."""
@@ -56,7 +58,7 @@ def approximate(
     """
     rule: Any = search.rule(solver) if importance is None else None
     if rule is not None and _fits_one_launch(x, bits, levels, rows):
-        fused.approximate(teams.reconstruct_rows, x, bits, rows, y, levels, *rule)
+        teams.approximate(search_rows.reconstruct_rows, x, bits, rows, y, levels, *rule)
         return
     view = rows.view(y)
 
@@ -78,7 +80,7 @@ def encode(
     levels, rows = len(encoding.scales), encoding.rows
     rule: Any = search.rule(solver) if importance is None else None
     if rule is not None and _fits_one_launch(x, bits, levels, rows):
-        encoding.fill(teams.solve_rows, x, bits, *rule)
+        encoding.fill(search_rows.solve_rows, x, bits, *rule)
         return
 
     def hand_over(part: Part, found: Fit, x: Array, bits: Any) -> None:
@@ -88,13 +90,15 @@ def encode(
 
 
 def _fits_one_launch(x: Array, bits: Any, levels: int, rows: Rows) -> bool:
-    room = teams.ROOM
-    return levels <= teams.MAX_LEVELS and fused.holds(x, levels, np.ndim(bits) > 0, rows, room)
+    room = search_rows.ROOM
+    return levels <= search_rows.MAX_LEVELS and teams.holds(
+        x, levels, np.ndim(bits) > 0, rows, room
+    )
 
 
 def _loops(x: Array, bits: Any, levels: int, rows: Rows) -> Any:
     """The compiled loops, where there are some for such rows and they pay, else None."""
-    if arrays.on_device(x) or np.ndim(bits) or levels > MAX_COMPILED_LEVELS:
+    if libraries.on_device(x) or np.ndim(bits) or levels > MAX_COMPILED_LEVELS:
         return None
     # Long rows are read as they are, since a copy would take as much memory again.
     plain = x.dtype == np.float32 or (x.dtype == np.float16 and rows.length <= BLOCK)
@@ -112,7 +116,7 @@ def _fit(
     importance: Array | None,
 ) -> None:
     """Solve all rows, and hand every part of them with its fit, elements and bits to `finish`."""
-    device = arrays.on_device(x)
+    device = libraries.on_device(x)
     long = rows.length > BLOCK and not device
     rule: Any = search.rule(solver) if importance is None else None
     loops = None if rule is None else _loops(x, bits, levels, rows)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cubin.arrays import Array
-from cubin.solvers.cells import DEPENDENT, Cells, fitted, nearest, split, whole
-from cubin.solvers.magnitudes import Magnitudes
+from cubin.core.libraries import Array
+from cubin.solvers.codebook import DEPENDENT, Cells, fitted, nearest, split, whole
+from cubin.solvers.sorted_rows import Magnitudes
 
 MAX_ITERATIONS = 1000
 """Where alternating to convergence stops at the latest."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cubin import signs, surrogates
-from cubin.arrays import Array
-from cubin.quantize import multibit as approximation
+from cubin import surrogates
+from cubin.core.libraries import Array
+from cubin.core.signs import signs
+from cubin.solvers.greedy import approximation
 from cubin.tape.node import Node
 from cubin.tape.operations import Operand
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cubin.arrays import Array, as_floats, library
+from cubin.core.arrays import as_floats
+from cubin.core.libraries import Array, library
 from cubin.tape.node import Node, gradients
 
 

@@ -25,17 +25,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cubin.arrays import (
-    Array,
-    as_floats,
-    as_integer,
-    as_real,
-    as_real_below,
-    axes_of,
-    library,
-    on_device,
-    work_dtype,
-)
+from cubin.core.arrays import as_floats, as_integer, as_real, as_real_below
+from cubin.core.floats import work_dtype
+from cubin.core.libraries import Array, library, on_device
+from cubin.core.rows import axes_of
 from cubin.tape.node import Node, PullBack
 from cubin.tape.sums import sum_dtype, total
 

@@ -18,7 +18,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cubin.arrays import Array, as_floats, as_real_below, library, like, work_dtype
+from cubin.core.arrays import as_floats, as_real_below, like
+from cubin.core.floats import work_dtype
+from cubin.core.libraries import Array, library
 
 Arrays: TypeAlias = Mapping[str, Array]
 

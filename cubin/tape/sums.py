@@ -13,7 +13,8 @@ import math
 
 import numpy as np
 
-from cubin.arrays import Array, work_dtype
+from cubin.core.floats import work_dtype
+from cubin.core.libraries import Array
 
 BLOCK = 32
 """The largest number of addends that are added in float32, to within 3e-7 of their sum."""

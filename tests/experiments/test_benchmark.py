@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import cubin
-from cubin import memory
+from cubin.core import memory
 from tests import reference
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-from cubin import kernels, surrogates
+from cubin import surrogates
+from cubin.core import primitives
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "experiments" / "notebooks" / "tutorial.ipynb"
 CODE = [
@@ -34,7 +35,7 @@ def shown(monkeypatch):
     before = set(surrogates.SIGN)
     yield found
     for name in set(surrogates.SIGN) - before:
-        del surrogates.SIGN[name], kernels.REGISTRY[name]
+        del surrogates.SIGN[name], primitives.REGISTRY[name]
 
 
 def run(source, names):

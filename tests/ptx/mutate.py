@@ -24,7 +24,7 @@ import pytest
 from tqdm.auto import tqdm
 
 import cubin.surrogates  # its kernels are among those of the registry
-from cubin import kernels
+from cubin.core import primitives
 from tests.ptx import compiler, device, equivalent, machine
 
 ROOT = Path(cubin.__file__).parent
@@ -101,7 +101,7 @@ def units() -> dict[str, str]:
         for path in sorted((*ROOT.rglob("*.cu"), *ROOT.rglob("*.cuh")))
     }
     found = dict(files)
-    for primitive in kernels.REGISTRY.values():
+    for primitive in primitives.REGISTRY.values():
         for name, text in _texts(primitive).items():
             for known in files.values():
                 text = text.replace(known, "")
@@ -110,7 +110,7 @@ def units() -> dict[str, str]:
     return found
 
 
-def _texts(primitive: kernels.Primitive) -> dict[str, str]:
+def _texts(primitive: primitives.Primitive) -> dict[str, str]:
     """The attributes of a primitive that hold CUDA."""
     other = {"name", "kernel_name", "__doc__"}
     return {
@@ -168,7 +168,7 @@ class Watch:
 
 
 def _apply(mutant: Mutant) -> None:
-    for primitive in kernels.REGISTRY.values():
+    for primitive in primitives.REGISTRY.values():
         for name, text in _texts(primitive).items():
             setattr(primitive, name, text.replace(mutant.text, mutant.mutated))
 
@@ -220,11 +220,11 @@ def _task(mutant: Mutant | None, stages: Sequence[Sequence[str]], plain: Code) -
     return try_out(mutant, stages, plain)
 
 
-def _holders(mutant: Mutant) -> list[kernels.Primitive]:
+def _holders(mutant: Mutant) -> list[primitives.Primitive]:
     """The primitives whose kernels hold the mutated text."""
     return [
         primitive
-        for primitive in kernels.REGISTRY.values()
+        for primitive in primitives.REGISTRY.values()
         if any(mutant.text in text for text in _texts(primitive).values())
     ]
 
@@ -232,8 +232,8 @@ def _holders(mutant: Mutant) -> list[kernels.Primitive]:
 def _nearest_tests(mutant: Mutant) -> list[str]:
     """The tests nearest to the kernels concerned, as pytest's arguments."""
     holders = _holders(mutant)
-    raw = {p.function.__module__ for p in holders if isinstance(p, kernels.Raw)}
-    names = sorted(p.name for p in holders if p.types and not isinstance(p, kernels.Raw))
+    raw = {p.function.__module__ for p in holders if isinstance(p, primitives.Raw)}
+    names = sorted(p.name for p in holders if p.types and not isinstance(p, primitives.Raw))
     if names:
         return ["tests/test_kernels.py", "-k", f"equals and ({' or '.join(names)})"]
     files = {"cubin.greedy": "tests/test_fused.py", "cubin.solvers.teams": "tests/test_teams.py"}

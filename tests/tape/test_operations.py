@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
 from cubin import tape
-from cubin.arrays import library
+from cubin.core.libraries import library
 from cubin.tape import Node, check_gradient, gradients
 
 

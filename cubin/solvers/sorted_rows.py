@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, floats
-from cubin.arrays import Array
-from cubin.signs import as_integers
+from cubin.core import conversions, floats, libraries
+from cubin.core.floats import as_integers
+from cubin.core.libraries import Array
 
 CHUNK = 1 << 17
 """Running sums that are worked on at a time."""
@@ -51,13 +51,13 @@ class Magnitudes:
     """
 
     def __init__(self, x: Array, bits: Any, levels: int, importance: Array | None) -> None:
-        xp = self.xp = arrays.library(x)
+        xp = self.xp = libraries.library(x)
         self.count, self.length = x.shape
         mapped = self.mapped = np.ndim(bits) > 0
         self.depths = tuple(range(1, levels + 1)) if mapped else (levels,)
-        self.work = arrays.work_dtype(x.dtype)
-        dtype = np.float64 if arrays.on_device(x) else self.work
-        magnitude = xp.abs(floats.computable(x), out=xp.empty(x.shape, dtype))
+        self.work = floats.work_dtype(x.dtype)
+        dtype = np.float64 if libraries.on_device(x) else self.work
+        magnitude = xp.abs(conversions.computable(x), out=xp.empty(x.shape, dtype))
         if mapped:
             magnitude = xp.where(bits > 0, magnitude, 0)
         self.unit, self.valid = _unit(xp, magnitude)
@@ -156,7 +156,7 @@ def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:
 
 def _weights(xp: Any, importance: Array, bits: Any) -> Array:
     """Weights below 2 in float64: 0 for elements without bits, 1 in a row of zeros."""
-    weight = floats.widened(importance)
+    weight = conversions.widened(importance)
     if np.ndim(bits):
         weight[bits == 0] = 0
     weight /= _unit(xp, weight)[0]

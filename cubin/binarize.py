@@ -1,4 +1,4 @@
-"""The public entry: an array to its approximation, or to its binary code."""
+"""Signs, and the masks and gradients of the straight-through estimator."""
 
 from __future__ import annotations
 
@@ -7,15 +7,110 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, floats, greedy, solvers
-from cubin.arrays import Array
-from cubin.code import BinaryCode
-from cubin.encoding import Encoding
-from cubin.solvers import Solver, search
+from cubin import solvers
+from cubin.codes.binary_code import BinaryCode
+from cubin.codes.encoding import Encoding
+from cubin.core import arrays, conversions, libraries
+from cubin.core.bits import MAX_BITS, as_bits
+from cubin.core.libraries import Array
+from cubin.core.rows import Rows, rows_of
+from cubin.core.signs import inside, inside_bits, signs
+from cubin.solvers import Solver, greedy, search
+
+
+def sign(x: Array, *, out: Array | None = None) -> Array:
+    """The sign of each element, with sign(0) = -1.
+
+    .. math:: \\operatorname{sign}(x) = +1 \\text{ if } x > 0, \\text{ else } -1
+
+    Zero, positive or negative, has the sign -1, as in CNTK's binary convolutions: a binary code
+    has no third value. NumPy's ``sign`` gives 0 there.
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, any shape
+        NumPy or CuPy array, or anything that ``numpy.asarray`` takes.
+    out : array, optional
+        Where to put the result: x's shape and dtype. It may be `x` itself, or overlap it.
+
+    Returns
+    -------
+    array
+        -1, +1 or (where `x` is NaN) NaN, in the shape and dtype of `x`.
+
+    Raises
+    ------
+    TypeError
+        If `x` is not floating point, or `out` is of another library or dtype.
+    ValueError
+        If `out` has another shape or is read-only.
+
+    See Also
+    --------
+    sign_grad : The straight-through gradient.
+
+    References
+    ----------
+    .. [1] M. Courbariaux et al., "Binarized Neural Networks", arXiv:1602.02830, 2016.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> cubin.sign(np.array([-1.5, 0.0, 2.0]))
+    array([-1., -1.,  1.])
+    """
+    x = arrays.as_floats("x", x)
+    with libraries.current_device(x):
+        y = arrays.output(out, x)
+        signs(libraries.apart(x, y), y=y)
+    return y
+
+
+def ste_mask(x: Array, bound: Array = 1) -> Array:
+    """Where the straight-through estimator lets the gradient pass: ``|x| <= bound``.
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, any shape
+    bound : real number or array that broadcasts to x's shape
+        1 for the sign, a bit map for the multibit approximation.
+
+    Returns
+    -------
+    array of bool
+        In the shape of `x`; False where `x` or `bound` is NaN.
+
+    Raises
+    ------
+    TypeError
+        If `x` is not floating point, `bound` is not real, or NumPy and CuPy are mixed.
+    ValueError
+        If `bound` does not broadcast to x's shape.
+
+    References
+    ----------
+    .. [1] Y. Bengio, N. Léonard, A. Courville, "Estimating or propagating gradients through
+       stochastic neurons for conditional computation", arXiv:1308.3432, 2013.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> cubin.ste_mask(np.array([-1.5, 0.0, 1.0]))
+    array([False,  True,  True])
+    """
+    x = arrays.as_floats("x", x)
+    with libraries.current_device(x):
+        limit = arrays.as_bound(bound, x)
+        if limit.dtype.kind == "f":
+            limit = conversions.widened(limit)
+        mask = arrays.output(None, x, np.bool_)
+        (inside_bits if limit.dtype == np.uint8 else inside)(x, limit, mask=mask)
+    return mask
+
 
 SOLVERS = {
-    "greedy": arrays.MAX_BITS,
-    "refined": arrays.MAX_BITS,
+    "greedy": MAX_BITS,
+    "refined": MAX_BITS,
     "alternating": 8,
     "optimal": 8,
 }
@@ -101,14 +196,14 @@ def multibit(
     array([-1.,  3.])
     """
     x = arrays.as_floats("x", x)
-    rows = arrays.rows_of(x.shape, channel_axis, group_size)
+    rows = rows_of(x.shape, channel_axis, group_size)
     solve = _solver(solver, iterations)
-    with arrays.current_device(x):
+    with libraries.current_device(x):
         y = arrays.output(out, x)
-        limits, levels = arrays.as_bits(bits, x, limit=SOLVERS[solver], look=solve is not None)
+        limits, levels = as_bits(bits, x, limit=SOLVERS[solver], look=solve is not None)
         weights = _weights(importance, x, solver)
-        x, limits = arrays.apart(x, y), arrays.apart(limits, y)
-        weights = None if weights is None else arrays.apart(weights, y)
+        x, limits = libraries.apart(x, y), libraries.apart(limits, y)
+        weights = None if weights is None else libraries.apart(weights, y)
         if solve is None or _greedy_is_best(levels, weights):
             greedy.approximate(x, _spread(limits, x), levels, rows, y)
         else:
@@ -222,11 +317,11 @@ def quantize(
     optimal 0.034
     """
     x = arrays.as_floats("x", x)
-    rows = arrays.rows_of(x.shape, channel_axis, group_size)
+    rows = rows_of(x.shape, channel_axis, group_size)
     solve = _solver(solver, iterations)
-    xp = arrays.library(x)
-    with arrays.current_device(x):
-        limits, levels = arrays.as_bits(bits, x, limit=SOLVERS[solver], look=True)
+    xp = libraries.library(x)
+    with libraries.current_device(x):
+        limits, levels = as_bits(bits, x, limit=SOLVERS[solver], look=True)
         weights = _weights(importance, x, solver)
         # Where all elements count, the scales of a row show whether it is finite.
         shown = levels > 0 and isinstance(limits, np.generic) and weights is None
@@ -268,7 +363,7 @@ def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
     if importance is None:
         return None
     given = arrays.as_floats("importance", importance)
-    xp = arrays.library(x, given)
+    xp = libraries.library(x, given)
     if solver == "greedy":
         raise ValueError(
             "the greedy solver takes no importance: use refined, alternating or optimal"
@@ -279,18 +374,20 @@ def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
         raise ValueError(
             f"importance of shape {given.shape} does not broadcast to x's shape {x.shape}"
         ) from None
-    given = floats.computable(given)
+    given = conversions.computable(given)
     if not bool((xp.isfinite(given) & (given >= 0)).all()):
         raise ValueError("importance must be finite and not negative")
     return weights
 
 
 def _spread(bits: Array, x: Array) -> Any:
-    return bits if isinstance(bits, np.generic) else arrays.library(x).broadcast_to(bits, x.shape)
+    return (
+        bits if isinstance(bits, np.generic) else libraries.library(x).broadcast_to(bits, x.shape)
+    )
 
 
-def _check_finite(x: Array, rows: arrays.Rows) -> None:
-    xp = arrays.library(x)
+def _check_finite(x: Array, rows: Rows) -> None:
+    xp = libraries.library(x)
     inner = tuple(range(len(rows.scale_shape), len(rows.order)))
     finite = xp.isfinite(rows.view(x)).all(axis=inner)
     if not bool(finite.all()):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin import blocks
-from cubin.arrays import Array
+from cubin.core.host import blocks
+from cubin.core.libraries import Array
 
 CHUNK = 1 << 12
 """Numbers that are added up while they are in the first cache."""

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from cubin import blocks
-from cubin.arrays import Array
-from cubin.code import decode
-from cubin.host.loops import add_up, in_work_dtype, loop, part, store, target, uncounted
-from cubin.solvers.cells import DEPENDENT
+from cubin.codes.levels import decode
+from cubin.core.host import blocks
+from cubin.core.host.loops import add_up, in_work_dtype, loop, part, store, target, uncounted
+from cubin.core.libraries import Array
+from cubin.solvers.codebook import DEPENDENT
 
 CHUNK = 1 << 13
 """Elements that stay in the first cache while they are added up above one edge after the other."""

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks, fused, passes
-from cubin.arrays import Array, Rows
-from cubin.code import level_signs
-from cubin.kernels import Raw
-from cubin.passes import Part
+from cubin.codes.levels import level_signs
+from cubin.core import floats, libraries, passes, teams
+from cubin.core.host import blocks
+from cubin.core.libraries import Array
+from cubin.core.passes import Part
+from cubin.core.primitives import Raw
+from cubin.core.rows import Rows
 
 
 class Encoding:
@@ -31,11 +33,11 @@ class Encoding:
     """
 
     def __init__(self, x: Array, levels: int, rows: Rows) -> None:
-        xp = self._xp = arrays.library(x)
+        xp = self._xp = libraries.library(x)
         self.rows = rows
         self.scales = xp.zeros((levels, rows.count), x.dtype)
-        self.signs = arrays.result((levels, *x.shape), np.int8, x)
-        loops = None if arrays.on_device(x) else blocks.compiled("cubin.code_loops", x.size)
+        self.signs = libraries.result((levels, *x.shape), np.int8, x)
+        loops = None if libraries.on_device(x) else blocks.compiled("cubin.code_loops", x.size)
         self._signs_at: Any = level_signs if loops is None else loops.level_signs
 
     def fill(self, primitive: Raw, x: Array, bits: Any, *static: Any) -> None:
@@ -43,10 +45,10 @@ class Encoding:
         rows, levels = self.rows, len(self.scales)
         view = rows.view(self.signs, lead=1)
         target = view if view.flags.c_contiguous else self._xp.empty(view.shape, np.int8)
-        scales = self.scales.astype(arrays.work_dtype(x.dtype), copy=False)
+        scales = self.scales.astype(floats.work_dtype(x.dtype), copy=False)
         primitive(
-            fused.flat(x, rows),
-            fused.flat(bits, rows),
+            teams.flat(x, rows),
+            teams.flat(bits, rows),
             levels,
             *static,
             scales=scales[..., None],

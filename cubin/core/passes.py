@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks
-from cubin.arrays import Array, Rows
-from cubin.kernels import Reduction
+from cubin.core import libraries
+from cubin.core.host import blocks
+from cubin.core.libraries import Array
+from cubin.core.primitives import Reduction
+from cubin.core.rows import Rows
 
 CHUNK = 1 << 13
 """Elements of a device row that one thread block reduces."""
@@ -98,7 +100,7 @@ def write(task: Callable[[Array], None], target: Array, shape: tuple[int, ...]) 
     """Have `task` write `target` as an array of `shape`: itself where its strides allow it."""
     flat = target.reshape(shape)
     task(flat)
-    if not arrays.library(flat).may_share_memory(flat, target):
+    if not libraries.library(flat).may_share_memory(flat, target):
         target[...] = flat.reshape(target.shape)
 
 
@@ -109,7 +111,7 @@ def partial_results(
 
     `inputs` are arrays of the rows' shape or scalars, `scales` arrays of shape (rows, 1).
     """
-    if arrays.on_device(inputs[0]):
+    if libraries.on_device(inputs[0]):
         return _partial_results_on_device(primitive, rows, inputs, scales)
     long = rows.length > blocks.BLOCK
     pieces = sum(1 for _ in blocks.tile(rows.inner_shape)) if long else 1
@@ -128,7 +130,7 @@ def partial_results(
 def _partial_results_on_device(
     primitive: Reduction, rows: Rows, inputs: tuple[Array, ...], scales: list[Array]
 ) -> list[Array]:
-    xp: Any = arrays.library(inputs[0])
+    xp: Any = libraries.library(inputs[0])
     flat = [a if isinstance(a, np.generic) else rows.flat(a) for a in inputs]
     # Chunks of one length reduce side by side in one launch; what does not fill one comes last.
     chunks = rows.length // CHUNK if rows.length > 2 * CHUNK else 0

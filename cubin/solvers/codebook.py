@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays
-from cubin.arrays import Array
-from cubin.solvers.magnitudes import Magnitudes
+from cubin.core import libraries
+from cubin.core.libraries import Array
+from cubin.solvers.sorted_rows import Magnitudes
 
 DEPENDENT = 2.0**-38
 """Share of its diagonal below which a pivot is rounding error: the level adds nothing."""
@@ -45,7 +45,7 @@ def nearest(scales: Array, depth: int, dtype: Any) -> Cells:
 
     `scales`, of shape (levels, q), are not negative.
     """
-    xp = arrays.library(scales)
+    xp = libraries.library(scales)
     # Level 0 is taken as +; where the sum is negative then, its mirror image is the one wanted.
     sums, codes = scales[:1], xp.ones((1, scales.shape[1]), np.uint16)
     for level in range(1, depth):
@@ -61,7 +61,7 @@ def nearest(scales: Array, depth: int, dtype: Any) -> Cells:
 
 def split(cells: Cells, scales: Array, level: int) -> Cells:
     """Every cell cut where the residual after the first levels changes its sign."""
-    xp = arrays.library(scales)
+    xp = libraries.library(scales)
     edge = cells.thresholds
     values = _rounded_down(cells.values(scales[:level]), edge.dtype)
     values[1:] = xp.maximum(values[1:], edge)
@@ -80,7 +80,7 @@ def whole(q: int, dtype: Any, xp: Any) -> Cells:
 
 def _rounded_down(values: Array, dtype: Any) -> Array:
     """The largest numbers of `dtype` not above `values`, which divide its numbers as these do."""
-    xp = arrays.library(values)
+    xp = libraries.library(values)
     rounded = values.astype(dtype)
     return xp.where(
         rounded > values, xp.nextafter(rounded, xp.zeros_like(rounded) - np.inf), rounded

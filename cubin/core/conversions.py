@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays
-from cubin.arrays import Array
-from cubin.kernels import FLOATS, elementwise
+from cubin.core import libraries
+from cubin.core.libraries import Array
+from cubin.core.primitives import FLOATS, elementwise
 
 
 @elementwise("T x", "float64 y", "y = to_double(Work<T>::type(x))", types=FLOATS)
@@ -30,22 +30,22 @@ def narrow(x: np.ndarray, *, y: np.ndarray) -> None:
 
 def widened(x: Array) -> Array:
     """A new array: `x` in float64."""
-    if not arrays.on_device(x):
+    if not libraries.on_device(x):
         return x.astype(np.float64)
-    y = arrays.library(x).empty(x.shape, np.float64)
+    y = libraries.library(x).empty(x.shape, np.float64)
     widen(x, y=y)
     return y
 
 
 def narrowed(x: Array, dtype: Any) -> Array:
     """`x`, of float64, rounded to float32 or float64; itself where that changes nothing."""
-    if not arrays.on_device(x) or x.dtype == dtype:
+    if not libraries.on_device(x) or x.dtype == dtype:
         return x.astype(dtype, copy=False)
-    y = arrays.library(x).empty(x.shape, dtype)
+    y = libraries.library(x).empty(x.shape, dtype)
     narrow(x, y=y)
     return y
 
 
 def computable(x: Array) -> Array:
     """`x` as the functions of its library compute with it exactly: in float64 on a device."""
-    return widened(x) if arrays.on_device(x) and x.dtype != np.float64 else x
+    return widened(x) if libraries.on_device(x) and x.dtype != np.float64 else x

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks, fused, passes
-from cubin.arrays import Array, Rows
-from cubin.code import level_signs
-from cubin.encoding import Encoding
-from cubin.kernels import FLOATS, Launch, elementwise, raw, reduction, source
-from cubin.passes import Part
-from cubin.signs import as_integers, where
-from cubin.sums import magnitude_sums
+from cubin.codes.encoding import Encoding
+from cubin.codes.levels import level_signs
+from cubin.core import floats, libraries, passes, teams
+from cubin.core.floats import as_integers, where
+from cubin.core.host import blocks
+from cubin.core.libraries import Array
+from cubin.core.passes import Part
+from cubin.core.primitives import FLOATS, Launch, elementwise, raw, reduction, source
+from cubin.core.rows import Rows
+from cubin.core.sums import magnitude_sums
 
 _CUDA = source(__file__)
 
@@ -51,7 +53,7 @@ def level_sums(
 
     ``total = sum(|r| where bits > len(scales))``, in float64.
     """
-    m = blocks.spare("magnitude", x.shape, arrays.work_dtype(x.dtype))
+    m = blocks.spare("magnitude", x.shape, floats.work_dtype(x.dtype))
     np.abs(x, out=m)
     for scale in scales:
         np.abs(np.subtract(m, scale, out=m), out=m)
@@ -101,7 +103,7 @@ def level_scale(totals: np.ndarray, counts: np.ndarray, *, scale: np.ndarray) ->
 )
 def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarray) -> None:
     """The sum of scale * sign over each element's levels, of the scales as stored in x's dtype."""
-    work = arrays.work_dtype(x.dtype)
+    work = floats.work_dtype(x.dtype)
     mapped, rounded = np.ndim(bits) > 0, x.dtype != work
     opposite = _opposite(x)
     word = as_integers(opposite)
@@ -155,14 +157,14 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
 
 
 def _launch(x: Array, bits: Array, levels: int, *outputs: Array) -> Launch:
-    return fused.launch(x, bits, levels, *outputs, options=(np.int32(levels),))
+    return teams.launch(x, bits, levels, *outputs, options=(np.int32(levels),))
 
 
 @raw(
     "T x, uint8 bits, static int levels",
     "T y",
-    code=fused.CUDA,
-    preamble=fused.TEAMS,
+    code=teams.CUDA,
+    preamble=teams.TEAMS,
     launch=_launch,
     types=FLOATS,
 )
@@ -174,8 +176,8 @@ def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndar
 @raw(
     "T x, uint8 bits, static int levels",
     "W scales, int8 signs",
-    code=fused.CUDA,
-    preamble=fused.TEAMS,
+    code=teams.CUDA,
+    preamble=teams.TEAMS,
     launch=_launch,
     types=FLOATS,
 )
@@ -196,7 +198,7 @@ def _opposite(x: np.ndarray) -> np.ndarray:
 
     Taking the scale with its sign off it leaves the same of the residual, and it rounds the same.
     """
-    opposite = blocks.spare("opposite", x.shape, arrays.work_dtype(x.dtype))
+    opposite = blocks.spare("opposite", x.shape, floats.work_dtype(x.dtype))
     return np.subtract(0, x, out=opposite)
 
 
@@ -212,8 +214,8 @@ def approximate(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> Non
 
     `bits` is a uint8 scalar, or an array of x's shape.
     """
-    if fused.holds(x, levels, np.ndim(bits) > 0, rows):
-        fused.approximate(approximate_rows, x, bits, rows, y, levels)
+    if teams.holds(x, levels, np.ndim(bits) > 0, rows):
+        teams.approximate(approximate_rows, x, bits, rows, y, levels)
         return
     loops = _loops(x)
     view = rows.view(y)
@@ -239,13 +241,13 @@ def approximate(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> Non
 def encode(x: Array, bits: Array, encoding: Encoding) -> None:
     """Fill in the scales and signs of `x`."""
     levels, rows = len(encoding.scales), encoding.rows
-    if fused.holds(x, levels, np.ndim(bits) > 0, rows):
+    if teams.holds(x, levels, np.ndim(bits) > 0, rows):
         encoding.fill(encode_rows, x, bits)
         return
     loops = _loops(x)
 
     def pack(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
-        code = arrays.library(x).empty(x.shape, np.uint16)
+        code = libraries.library(x).empty(x.shape, np.uint16)
         loops.codes(x, bits, *scales, code=code)
         encoding.store(part, code, bits, scales)
 
@@ -263,7 +265,7 @@ def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
 
     `bits` is a uint8 scalar, or an array of x's shape.
     """
-    device = arrays.on_device(x)
+    device = libraries.on_device(x)
     if _in_cache(x, rows):
         _fit_in_cache(x, bits, levels, rows, finish)
         return
@@ -293,12 +295,12 @@ def _fit_in_cache(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish
 
 def _in_cache(x: Array, rows: Rows) -> bool:
     """Whether whole rows stay in the cache of the host."""
-    return not arrays.on_device(x) and rows.length <= blocks.BLOCK
+    return not libraries.on_device(x) and rows.length <= blocks.BLOCK
 
 
 def _for_each_block(task: Callable[..., None], x: Array, bits: Array, rows: Rows) -> None:
     """Call ``task(part, x, bits)`` for blocks of whole rows."""
-    itemsize = arrays.work_dtype(x.dtype).itemsize
+    itemsize = floats.work_dtype(x.dtype).itemsize
     block = WHOLE_ROWS
     if _loops(x) is not _EXPRESSIONS:
         least, most = COMPILED_ROWS
@@ -310,7 +312,7 @@ def _for_each_part(
     task: Callable[..., None], x: Array, bits: Array, rows: Rows, block: int | None = None
 ) -> None:
     threaded = None if _loops(x) is _EXPRESSIONS else blocks.LOOPS_THREADED
-    device = arrays.on_device(x)
+    device = libraries.on_device(x)
     passes.for_each_part(task, rows, x, bits, device=device, block=block, threaded=threaded)
 
 
@@ -332,7 +334,7 @@ def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> t
 
 def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of rows that are in the cache, (rows, 1) for each level."""
-    m = blocks.spare("magnitude", x.shape, arrays.work_dtype(x.dtype))
+    m = blocks.spare("magnitude", x.shape, floats.work_dtype(x.dtype))
     np.abs(x, out=m)
     scales: list[Array] = []
     for level in range(levels):
@@ -344,7 +346,7 @@ def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
 
 
 def _scale(totals: Array, counts: Array, x: Array) -> Array:
-    scale = arrays.library(x).empty((len(totals), 1), arrays.work_dtype(x.dtype))
+    scale = libraries.library(x).empty((len(totals), 1), floats.work_dtype(x.dtype))
     level_scale(totals, counts, scale=scale)
     return scale
 
@@ -362,6 +364,6 @@ _EXPRESSIONS = SimpleNamespace(
 
 def _loops(x: Array) -> Any:
     """What works on the parts of `x`: kernels, or on the host compiled loops where they pay."""
-    if arrays.on_device(x):
+    if libraries.on_device(x):
         return _KERNELS
     return blocks.compiled("cubin.greedy_loops", x.size) or _EXPRESSIONS

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, kernels
-from cubin.arrays import Array, Rows
-from cubin.kernels import Launch, Raw
+from cubin.core import libraries, primitives
+from cubin.core.libraries import Array
+from cubin.core.primitives import Launch, Raw
+from cubin.core.rows import Rows
 
 TEAMS = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
 """What kernels on whole rows share: the teams, and how they move elements."""
 
-CUDA = kernels.source(__file__)
+CUDA = primitives.source(__file__)
 """The kernels of the greedy levels."""
 
 TILE_THREADS = 256
@@ -113,12 +114,12 @@ def flat(array: Array, rows: Rows) -> Array:
 def side_by_side(array: Array) -> Array:
     """Rows of (rows, length) with elements side by side: themselves, or a copy."""
     fine = array.shape[1] <= 1 or array.strides[1] == array.itemsize
-    return array if fine else arrays.library(array).ascontiguousarray(array)
+    return array if fine else libraries.library(array).ascontiguousarray(array)
 
 
 def holds(x: Array, levels: int, mapped: bool, rows: Rows, room: Room = GREEDY) -> bool:
     """Whether `x` is on a device, and a team of threads holds whole rows of it."""
-    if not arrays.on_device(x) or not x.size:
+    if not libraries.on_device(x) or not x.size:
         return False
     return team_of(rows.length, x.dtype, levels, mapped, room) is not None
 
@@ -128,7 +129,7 @@ def approximate(primitive: Raw, x: Array, bits: Array, rows: Rows, y: Array, *st
     view = rows.view(y)
     target = side_by_side(view.reshape(rows.count, rows.length))
     primitive(flat(x, rows), flat(bits, rows), *static, y=target)
-    if not arrays.library(y).may_share_memory(target, y):
+    if not libraries.library(y).may_share_memory(target, y):
         view[...] = target.reshape(view.shape)
 
 

@@ -8,149 +8,19 @@ import json
 import math
 import operator
 import os
-import zipfile
 from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks, floats, passes
-from cubin.arrays import Array
-from cubin.kernels import FLOATS, elementwise
-from cubin.passes import Part
-from cubin.signs import as_integers, where
-
-# ---------------------------------------------------------------- primitives
-
-
-@elementwise(
-    "uint16 code, uint8 bits, uint8 level",
-    "int8 sign",
-    "sign = level < bits ? (code >> level & 1) * 2 - 1 : 0",
-    types=({},),
-)
-def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: np.ndarray) -> None:
-    """The sign at a level of packed codes: bit `level` as -1 or +1, 0 where there is no code."""
-    bit = np.bitwise_and(code, np.uint16(1) << level)
-    np.not_equal(bit, 0, out=sign, casting="unsafe")
-    np.add(sign, sign, out=sign)
-    np.subtract(sign, 1, out=sign)
-    if np.ndim(bits) or level >= bits:
-        np.multiply(sign, np.greater(bits, level), out=sign)
-
-
-@elementwise(
-    "W y, W scale, int8 sign",
-    "W total",
-    "total = sign == 0 ? y : sign > 0 ? plus(y, scale) : minus(y, scale)",
-    types=({"W": "float32"}, {"W": "float64"}),
-)
-def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.ndarray) -> None:
-    """``y + scale * sign``; where the sign is 0 the scale, which may be NaN, does not count."""
-    step = blocks.spare("step", y.shape, y.dtype)
-    np.multiply(scale, sign, out=step)
-    where(sign != 0, step, out=step)
-    np.add(y, step, out=total)
-
-
-def sum_signs(scales: np.ndarray, signs: np.ndarray, *, y: np.ndarray) -> None:
-    """The sums over levels of scales, (levels, rows, 1), times signs, (levels, rows, n)."""
-    total = blocks.spare("total", y.shape, scales.dtype)
-    total[...] = 0
-    for scale, sign in zip(scales, signs, strict=True):
-        add_level.function(total, scale, sign, total=total)
-    y[...] = total
-
-
-_CUDA = """
-// The sum of scale * sign over the element's levels, of the scales as they are stored in T.
-template<class T, class W, class... Scales>
-__device__ W decoded(unsigned int code, int bits, Scales... scales) {
-  const W scale[] = {scales..., W(0)};
-  W y = 0;
-#pragma unroll
-  for (int level = 0; level < (int)sizeof...(Scales); ++level) {
-    const W step = W(T(scale[level]));
-    if (level < bits) y = code >> level & 1 ? plus(y, step) : minus(y, step);
-  }
-  return y;
-}
-"""
-
-
-@elementwise(
-    "uint16 code, uint8 bits, *W scales",
-    "T y",
-    "y = T(decoded<T, typename Work<T>::type>(code, bits{scales}))",
-    types=FLOATS,
-    preamble=_CUDA,
-)
-def decode(code: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarray) -> None:
-    """The sum of scale * sign over each element's levels, of the scales as stored in y's dtype."""
-    work = arrays.work_dtype(y.dtype)
-    total = np.zeros(code.shape, work)
-    step = np.empty(code.shape, work)
-    word = as_integers(step)
-    highest = 8 * word.itemsize - 1
-    top = word.dtype.type(1 << highest)
-    for level, scale in enumerate(scales):
-        # The bit of the level becomes the sign bit; where it is 0, scale * sign is negative.
-        np.left_shift(code, word.dtype.type(highest - level), out=word)
-        np.bitwise_and(word, top, out=word)
-        stored = scale.astype(y.dtype, copy=False).astype(work, copy=False)
-        np.bitwise_xor(word, as_integers(stored) | top, out=word)
-        if np.ndim(bits):
-            where(bits > level, step, out=step)
-        if np.ndim(bits) or level < bits:
-            np.add(total, step, out=total)
-    y[...] = total
-
-
-# ---------------------------------------------------------------- storage
-
-
-def payload_bits(bits: Array, shape: tuple[int, ...]) -> float:
-    """The mean of the bit map `bits` over an array of shape `shape`; 0 for an empty array."""
-    if math.prod(shape) == 0:
-        return 0.0
-    # Every entry of a map stands for equally many elements.
-    return float(bits) if np.ndim(bits) == 0 else float(_host(bits).mean(dtype=np.float64))
-
-
-def map_entropy(bits: Array, shape: tuple[int, ...]) -> float:
-    """The empirical entropy of the bit map `bits`, in bits per element of the array.
-
-    A map of fewer entries than the array has elements (one per channel, say) is stored once per
-    entry.
-    """
-    if np.ndim(bits) == 0 or math.prod(shape) == 0:
-        return 0.0
-    counts = np.bincount(_host(bits).ravel())
-    share = counts[counts > 0] / counts.sum()
-    return abs(float(-(share * np.log2(share)).sum())) * bits.size / math.prod(shape)
-
-
-def effective_bits(bits: Array, rows: arrays.Rows, dtype: Any) -> float:
-    """Payload bits, entropy of the map and storage of the scales, per element.
-
-    A scale is stored for every level of a row at which some element of the row has a code, with
-    the width of `dtype`.
-    """
-    size = math.prod(rows.shape)
-    if size == 0:
-        return 0.0
-    if np.ndim(bits) == 0:
-        scales = int(bits) * rows.count
-    else:
-        spread = np.broadcast_to(_host(bits), rows.shape)
-        inner = tuple(range(len(rows.scale_shape), len(rows.order)))
-        scales = int(rows.view(spread).max(axis=inner).sum(dtype=np.int64))
-    width = 8 * np.dtype(dtype).itemsize
-    return payload_bits(bits, rows.shape) + map_entropy(bits, rows.shape) + scales * width / size
-
-
-def _host(array: Array) -> np.ndarray:
-    with arrays.current_device(array):
-        return array.get() if arrays.on_device(array) else np.asarray(array)
+from cubin.codes import files
+from cubin.codes.cost import effective_bits, payload_bits
+from cubin.codes.levels import add_level, sum_signs
+from cubin.core import arrays, conversions, floats, libraries, passes
+from cubin.core.bits import MAX_BITS, as_bits
+from cubin.core.host import blocks
+from cubin.core.libraries import Array
+from cubin.core.passes import Part
+from cubin.core.rows import rows_of
 
 
 class BinaryCode:
@@ -205,8 +75,8 @@ class BinaryCode:
         group_size: int | None = None,
     ) -> None:
         scales = arrays.as_floats("scales", scales)
-        xp = arrays.library(scales, signs)
-        signs = signs if arrays.on_device(signs) else np.asarray(signs)
+        xp = libraries.library(scales, signs)
+        signs = signs if libraries.on_device(signs) else np.asarray(signs)
         if signs.dtype != np.int8:
             raise TypeError(f"signs must be int8, got {signs.dtype}")
         if signs.ndim == 0 or scales.ndim == 0 or len(signs) != len(scales):
@@ -214,16 +84,16 @@ class BinaryCode:
                 f"scales of shape {scales.shape} and signs of shape {signs.shape} must both have "
                 "the levels as their first axis"
             )
-        self._rows = arrays.rows_of(signs.shape[1:], channel_axis, group_size)
+        self._rows = rows_of(signs.shape[1:], channel_axis, group_size)
         if scales.shape[1:] != self._rows.scale_shape:
             raise ValueError(
                 f"scales have shape {scales.shape}, but signs of shape {signs.shape} with "
                 f"channel_axis={channel_axis} and group_size={group_size} need "
                 f"{(len(signs), *self._rows.scale_shape)}"
             )
-        with arrays.current_device(signs):
+        with libraries.current_device(signs):
             like = xp.broadcast_to(xp.zeros((), np.int8), self._rows.shape)
-            limits, levels = arrays.as_bits(bits, like, look=True)
+            limits, levels = as_bits(bits, like, look=True)
             if levels > len(signs):
                 raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
             self.bits: Any = int(limits) if isinstance(limits, np.generic) else limits.copy()
@@ -261,19 +131,19 @@ class BinaryCode:
 
     def dequantize(self) -> Array:
         """The approximation ``sum_i scales[i] * signs[i]``, in the shape and dtype of x."""
-        rows, work = self._rows, arrays.work_dtype(self.dtype)
-        with arrays.current_device(self.scales):
+        rows, work = self._rows, floats.work_dtype(self.dtype)
+        with libraries.current_device(self.scales):
             scales = self.scales.astype(work, copy=False)
-            if not arrays.on_device(scales):
+            if not libraries.on_device(scales):
                 return self._dequantize_in_cache(scales)
-            total = arrays.library(scales).zeros(rows.split, work)
+            total = libraries.library(scales).zeros(rows.split, work)
             for scale, sign in zip(scales, self.signs, strict=True):
                 add_level(total, rows.aligned(scale), sign.reshape(rows.split), total=total)
             return total.astype(self.dtype, copy=False).reshape(self.shape)
 
     def _dequantize_in_cache(self, scales: Array) -> Array:
         """All levels of a block at once."""
-        rows, y = self._rows, arrays.result(self.shape, self.dtype, scales)
+        rows, y = self._rows, libraries.result(self.shape, self.dtype, scales)
         flat_scales = scales.reshape(len(scales), rows.count, 1)
         signs, target = rows.view(self.signs, lead=1), rows.view(y)
         loops: Any = blocks.compiled("cubin.code_loops", y.size)
@@ -299,7 +169,7 @@ class BinaryCode:
         """Whether all of shape, dtype, granularity, bits, scales and signs are the same."""
         if not isinstance(other, BinaryCode):
             return NotImplemented
-        if arrays.on_device(self.scales) != arrays.on_device(other.scales):
+        if libraries.on_device(self.scales) != libraries.on_device(other.scales):
             return False
         if not (
             self.dtype == other.dtype
@@ -308,14 +178,14 @@ class BinaryCode:
             and self.scales.shape == other.scales.shape
         ):
             return False
-        xp = arrays.library(self.scales)
-        with arrays.current_device(self.scales):
+        xp = libraries.library(self.scales)
+        with libraries.current_device(self.scales):
             # Another device's arrays are copied to this one, others are taken as they are.
             bits, scales, signs = map(xp.asarray, (other.bits, other.scales, other.signs))
-            own = floats.computable(self.scales)
+            own = conversions.computable(self.scales)
             return (
                 bool((xp.asarray(self.bits) == bits).all())
-                and bool(xp.array_equal(own, floats.computable(scales), equal_nan=True))
+                and bool(xp.array_equal(own, conversions.computable(scales), equal_nan=True))
                 and bool(xp.array_equal(self.signs, signs))
             )
 
@@ -336,7 +206,7 @@ class BinaryCode:
             ("scales", f"{granularity}, {self._rows.count:,} per level"),
         ]
         # Looking at a map on a device would wait for it: a display must not.
-        if not (mapped and arrays.on_device(self.bits)):
+        if not (mapped and libraries.on_device(self.bits)):
             facts += [
                 ("payload bits", f"{self.payload_bits:.4g} per element"),
                 ("effective bits", f"{self.effective_bits:.4g} per element"),
@@ -374,24 +244,24 @@ class BinaryCode:
             If there are more than 16 levels, or the signs are not -1 or +1 exactly where `bits`
             has a code: one bit per sign could not hold them.
         """
-        signs = _host(self.signs)
-        if len(signs) > arrays.MAX_BITS:
-            raise ValueError(f"a file holds up to {arrays.MAX_BITS} levels, got {len(signs)}")
+        signs = libraries.to_host(self.signs)
+        if len(signs) > MAX_BITS:
+            raise ValueError(f"a file holds up to {MAX_BITS} levels, got {len(signs)}")
         for level, sign in enumerate(signs):
-            if not np.all(np.abs(sign) == np.greater(_host(self.bits), level)):
+            if not np.all(np.abs(sign) == np.greater(libraries.to_host(self.bits), level)):
                 raise ValueError(
                     f"signs of level {level} must be -1 or +1 where bits > {level}, else 0"
                 )
         layout = {
-            "format": _FORMAT,
+            "format": files._FORMAT,
             "shape": list(self.shape),
             "channel_axis": self.channel_axis,
             "group_size": self.group_size,
         }
         members = {
             "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
-            "scales": np.asarray(_host(self.scales), order="C"),
-            "bits": np.asarray(_host(self.bits), np.uint8, order="C"),
+            "scales": np.asarray(libraries.to_host(self.scales), order="C"),
+            "bits": np.asarray(libraries.to_host(self.bits), np.uint8, order="C"),
             "signs": np.packbits(signs.reshape(len(signs), -1) > 0, axis=1)
             if signs.size
             else np.zeros((len(signs), -(-math.prod(self.shape) // 8)), np.uint8),
@@ -430,69 +300,8 @@ class BinaryCode:
         """
         with open(path, "rb") as file:
             try:
-                members = _read_members(file)
-                return _decode(cls, members)
+                members = files._read_members(file)
+                return files._decode(cls, members)
             # Damage shows in many ways: tokenize's own errors, MemoryError for a shape, ...
             except Exception as error:
                 raise ValueError(f"{os.fspath(path)!r} is no intact BinaryCode: {error}") from error
-
-
-_FORMAT = "cubin.BinaryCode/1"
-_DTYPES = {"layout": "B", "scales": "efd", "bits": "B", "signs": "B"}
-
-
-def _read_members(file: Any) -> dict[str, np.ndarray]:
-    members = {}
-    with zipfile.ZipFile(file) as archive:
-        for name, dtypes in _DTYPES.items():
-            info = archive.getinfo(f"{name}.npy")
-            # Stored members cannot be larger than the file: no bomb, no false size.
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise ValueError(f"{name} is compressed")
-            with archive.open(info) as member:
-                version = np.lib.format.read_magic(member)
-                if version != (1, 0):
-                    raise ValueError(f"{name} has format version {version}")
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-                if dtype.char not in dtypes or fortran:
-                    raise ValueError(f"{name} has an unexpected dtype or order")
-                expected = math.prod(shape) * dtype.itemsize
-                if member.tell() + expected != info.file_size:
-                    raise ValueError(
-                        f"{name} of shape {shape} does not fit its {info.file_size} bytes"
-                    )
-                content = member.read()
-            if len(content) != expected:
-                raise ValueError(f"{name} is truncated")
-            members[name] = np.frombuffer(content, dtype).reshape(shape).copy()
-    return members
-
-
-def _decode(cls: type[BinaryCode], members: dict[str, np.ndarray]) -> BinaryCode:
-    layout = json.loads(members["layout"].tobytes())
-    if not isinstance(layout, dict) or layout.get("format") != _FORMAT:
-        raise ValueError("its layout is of another format")
-    shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
-    axis, group_size = layout["channel_axis"], layout["group_size"]
-    axis = tuple(axis) if isinstance(axis, list) else axis
-    bits = members["bits"]
-    scales, packed = members["scales"], members["signs"]
-    size = math.prod(shape)
-    # With no levels nothing in the file is as large as the shape; no memory has 2^47 elements.
-    if len(shape) > 64 or min(shape, default=0) < 0 or size >> 47 or scales.ndim == 0:
-        raise ValueError(f"shape {shape} is no shape of an array")
-    levels = len(scales)
-    if levels > arrays.MAX_BITS or packed.shape != (levels, -(-size // 8)):
-        raise ValueError(
-            f"signs of shape {packed.shape} do not hold {levels} levels of {size} elements"
-        )
-    rows = arrays.rows_of(shape, axis, group_size)
-    if scales.shape != (levels, *rows.scale_shape):
-        raise ValueError(f"scales of shape {scales.shape} do not fit the shape {shape}")
-    limits, _ = arrays.as_bits(bits, np.broadcast_to(np.int8(0), shape))
-    positive = np.unpackbits(packed, axis=1, count=size).reshape(levels, *shape)
-    signs = positive.view(np.int8)
-    np.subtract(signs + signs, 1, out=signs)
-    for level in range(levels):
-        np.multiply(signs[level], np.greater(limits, level), out=signs[level, ...])
-    return cls(scales, signs, int(bits) if bits.ndim == 0 else bits, axis, group_size)

@@ -10,20 +10,20 @@ from functools import partial
 
 import numpy as np
 
-from cubin import fused
-from cubin.arrays import Array
-from cubin.code import decode, level_signs
-from cubin.kernels import FLOATS, Launch, raw, source
+from cubin.codes.levels import decode, level_signs
+from cubin.core import teams
+from cubin.core.libraries import Array
+from cubin.core.primitives import FLOATS, Launch, raw, source
 from cubin.solvers import search
-from cubin.solvers.fits import Fit
-from cubin.solvers.magnitudes import Magnitudes
+from cubin.solvers.lookup import Fit
+from cubin.solvers.sorted_rows import Magnitudes
 
 _CUDA = source(__file__)
 
 MAX_LEVELS = 4
 """From here on sorting pays: the thresholds double with every level."""
 
-ROOM: fused.Room = ((16, 12, 8), (16, 12, 8), (8, 8, 4))
+ROOM: teams.Room = ((16, 12, 8), (16, 12, 8), (8, 8, 4))
 """How many elements a thread holds, beside the state of a solver."""
 
 
@@ -31,7 +31,7 @@ def _launch(
     x: Array, bits: Array, levels: int, refit: bool, iterations: int, *outputs: Array
 ) -> Launch:
     options = (np.int32(refit), np.int32(iterations))
-    return fused.launch(x, bits, levels, *outputs, room=ROOM, options=options)
+    return teams.launch(x, bits, levels, *outputs, room=ROOM, options=options)
 
 
 @raw(
@@ -40,7 +40,7 @@ def _launch(
     code=_CUDA,
     launch=_launch,
     types=FLOATS,
-    preamble=fused.TEAMS,
+    preamble=teams.TEAMS,
 )
 def reconstruct_rows(
     x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int, *, y: np.ndarray
@@ -56,7 +56,7 @@ def reconstruct_rows(
     code=_CUDA,
     launch=_launch,
     types=FLOATS,
-    preamble=fused.TEAMS,
+    preamble=teams.TEAMS,
 )
 def solve_rows(
     x: np.ndarray,

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks, floats
-from cubin.arrays import Array
-from cubin.code import decode
-from cubin.solvers.cells import Cells, fitted
-from cubin.solvers.magnitudes import Magnitudes
+from cubin.codes.levels import decode
+from cubin.core import conversions, libraries
+from cubin.core.host import blocks
+from cubin.core.libraries import Array
+from cubin.solvers.codebook import Cells, fitted
+from cubin.solvers.sorted_rows import Magnitudes
 
 
 class Fit:
@@ -44,7 +45,7 @@ class Fit:
         self._unit = magnitudes.unit
         in_units_of_x = scales[:, :, None] * self._unit
         in_units_of_x[:, ~magnitudes.valid] = np.nan
-        self.scales = list(floats.narrowed(in_units_of_x, magnitudes.work))
+        self.scales = list(conversions.narrowed(in_units_of_x, magnitudes.work))
         self._tabulate(cells, negative, order)
 
     def _tabulate(self, cells: dict[int, Cells], negative: Array, order: Array) -> None:
@@ -95,7 +96,7 @@ class Fit:
     def _entries(self, x: Array, bits: Any, rows: slice) -> Array:
         """Where the codes of elements of some rows stand among those of all rows."""
         xp = self._xp
-        own = floats.computable(x[rows])
+        own = conversions.computable(x[rows])
         magnitude = abs(own) / self._unit[rows]
         table = xp.arange(len(x))[rows, None]
         if self._mapped:
@@ -118,6 +119,6 @@ class Fit:
 
 def _tiles(x: Array) -> list[slice]:
     """Rows that are worked on at a time: on the host, those that stay in the cache."""
-    if arrays.on_device(x):
+    if libraries.on_device(x):
         return [slice(None)]
     return [rows for (rows,) in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1]))]

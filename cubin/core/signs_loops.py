@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.arrays import Array
-from cubin.host.loops import loop, part, read_only
+from cubin.core.host.loops import loop, part, read_only
+from cubin.core.libraries import Array
 
 
 @part

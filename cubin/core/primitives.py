@@ -29,8 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, blocks
-from cubin.arrays import Array
+from cubin.core import libraries
+from cubin.core.host import blocks
+from cubin.core.libraries import Array
 
 REGISTRY: dict[str, Primitive] = {}
 """Every primitive by its name."""
@@ -116,7 +117,7 @@ class Primitive:
 
     def kernel(self, count: int = 0) -> Any:
         """CuPy's kernel for `count` variadic inputs, built when first asked for."""
-        module = arrays.cupy()
+        module = libraries.cupy()
         key = (module, count)
         if key not in self._kernels:
             self._kernels[key] = self._build(module, count)
@@ -302,7 +303,7 @@ class Raw(Primitive):
 
     def instance(self, template: tuple[Any, ...]) -> Any:
         """CuPy's kernel for these template arguments, built when first asked for."""
-        module = arrays.cupy()
+        module = libraries.cupy()
         key = (module, template)
         if key not in self._modules:
             name = self.name_of(template)

@@ -21,9 +21,10 @@ from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-from cubin import arrays, blocks
-from cubin.arrays import Array
-from cubin.sums import CHUNK, COLUMNS, UNIT
+from cubin.core import floats
+from cubin.core.host import blocks
+from cubin.core.libraries import Array
+from cubin.core.sums import CHUNK, COLUMNS, UNIT
 
 
 class _Cache(FunctionCache):
@@ -282,7 +283,7 @@ def store(values: Array, y: Array) -> None:
 
 def target(y: Array, *inputs: Array) -> Array:
     """Where a loop writes what `store` then brings to `y`: there itself if that is possible."""
-    work = arrays.work_dtype(y.dtype)
+    work = floats.work_dtype(y.dtype)
     direct = y.dtype == work and y.flags.carray
     if direct and not any(np.may_share_memory(y, x) for x in inputs):
         return y

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin import arrays, blocks
-from cubin.arrays import Array
-from cubin.host.loops import (
+from cubin.core import floats
+from cubin.core.host import blocks
+from cubin.core.host.loops import (
     count_hot,
     in_work_dtype,
     keep,
@@ -23,7 +23,8 @@ from cubin.host.loops import (
     target,
     uncounted,
 )
-from cubin.sums import CHUNK
+from cubin.core.libraries import Array
+from cubin.core.sums import CHUNK
 
 # ---------------------------------------------------------------- scales
 
@@ -343,7 +344,7 @@ def _row(x: Array) -> Array:
 
 def _stack(scales: tuple[Array, ...], x: Array) -> Array:
     """Scales, (rows, 1) for each level, as (rows, levels)."""
-    stacked = np.empty((len(x), len(scales)), arrays.work_dtype(x.dtype))
+    stacked = np.empty((len(x), len(scales)), floats.work_dtype(x.dtype))
     for level, scale in enumerate(scales):
         stacked[:, level] = scale[:, 0]
     return stacked

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.arrays import Array
-from cubin.host.loops import loop, map_of, part, read_only, store, target, uncounted
-from cubin.sums import CHUNK
+from cubin.core.host.loops import loop, map_of, part, read_only, store, target, uncounted
+from cubin.core.libraries import Array
+from cubin.core.sums import CHUNK
 
 
 @part

@@ -1,0 +1,93 @@
+"""BinaryCode: an array as scales and signs, and what it costs to store."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cubin.core import floats
+from cubin.core.floats import as_integers, where
+from cubin.core.host import blocks
+from cubin.core.primitives import FLOATS, elementwise
+
+
+@elementwise(
+    "uint16 code, uint8 bits, uint8 level",
+    "int8 sign",
+    "sign = level < bits ? (code >> level & 1) * 2 - 1 : 0",
+    types=({},),
+)
+def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: np.ndarray) -> None:
+    """The sign at a level of packed codes: bit `level` as -1 or +1, 0 where there is no code."""
+    bit = np.bitwise_and(code, np.uint16(1) << level)
+    np.not_equal(bit, 0, out=sign, casting="unsafe")
+    np.add(sign, sign, out=sign)
+    np.subtract(sign, 1, out=sign)
+    if np.ndim(bits) or level >= bits:
+        np.multiply(sign, np.greater(bits, level), out=sign)
+
+
+@elementwise(
+    "W y, W scale, int8 sign",
+    "W total",
+    "total = sign == 0 ? y : sign > 0 ? plus(y, scale) : minus(y, scale)",
+    types=({"W": "float32"}, {"W": "float64"}),
+)
+def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.ndarray) -> None:
+    """``y + scale * sign``; where the sign is 0 the scale, which may be NaN, does not count."""
+    step = blocks.spare("step", y.shape, y.dtype)
+    np.multiply(scale, sign, out=step)
+    where(sign != 0, step, out=step)
+    np.add(y, step, out=total)
+
+
+def sum_signs(scales: np.ndarray, signs: np.ndarray, *, y: np.ndarray) -> None:
+    """The sums over levels of scales, (levels, rows, 1), times signs, (levels, rows, n)."""
+    total = blocks.spare("total", y.shape, scales.dtype)
+    total[...] = 0
+    for scale, sign in zip(scales, signs, strict=True):
+        add_level.function(total, scale, sign, total=total)
+    y[...] = total
+
+
+_CUDA = """
+// The sum of scale * sign over the element's levels, of the scales as they are stored in T.
+template<class T, class W, class... Scales>
+__device__ W decoded(unsigned int code, int bits, Scales... scales) {
+  const W scale[] = {scales..., W(0)};
+  W y = 0;
+#pragma unroll
+  for (int level = 0; level < (int)sizeof...(Scales); ++level) {
+    const W step = W(T(scale[level]));
+    if (level < bits) y = code >> level & 1 ? plus(y, step) : minus(y, step);
+  }
+  return y;
+}
+"""
+
+
+@elementwise(
+    "uint16 code, uint8 bits, *W scales",
+    "T y",
+    "y = T(decoded<T, typename Work<T>::type>(code, bits{scales}))",
+    types=FLOATS,
+    preamble=_CUDA,
+)
+def decode(code: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarray) -> None:
+    """The sum of scale * sign over each element's levels, of the scales as stored in y's dtype."""
+    work = floats.work_dtype(y.dtype)
+    total = np.zeros(code.shape, work)
+    step = np.empty(code.shape, work)
+    word = as_integers(step)
+    highest = 8 * word.itemsize - 1
+    top = word.dtype.type(1 << highest)
+    for level, scale in enumerate(scales):
+        # The bit of the level becomes the sign bit; where it is 0, scale * sign is negative.
+        np.left_shift(code, word.dtype.type(highest - level), out=word)
+        np.bitwise_and(word, top, out=word)
+        stored = scale.astype(y.dtype, copy=False).astype(work, copy=False)
+        np.bitwise_xor(word, as_integers(stored) | top, out=word)
+        if np.ndim(bits):
+            where(bits > level, step, out=step)
+        if np.ndim(bits) or level < bits:
+            np.add(total, step, out=total)
+    y[...] = total

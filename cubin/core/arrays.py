@@ -1,0 +1,164 @@
+"""Which library owns an array, the checks of arguments, and the layout of rows.
+
+This is the only module that knows ``cupy.ndarray``. CuPy is never imported here: an array can only
+be CuPy's where somebody has imported CuPy already.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from cubin.core import libraries
+from cubin.core.libraries import Array
+
+
+def as_floats(name: str, value: object) -> Array:
+    """`value` as a float16, float32 or float64 array where it is, else a TypeError."""
+    array: Array = (
+        libraries.aligned(value) if libraries.on_device(value) else as_host_array(name, value)
+    )
+    if array.dtype.char not in "efd":
+        raise TypeError(
+            f"{name} must be float16, float32 or float64, got {array.dtype}: "
+            f"cast it first, e.g. {name}.astype('float32')"
+        )
+    return array
+
+
+def as_host_array(name: str, value: Any) -> np.ndarray:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost: use {name}.filled()")
+    if kind.startswith("dask."):
+        raise TypeError(f"{name} is a lazy {kind}: call {name}.compute() first")
+    if hasattr(value, "__cuda_array_interface__"):
+        raise TypeError(f"{name} is a {kind} on a GPU: pass cupy.asarray({name})")
+    if getattr(value, "requires_grad", False) is True:
+        raise TypeError(f"{name} is a {kind} that requires grad: pass {name}.detach()")
+    try:
+        array = np.asarray(value)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} of type {kind} is nothing that NumPy can read: {error}; "
+            "convert it first, to float32 or an integer type"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{name} is no array of numbers: {error}") from error
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def like(name: str, value: object, x: Array, x_name: str = "x") -> Array:
+    """`value` as floats of x's library, shape and dtype."""
+    array = as_floats(name, value)
+    libraries.check_same(name, array, x, x_name)
+    if array.shape != x.shape:
+        raise ValueError(f"{name} has shape {array.shape}, but {x_name} has shape {x.shape}")
+    return array.astype(x.dtype, copy=False)
+
+
+def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
+    """`out` if it can take a result of x's shape, or a new array where `out` is None."""
+    dtype = x.dtype if dtype is None else np.dtype(dtype)
+    if out is None:
+        return libraries.result(x.shape, dtype, x)
+    if not (libraries.on_device(out) or isinstance(out, np.ndarray)):
+        raise TypeError(f"out must be an array, got {type(out).__qualname__}")
+    libraries.check_same("out", out, x)
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}, but the result has dtype {dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"out has shape {out.shape}, but the result has shape {x.shape}")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if _overlaps_itself(out):
+        raise ValueError(
+            f"out of shape {out.shape} and strides {out.strides} has elements that share memory: "
+            "pass an array of its own"
+        )
+    if libraries.on_device(out) and not libraries.is_aligned(out):
+        raise ValueError(
+            f"out must lie at multiples of its item size, {out.itemsize} bytes, as a GPU writes "
+            f"no other addresses, got the address {libraries._address(out):#x} and strides {out.strides}"
+        )
+    return out
+
+
+def _overlaps_itself(array: Array) -> bool:
+    """Whether elements share memory, as in broadcast arrays and sliding windows.
+
+    Each axis must step over all that the axes of smaller strides span.
+    """
+    span = array.itemsize
+    for stride, length in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if length > 1 and stride < span:
+            return bool(array.size)
+        span += stride * (length - 1)
+    return False
+
+
+def check_broadcasts(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    try:
+        fits = array.ndim == 0 or np.broadcast_shapes(array.shape, shape) == tuple(shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} of shape {array.shape} does not broadcast to x's shape {shape}")
+
+
+def as_bound(value: object, x: Array) -> Array:
+    """A bound on |x|: uint8 where it is an integer map or scalar that fits, else floats.
+
+    They are float64, or as they come.
+    Python's numbers are rounded to x's dtype, as in NumPy's own comparisons.
+    """
+    if libraries.on_device(value):
+        bound: Any = libraries.aligned(value)
+        libraries.check_same("bound", bound, x)
+    else:
+        bound = as_host_array("bound", value)
+    if bound.dtype.kind not in "iuf" or bound.dtype.itemsize > 8:
+        raise TypeError(f"bound must be a real number or an array of them, got {bound.dtype}")
+    check_broadcasts("bound", bound, x.shape)
+    if bound.dtype == np.uint8:
+        return (
+            libraries.library(x).asarray(bound)
+            if bound.ndim or libraries.on_device(bound)
+            else np.uint8(bound)
+        )
+    if isinstance(value, int) and 0 <= value <= 255:
+        return np.uint8(value)
+    if isinstance(value, (int, float)) and not isinstance(value, np.generic):
+        with np.errstate(over="ignore"):
+            return np.float64(x.dtype.type(value))
+    if bound.ndim == 0 and not libraries.on_device(bound):
+        return np.float64(bound)
+    bound = libraries.library(x).asarray(bound)
+    return bound if bound.dtype.kind == "f" else bound.astype(np.float64)
+
+
+def as_integer(name: str, value: object) -> int:
+    """`value` as an int; TypeError for booleans and for what is no integer."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, got a boolean")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__qualname__}") from None
+
+
+def as_real(name: str, value: object) -> float:
+    """`value` as a float; TypeError for booleans and for what is no real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a real number, got {type(value).__qualname__}")
+    return float(value)
+
+
+def as_real_below(name: str, value: object, bound: float) -> float:
+    """`value` as a float with 0 <= value < bound; ValueError for others."""
+    number = as_real(name, value)
+    if not 0 <= number < bound:
+        raise ValueError(f"{name} must lie in 0 <= {name} < {bound}, got {value}")
+    return number

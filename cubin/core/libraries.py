@@ -1,0 +1,110 @@
+"""Which library owns an array, the checks of arguments, and the layout of rows.
+
+This is the only module that knows ``cupy.ndarray``. CuPy is never imported here: an array can only
+be CuPy's where somebody has imported CuPy already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cubin.core import memory
+
+Array = Any
+"""A NumPy or CuPy array: the two share no base class."""
+
+
+def cupy() -> Any:
+    """The CuPy module if the process has imported it, else None."""
+    return sys.modules.get("cupy")
+
+
+def on_device(value: object) -> bool:
+    """Whether `value` is a CuPy array."""
+    module = cupy()
+    # While CuPy is being imported, or where importing it failed half-way, it has no ndarray yet.
+    return hasattr(module, "ndarray") and isinstance(value, module.ndarray)
+
+
+def library(*arrays: object) -> ModuleType | Any:
+    """NumPy, or CuPy if the arrays are CuPy's; TypeError for a mixture."""
+    owners = {on_device(array) for array in arrays}
+    if owners == {True, False}:
+        raise TypeError(
+            "got NumPy and CuPy arrays in one call: move them to one side first, "
+            "with cupy.asarray(a) or cupy.asnumpy(a)"
+        )
+    return cupy() if True in owners else np
+
+
+def current_device(x: Array) -> contextlib.AbstractContextManager[Any]:
+    """A context in which x's device is the current one."""
+    return x.device if on_device(x) else contextlib.nullcontext()
+
+
+def is_aligned(array: Array) -> bool:
+    """Whether all elements of a CuPy array lie at multiples of their size.
+
+    A GPU reads and writes no others, and stops every later call of the process where it should.
+    """
+    size = array.itemsize
+    steps = (step for length, step in zip(array.shape, array.strides, strict=True) if length > 1)
+    return not array.size or math.gcd(array.data.ptr, *steps) % size == 0
+
+
+def aligned(array: Array) -> Array:
+    """A CuPy array, or a copy of it where its elements do not lie at multiples of their size.
+
+    The copy goes byte by byte, since a kernel could not read the elements.
+    """
+    if is_aligned(array):
+        return array
+    with current_device(array):
+        return array[..., None].view(np.uint8).copy().view(array.dtype)[..., 0]
+
+
+def result(shape: tuple[int, ...], dtype: Any, x: Array) -> Array:
+    """A new array of arbitrary content in x's library."""
+    return library(x).empty(shape, dtype) if on_device(x) else memory.empty(shape, dtype)
+
+
+def apart(given: Array, out: Array) -> Array:
+    """`given`, or a copy of it where writing `out` would overwrite elements not read yet.
+
+    What is `out` itself is not copied: every element is read before it is written. Scalars are no
+    part of any array.
+    """
+    if isinstance(given, np.generic):
+        return given
+    same = (
+        given.shape == out.shape
+        and given.strides == out.strides
+        and _address(given) == _address(out)
+        and given.dtype == out.dtype
+    )
+    return given.copy() if not same and library(given).may_share_memory(given, out) else given
+
+
+def _address(array: Array) -> int:
+    return array.data.ptr if on_device(array) else array.__array_interface__["data"][0]
+
+
+def check_same(name: str, array: Array, x: Array, x_name: str = "x") -> None:
+    if on_device(array) != on_device(x):
+        owner = "CuPy" if on_device(array) else "NumPy"
+        other = "CuPy" if on_device(x) else "NumPy"
+        raise TypeError(
+            f"{name} is a {owner} array, but {x_name} is a {other} array: move one of them "
+            "with cupy.asarray or cupy.asnumpy"
+        )
+
+
+def to_host(array: Array) -> np.ndarray:
+    """`array` as a NumPy array: a copy only where it is on a device."""
+    return array.get() if on_device(array) else np.asarray(array)

@@ -1,0 +1,130 @@
+"""Which library owns an array, the checks of arguments, and the layout of rows.
+
+This is the only module that knows ``cupy.ndarray``. CuPy is never imported here: an array can only
+be CuPy's where somebody has imported CuPy already.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from cubin.core.arrays import as_integer
+from cubin.core.libraries import Array
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the elements of an array of shape `shape` fall into rows that share their scales.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        The array's shape.
+    split : tuple of int
+        The shape with the last axis split into groups, if there are groups, else `shape`.
+    order : tuple of int
+        The axes of `split`, those that number the rows first.
+    scale_shape : tuple of int
+        The lengths of the axes that number the rows: one scale per level for each.
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    scale_shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return math.prod(self.scale_shape)
+
+    @property
+    def length(self) -> int:
+        """The number of elements of a row."""
+        return math.prod(self.inner_shape)
+
+    @property
+    def inner_shape(self) -> tuple[int, ...]:
+        """The lengths of the axes within a row."""
+        return tuple(self.split[axis] for axis in self.order[len(self.scale_shape) :])
+
+    def view(self, array: Array, lead: int = 0) -> Array:
+        """A view of `array` with the axes that number the rows first.
+
+        The first `lead` axes of `array` are not part of the layout and stay in front.
+        """
+        array = array.reshape(array.shape[:lead] + self.split)
+        return array.transpose((*range(lead), *(lead + axis for axis in self.order)))
+
+    def flat_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The shape (rows, elements) of a part of the view that has shape `shape`."""
+        leading = len(self.scale_shape)
+        return math.prod(shape[:leading]), math.prod(shape[leading:])
+
+    def flat(self, array: Array) -> Array:
+        """`array` as (rows, length): a view where its strides allow one, else a copy."""
+        return self.view(array).reshape(self.count, self.length)
+
+    def aligned(self, scale: Array) -> Array:
+        """Scales of shape `scale_shape` so that they broadcast to an array of shape `split`."""
+        spread = scale.reshape(self.scale_shape + (1,) * len(self.inner_shape))
+        return spread.transpose(np.argsort(self.order).tolist())
+
+
+def rows_of(
+    shape: tuple[int, ...],
+    channel_axis: int | tuple[int, ...] | None = None,
+    group_size: int | None = None,
+) -> Rows:
+    """The row layout of an array of shape `shape`.
+
+    Raises
+    ------
+    TypeError
+        If `channel_axis` or `group_size` is no integer (or tuple of integers).
+    ValueError
+        If both are given, an axis is out of range or repeated, or `group_size` does not divide
+        the length of the last axis.
+    """
+    shape = tuple(shape)
+    ndim = len(shape)
+    if group_size is not None:
+        if channel_axis is not None:
+            raise ValueError(
+                f"channel_axis={channel_axis} and group_size={group_size} exclude each other: "
+                "with groups every run of group_size elements of the last axis has its own scales"
+            )
+        size = as_integer("group_size", group_size)
+        if size < 1:
+            raise ValueError(f"group_size must be at least 1, got {size}")
+        if ndim == 0:
+            raise ValueError("group_size needs an array with at least one axis, got a 0-d array")
+        if shape[-1] % size:
+            raise ValueError(
+                f"group_size {size} does not divide the length {shape[-1]} of the last axis "
+                f"of x, whose shape is {shape}"
+            )
+        scale_shape = (*shape[:-1], shape[-1] // size)
+        return Rows(shape, (*scale_shape, size), tuple(range(ndim + 1)), scale_shape)
+    axes = () if channel_axis is None else axes_of("channel_axis", channel_axis, shape)
+    rest = tuple(axis for axis in range(ndim) if axis not in axes)
+    return Rows(shape, shape, axes + rest, tuple(shape[axis] for axis in axes))
+
+
+def axes_of(name: str, axis: int | tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`axis` as a tuple of different axes of an array of shape `shape`, counted from the front."""
+    given = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    axes = []
+    for entry in given:
+        number = as_integer(name, entry)
+        if not -len(shape) <= number < len(shape):
+            raise ValueError(
+                f"{name} {number} is out of range for x of shape {shape} with {len(shape)} axes"
+            )
+        axes.append(number % len(shape))
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{name} {axis} names an axis of x twice")
+    return tuple(axes)

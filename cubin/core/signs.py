@@ -1,0 +1,56 @@
+"""Signs, and the masks and gradients of the straight-through estimator."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cubin.core.floats import where, with_sign_of
+from cubin.core.primitives import FLOATS, elementwise
+
+
+@elementwise(
+    "T x",
+    "T y",
+    "y = positive(Work<T>::type(x)) ? T(1) : x == x ? T(-1) : x",
+    types=FLOATS,
+    looped=True,
+)
+def signs(x: np.ndarray, *, y: np.ndarray) -> None:
+    """+1 where x > 0, NaN where x is NaN, else -1."""
+    result = with_sign_of(x, np.ones((), x.dtype))
+    np.copyto(result, x, where=np.isnan(x))
+    y[...] = result
+
+
+@elementwise(
+    "T x, uint8 bits",
+    "bool mask",
+    "mask = inside(Work<T>::type(x), bits)",
+    types=FLOATS,
+)
+def inside_bits(x: np.ndarray, bits: np.ndarray, *, mask: np.ndarray) -> None:
+    """|x| <= bits, compared exactly."""
+    np.less_equal(np.abs(x), bits, out=mask)
+
+
+@elementwise(
+    "T x, float64 bound",
+    "bool mask",
+    "mask = fabs(to_double(Work<T>::type(x))) <= bound",
+    types=FLOATS,
+)
+def inside(x: np.ndarray, bound: np.ndarray, *, mask: np.ndarray) -> None:
+    """|x| <= bound, compared in float64."""
+    np.less_equal(np.abs(x), bound, out=mask)
+
+
+@elementwise(
+    "T x, uint8 bits, T gy",
+    "T gx",
+    "gx = inside(Work<T>::type(x), bits) ? gy : T(0)",
+    types=FLOATS,
+    looped=True,
+)
+def gradient_inside(x: np.ndarray, bits: np.ndarray, gy: np.ndarray, *, gx: np.ndarray) -> None:
+    """The gradient gy where |x| <= bits, else +0."""
+    where(np.abs(x) <= bits, gy, out=gx)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from cubin import bitmaps, errors, memory, operators
-from cubin.code import BinaryCode
-from cubin.quantize import multibit, quantize
-from cubin.signs import multibit_grad, sign, sign_grad, ste_mask
+from cubin import bitmaps, errors, operators
+from cubin.binarize import multibit, quantize, sign, ste_mask
+from cubin.codes.binary_code import BinaryCode
+from cubin.core import memory
+from cubin.gradients import multibit_grad, sign_grad
 
 __version__ = "0.1.0"
 

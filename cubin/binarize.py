@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import numpy as np
 
 from cubin import solvers
-from cubin.codes.binary_code import BinaryCode
-from cubin.codes.encoding import Encoding
+from cubin.codes.binary_code import BinaryCode, assemble
 from cubin.core import arrays, conversions, libraries
-from cubin.core.bits import MAX_BITS, as_bits
+from cubin.core.bits import as_bits
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 from cubin.core.signs import inside, inside_bits, signs
-from cubin.solvers import Solver, greedy, search
+from cubin.solvers.solver import solver_of
 
 
 def sign(x: Array, *, out: Array | None = None) -> Array:
@@ -108,15 +104,6 @@ def ste_mask(x: Array, bound: Array = 1) -> Array:
     return mask
 
 
-SOLVERS = {
-    "greedy": MAX_BITS,
-    "refined": MAX_BITS,
-    "alternating": 8,
-    "optimal": 8,
-}
-"""The names of the solvers, and the most bits that each takes."""
-
-
 def multibit(
     x: Array,
     bits: Array,
@@ -197,18 +184,14 @@ def multibit(
     """
     x = arrays.as_floats("x", x)
     rows = rows_of(x.shape, channel_axis, group_size)
-    solve = _solver(solver, iterations)
+    rule = solver_of(solver, iterations)
     with libraries.current_device(x):
         y = arrays.output(out, x)
-        limits, levels = as_bits(bits, x, limit=SOLVERS[solver], look=solve is not None)
+        checked = as_bits(bits, x, limit=rule.most_bits, look=solver != "greedy").apart(y)
         weights = _weights(importance, x, solver)
-        x, limits = libraries.apart(x, y), libraries.apart(limits, y)
+        x = libraries.apart(x, y)
         weights = None if weights is None else libraries.apart(weights, y)
-        if solve is None or _greedy_is_best(levels, weights):
-            greedy.approximate(x, _spread(limits, x), levels, rows, y)
-        else:
-            solvers.approximate(x, _spread(limits, x), levels, rows, y, solver=solve,
-                                importance=weights)  # fmt: skip
+        solvers.approximate(x, checked, rows, y, rule, weights)
     return y
 
 
@@ -318,44 +301,21 @@ def quantize(
     """
     x = arrays.as_floats("x", x)
     rows = rows_of(x.shape, channel_axis, group_size)
-    solve = _solver(solver, iterations)
+    rule = solver_of(solver, iterations)
     xp = libraries.library(x)
     with libraries.current_device(x):
-        limits, levels = as_bits(bits, x, limit=SOLVERS[solver], look=True)
+        checked = as_bits(bits, x, limit=rule.most_bits, look=True)
         weights = _weights(importance, x, solver)
         # Where all elements count, the scales of a row show whether it is finite.
-        shown = levels > 0 and isinstance(limits, np.generic) and weights is None
+        shown = checked.levels > 0 and not checked.mapped and weights is None
         if check_finite and not shown:
             _check_finite(x, rows)
-        encoding = Encoding(x, levels, rows)
-        if solve is None or _greedy_is_best(levels, weights):
-            greedy.encode(x, _spread(limits, x), encoding)
-        else:
-            solvers.encode(x, _spread(limits, x), encoding, solver=solve, importance=weights)
-        if check_finite and not bool(xp.isfinite(encoding.scales).all()):
+        scales, signs = solvers.encode(x, checked, rows, rule, weights)
+        if check_finite and not bool(xp.isfinite(scales).all()):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
-    stored = int(limits) if isinstance(limits, np.generic) else limits
-    scales = encoding.scales.reshape(levels, *rows.scale_shape)
-    return BinaryCode(scales, encoding.signs, stored, channel_axis, group_size)
-
-
-def _solver(name: str, iterations: int | None) -> Solver | None:
-    """The solver, or None for the greedy one."""
-    if name not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {name!r}")
-    if iterations is not None and arrays.as_integer("iterations", iterations) < 0:
-        raise ValueError(f"iterations must be None or at least 0, got {iterations}")
-    named: dict[str, Solver] = {
-        "refined": search.refined,
-        "alternating": partial(search.alternating, iterations=iterations),
-        "optimal": search.optimal,
-    }
-    return named.get(name)
-
-
-def _greedy_is_best(levels: int, weights: Array | None) -> bool:
-    return levels == 0 or (levels == 1 and weights is None)
+        scales = scales.reshape(checked.levels, *rows.scale_shape)
+        return assemble(scales, signs, checked.entries, rows)
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
@@ -378,12 +338,6 @@ def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
     if not bool((xp.isfinite(given) & (given >= 0)).all()):
         raise ValueError("importance must be finite and not negative")
     return weights
-
-
-def _spread(bits: Array, x: Array) -> Any:
-    return (
-        bits if isinstance(bits, np.generic) else libraries.library(x).broadcast_to(bits, x.shape)
-    )
 
 
 def _check_finite(x: Array, rows: Rows) -> None:

@@ -1,17 +1,19 @@
-"""Signs, and the masks and gradients of the straight-through estimator."""
+"""Gradients of the sign and of the multibit approximation: straight-through, or a surrogate."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from cubin import surrogates
 from cubin.core import arrays, libraries
 from cubin.core.bits import as_bits
 from cubin.core.libraries import Array
 from cubin.core.rows import rows_of
-from cubin.core.signs import gradient_inside
 
 
-def sign_grad(x: Array, gy: Array, surrogate: str = "ste", **parameters: Any) -> Array:
+def sign_grad(
+    x: Array, gy: Array, *, surrogate: str = "ste", out: Array | None = None, **parameters: Any
+) -> Array:
     """The straight-through gradient of `sign`, or another surrogate gradient.
 
     .. math:: g_x = g_y \\text{ where } |x| \\le 1, \\text{ else } 0
@@ -25,6 +27,8 @@ def sign_grad(x: Array, gy: Array, surrogate: str = "ste", **parameters: Any) ->
     surrogate : {"ste", "identity", "approx_sign", "swish_sign", "tanh", "triangle"}
         What stands in for the derivative of the sign: one of the functions of `cubin.surrogates`,
         where each has its equation. Others can be added.
+    out : array, optional
+        Where to put the result: x's shape and dtype. It may be `x` or `gy` itself.
     **parameters : float
         Those of the surrogate, positive: ``clip`` of ``ste``, ``beta`` of ``swish_sign``, ``t`` of
         ``tanh`` and ``triangle``.
@@ -57,13 +61,14 @@ def sign_grad(x: Array, gy: Array, surrogate: str = "ste", **parameters: Any) ->
     array([0., 2., 3.])
     """
     if surrogate == "ste" and not parameters:
-        return multibit_grad(x, 1, gy)
-    from cubin import surrogates
-
+        return multibit_grad(x, 1, gy, out=out)
     rule = surrogates.sign_rule(surrogate, parameters)
     x = arrays.as_floats("x", x)
     with libraries.current_device(x):
-        return rule(x, arrays.like("gy", gy, x))
+        gy = arrays.like("gy", gy, x)
+        gx = arrays.output(out, x)
+        rule(libraries.apart(x, gx), libraries.apart(gy, gx), gx)
+    return gx
 
 
 def multibit_grad(
@@ -74,6 +79,7 @@ def multibit_grad(
     channel_axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
     surrogate: str = "bits_clip",
+    out: Array | None = None,
 ) -> Array:
     """The straight-through gradient of `multibit`, or another surrogate gradient.
 
@@ -94,6 +100,8 @@ def multibit_grad(
         As `multibit` was given. Without effect on ``bits_clip``, which does not look at scales.
     surrogate : {"bits_clip", "scaled_clip", "scale_aware"}
         The rule: one of the functions of `cubin.surrogates`, where each has its equation.
+    out : array, optional
+        Where to put the result: x's shape and dtype. It may be `x` or `gy` itself.
 
     Returns
     -------
@@ -120,18 +128,11 @@ def multibit_grad(
     array([1., 2., 0.])
     """
     x = arrays.as_floats("x", x)
-    if surrogate != "bits_clip":
-        from cubin import surrogates
-
-        rule = surrogates.multibit_rule(surrogate)
-        rows = rows_of(x.shape, channel_axis, group_size)
-        with libraries.current_device(x):
-            gy = arrays.like("gy", gy, x)
-            limits, levels = as_bits(bits, x)
-            return rule(x, limits, levels, gy, rows)
+    rule = surrogates.multibit_rule(surrogate)
+    rows = rows_of(x.shape, channel_axis, group_size)
     with libraries.current_device(x):
         gy = arrays.like("gy", gy, x)
-        bound, _ = as_bits(bits, x)
-        gx = arrays.output(None, x)
-        gradient_inside(x, bound, gy, gx=gx)
+        gx = arrays.output(out, x)
+        checked = as_bits(bits, x).apart(gx)
+        rule(libraries.apart(x, gx), checked, libraries.apart(gy, gx), rows, gx)
     return gx

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from cubin.codes.levels import level_signs
-from cubin.core import arrays, floats, libraries
+from cubin.core import arrays, floats, libraries, passes
+from cubin.core.bits import Bits
 from cubin.core.floats import where
 from cubin.core.libraries import Array
-from cubin.core.passes import Part
 from cubin.core.primitives import FLOATS, REGISTRY, Elementwise, elementwise
 from cubin.core.rows import Rows
 from cubin.core.signs import gradient_inside
@@ -239,8 +239,12 @@ def triangle(v: np.ndarray, t: Any = 1.0) -> Any:
     return np.maximum(1 / t, 1) * np.maximum(root * t - t * t * np.abs(v), 0)
 
 
-def sign_rule(name: str, parameters: Mapping[str, Any]) -> Callable[[Array, Array], Array]:
-    """The gradient of the sign by the surrogate `name`: a function of x and gy.
+SignRule = Callable[[Array, Array, Array], None]
+"""Takes x and gy, and writes gx."""
+
+
+def sign_rule(name: str, parameters: Mapping[str, Any]) -> SignRule:
+    """The gradient of the sign by the surrogate `name`.
 
     The parameters are rounded to x's dtype, as Python's numbers are in NumPy.
 
@@ -264,12 +268,10 @@ def sign_rule(name: str, parameters: Mapping[str, Any]) -> Callable[[Array, Arra
         for parameter in defaults
     ]
 
-    def pull_back(x: Array, gy: Array) -> Array:
-        gx = arrays.output(None, x)
+    def pull_back(x: Array, gy: Array, gx: Array) -> None:
         with np.errstate(over="ignore"):
             rounded = [np.float64(x.dtype.type(value)) for value in values]
-        primitive(x, gy, *rounded, gx=gx)
-        return gx
+        passes.elements(primitive, x, gy, *rounded, gx=gx)
 
     return pull_back
 
@@ -289,12 +291,11 @@ def _positive(name: str, value: Any) -> float:
 
 # ---------------------------------------------------------------- of the multibit approximation
 
-MultibitRule = Callable[[Array, Array, int, Array, Rows], Array]
-"""Takes x, its bits (uint8: a scalar, or an array that broadcasts to x), the number of levels, gy
-and the rows, and gives gx."""
+MultibitRule = Callable[[Array, Bits, Array, Rows, Array], None]
+"""Takes x, its bits, gy and the rows, and writes gx, which may be x or gy itself."""
 
 
-def bits_clip(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Array:
+def bits_clip(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
     """The gradient passes where |x| does not exceed the number of bits.
 
     .. math:: y = \\sum_i a_i b_i, \\qquad
@@ -307,9 +308,7 @@ def bits_clip(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Arra
     .. [1] J. Fromm, S. Patel, M. Philipose, "Heterogeneous bitwidth binarization in convolutional
        neural networks", NeurIPS 2018, arXiv:1805.10368.
     """
-    gx = arrays.output(None, x)
-    gradient_inside(x, bits, gy, gx=gx)
-    return gx
+    passes.elements(gradient_inside, x, bits.values, gy, gx=gx)
 
 
 _SCALES = """
@@ -343,7 +342,7 @@ def gradient_inside_scales(
     where(np.abs(x) <= total, gy, out=gx)
 
 
-def scaled_clip(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Array:
+def scaled_clip(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
     """The gradient passes where |x| does not exceed the largest value that its codes can give.
 
     .. math:: y = \\sum_i a_i b_i, \\qquad
@@ -357,22 +356,11 @@ def scaled_clip(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Ar
     .. [1] Z. Cai et al., "Deep Learning with Low Precision by Half-wave Gaussian Quantization",
        CVPR 2017, arXiv:1702.00953, for gradients clipped at the largest value of a quantizer.
     """
-    gx = arrays.output(None, x)
-    gradients, results = rows.view(gy), rows.view(gx)
-
-    def finish(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
-        target = results[part.block]
-        flat = target.reshape(x.shape)
-        gradient = gradients[part.block].reshape(x.shape)
-        gradient_inside_scales(x, bits, gradient, *scales, gx=flat)
-        if not libraries.library(flat).may_share_memory(flat, target):
-            target[...] = flat.reshape(target.shape)
-
-    greedy.fit(x, _spread(bits, x), levels, rows, finish)
-    return gx
+    scales = greedy.row_scales(x, bits, rows)
+    passes.elements_of_rows(gradient_inside_scales, rows, (x, bits.values, gy), scales, out=gx)
 
 
-def scale_aware(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Array:
+def scale_aware(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
     """The gradient through the scales, which is exact, and through the signs, straight through.
 
     With :math:`y_j = \\sum_i a_i b_{ij}` and residuals :math:`r_{ij}`, the differential of y has a
@@ -402,21 +390,14 @@ def scale_aware(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Ar
     """
     xp = libraries.library(x)
     work = floats.work_dtype(x.dtype)
-    scales = [xp.zeros((rows.count, 1), work) for _ in range(levels)]
-
-    def finish(part: Part, x: Array, bits: Array, found: list[Array]) -> None:
-        for scale, value in zip(scales, found, strict=True):
-            scale[part.rows] = value
-
-    spread = _spread(bits, x)
-    greedy.fit(x, spread, levels, rows, finish)
-    bits = spread if isinstance(spread, np.generic) else rows.flat(spread)
+    scales = greedy.row_scales(x, bits, rows)
+    values = rows.flat(bits.values) if bits.mapped else bits.values
     r, g = rows.flat(x).astype(work), rows.flat(gy).astype(work)
     code = xp.empty(r.shape, np.uint16)
-    greedy.codes(rows.flat(x), bits, *scales, code=code)
-    signs = [xp.empty(r.shape, np.int8) for _ in range(levels)]
+    greedy.codes(rows.flat(x), values, *scales, code=code)
+    signs = [xp.empty(r.shape, np.int8) for _ in scales]
     for level, sign in enumerate(signs):
-        level_signs(code, bits, np.uint8(level), sign=sign)
+        level_signs(code, values, np.uint8(level), sign=sign)
 
     with np.errstate(all="ignore"):
         result = xp.zeros(r.shape, work)
@@ -433,16 +414,8 @@ def scale_aware(x: Array, bits: Array, levels: int, gy: Array, rows: Rows) -> Ar
             rest = rest * (1 - abs(step) * (abs(r) <= 1))
             r = r - step
         result = (result + g * (1 - rest)).astype(x.dtype)
-    gx = arrays.output(None, x)
     view = rows.view(gx)
     view[...] = result.reshape(view.shape)
-    return gx
-
-
-def _spread(bits: Array, x: Array) -> Any:
-    return (
-        bits if isinstance(bits, np.generic) else libraries.library(x).broadcast_to(bits, x.shape)
-    )
 
 
 MULTIBIT: dict[str, MultibitRule] = {

@@ -19,6 +19,7 @@ from cubin import errors
 from cubin.binarize import multibit
 from cubin.bitmaps import patterns
 from cubin.core import arrays, libraries, passes
+from cubin.core.bits import Bits
 from cubin.core.libraries import Array
 from cubin.core.passes import Part
 from cubin.core.rows import Rows, rows_of
@@ -138,17 +139,16 @@ class _Problem:
 
     def fit(self, bits: Array) -> tuple[float, list[Array]]:
         """The squared error of a map with its greedy scales, and these."""
-        xp = libraries.library(self.magnitudes)
-        scales = list(xp.empty((self.high, self.rows.count, 1), self.magnitudes.dtype))
+        checked = Bits(bits, bits.view(np.uint8), self.high)
+        scales = greedy.row_scales(self.magnitudes, checked, self.rows)
         squares: list[float] = []
 
-        def finish(part: Part, m: Array, bits: Array, found: list[Array]) -> None:
-            for level, scale in enumerate(found):
-                scales[level][part.rows] = scale
-                m = abs(m - scale * (bits > level))
+        def measure(part: Part, m: Array, bits: Array) -> None:
+            for level, scale in enumerate(scales):
+                m = abs(m - scale[part.rows] * (bits > level))
             squares.append(float((m * m).sum(dtype=np.float64)))
 
-        greedy.fit(self.magnitudes, bits.view(np.uint8), self.high, self.rows, finish)
+        passes.for_each_part(measure, self.rows, self.magnitudes, checked.values)
         # The parts come in any order; this sum does not depend on it.
         return math.fsum(squares), scales
 
@@ -174,7 +174,7 @@ class _Problem:
             target = views[(slice(None), *part.block)]
             target[...] = hull(curve).reshape(target.shape)
 
-        passes.for_each_part(task, self.rows, m, device=libraries.on_device(m))
+        passes.for_each_part(task, self.rows, m)
         return gains
 
 

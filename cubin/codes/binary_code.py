@@ -6,21 +6,19 @@ import contextlib
 import html
 import json
 import math
-import operator
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from cubin.codes import files
 from cubin.codes.cost import effective_bits, payload_bits
-from cubin.codes.levels import add_level, sum_signs
+from cubin.codes.levels import sum_signs
 from cubin.core import arrays, conversions, floats, libraries, passes
-from cubin.core.bits import MAX_BITS, as_bits
-from cubin.core.host import blocks
+from cubin.core.bits import MAX_BITS, as_entries
 from cubin.core.libraries import Array
-from cubin.core.passes import Part
-from cubin.core.rows import rows_of
+from cubin.core.rows import Rows, rows_of
 
 
 class BinaryCode:
@@ -75,7 +73,7 @@ class BinaryCode:
         group_size: int | None = None,
     ) -> None:
         scales = arrays.as_floats("scales", scales)
-        xp = libraries.library(scales, signs)
+        libraries.library(scales, signs)  # not a mixture
         signs = signs if libraries.on_device(signs) else np.asarray(signs)
         if signs.dtype != np.int8:
             raise TypeError(f"signs must be int8, got {signs.dtype}")
@@ -84,30 +82,26 @@ class BinaryCode:
                 f"scales of shape {scales.shape} and signs of shape {signs.shape} must both have "
                 "the levels as their first axis"
             )
-        self._rows = rows_of(signs.shape[1:], channel_axis, group_size)
-        if scales.shape[1:] != self._rows.scale_shape:
+        rows = rows_of(signs.shape[1:], channel_axis, group_size)
+        if scales.shape[1:] != rows.scale_shape:
             raise ValueError(
                 f"scales have shape {scales.shape}, but signs of shape {signs.shape} with "
                 f"channel_axis={channel_axis} and group_size={group_size} need "
-                f"{(len(signs), *self._rows.scale_shape)}"
+                f"{(len(signs), *rows.scale_shape)}"
             )
-        with libraries.current_device(signs):
-            like = xp.broadcast_to(xp.zeros((), np.int8), self._rows.shape)
-            limits, levels = as_bits(bits, like, look=True)
+        with libraries.current_device(scales):
+            entries, levels = as_entries(bits, rows.shape, scales, look=True)
             if levels > len(signs):
                 raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
-            self.bits: Any = int(limits) if isinstance(limits, np.generic) else limits.copy()
+            self._fill(scales, signs, entries, rows)
+
+    def _fill(self, scales: Array, signs: Array, entries: Any, rows: Rows) -> None:
+        self._rows = rows
         self.scales = scales
         self.signs = signs
-        # As plain integers, whatever stood for them, which the file's layout can hold.
-        self.channel_axis = (
-            tuple(map(operator.index, channel_axis))
-            if isinstance(channel_axis, (tuple, list))
-            else channel_axis
-            if channel_axis is None
-            else operator.index(channel_axis)
-        )
-        self.group_size = None if group_size is None else operator.index(group_size)
+        self.bits: Any = int(entries) if isinstance(entries, np.generic) else entries.copy()
+        self.channel_axis = rows.channel_axis
+        self.group_size = rows.group_size
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,36 +127,10 @@ class BinaryCode:
         """The approximation ``sum_i scales[i] * signs[i]``, in the shape and dtype of x."""
         rows, work = self._rows, floats.work_dtype(self.dtype)
         with libraries.current_device(self.scales):
-            scales = self.scales.astype(work, copy=False)
-            if not libraries.on_device(scales):
-                return self._dequantize_in_cache(scales)
-            total = libraries.library(scales).zeros(rows.split, work)
-            for scale, sign in zip(scales, self.signs, strict=True):
-                add_level(total, rows.aligned(scale), sign.reshape(rows.split), total=total)
-            return total.astype(self.dtype, copy=False).reshape(self.shape)
-
-    def _dequantize_in_cache(self, scales: Array) -> Array:
-        """All levels of a block at once."""
-        rows, y = self._rows, libraries.result(self.shape, self.dtype, scales)
-        flat_scales = scales.reshape(len(scales), rows.count, 1)
-        signs, target = rows.view(self.signs, lead=1), rows.view(y)
-        loops: Any = blocks.compiled("cubin.code_loops", y.size)
-        add_up = sum_signs if loops is None else loops.sum_signs
-
-        def task(part: Part) -> None:
-            block = target[part.block]
-            shape = rows.flat_shape(block.shape)
-            own = signs[(slice(None), *part.block)].reshape(len(signs), *shape)
-
-            def write(flat: Array) -> None:
-                add_up(flat_scales[:, part.rows], own, y=flat)
-
-            passes.write(write, block, shape)
-
-        # What has to be gathered first stays in the cache.
-        in_order = loops and target.flags.c_contiguous
-        size = max(blocks.BLOCK, blocks.portion(y.size)) if in_order else None
-        passes.for_each_part(task, rows, block=size, threaded=loops and blocks.LOOPS_THREADED)
+            y = libraries.result(self.shape, self.dtype, self.scales)
+            scales = self.scales.astype(work, copy=False).reshape(len(self.scales), rows.count)
+            if y.size:
+                passes.whole_rows(sum_signs, rows, (self.signs,), out=y, scales=scales)
         return y
 
     def __eq__(self, other: object) -> bool:
@@ -189,7 +157,28 @@ class BinaryCode:
                 and bool(xp.array_equal(self.signs, signs))
             )
 
-    # ------------------------------------------------------------ display
+    def to_host(self) -> BinaryCode:
+        """The code in NumPy arrays: itself where it is in them already."""
+        if not libraries.on_device(self.scales):
+            return self
+        return self._moved(libraries.to_host)
+
+    def to_device(self) -> BinaryCode:
+        """The code in CuPy arrays on the current device: itself where it is in them already.
+
+        Raises
+        ------
+        RuntimeError
+            If CuPy is not installed.
+        """
+        if libraries.on_device(self.scales):
+            return self
+        return self._moved(libraries.to_device)
+
+    def _moved(self, move: Callable[[Array], Array]) -> BinaryCode:
+        bits = self.bits if np.ndim(self.bits) == 0 else move(self.bits)
+        entries = np.uint8(bits) if np.ndim(bits) == 0 else bits
+        return assemble(move(self.scales), move(self.signs), entries, self._rows)
 
     def _facts(self) -> list[tuple[str, str]]:
         granularity = "per tensor"
@@ -301,7 +290,17 @@ class BinaryCode:
         with open(path, "rb") as file:
             try:
                 members = files._read_members(file)
-                return files._decode(cls, members)
+                return cls(**files._decode(members))
             # Damage shows in many ways: tokenize's own errors, MemoryError for a shape, ...
             except Exception as error:
                 raise ValueError(f"{os.fspath(path)!r} is no intact BinaryCode: {error}") from error
+
+
+def assemble(scales: Array, signs: Array, entries: Any, rows: Rows) -> BinaryCode:
+    """A code of parts that are known to fit: to check them would wait for a device.
+
+    `entries` are the bits, a uint8 scalar or a uint8 array that broadcasts to the shape.
+    """
+    code = BinaryCode.__new__(BinaryCode)
+    code._fill(scales, signs, entries, rows)
+    return code

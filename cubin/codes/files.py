@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cubin.codes.binary_code import BinaryCode
 from cubin.core import arrays
-from cubin.core.bits import MAX_BITS, as_bits
+from cubin.core.bits import MAX_BITS, as_entries
 from cubin.core.rows import rows_of
 
 _FORMAT = "cubin.BinaryCode/1"
@@ -45,7 +44,7 @@ def _read_members(file: Any) -> dict[str, np.ndarray]:
     return members
 
 
-def _decode(cls: type[BinaryCode], members: dict[str, np.ndarray]) -> BinaryCode:
+def _decode(members: dict[str, np.ndarray]) -> dict[str, Any]:
     layout = json.loads(members["layout"].tobytes())
     if not isinstance(layout, dict) or layout.get("format") != _FORMAT:
         raise ValueError("its layout is of another format")
@@ -66,10 +65,16 @@ def _decode(cls: type[BinaryCode], members: dict[str, np.ndarray]) -> BinaryCode
     rows = rows_of(shape, axis, group_size)
     if scales.shape != (levels, *rows.scale_shape):
         raise ValueError(f"scales of shape {scales.shape} do not fit the shape {shape}")
-    limits, _ = as_bits(bits, np.broadcast_to(np.int8(0), shape))
+    limits, _ = as_entries(bits, shape, np.empty(0))
     positive = np.unpackbits(packed, axis=1, count=size).reshape(levels, *shape)
     signs = positive.view(np.int8)
     np.subtract(signs + signs, 1, out=signs)
     for level in range(levels):
         np.multiply(signs[level], np.greater(limits, level), out=signs[level, ...])
-    return cls(scales, signs, int(bits) if bits.ndim == 0 else bits, axis, group_size)
+    return {
+        "scales": scales,
+        "signs": signs,
+        "bits": int(bits) if bits.ndim == 0 else bits,
+        "channel_axis": axis,
+        "group_size": group_size,
+    }

@@ -1,13 +1,13 @@
-"""BinaryCode: an array as scales and signs, and what it costs to store."""
+"""Primitives of levels: packed codes to signs, and signs and scales to what they stand for."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from cubin.core import floats
+from cubin.core import floats, memory
 from cubin.core.floats import as_integers, where
-from cubin.core.host import blocks
-from cubin.core.primitives import FLOATS, elementwise
+from cubin.core.libraries import Array
+from cubin.core.primitives import C_TYPES, FLOATS, Launch, elementwise, raw, source
 
 
 @elementwise(
@@ -26,26 +26,27 @@ def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: 
         np.multiply(sign, np.greater(bits, level), out=sign)
 
 
-@elementwise(
-    "W y, W scale, int8 sign",
-    "W total",
-    "total = sign == 0 ? y : sign > 0 ? plus(y, scale) : minus(y, scale)",
-    types=({"W": "float32"}, {"W": "float64"}),
-)
-def add_level(y: np.ndarray, scale: np.ndarray, sign: np.ndarray, *, total: np.ndarray) -> None:
-    """``y + scale * sign``; where the sign is 0 the scale, which may be NaN, does not count."""
-    step = blocks.spare("step", y.shape, y.dtype)
-    np.multiply(scale, sign, out=step)
-    where(sign != 0, step, out=step)
-    np.add(y, step, out=total)
+def _launch(signs: Array, scales: Array, y: Array) -> Launch:
+    threads = 256
+    sizes = (np.int64(y.shape[0]), np.int64(y.shape[1]), np.int32(len(scales)))
+    template = (C_TYPES[y.dtype.char], C_TYPES[scales.dtype.char])
+    grid = min(max(1, -(-y.size // threads)), 1 << 16)
+    return Launch(template, grid, threads, (signs, scales, y, *sizes))
 
 
-def sum_signs(scales: np.ndarray, signs: np.ndarray, *, y: np.ndarray) -> None:
-    """The sums over levels of scales, (levels, rows, 1), times signs, (levels, rows, n)."""
-    total = blocks.spare("total", y.shape, scales.dtype)
+@raw("int8 signs, W scales", "T y", code=source(__file__), launch=_launch, types=FLOATS)
+def sum_signs(signs: np.ndarray, scales: np.ndarray, *, y: np.ndarray) -> None:
+    """The sums over levels of signs, (levels, rows, n), times scales, (levels, rows, 1).
+
+    Where a sign is 0 the scale, which may be NaN, does not count.
+    """
+    total = memory.scratch("total", y.shape, scales.dtype)
+    step = memory.scratch("step", y.shape, scales.dtype)
     total[...] = 0
     for scale, sign in zip(scales, signs, strict=True):
-        add_level.function(total, scale, sign, total=total)
+        np.multiply(scale, sign, out=step)
+        where(sign != 0, step, out=step)
+        np.add(total, step, out=total)
     y[...] = total
 
 

@@ -1,12 +1,9 @@
-"""Which library owns an array, the checks of arguments, and the layout of rows.
-
-This is the only module that knows ``cupy.ndarray``. CuPy is never imported here: an array can only
-be CuPy's where somebody has imported CuPy already.
-"""
+"""Bits: how many levels the elements of an array have, one number for all or a map."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,17 +12,62 @@ from cubin.core import arrays, libraries
 from cubin.core.libraries import Array
 
 MAX_BITS = 16
+"""The most levels of an element."""
 
 
-def as_bits(
-    value: object, x: Array, *, limit: int = MAX_BITS, look: bool = False
-) -> tuple[Array, int]:
-    """The number of bits of each element of `x`, and the number of levels that this needs.
+@dataclass(frozen=True)
+class Bits:
+    """The number of bits of each element, checked.
 
-    The bits come back as a uint8 scalar, or as a uint8 array in x's library that broadcasts to
-    x's shape, perhaps a view of the map. A map that is on the device already is not looked at
-    unless `look` is true, since this would synchronise: it is clipped to 0 .. `limit`, and all
-    `limit` levels are needed.
+    Attributes
+    ----------
+    entries : uint8 scalar, or uint8 array that broadcasts to x's shape
+        The number for all elements, or the map as it was given.
+    values : uint8 scalar, or uint8 array of x's shape
+        The same for every element: a view of the entries.
+    levels : int
+        How many levels this needs: the largest number.
+    """
+
+    entries: Any
+    values: Any
+    levels: int
+
+    @property
+    def mapped(self) -> bool:
+        """Whether there is a map."""
+        return not isinstance(self.entries, np.generic)
+
+    def apart(self, out: Array) -> Bits:
+        """The same, in a copy where writing `out` would overwrite the map."""
+        if not self.mapped:
+            return self
+        entries = libraries.apart(self.entries, out)
+        return Bits(entries, _spread(entries, out), self.levels)
+
+
+def as_bits(value: object, x: Array, *, limit: int = MAX_BITS, look: bool = False) -> Bits:
+    """The bits of the elements of `x`; a map may be a view of `value`.
+
+    A map that is on the device already is not looked at unless `look` is true, since this would
+    synchronise: it is clipped to 0 .. `limit`, and all `limit` levels are needed.
+    """
+    entries, levels = as_entries(value, x.shape, x, limit=limit, look=look)
+    return Bits(entries, _spread(entries, x), levels)
+
+
+def _spread(entries: Any, x: Array) -> Any:
+    if isinstance(entries, np.generic) or entries.shape == x.shape:
+        return entries
+    return libraries.library(x).broadcast_to(entries, x.shape)
+
+
+def as_entries(
+    value: object, shape: tuple[int, ...], x: Array, *, limit: int = MAX_BITS, look: bool = False
+) -> tuple[Any, int]:
+    """The bits as a uint8 scalar or as an array that broadcasts to `shape`, and the levels.
+
+    Otherwise as `as_bits`; of `x` only the library and device count.
     """
     if libraries.on_device(value):
         bits: Any = libraries.aligned(value)
@@ -36,7 +78,7 @@ def as_bits(
         raise ValueError(f"bits must lie in 0 .. {limit}, got {value}")
     if bits.dtype.kind not in "iu":
         raise TypeError(f"bits must be an integer or an integer array, got {bits.dtype}")
-    arrays.check_broadcasts("bits", bits, x.shape)
+    arrays.check_broadcasts("bits", bits, shape)
     if libraries.on_device(bits) and not look:
         clipped = bits if bits.dtype == np.uint8 else bits.clip(0, limit).astype(np.uint8)
         return clipped, limit

@@ -7,6 +7,7 @@ be CuPy's where somebody has imported CuPy already.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import sys
 from types import ModuleType
@@ -108,3 +109,20 @@ def check_same(name: str, array: Array, x: Array, x_name: str = "x") -> None:
 def to_host(array: Array) -> np.ndarray:
     """`array` as a NumPy array: a copy only where it is on a device."""
     return array.get() if on_device(array) else np.asarray(array)
+
+
+def to_device(array: np.ndarray) -> Array:
+    """`array` as a CuPy array on the current device.
+
+    Raises
+    ------
+    RuntimeError
+        If CuPy is not installed.
+    """
+    try:
+        module = importlib.import_module("cupy")
+    except ImportError as error:
+        raise RuntimeError(
+            f"CuPy cannot be imported ({error}): install cubin with the extra cuda12 or cuda13"
+        ) from error
+    return module.asarray(array)

@@ -1,4 +1,4 @@
-"""Memory of large results on the CPU, used again once they are dropped.
+"""Memory of large results on the CPU, used again once they are dropped; and scratch of a thread.
 
 The system clears new memory while it is written, which takes longer than most of the work here.
 So what a large result (from 32 MB on) lay in is kept for the next one of as many bytes, as CuPy's
@@ -18,6 +18,7 @@ import math
 import mmap
 import operator
 import sys
+import threading
 from collections import deque
 from typing import Any
 
@@ -30,6 +31,12 @@ LARGE = 1 << 25
 
 HEADER = 64
 """The most bytes that C libraries write before memory that they map for itself."""
+
+SCRATCH = 1 << 19
+"""Elements of the largest array that a thread keeps for its next block."""
+
+LINE = 64
+"""Bytes that processors read memory by."""
 
 _limit = 1 << 28
 
@@ -149,3 +156,36 @@ def _madvise() -> Any:
         return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_FREE") else None
     except (AttributeError, OSError, TypeError):  # the last on Windows
         return None
+
+
+# ---------------------------------------------------------------- scratch
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array of arbitrary content, the same memory whenever this thread asks for `name`.
+
+    Memory that is new each time costs more than the work on it. What is larger than `SCRATCH` is not
+    kept.
+    """
+    kept = _scratch.__dict__
+    last = kept.get(name)
+    if last is not None and last.shape == shape and last.dtype == dtype:
+        return last
+    size = math.prod(shape)
+    if size > SCRATCH:
+        return np.empty(shape, dtype)
+    nbytes = size * np.dtype(dtype).itemsize + LINE
+    memory = None if last is None else last.base
+    if memory is None or memory.nbytes < nbytes:
+        memory = np.empty(nbytes, np.uint8)
+    # A vector that lies in two lines takes twice as long.
+    kept[name] = np.ndarray(shape, dtype, memory, -memory.ctypes.data % LINE)
+    return kept[name]
+
+
+def forget_scratch() -> None:
+    """Drop the scratch of this thread."""
+    _scratch.__dict__.clear()
+
+
+_scratch = threading.local()

@@ -1,26 +1,34 @@
-"""Passes over the rows of an array: on the host in blocks over threads, on a device in one launch.
+"""Passes over the rows of an array: the one place that chooses a form and a block size.
 
-Rows that are too long for one block (of the cache, or of threads) are cut into pieces, each of
-which a reduction sums up on its own; the caller adds up the pieces. How rows are cut into pieces
-depends on their shape alone, so that results are the same every time.
+On a device a pass is one launch. On the host it goes over blocks that fit the cache, on several
+threads, in compiled loops where Numba is there. Rows that are too long for one block (of the cache,
+or of threads) are cut into pieces, each of which a reduction sums up on its own; the caller adds up
+the pieces. How rows are cut into pieces depends on their shape alone, so that results are the same
+every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cubin.core import libraries
+from cubin.core import floats, libraries, teams
+from cubin.core.bits import Bits
 from cubin.core.host import blocks
 from cubin.core.libraries import Array
-from cubin.core.primitives import Reduction
+from cubin.core.primitives import Elementwise, Primitive, Raw, Reduction
 from cubin.core.rows import Rows
 
-CHUNK = 1 << 13
+DEVICE_PIECE = 1 << 13
 """Elements of a device row that one thread block reduces."""
+
+SEARCHED = 1 << 19
+"""Elements, or states of a search, that the host works on at a time."""
+
+SEARCHED_ON_DEVICE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -42,70 +50,168 @@ class Part:
     block: tuple[Any, ...]
 
 
-def parts_of(rows: Rows, *, device: bool = False, block: int | None = None) -> Iterator[Part]:
-    """Parts that tile the rows: on a device all of them at once, else blocks that fit the cache.
+_ALL = Part(slice(None), slice(0, 1), (...,))
 
-    Blocks have up to `block` elements (default: `blocks.BLOCK`), whether of whole rows or of one.
+
+def form(primitive: Primitive, x: Array) -> Callable[..., None]:
+    """What runs a primitive on blocks, (rows, n), of `x`: its kernel, compiled loop or body."""
+    return primitive if libraries.on_device(x) else primitive.on_host(x.size)
+
+
+# ---------------------------------------------------------------- whole rows
+
+
+def takes_whole_rows(primitive: Raw, rows: Rows, x: Array, bits: Bits) -> bool:
+    """Whether `whole_rows` can run a primitive on `x`.
+
+    On a device a team of threads must hold a row, on the host a block of the cache.
     """
-    first, block = slice(0, 1), blocks.BLOCK if block is None else block
-    if device:
-        yield Part(slice(None), first, (...,))
-    elif rows.length <= blocks.BLOCK:
-        start = 0
-        step = max(1, block // max(1, rows.length))
-        for cut in blocks.tile(rows.scale_shape, step):
-            stop = start + blocks.extent(cut, rows.scale_shape)
-            yield Part(slice(start, stop), first, (*cut, ...))
-            start = stop
-    else:
-        for row, head in enumerate(blocks.tile(rows.scale_shape, 1)):
-            for piece, inner in enumerate(blocks.tile(rows.inner_shape, block)):
-                yield Part(slice(row, row + 1), slice(piece, piece + 1), (*head, *inner, ...))
+    if not x.size or not bits.levels:
+        return False
+    if libraries.on_device(x):
+        return primitive.launch.takes(rows.length, x.dtype, bits.levels, bits.mapped)
+    return rows.length <= blocks.BLOCK
 
 
-def for_each_part(
-    task: Callable[..., None],
+def whole_rows(
+    primitive: Raw,
     rows: Rows,
-    *inputs: Array,
-    device: bool = False,
-    block: int | None = None,
-    threaded: int | None = None,
+    inputs: Sequence[Any],
+    *static: Any,
+    out: Array,
+    scales: Array | None = None,
 ) -> None:
+    """Have a primitive on whole rows write its outputs: every row is read once.
+
+    Parameters
+    ----------
+    primitive : Raw
+        Its last output has an entry for every element. Another output, or its last input, may be
+        called ``scales``.
+    rows : Rows
+    inputs : sequence
+        Arrays of the rows' shape, perhaps behind an axis of levels, or scalars.
+    *static
+        The primitive's other parameters.
+    out : array
+        Of the rows' shape, perhaps behind an axis of levels. It is an input itself, or overlaps
+        none.
+    scales : array, shape (levels, rows), optional
+    """
+    device, on = libraries.on_device(out), form(primitive, out)
+    *more_outputs, (_, name) = primitive.outputs
+    lead = out.ndim - len(rows.shape)
+    view = rows.view(out, lead)
+
+    def task(part: Part, *flat: Any) -> None:
+        of_part = [] if scales is None else [scales[:, part.rows, None]]
+        outputs = dict(zip((name for _, name in more_outputs), of_part, strict=False))
+        read = [*flat, *static] if outputs else [*flat, *of_part, *static]
+        target = view[(slice(None),) * lead + part.block]
+        shape = (*out.shape[:lead], *flat[0].shape[-2:])
+        write(lambda y: on(*read, **outputs, **{name: y}), target, shape)
+
+    if device:
+        task(_ALL, *(_side_by_side(a, rows) for a in inputs))
+        return
+    itemsize = floats.work_dtype(inputs[0].dtype).itemsize
+    block = blocks.rows_block(out.size, itemsize)
+    _over(list(_blocks_of_rows(rows, block)), task, rows, inputs)
+
+
+# ---------------------------------------------------------------- element by element
+
+
+def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
+    """Run an elementwise primitive: one launch on a device, blocks over threads on the host."""
+    output = next(iter(outputs.values()))
+    shape, size = output.shape, output.size
+    arrays = [a for a in (*inputs, *outputs.values()) if np.ndim(a)]
+    if libraries.on_device(output) or size < blocks.COMPILED:
+        primitive(*inputs, **outputs)
+        return
+    on: Callable[..., None] = primitive.function
+    # Loops take arrays of one shape whose elements lie in order.
+    if all(a.shape == shape and _is_plain(a) for a in arrays):
+        on = primitive.on_host(size)
+    spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
+
+    def run(block: blocks.Block) -> None:
+        cut = [a[block] if np.ndim(a) else a for a in spread]
+        on(*cut, **{name: a[block] for name, a in outputs.items()})
+
+    blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
+
+
+def _is_plain(array: np.ndarray) -> bool:
+    """Whether compiled loops take an array: its elements lie in order, of a type that Numba has."""
+    return bool(array.dtype != np.float16 and array.flags.c_contiguous and array.flags.aligned)
+
+
+def _side_by_side(array: Any, rows: Rows) -> Any:
+    """An array as rows with elements side by side, copied where it must be; or a scalar."""
+    if isinstance(array, np.generic):
+        return array
+    return teams.side_by_side(rows.flat(array, array.ndim - len(rows.shape)))
+
+
+def elements_of_rows(
+    primitive: Elementwise, rows: Rows, inputs: Sequence[Any], scales: list[Array], *, out: Array
+) -> None:
+    """Have an elementwise primitive write `out` from elements and the scales of their rows.
+
+    Parameters
+    ----------
+    primitive : Elementwise
+        Its last input is variadic: the scales.
+    rows : Rows
+    inputs : sequence
+        Arrays of the rows' shape, or scalars.
+    scales : list of array, shape (rows, 1)
+    out : array
+        Of the rows' shape. It is an input itself, or overlaps none.
+    """
+    on = form(primitive, out)
+    name = primitive.outputs[-1][1]
+    view = rows.view(out)
+
+    def task(part: Part, *flat: Any) -> None:
+        of_part = [scale[part.rows] for scale in scales]
+        write(lambda y: on(*flat, *of_part, **{name: y}), view[part.block], flat[0].shape)
+
+    for_each_part(task, rows, *inputs)
+
+
+def for_each_part(task: Callable[..., None], rows: Rows, *inputs: Any) -> None:
     """Call ``task(part, *inputs)`` for parts that tile the rows, each input as (rows, n).
 
-    An input is an array of the rows' shape, or a scalar that is passed on. `block` and `threaded`
-    are as in `parts_of` and `blocks.each`.
+    On a device there is one part, on the host there are blocks that fit the cache, and several
+    threads. An input is an array of the rows' shape, or a scalar that is passed on.
     """
-    views = [None if isinstance(a, np.generic) else rows.view(a) for a in inputs]
-
-    def run(part: Part) -> None:
-        flat = []
-        for array, view in zip(inputs, views, strict=True):
-            cut = array if view is None else view[part.block]
-            if view is not None and cut.dtype == np.uint8 and not device:
-                # The bytes of a map of wider integers lie apart: gathered once for all levels.
-                cut = np.ascontiguousarray(cut)
-            flat.append(cut if view is None else cut.reshape(rows.flat_shape(cut.shape)))
-        task(part, *flat)
-
-    if device:
-        for part in parts_of(rows, device=True):
-            run(part)
-    else:
-        parts = list(parts_of(rows, block=block))
-        blocks.each(run, parts, rows.count * rows.length, threaded)
+    device = any(map(libraries.on_device, inputs))
+    _over([_ALL] if device else list(_parts(rows)), task, rows, inputs, device)
 
 
-def write(task: Callable[[Array], None], target: Array, shape: tuple[int, ...]) -> None:
-    """Have `task` write `target` as an array of `shape`: itself where its strides allow it."""
-    flat = target.reshape(shape)
-    task(flat)
-    if not libraries.library(flat).may_share_memory(flat, target):
-        target[...] = flat.reshape(target.shape)
+def for_each_searched(task: Callable[..., None], rows: Rows, states: int, *inputs: Any) -> None:
+    """Call ``task(part, *inputs)`` for blocks of whole rows, also of long ones.
+
+    A search keeps several arrays of the size of its rows, or of `states` for each row: blocks are
+    as large as its memory allows.
+    """
+    device = any(map(libraries.on_device, inputs))
+    block = SEARCHED_ON_DEVICE if device else SEARCHED
+    each = max(rows.length, states)
+    parts = list(_blocks_of_rows(rows, block * rows.length // each))
+    _over(parts, task, rows, inputs, device)
+
+
+def is_long(rows: Rows, x: Array) -> bool:
+    """Whether `for_each_part` cuts the rows of `x` into pieces."""
+    return rows.length > blocks.BLOCK and not libraries.on_device(x)
 
 
 def partial_results(
-    primitive: Reduction, rows: Rows, inputs: tuple[Array, ...], scales: list[Array]
+    primitive: Reduction, rows: Rows, inputs: Sequence[Any], scales: list[Array]
 ) -> list[Array]:
     """The outputs of a reduction for every piece of every row, each as (rows, pieces).
 
@@ -113,29 +219,30 @@ def partial_results(
     """
     if libraries.on_device(inputs[0]):
         return _partial_results_on_device(primitive, rows, inputs, scales)
+    on = form(primitive, inputs[0])
     long = rows.length > blocks.BLOCK
-    pieces = sum(1 for _ in blocks.tile(rows.inner_shape)) if long else 1
+    pieces = sum(1 for _ in blocks.tile(rows.inner_shape, blocks.PIECE)) if long else 1
     results = [np.zeros((rows.count, pieces), kind) for kind, _ in primitive.outputs]
     names = [name for _, name in primitive.outputs]
 
     def reduce(part: Part, *flat: Array) -> None:
         at = (part.rows, part.piece)
         outputs = {name: result[at] for name, result in zip(names, results, strict=True)}
-        primitive(*flat, *(scale[part.rows] for scale in scales), **outputs)
+        on(*flat, *(scale[part.rows] for scale in scales), **outputs)
 
     for_each_part(reduce, rows, *inputs)
     return results
 
 
 def _partial_results_on_device(
-    primitive: Reduction, rows: Rows, inputs: tuple[Array, ...], scales: list[Array]
+    primitive: Reduction, rows: Rows, inputs: Sequence[Any], scales: list[Array]
 ) -> list[Array]:
     xp: Any = libraries.library(inputs[0])
     flat = [a if isinstance(a, np.generic) else rows.flat(a) for a in inputs]
-    # Chunks of one length reduce side by side in one launch; what does not fill one comes last.
-    chunks = rows.length // CHUNK if rows.length > 2 * CHUNK else 0
-    full = chunks * CHUNK
-    pieces = chunks + (full < rows.length or not chunks)
+    # Pieces of one length reduce side by side in one launch; what does not fill one comes last.
+    full_pieces = rows.length // DEVICE_PIECE if rows.length > 2 * DEVICE_PIECE else 0
+    full = full_pieces * DEVICE_PIECE
+    pieces = full_pieces + (full < rows.length or not full_pieces)
     results = [xp.empty((rows.count, pieces, 1), kind) for kind, _ in primitive.outputs]
     spread = [scale[:, None] for scale in scales]
 
@@ -146,8 +253,73 @@ def _partial_results_on_device(
         }
         primitive(*(a if isinstance(a, np.generic) else cut(a) for a in flat), *spread, **outputs)
 
-    if chunks:
-        reduce(lambda a: a[:, :full].reshape(rows.count, chunks, CHUNK), slice(0, chunks))
-    if pieces > chunks:
-        reduce(lambda a: a[:, None, full:], slice(chunks, pieces))
+    if full_pieces:
+        shape = (rows.count, full_pieces, DEVICE_PIECE)
+        reduce(lambda a: a[:, :full].reshape(shape), slice(0, full_pieces))
+    if pieces > full_pieces:
+        reduce(lambda a: a[:, None, full:], slice(full_pieces, pieces))
     return [result[..., 0] for result in results]
+
+
+def write(task: Callable[[Array], None], target: Array, shape: tuple[int, ...]) -> None:
+    """Have `task` write `target` as an array of `shape`: itself where its strides allow it."""
+    flat = target.reshape(shape)
+    if libraries.on_device(flat) and flat.ndim > 1:
+        flat = teams.side_by_side(flat)
+    task(flat)
+    if not libraries.library(flat).may_share_memory(flat, target):
+        target[...] = flat.reshape(target.shape)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _over(
+    parts: Sequence[Part],
+    task: Callable[..., None],
+    rows: Rows,
+    inputs: Sequence[Any],
+    device: bool = False,
+) -> None:
+    """Call ``task(part, *inputs)`` for all parts, each input as (rows, n)."""
+    leads = [np.ndim(a) - len(rows.shape) for a in inputs]
+    views = [a if isinstance(a, np.generic) else rows.view(a, lead)
+             for a, lead in zip(inputs, leads, strict=True)]  # fmt: skip
+
+    def run(part: Part) -> None:
+        flat = []
+        for view, lead in zip(views, leads, strict=True):
+            if isinstance(view, np.generic):
+                flat.append(view)
+                continue
+            cut = view[(slice(None),) * lead + part.block]
+            if cut.dtype == np.uint8 and not device:
+                # The bytes of a map of wider integers lie apart: gathered once for all levels.
+                cut = np.ascontiguousarray(cut)
+            flat.append(cut.reshape(cut.shape[:lead] + rows.flat_shape(cut.shape[lead:])))
+        task(part, *flat)
+
+    if device:
+        for part in parts:
+            run(part)
+    else:
+        blocks.each(run, parts, rows.count * rows.length)
+
+
+def _parts(rows: Rows) -> Iterator[Part]:
+    """Blocks of whole rows, or pieces of long ones, that fit the cache of the host."""
+    if rows.length <= blocks.BLOCK:
+        yield from _blocks_of_rows(rows, blocks.BLOCK)
+        return
+    for row, head in enumerate(blocks.tile(rows.scale_shape, 1)):
+        for piece, inner in enumerate(blocks.tile(rows.inner_shape, blocks.PIECE)):
+            yield Part(slice(row, row + 1), slice(piece, piece + 1), (*head, *inner, ...))
+
+
+def _blocks_of_rows(rows: Rows, size: int) -> Iterator[Part]:
+    """Blocks of whole rows of up to `size` elements, at least one row each."""
+    start = 0
+    for cut in blocks.tile(rows.scale_shape, max(1, size // max(1, rows.length))):
+        stop = start + blocks.extent(cut, rows.scale_shape)
+        yield Part(slice(start, stop), slice(0, 1), (*cut, ...))
+        start = stop

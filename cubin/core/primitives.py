@@ -46,12 +46,17 @@ PREAMBLE = Path(__file__).with_name("exact.cuh").read_text(encoding="utf-8")
 """Device functions that every kernel can call; Work<T>::type is W."""
 
 
+C_TYPES = {"e": "float16", "f": "float", "d": "double"}
+"""What CUDA calls the float dtypes, by their characters."""
+
 _C_TYPES = {"int8": "signed char", "uint8": "unsigned char", "uint16": "unsigned short"}
 
 
-def source(module_file: str) -> str:
-    """The CUDA source beside a module: the ``.cu`` file of the same stem."""
-    return Path(module_file).with_suffix(".cu").read_text(encoding="utf-8")
+def source(module_file: str, name: str | None = None) -> str:
+    """The CUDA source beside a module: the file `name`, or the ``.cu`` file of the same stem."""
+    path = Path(module_file)
+    path = path.with_suffix(".cu") if name is None else path.with_name(name)
+    return path.read_text(encoding="utf-8")
 
 
 class Primitive:
@@ -68,6 +73,8 @@ class Primitive:
     types : tuple of mapping
         The dtypes which the letters take in use: what the tests compile and execute.
     """
+
+    loops_from: int | None = None
 
     def __init__(
         self,
@@ -127,8 +134,15 @@ class Primitive:
         """The kernel; every kind of primitive has its own."""
         raise NotImplementedError
 
+    def on_host(self, size: int) -> Callable[..., None]:
+        """What computes it in NumPy arrays of `size` elements: its compiled loop, or its body."""
+        if not (blocks.pays(size) if self.loops_from is None else size >= self.loops_from):
+            return self.function
+        loops = blocks.loops(self.function.__module__)
+        return getattr(loops, self.name, self.function)
+
     def __call__(self, *inputs: Array, **outputs: Array) -> None:
-        """Compute `outputs`, which are overwritten, from `inputs`."""
+        """Compute `outputs`, which are overwritten, from `inputs`, in one go."""
         ordered = [outputs[name] for _, name in self.outputs]
         if isinstance(ordered[0], np.ndarray):
             self._run_numpy(inputs, outputs)
@@ -170,9 +184,8 @@ class Primitive:
 class Elementwise(Primitive):
     """A primitive whose outputs at an index depend on its inputs at that index alone."""
 
-    def __init__(self, *arguments: Any, operation: str, looped: bool) -> None:
+    def __init__(self, *arguments: Any, operation: str) -> None:
         self.operation = operation
-        self.looped = looped
         super().__init__(*arguments)
 
     def _build(self, module: Any, count: int) -> Any:
@@ -187,39 +200,6 @@ class Elementwise(Primitive):
 
     def _launch(self, inputs: tuple[Array, ...], outputs: list[Array]) -> None:
         self.kernel(self._variadic_count(inputs))(*inputs, *outputs)
-
-    def _run_numpy(self, inputs: tuple[Array, ...], outputs: dict[str, Array]) -> None:
-        output = next(iter(outputs.values()))
-        shape, size = output.shape, output.size
-        function = self._loop(inputs, outputs) if self.looped and size >= blocks.COMPILED else None
-        if function is None and size <= blocks.BLOCK:
-            super()._run_numpy(inputs, outputs)
-            return
-        spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
-
-        def run(block: blocks.Block) -> None:
-            cut = [a[block] if np.ndim(a) else a for a in spread]
-            (function or self.function)(*cut, **{name: a[block] for name, a in outputs.items()})
-
-        block = max(4 * blocks.BLOCK, blocks.portion(size)) if function else blocks.BLOCK
-        blocks.each(run, list(blocks.tile(shape, block)), size)
-
-    def _loop(self, inputs: tuple[Array, ...], outputs: dict[str, Array]) -> Any:
-        """The compiled loop, where there is one for such operands and it pays, else None."""
-        shapes = {np.shape(a) for a in (*inputs, *outputs.values()) if np.ndim(a)}
-        # Numba takes long to import, which is for nothing where no loop can follow.
-        if len(shapes) > 1 or not all(map(_is_plain, (*inputs, *outputs.values()))):
-            return None
-        size = next(iter(outputs.values())).size
-        loops = blocks.compiled(f"{self.function.__module__}_loops", size)
-        return loops and getattr(loops, self.name)
-
-
-def _is_plain(array: Any) -> bool:
-    """Whether compiled loops take an operand: a scalar, or an array whose elements lie in order."""
-    if np.ndim(array) == 0:
-        return True
-    return bool(array.dtype != np.float16 and array.flags.c_contiguous and array.flags.aligned)
 
 
 class Reduction(Primitive):
@@ -280,9 +260,12 @@ class Raw(Primitive):
     static ones; the rest is up to `launch`, which gets the arguments of a call, outputs last.
     """
 
-    def __init__(self, *arguments: Any, code: str, launch: Callable[..., Launch]) -> None:
+    def __init__(
+        self, *arguments: Any, code: str, launch: Any, loops_from: int | None = None
+    ) -> None:
         self.code = code
         self.launch = launch
+        self.loops_from = loops_from
         super().__init__(*arguments)
         self._modules: dict[tuple[Any, tuple[Any, ...]], Any] = {}
 
@@ -328,18 +311,11 @@ def elementwise(
     *,
     types: Sequence[Mapping[str, str]],
     preamble: str = "",
-    looped: bool = False,
 ) -> Callable[[Callable[..., None]], Elementwise]:
-    """Make a function an elementwise primitive; the arguments are ElementwiseKernel's.
-
-    `looped` tells that the module of the function has one of compiled loops beside it, with a loop
-    of the same name for contiguous arrays and scalars.
-    """
+    """Make a function an elementwise primitive; the arguments are ElementwiseKernel's."""
 
     def decorate(function: Callable[..., None]) -> Elementwise:
-        return Elementwise(
-            function, inputs, outputs, types, preamble, operation=operation, looped=looped
-        )
+        return Elementwise(function, inputs, outputs, types, preamble, operation=operation)
 
     return decorate
 
@@ -375,14 +351,22 @@ def raw(
     outputs: str,
     *,
     code: str,
-    launch: Callable[..., Launch],
+    launch: Any,
     types: Sequence[Mapping[str, str]],
     preamble: str = "",
+    loops_from: int | None = None,
 ) -> Callable[[Callable[..., None]], Raw]:
-    """Make a function a primitive whose kernel is the template ``cubin_<function>`` in `code`."""
+    """Make a function a primitive whose kernel is the template ``cubin_<function>`` in `code`.
+
+    Where its compiled loop gives other bits than its body, `loops_from` is the number of elements
+    from which on the loop is used.
+    """
 
     def decorate(function: Callable[..., None]) -> Raw:
-        return Raw(function, inputs, outputs, types, preamble, code=code, launch=launch)
+        return Raw(
+            function, inputs, outputs, types, preamble, code=code, launch=launch,
+            loops_from=loops_from,
+        )  # fmt: skip
 
     return decorate
 

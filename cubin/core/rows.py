@@ -7,7 +7,9 @@ be CuPy's where somebody has imported CuPy already.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -29,12 +31,17 @@ class Rows:
         The axes of `split`, those that number the rows first.
     scale_shape : tuple of int
         The lengths of the axes that number the rows: one scale per level for each.
+    channel_axis : int, tuple of int or None
+    group_size : int or None
+        What the layout was asked for by, as plain integers.
     """
 
     shape: tuple[int, ...]
     split: tuple[int, ...]
     order: tuple[int, ...]
     scale_shape: tuple[int, ...]
+    channel_axis: int | tuple[int, ...] | None = field(default=None, compare=False)
+    group_size: int | None = field(default=None, compare=False)
 
     @property
     def count(self) -> int:
@@ -64,9 +71,13 @@ class Rows:
         leading = len(self.scale_shape)
         return math.prod(shape[:leading]), math.prod(shape[leading:])
 
-    def flat(self, array: Array) -> Array:
-        """`array` as (rows, length): a view where its strides allow one, else a copy."""
-        return self.view(array).reshape(self.count, self.length)
+    def flat(self, array: Array, lead: int = 0) -> Array:
+        """`array` as (rows, length): a view where its strides allow one, else a copy.
+
+        The first `lead` axes stay in front.
+        """
+        view = self.view(array, lead)
+        return view.reshape(*array.shape[:lead], self.count, self.length)
 
     def aligned(self, scale: Array) -> Array:
         """Scales of shape `scale_shape` so that they broadcast to an array of shape `split`."""
@@ -108,10 +119,18 @@ def rows_of(
                 f"of x, whose shape is {shape}"
             )
         scale_shape = (*shape[:-1], shape[-1] // size)
-        return Rows(shape, (*scale_shape, size), tuple(range(ndim + 1)), scale_shape)
+        split, order = (*scale_shape, size), tuple(range(ndim + 1))
+        return Rows(shape, split, order, scale_shape, group_size=size)
     axes = () if channel_axis is None else axes_of("channel_axis", channel_axis, shape)
     rest = tuple(axis for axis in range(ndim) if axis not in axes)
-    return Rows(shape, shape, axes + rest, tuple(shape[axis] for axis in axes))
+    scale_shape = tuple(shape[axis] for axis in axes)
+    return Rows(shape, shape, axes + rest, scale_shape, channel_axis=_as_given(channel_axis))
+
+
+def _as_given(channel_axis: Any) -> int | tuple[int, ...] | None:
+    if isinstance(channel_axis, (tuple, list)):
+        return tuple(operator.index(axis) for axis in channel_axis)
+    return None if channel_axis is None else operator.index(channel_axis)
 
 
 def axes_of(name: str, axis: int | tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

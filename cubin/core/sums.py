@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.core.host import blocks
+from cubin.core import memory
 from cubin.core.libraries import Array
 
 CHUNK = 1 << 12
@@ -47,7 +47,7 @@ def _chunk_sums(m: Array) -> Array:
     whole = COLUMNS * width
     columns = m[..., :whole].reshape(*m.shape[:-1], COLUMNS, width)
     half = COLUMNS // 2
-    sums = blocks.spare("columns", (*m.shape[:-1], half, width), m.dtype)
+    sums = memory.scratch("columns", (*m.shape[:-1], half, width), m.dtype)
     np.add(columns[..., :half, :], columns[..., half:, :], out=sums)
     while half > 1:
         half //= 2

@@ -20,16 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from cubin.core import libraries, primitives
+from cubin.core import libraries
+from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
-from cubin.core.primitives import Launch, Raw
-from cubin.core.rows import Rows
+from cubin.core.primitives import C_TYPES, Launch
 
-TEAMS = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
+CUDA = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
 """What kernels on whole rows share: the teams, and how they move elements."""
-
-CUDA = primitives.source(__file__)
-"""The kernels of the greedy levels."""
 
 TILE_THREADS = 256
 MOST_THREADS = 1024
@@ -54,7 +51,6 @@ MOST_ALIGNED = 8
 """How many of them rows take that begin and end at multiples of 16 bytes."""
 
 _NO_MAP = np.uint64(0)
-_C_TYPES = {"e": "float16", "f": "float", "d": "double"}
 
 
 @dataclass(frozen=True)
@@ -106,55 +102,56 @@ def team_of(
     return Team(name, threads, pack, min(1 << (share - 1).bit_length(), most))
 
 
-def flat(array: Array, rows: Rows) -> Array:
-    """An array of the rows' shape as `launch` takes it, copied where it must be; or a scalar."""
-    return array if isinstance(array, np.generic) else side_by_side(rows.flat(array))
+@dataclass(frozen=True)
+class RowLaunch:
+    """How a kernel on whole rows is launched, and which rows it takes.
+
+    Attributes
+    ----------
+    room : Room
+        How many elements a thread holds.
+    most_levels : int
+    passes_levels : bool
+        Whether the kernel takes the number of levels, since it may be compiled for more.
+    """
+
+    room: Room
+    most_levels: int = MAX_BITS
+    passes_levels: bool = False
+
+    def takes(self, length: int, dtype: np.dtype[Any], levels: int, mapped: bool) -> bool:
+        """Whether a team of threads holds rows of this length."""
+        if levels > self.most_levels:
+            return False
+        return team_of(length, dtype, levels, mapped, self.room) is not None
+
+    def __call__(self, x: Array, bits: Any, levels: int, *rest: Any) -> Launch:
+        """The launch on rows that have a team.
+
+        `x`, a map `bits` and the last output have the shape (rows, length) and elements side by
+        side. Other outputs are contiguous, as is a last one with such an array for each level. A
+        scalar `bits` equals `levels`. Before the outputs come integers, the kernel's last
+        parameters.
+        """
+        outputs = [value for value in rest if np.ndim(value)]
+        integers = [levels] if self.passes_levels else rest[: len(rest) - len(outputs)]
+        options = [np.int32(value) for value in integers]
+        mapped = np.ndim(bits) > 0
+        moved = (x, bits, outputs[-1]) if mapped else (x, outputs[-1])
+        aligned = math.gcd(16, *[array.data.ptr // array.itemsize for array in moved])
+        # The stride of an axis of length 1 may be anything, and levels lie `rows` steps apart.
+        steps = [a.shape[-1] if a.flags.c_contiguous else a.strides[0] // a.itemsize for a in moved]
+        template, grid, threads, sizes = _plan(
+            x.shape, x.dtype, levels, mapped, self.room, aligned, *steps
+        )
+        pointers = (x, bits if mapped else _NO_MAP, *outputs)
+        return Launch(template, grid, threads, (*pointers, *sizes, *options))
 
 
 def side_by_side(array: Array) -> Array:
-    """Rows of (rows, length) with elements side by side: themselves, or a copy."""
-    fine = array.shape[1] <= 1 or array.strides[1] == array.itemsize
+    """An array whose last axis has elements side by side: itself, or a copy."""
+    fine = array.shape[-1] <= 1 or array.strides[-1] == array.itemsize
     return array if fine else libraries.library(array).ascontiguousarray(array)
-
-
-def holds(x: Array, levels: int, mapped: bool, rows: Rows, room: Room = GREEDY) -> bool:
-    """Whether `x` is on a device, and a team of threads holds whole rows of it."""
-    if not libraries.on_device(x) or not x.size:
-        return False
-    return team_of(rows.length, x.dtype, levels, mapped, room) is not None
-
-
-def approximate(primitive: Raw, x: Array, bits: Array, rows: Rows, y: Array, *static: Any) -> None:
-    """Write to `y`, in one launch, what `primitive` approximates `x` by."""
-    view = rows.view(y)
-    target = side_by_side(view.reshape(rows.count, rows.length))
-    primitive(flat(x, rows), flat(bits, rows), *static, y=target)
-    if not libraries.library(y).may_share_memory(target, y):
-        view[...] = target.reshape(view.shape)
-
-
-def launch(
-    x: Array,
-    bits: Array,
-    levels: int,
-    *outputs: Array,
-    room: Room = GREEDY,
-    options: tuple[Any, ...] = (),
-) -> Launch:
-    """The launch of a kernel on rows that have a team.
-
-    `x`, a map `bits` and the last output have the shape (rows, length) and elements side by side.
-    Other outputs are contiguous, as is a last one with such an array for each level. A scalar
-    `bits` equals `levels`. `options` are the kernel's last parameters.
-    """
-    mapped = np.ndim(bits) > 0
-    moved = (x, bits, outputs[-1]) if mapped else (x, outputs[-1])
-    aligned = math.gcd(16, *[array.data.ptr // array.itemsize for array in moved])
-    # The stride of an axis of length 1 may be anything, and levels lie `rows` steps apart.
-    steps = [a.shape[-1] if a.flags.c_contiguous else a.strides[0] // a.itemsize for a in moved]
-    template, grid, threads, sizes = _plan(x.shape, x.dtype, levels, mapped, room, aligned, *steps)
-    pointers = (x, bits if mapped else _NO_MAP, *outputs)
-    return Launch(template, grid, threads, (*pointers, *sizes, *options))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -177,7 +174,7 @@ def _plan(
     access = team.pack if fits else 1
     compiled = next(n for n in LEVELS if n >= levels)
     threads = team.threads if team.name == "Block" else TILE_THREADS
-    template = (team.name, _C_TYPES[dtype.char], team.pack, access, team.held, compiled)
+    template = (team.name, C_TYPES[dtype.char], team.pack, access, team.held, compiled)
     spread = steps if mapped else (steps[0], 0, steps[1])
     return (
         (*template, str(mapped).lower()),

@@ -1,169 +1,130 @@
-"""Solvers that lower the error of the greedy code: refined, alternating and optimal."""
+"""Solvers: from an array to its scales and signs, or to what these stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from cubin.codes.encoding import Encoding
-from cubin.core import libraries, passes, teams
-from cubin.core.host import blocks
+from cubin.core import libraries, passes
+from cubin.core.bits import Bits
 from cubin.core.libraries import Array
 from cubin.core.passes import Part
+from cubin.core.primitives import Raw
 from cubin.core.rows import Rows
-from cubin.solvers import search, search_rows
-from cubin.solvers.codebook import Cells
+from cubin.solvers import greedy, search, search_rows
 from cubin.solvers.lookup import Fit
+from cubin.solvers.solver import SOLVERS, Solver, solver_of
 from cubin.solvers.sorted_rows import Magnitudes
 
-Solver = Callable[[Magnitudes, int], dict[int, Cells]]
-"""Takes the magnitudes of rows and the number of levels; gives cells by number of bits."""
-
-BLOCK = 1 << 19
-"""Elements, or cells of a solver's states, that the host works on at a time, at least."""
-
-LARGEST_BLOCK = 1 << 20
-"""The most of them, where all elements have as many bits and the same importance: while Python is
-between two, other threads wait for it."""
-
-COMPILED = 1 << 18
-"""Elements from which on compiled loops pay, even if they have to be loaded: sorting takes long.
-
-They round in another way, so that it depends on the size alone which form is taken.
-"""
-
-MAX_COMPILED_LEVELS = 4
-"""From here on sorting pays: the edges double with every level."""
-
-DEVICE_BLOCK = 1 << 24
-"""What a device works on at a time."""
+__all__ = ["SOLVERS", "Solver", "approximate", "encode", "solver_of"]
 
 
 def approximate(
-    x: Array,
-    bits: Any,
-    levels: int,
-    rows: Rows,
-    y: Array,
-    *,
-    solver: Solver,
-    importance: Array | None = None,
+    x: Array, bits: Bits, rows: Rows, y: Array, solver: Solver, importance: Array | None = None
 ) -> None:
     """Write the approximation of `x` to `y`, which is `x` itself or does not overlap it.
 
-    `bits` is a uint8 scalar, or an array of x's shape, as is `importance`. There is at least one
-    level.
+    `importance` has x's shape.
     """
-    rule: Any = search.rule(solver) if importance is None else None
-    if rule is not None and _fits_one_launch(x, bits, levels, rows):
-        teams.approximate(search_rows.reconstruct_rows, x, bits, rows, y, levels, *rule)
-        return
-    view = rows.view(y)
+    solver = _simplest(solver, bits, importance)
+    primitives = (greedy.approximate_rows, search_rows.reconstruct_rows)
+    primitive, static = _on_whole_rows(solver, bits, importance, *primitives)
+    if primitive is not None and passes.takes_whole_rows(primitive, rows, x, bits):
+        passes.whole_rows(primitive, rows, (x, bits.values), *static, out=y)
+    elif solver.name == "greedy":
+        scales = greedy.row_scales(x, bits, rows)
+        passes.elements_of_rows(greedy.approximation, rows, (x, bits.values), scales, out=y)
+    else:
+        view = rows.view(y)
 
-    def decode(part: Part, found: Fit, x: Array, bits: Any) -> None:
-        passes.write(lambda flat: found.approximate(x, bits, flat), view[part.block], x.shape)
+        def decode(part: Part, fit: Fit, x: Array, bits: Any) -> None:
+            passes.write(lambda flat: fit.approximate(x, bits, flat), view[part.block], x.shape)
 
-    _fit(x, bits, levels, rows, decode, solver, importance)
+        _search(x, bits, rows, solver, importance, decode)
 
 
 def encode(
+    x: Array, bits: Bits, rows: Rows, solver: Solver, importance: Array | None = None
+) -> tuple[Array, Array]:
+    """The scales of `x`, (levels, rows), in its dtype, and its signs, (levels, *shape)."""
+    solver = _simplest(solver, bits, importance)
+    encoding = Encoding(x, bits.levels, rows)
+    primitives = (greedy.encode_rows, search_rows.solve_rows)
+    primitive, static = _on_whole_rows(solver, bits, importance, *primitives)
+    if primitive is not None and passes.takes_whole_rows(primitive, rows, x, bits):
+        encoding.fill(primitive, (x, bits.values), *static)
+    elif solver.name == "greedy":
+        scales = greedy.row_scales(x, bits, rows)
+        find_codes = passes.form(greedy.codes, x)
+
+        def pack(part: Part, x: Array, bits: Any) -> None:
+            code = libraries.library(x).empty(x.shape, np.uint16)
+            of_part = [scale[part.rows] for scale in scales]
+            find_codes(x, bits, *of_part, code=code)
+            encoding.store(part, code, bits, of_part)
+
+        passes.for_each_part(pack, rows, x, bits.values)
+    else:
+
+        def hand_over(part: Part, fit: Fit, x: Array, bits: Any) -> None:
+            encoding.store(part, fit.codes(x, bits), bits, fit.scales)
+
+        _search(x, bits, rows, solver, importance, hand_over)
+    return encoding.scales.astype(x.dtype, copy=False), encoding.signs
+
+
+def _simplest(solver: Solver, bits: Bits, importance: Array | None) -> Solver:
+    """The greedy solver where it is the best: it has the least squares scale of one level."""
+    best = bits.levels == 0 or (bits.levels == 1 and importance is None)
+    return SOLVERS["greedy"] if best else solver
+
+
+def _on_whole_rows(
+    solver: Solver, bits: Bits, importance: Array | None, greedily: Raw, searching: Raw
+) -> tuple[Raw | None, tuple[int, ...]]:
+    """The primitive on whole rows that does what a solver does, if there is one."""
+    if solver.name == "greedy":
+        return greedily, (bits.levels,)
+    if solver.name == "optimal" or importance is not None:
+        return None, ()
+    most = search.MAX_ITERATIONS + 1
+    iterations = most if solver.iterations is None else solver.iterations
+    return searching, (bits.levels, solver.refit, iterations)
+
+
+def _search(
     x: Array,
-    bits: Any,
-    encoding: Encoding,
-    *,
-    solver: Solver,
-    importance: Array | None = None,
-) -> None:
-    """Fill in the scales and signs of `x`; the other arguments are those of `approximate`."""
-    levels, rows = len(encoding.scales), encoding.rows
-    rule: Any = search.rule(solver) if importance is None else None
-    if rule is not None and _fits_one_launch(x, bits, levels, rows):
-        encoding.fill(search_rows.solve_rows, x, bits, *rule)
-        return
-
-    def hand_over(part: Part, found: Fit, x: Array, bits: Any) -> None:
-        encoding.store(part, found.codes(x, bits), bits, found.scales)
-
-    _fit(x, bits, levels, rows, hand_over, solver, importance)
-
-
-def _fits_one_launch(x: Array, bits: Any, levels: int, rows: Rows) -> bool:
-    room = search_rows.ROOM
-    return levels <= search_rows.MAX_LEVELS and teams.holds(
-        x, levels, np.ndim(bits) > 0, rows, room
-    )
-
-
-def _loops(x: Array, bits: Any, levels: int, rows: Rows) -> Any:
-    """The compiled loops, where there are some for such rows and they pay, else None."""
-    if libraries.on_device(x) or np.ndim(bits) or levels > MAX_COMPILED_LEVELS:
-        return None
-    # Long rows are read as they are, since a copy would take as much memory again.
-    plain = x.dtype == np.float32 or (x.dtype == np.float16 and rows.length <= BLOCK)
-    name = "cubin.solvers.search_loops"
-    return blocks.compiled_by_size(name, x.size, COMPILED) if plain else None
-
-
-def _fit(
-    x: Array,
-    bits: Any,
-    levels: int,
+    bits: Bits,
     rows: Rows,
-    finish: Callable[[Part, Fit, Array, Any], None],
     solver: Solver,
     importance: Array | None,
+    finish: Callable[[Part, Fit, Array, Any], None],
 ) -> None:
     """Solve all rows, and hand every part of them with its fit, elements and bits to `finish`."""
-    device = libraries.on_device(x)
-    long = rows.length > BLOCK and not device
-    rule: Any = search.rule(solver) if importance is None else None
-    loops = None if rule is None else _loops(x, bits, levels, rows)
+    if not x.size:
+        return
+    levels = bits.levels
+    weights = () if importance is None else (importance,)
+    states = search.STARTS << (levels - 1)
     fits: dict[int, Fit] = {}
 
-    def solve(part: Part) -> None:
-        own_x, own_bits, weights = (_cut(array, rows, part) for array in (x, bits, importance))
-        if loops is not None:
-            found = loops.Fit(own_x, levels, *rule)
-        else:
-            magnitudes = Magnitudes(own_x, own_bits, levels, weights)
-            found = Fit(magnitudes, solver(magnitudes, levels), levels)
+    def solve(part: Part, x: Array, bits: Any, weight: Array | None = None) -> None:
+        magnitudes = Magnitudes(x, bits, levels, weight)
+        fit = Fit(magnitudes, search.cells(magnitudes, levels, solver), levels)
         if long:
-            fits[part.rows.start] = found
+            fits[part.rows.start] = fit
         else:
-            finish(part, found, own_x, own_bits)
+            finish(part, fit, x, bits)
 
-    def finish_piece(part: Part, x: Array, bits: Any) -> None:
-        finish(part, fits[part.rows.start], x, bits)
+    # The elements of a long row are finished by several threads.
+    long = passes.is_long(rows, x)
+    passes.for_each_searched(solve, rows, states, x, bits.values, *weights)
+    if long:
 
-    block = DEVICE_BLOCK if device else BLOCK
-    if not (device or loops or np.ndim(bits)) and importance is None:
-        block = min(max(block, blocks.portion(x.size)), LARGEST_BLOCK)
-    parts = list(_whole_rows(rows, levels, block)) if x.size else []
-    if device:
-        for part in parts:
-            solve(part)
-    else:
-        threaded = loops and blocks.LOOPS_THREADED
-        blocks.each(solve, parts, x.size, threaded)
-        if long:
-            piece = blocks.PIECE if loops else None
-            passes.for_each_part(finish_piece, rows, x, bits, block=piece, threaded=threaded)
+        def finish_piece(part: Part, x: Array, bits: Any) -> None:
+            finish(part, fits[part.rows.start], x, bits)
 
-
-def _cut(array: Any, rows: Rows, part: Part) -> Any:
-    """A part of an array as (rows, n); what is no array is passed on."""
-    if array is None or isinstance(array, np.generic):
-        return array
-    cut = rows.view(array)[part.block]
-    return cut.reshape(rows.flat_shape(cut.shape))
-
-
-def _whole_rows(rows: Rows, levels: int, block: int) -> Iterator[Part]:
-    states = search.STARTS << (levels - 1)
-    start = 0
-    for cut in blocks.tile(rows.scale_shape, max(1, block // max(rows.length, states))):
-        stop = start + blocks.extent(cut, rows.scale_shape)
-        yield Part(slice(start, stop), slice(0, 1), (*cut, ...))
-        start = stop
+        passes.for_each_part(finish_piece, rows, x, bits.values)

@@ -1,38 +1,27 @@
 """The greedy levels: each takes the sign of the residual, times the mean of its magnitude.
 
 Neither residuals nor signs are ever stored: the residual is recomputed from x and the scales found
-so far. On a device, rows that fit a block of threads are read once and written once; longer ones
-are read k + 1 times for k levels. On the host a block of rows stays in the cache meanwhile.
+so far. Rows that fit a block (of threads, or of the cache) are read once and what is asked for is
+written once. Longer ones are read once for every level, and once more at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from cubin.codes.encoding import Encoding
 from cubin.codes.levels import level_signs
-from cubin.core import floats, libraries, passes, teams
+from cubin.core import floats, libraries, memory, passes, teams
+from cubin.core.bits import Bits
 from cubin.core.floats import as_integers, where
-from cubin.core.host import blocks
 from cubin.core.libraries import Array
-from cubin.core.passes import Part
-from cubin.core.primitives import FLOATS, Launch, elementwise, raw, reduction, source
+from cubin.core.primitives import FLOATS, elementwise, raw, reduction, source
 from cubin.core.rows import Rows
 from cubin.core.sums import magnitude_sums
 
 _CUDA = source(__file__)
-
-WHOLE_ROWS = 1 << 20
-"""Bytes, in the work dtype, of a block of whole rows, which are gone through level by level."""
-
-COMPILED_ROWS = (1 << 21, 1 << 23)
-"""The fewest and the most for compiled loops, which go through it row by row."""
-
-# ---------------------------------------------------------------- primitives
+_ROWS_CUDA = source(__file__, "greedy_rows.cu")
 
 
 @reduction(
@@ -53,7 +42,7 @@ def level_sums(
 
     ``total = sum(|r| where bits > len(scales))``, in float64.
     """
-    m = blocks.spare("magnitude", x.shape, floats.work_dtype(x.dtype))
+    m = memory.scratch("magnitude", x.shape, floats.work_dtype(x.dtype))
     np.abs(x, out=m)
     for scale in scales:
         np.abs(np.subtract(m, scale, out=m), out=m)
@@ -67,10 +56,10 @@ def _sum(m: np.ndarray, bits: np.ndarray, level: int) -> tuple[np.ndarray, Any]:
     """
     count: Any
     if np.ndim(bits):
-        hot = blocks.spare("hot", m.shape, np.bool_)
-        np.greater(bits, level, out=hot)
-        where(hot, m, out=m)
-        count = np.add.reduce(hot, axis=-1, keepdims=True, dtype=np.int64)
+        coded = memory.scratch("coded", m.shape, np.bool_)
+        np.greater(bits, level, out=coded)
+        where(coded, m, out=m)
+        count = np.add.reduce(coded, axis=-1, keepdims=True, dtype=np.int64)
     else:
         m = m if bits > level else m[..., :0]
         count = m.shape[-1]
@@ -108,10 +97,10 @@ def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.nd
     opposite = _opposite(x)
     word = as_integers(opposite)
     top = word.dtype.type(1 << (8 * word.itemsize - 1))
-    step = blocks.spare("step", x.shape, work)
+    step = memory.scratch("step", x.shape, work)
     step_word = as_integers(step)
-    sign = as_integers(blocks.spare("sign", x.shape, work)) if rounded else step_word
-    total = blocks.spare("total", x.shape, work) if rounded else y
+    sign = as_integers(memory.scratch("sign", x.shape, work)) if rounded else step_word
+    total = memory.scratch("total", x.shape, work) if rounded else y
     so_far: Any = work.type(0)
     last = len(scales) - 1
     for level, scale in enumerate(scales):
@@ -125,9 +114,9 @@ def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.nd
                 stored = scale.astype(x.dtype).astype(work)
                 np.bitwise_or(sign, as_integers(stored), out=step_word)
             if mapped:
-                hot = blocks.spare("hot", x.shape, np.bool_)
-                np.greater(bits, level, out=hot)
-                where(hot, step, out=step)
+                coded = memory.scratch("coded", x.shape, np.bool_)
+                np.greater(bits, level, out=coded)
+                where(coded, step, out=step)
             so_far = np.subtract(so_far, step, out=total)
     if so_far is not y:
         y[...] = so_far
@@ -143,9 +132,9 @@ def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.nd
 def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray) -> None:
     """Bit i is set where level i of the element has the sign +1."""
     opposite = _opposite(x)
-    step = blocks.spare("step", x.shape, opposite.dtype)
-    positive = blocks.spare("sign", x.shape, np.bool_)
-    bit = blocks.spare("bit", x.shape, np.uint16)
+    step = memory.scratch("step", x.shape, opposite.dtype)
+    positive = memory.scratch("sign", x.shape, np.bool_)
+    bit = memory.scratch("bit", x.shape, np.uint16)
     code[...] = 0
     for level, scale in enumerate(scales):
         np.less(opposite, 0, out=positive)
@@ -156,16 +145,12 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
         np.subtract(opposite, np.copysign(scale, opposite, out=step), out=opposite)
 
 
-def _launch(x: Array, bits: Array, levels: int, *outputs: Array) -> Launch:
-    return teams.launch(x, bits, levels, *outputs, options=(np.int32(levels),))
-
-
 @raw(
     "T x, uint8 bits, static int levels",
     "T y",
-    code=teams.CUDA,
-    preamble=teams.TEAMS,
-    launch=_launch,
+    code=_ROWS_CUDA,
+    preamble=teams.CUDA,
+    launch=teams.RowLaunch(teams.GREEDY, passes_levels=True),
     types=FLOATS,
 )
 def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndarray) -> None:
@@ -176,19 +161,19 @@ def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndar
 @raw(
     "T x, uint8 bits, static int levels",
     "W scales, int8 signs",
-    code=teams.CUDA,
-    preamble=teams.TEAMS,
-    launch=_launch,
+    code=_ROWS_CUDA,
+    preamble=teams.CUDA,
+    launch=teams.RowLaunch(teams.GREEDY, passes_levels=True),
     types=FLOATS,
 )
 def encode_rows(
     x: np.ndarray, bits: np.ndarray, levels: int, *, scales: np.ndarray, signs: np.ndarray
 ) -> None:
     """The scales of whole rows, (levels, rows, 1), and their signs, (levels, rows, length)."""
-    found = _level_scales(x, bits, levels)
-    code = blocks.spare("code", x.shape, np.uint16)
-    codes.function(x, bits, *found, code=code)
-    for level, scale in enumerate(found):
+    row_scales = _level_scales(x, bits, levels)
+    code = memory.scratch("code", x.shape, np.uint16)
+    codes.function(x, bits, *row_scales, code=code)
+    for level, scale in enumerate(row_scales):
         scales[level] = scale
         level_signs.function(code, bits, np.uint8(level), sign=signs[level])
 
@@ -198,143 +183,13 @@ def _opposite(x: np.ndarray) -> np.ndarray:
 
     Taking the scale with its sign off it leaves the same of the residual, and it rounds the same.
     """
-    opposite = blocks.spare("opposite", x.shape, floats.work_dtype(x.dtype))
+    opposite = memory.scratch("opposite", x.shape, floats.work_dtype(x.dtype))
     return np.subtract(0, x, out=opposite)
-
-
-# ---------------------------------------------------------------- rows
-
-Finish = Callable[[Part, Array, Array, "list[Array]"], None]
-"""Takes a part of the rows, its elements and their bits as (rows, n), and the rows' scales,
-(rows, 1) for each level."""
-
-
-def approximate(x: Array, bits: Array, levels: int, rows: Rows, y: Array) -> None:
-    """Write the approximation of `x` to `y`, which is `x` itself or does not overlap it.
-
-    `bits` is a uint8 scalar, or an array of x's shape.
-    """
-    if teams.holds(x, levels, np.ndim(bits) > 0, rows):
-        teams.approximate(approximate_rows, x, bits, rows, y, levels)
-        return
-    loops = _loops(x)
-    view = rows.view(y)
-
-    def finish(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
-        def write(flat: Array) -> None:
-            loops.approximation(x, bits, *scales, y=flat)
-
-        passes.write(write, view[part.block], x.shape)
-
-    def task(part: Part, x: Array, bits: Array) -> None:
-        def write(flat: Array) -> None:
-            loops.approximate_rows(x, bits, levels, y=flat)
-
-        passes.write(write, view[part.block], x.shape)
-
-    if _in_cache(x, rows):
-        _for_each_block(task, x, bits, rows)
-    else:
-        fit(x, bits, levels, rows, finish)
-
-
-def encode(x: Array, bits: Array, encoding: Encoding) -> None:
-    """Fill in the scales and signs of `x`."""
-    levels, rows = len(encoding.scales), encoding.rows
-    if teams.holds(x, levels, np.ndim(bits) > 0, rows):
-        encoding.fill(encode_rows, x, bits)
-        return
-    loops = _loops(x)
-
-    def pack(part: Part, x: Array, bits: Array, scales: list[Array]) -> None:
-        code = libraries.library(x).empty(x.shape, np.uint16)
-        loops.codes(x, bits, *scales, code=code)
-        encoding.store(part, code, bits, scales)
-
-    def task(part: Part, x: Array, bits: Array) -> None:
-        encoding.fill_part(part, loops.encode_rows, x, bits)
-
-    if _in_cache(x, rows):
-        _for_each_block(task, x, bits, rows)
-    else:
-        fit(x, bits, levels, rows, pack)
-
-
-def fit(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
-    """Find the scales of all rows of `x`, and hand every part with its scales to `finish`.
-
-    `bits` is a uint8 scalar, or an array of x's shape.
-    """
-    device = libraries.on_device(x)
-    if _in_cache(x, rows):
-        _fit_in_cache(x, bits, levels, rows, finish)
-        return
-    scales: list[Array] = []
-    for _ in range(levels):
-        if device:
-            totals, counts = passes.partial_results(level_sums, rows, (x, bits), scales)
-        else:
-            totals, counts = _sums_of_pieces(x, bits, rows, scales)
-        scales.append(_scale(totals, counts, x))
-
-    def finish_part(part: Part, x: Array, bits: Array) -> None:
-        finish(part, x, bits, [scale[part.rows] for scale in scales])
-
-    _for_each_part(finish_part, x, bits, rows, blocks.PIECE)
-
-
-def _fit_in_cache(x: Array, bits: Array, levels: int, rows: Rows, finish: Finish) -> None:
-    """All levels of a block of rows while it is in the cache."""
-    loops = _loops(x)
-
-    def task(part: Part, x: Array, bits: Array) -> None:
-        finish(part, x, bits, loops.level_scales(x, bits, levels))
-
-    _for_each_block(task, x, bits, rows)
-
-
-def _in_cache(x: Array, rows: Rows) -> bool:
-    """Whether whole rows stay in the cache of the host."""
-    return not libraries.on_device(x) and rows.length <= blocks.BLOCK
-
-
-def _for_each_block(task: Callable[..., None], x: Array, bits: Array, rows: Rows) -> None:
-    """Call ``task(part, x, bits)`` for blocks of whole rows."""
-    itemsize = floats.work_dtype(x.dtype).itemsize
-    block = WHOLE_ROWS
-    if _loops(x) is not _EXPRESSIONS:
-        least, most = COMPILED_ROWS
-        block = min(max(least, blocks.portion(x.size) * itemsize), most)
-    _for_each_part(task, x, bits, rows, block // itemsize)
-
-
-def _for_each_part(
-    task: Callable[..., None], x: Array, bits: Array, rows: Rows, block: int | None = None
-) -> None:
-    threaded = None if _loops(x) is _EXPRESSIONS else blocks.LOOPS_THREADED
-    device = libraries.on_device(x)
-    passes.for_each_part(task, rows, x, bits, device=device, block=block, threaded=threaded)
-
-
-def _sums_of_pieces(x: Array, bits: Array, rows: Rows, scales: list[Array]) -> tuple[Array, Array]:
-    """The sums and counts of the next level over the pieces of long rows, as (rows, pieces)."""
-    loops = _loops(x)
-    pieces = sum(1 for _ in blocks.tile(rows.inner_shape, blocks.PIECE))
-    totals = np.empty((rows.count, pieces), np.float64)
-    counts = np.empty((rows.count, pieces), np.int64)
-
-    def task(part: Part, x: Array, bits: Array) -> None:
-        at = (part.rows, part.piece)
-        found = [scale[part.rows] for scale in scales]
-        loops.level_sums(x, bits, *found, total=totals[at], count=counts[at])
-
-    _for_each_part(task, x, bits, rows, blocks.PIECE)
-    return totals, counts
 
 
 def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of rows that are in the cache, (rows, 1) for each level."""
-    m = blocks.spare("magnitude", x.shape, floats.work_dtype(x.dtype))
+    m = memory.scratch("magnitude", x.shape, floats.work_dtype(x.dtype))
     np.abs(x, out=m)
     scales: list[Array] = []
     for level in range(levels):
@@ -345,25 +200,12 @@ def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     return scales
 
 
-def _scale(totals: Array, counts: Array, x: Array) -> Array:
-    scale = libraries.library(x).empty((len(totals), 1), floats.work_dtype(x.dtype))
-    level_scale(totals, counts, scale=scale)
-    return scale
-
-
-_KERNELS = SimpleNamespace(approximation=approximation, codes=codes)
-_EXPRESSIONS = SimpleNamespace(
-    level_scales=_level_scales,
-    level_sums=level_sums.function,
-    approximation=approximation.function,
-    approximate_rows=approximate_rows.function,
-    encode_rows=encode_rows.function,
-    codes=codes.function,
-)
-
-
-def _loops(x: Array) -> Any:
-    """What works on the parts of `x`: kernels, or on the host compiled loops where they pay."""
-    if libraries.on_device(x):
-        return _KERNELS
-    return blocks.compiled("cubin.greedy_loops", x.size) or _EXPRESSIONS
+def row_scales(x: Array, bits: Bits, rows: Rows) -> list[Array]:
+    """The scales of every row, (rows, 1) for each level, in the work dtype."""
+    scales: list[Array] = []
+    for _ in range(bits.levels):
+        totals, counts = passes.partial_results(level_sums, rows, (x, bits.values), scales)
+        scale = libraries.library(x).empty((rows.count, 1), floats.work_dtype(x.dtype))
+        level_scale(totals, counts, scale=scale)
+        scales.append(scale)
+    return scales

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.core import floats
-from cubin.core.host import blocks
+from cubin.core import floats, memory
 from cubin.core.host.loops import (
     count_hot,
     in_work_dtype,
@@ -288,7 +287,7 @@ def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
     """`greedy.level_sums` over a piece of one row."""
     wide = in_work_dtype(x)
-    m = blocks.spare("left", (CHUNK,), wide.dtype)
+    m = memory.scratch("left", (CHUNK,), wide.dtype)
     total[...], count[...] = _level_sum(
         wide[0], map_of(bits, 1)[0], _stack(scales, wide)[0], m, *scratch(wide.dtype)
     )
@@ -339,7 +338,7 @@ def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
 
 
 def _row(x: Array) -> Array:
-    return blocks.spare("row", x.shape[1:], x.dtype)
+    return memory.scratch("row", x.shape[1:], x.dtype)
 
 
 def _stack(scales: tuple[Array, ...], x: Array) -> Array:

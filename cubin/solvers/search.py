@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from cubin.core.libraries import Array
 from cubin.solvers.codebook import DEPENDENT, Cells, fitted, nearest, split, whole
+from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import Magnitudes
 
 MAX_ITERATIONS = 1000
@@ -52,6 +52,15 @@ class Scales(NamedTuple):
     gain: Array
 
 
+def cells(magnitudes: Magnitudes, levels: int, solver: Solver) -> dict[int, Cells]:
+    """The cells that a solver finds."""
+    if solver.name == "optimal":
+        return optimal(magnitudes, levels)
+    if solver.refit:
+        return refined(magnitudes, levels)
+    return alternating(magnitudes, levels, solver.iterations)
+
+
 def refined(magnitudes: Magnitudes, levels: int) -> dict[int, Cells]:
     """The cells of successive levels, with the scales refitted after each."""
     return _successive(magnitudes, levels, refit=True)
@@ -65,16 +74,6 @@ def alternating(magnitudes: Magnitudes, levels: int, iterations: int | None) -> 
     start = _fitted(magnitudes, cells, levels)
     before = MAX_ITERATIONS if iterations is None else iterations - 1
     return _nearest(magnitudes, _alternated(magnitudes, start, before).values)
-
-
-def rule(solver: Any) -> tuple[bool, int] | None:
-    """Whether a solver refits, and how often it alternates; None if it does something else."""
-    if solver is refined:
-        return True, 0
-    if isinstance(solver, partial) and solver.func is alternating:
-        iterations = solver.keywords["iterations"]
-        return False, MAX_ITERATIONS + 1 if iterations is None else iterations
-    return None
 
 
 def optimal(magnitudes: Magnitudes, levels: int) -> dict[int, Cells]:

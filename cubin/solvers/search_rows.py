@@ -1,19 +1,17 @@
-"""The solvers `refined` and `alternating` on whole rows in one launch, for device arrays.
+"""The solvers `refined` and `alternating` on whole rows: on a device in one launch.
 
-A team of threads holds the magnitudes of a row, unsorted, as `cubin.fused` describes. Each
-least-squares step is one pass over them for every threshold.
+A team of threads holds the magnitudes of a row, unsorted, as `cubin.core.teams` describes. Each
+least-squares step is one pass over them for every threshold. The compiled loops do the same with a
+row that is in the cache.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import numpy as np
 
 from cubin.codes.levels import decode, level_signs
 from cubin.core import teams
-from cubin.core.libraries import Array
-from cubin.core.primitives import FLOATS, Launch, raw, source
+from cubin.core.primitives import FLOATS, raw, source
 from cubin.solvers import search
 from cubin.solvers.lookup import Fit
 from cubin.solvers.sorted_rows import Magnitudes
@@ -23,24 +21,21 @@ _CUDA = source(__file__)
 MAX_LEVELS = 4
 """From here on sorting pays: the thresholds double with every level."""
 
+LOOPS_FROM = 1 << 18
+"""Elements from which on compiled loops work, whatever is loaded: they round in another way."""
+
 ROOM: teams.Room = ((16, 12, 8), (16, 12, 8), (8, 8, 4))
 """How many elements a thread holds, beside the state of a solver."""
-
-
-def _launch(
-    x: Array, bits: Array, levels: int, refit: bool, iterations: int, *outputs: Array
-) -> Launch:
-    options = (np.int32(refit), np.int32(iterations))
-    return teams.launch(x, bits, levels, *outputs, room=ROOM, options=options)
 
 
 @raw(
     "T x, uint8 bits, static int levels, static bool refit, static int iterations",
     "T y",
     code=_CUDA,
-    launch=_launch,
+    launch=teams.RowLaunch(ROOM, MAX_LEVELS),
+    loops_from=LOOPS_FROM,
     types=FLOATS,
-    preamble=teams.TEAMS,
+    preamble=teams.CUDA,
 )
 def reconstruct_rows(
     x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int, *, y: np.ndarray
@@ -54,9 +49,10 @@ def reconstruct_rows(
     "T x, uint8 bits, static int levels, static bool refit, static int iterations",
     "W scales, int8 signs",
     code=_CUDA,
-    launch=_launch,
+    launch=teams.RowLaunch(ROOM, MAX_LEVELS),
+    loops_from=LOOPS_FROM,
     types=FLOATS,
-    preamble=teams.TEAMS,
+    preamble=teams.CUDA,
 )
 def solve_rows(
     x: np.ndarray,
@@ -77,6 +73,10 @@ def solve_rows(
 
 
 def _fitted(x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int) -> Fit:
-    solver = search.refined if refit else partial(search.alternating, iterations=iterations)
     magnitudes = Magnitudes(x, bits, levels, None)
-    return Fit(magnitudes, solver(magnitudes, levels), levels)
+    cells = (
+        search.refined(magnitudes, levels)
+        if refit
+        else search.alternating(magnitudes, levels, iterations)
+    )
+    return Fit(magnitudes, cells, levels)

@@ -2,8 +2,7 @@
 
 They do what `cubin.solvers.search` does, without sorting: the elements above an edge of cells are
 added up in one pass over the row, while it is in the cache. They take float32, for which no square
-in float64 overflows or vanishes, and elements that all have the same number of bits, 1 to
-4.
+in float64 overflows or vanishes, and elements that all have the same number of bits, up to 4.
 
 What the cells of a row hold is kept as `number` and `total`: how many magnitudes lie above the
 lower edge of a cell, and their sum. `equations` are the normal equations of least squares: the
@@ -17,13 +16,18 @@ from typing import Any
 import numpy as np
 
 from cubin.codes.levels import decode
-from cubin.core.host import blocks
+from cubin.codes.levels_loops import level_signs
+from cubin.core import memory
 from cubin.core.host.loops import add_up, in_work_dtype, loop, part, store, target, uncounted
 from cubin.core.libraries import Array
+from cubin.solvers import search_rows
 from cubin.solvers.codebook import DEPENDENT
 
 CHUNK = 1 << 13
 """Elements that stay in the first cache while they are added up above one edge after the other."""
+
+MAX_LEVELS = 4
+"""From here on sorting pays, since the edges double with every level."""
 
 LONGEST_KEPT = 1 << 19
 """Elements of the longest row whose magnitudes are kept; else they are found chunk by chunk."""
@@ -366,42 +370,54 @@ def give(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> Non
             _of_four(x[row], edges[row], table[row], mirror, given[row])
 
 
-# ---------------------------------------------------------------- as the solvers are called
+# ---------------------------------------------------------------- as the primitives are called
 
 
-class Fit:
-    """As `cubin.solvers.fits.Fit`.
+def _takes(x: Array, bits: Any, levels: int) -> bool:
+    """Whether there are loops for such rows: from 5 levels on sorting pays."""
+    return x.dtype != np.float64 and np.ndim(bits) == 0 and levels <= MAX_LEVELS
 
-    Parameters
-    ----------
-    x : array of float16 or float32, shape (rows, n)
-    levels : int
-        1 to 4: from there on sorting pays, since the edges double with every level.
-    refit, iterations
-        As in `fit`.
-    """
 
-    def __init__(self, x: Array, levels: int, refit: bool, iterations: int) -> None:
-        cells = 1 << (levels - 1)
-        scales = np.empty((levels, len(x)), np.float32)
-        self._edges = np.empty((len(x), cells - 1), np.float32)
-        self._table = np.empty((len(x), cells), np.uint16)
-        fit(in_work_dtype(x), levels, refit, iterations, scales, self._edges, self._table)
-        self.scales = list(scales[:, :, None])
+def _fitted(x: Array, levels: int, refit: bool, iterations: int) -> tuple[Array, Array, Array]:
+    """The scales, (levels, rows), edges of cells and codes of positive elements of rows."""
+    cells = 1 << (levels - 1)
+    scales = np.empty((levels, len(x)), np.float32)
+    edges = np.empty((len(x), cells - 1), np.float32)
+    codes = np.empty((len(x), cells), np.uint16)
+    fit(x, levels, refit, iterations, scales, edges, codes)
+    return scales, edges, codes
 
-    def codes(self, x: Array, bits: Any) -> Array:
-        """The packed codes of elements, which last until this thread asks for more."""
-        codes = blocks.spare("codes", x.shape, np.uint16)
-        mirror = np.uint16((1 << len(self.scales)) - 1)
-        give(in_work_dtype(x), self._edges, self._table, mirror, codes)
-        return codes
 
-    def approximate(self, x: Array, bits: Any, y: Array) -> None:
-        """Write what the codes and scales of elements stand for."""
-        wide = in_work_dtype(x)
-        work, given = wide.dtype, target(y, wide)
-        values = np.empty(self._table.shape, y.dtype)
-        decode(self._table, np.uint8(len(self.scales)), *self.scales, y=values)
-        # The sums of levels are odd, and +0 where they cancel.
-        give(wide, self._edges, values.astype(work, copy=False), work.type(0), given)
-        store(given, y)
+def reconstruct_rows(
+    x: Array, bits: Any, levels: int, refit: bool, iterations: int, *, y: Array
+) -> None:
+    """`search_rows.reconstruct_rows`."""
+    if not _takes(x, bits, levels):
+        search_rows.reconstruct_rows.function(x, bits, levels, refit, iterations, y=y)
+        return
+    wide = in_work_dtype(x)
+    scales, edges, codes = _fitted(wide, levels, refit, iterations)
+    values = np.empty(codes.shape, y.dtype)
+    decode(codes, np.uint8(levels), *scales[:, :, None], y=values)
+    given = target(y, wide)
+    # The sums of levels are odd, and +0 where they cancel.
+    give(wide, edges, values.astype(wide.dtype, copy=False), wide.dtype.type(0), given)
+    store(given, y)
+
+
+def solve_rows(
+    x: Array, bits: Any, levels: int, refit: bool, iterations: int, *, scales: Array, signs: Array
+) -> None:
+    """`search_rows.solve_rows`."""
+    if not _takes(x, bits, levels):
+        search_rows.solve_rows.function(
+            x, bits, levels, refit, iterations, scales=scales, signs=signs
+        )
+        return
+    wide = in_work_dtype(x)
+    found, edges, codes = _fitted(wide, levels, refit, iterations)
+    scales[...] = found[:, :, None]
+    code = memory.scratch("codes", x.shape, np.uint16)
+    give(wide, edges, codes, np.uint16((1 << levels) - 1), code)
+    for level in range(levels):
+        level_signs(code, bits, np.uint8(level), sign=signs[level])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cubin import surrogates
+from cubin import binarize, gradients, surrogates
 from cubin.core.libraries import Array
-from cubin.core.signs import signs
-from cubin.solvers.greedy import approximation
 from cubin.tape.node import Node
 from cubin.tape.operations import Operand
 
@@ -35,7 +33,9 @@ def sign(x: Operand, surrogate: str = "ste", **parameters: Any) -> Node:
     M. Courbariaux et al., "Binarized Neural Networks", arXiv:1602.02830, 2016.
     """
     surrogates.sign_rule(surrogate, parameters)
-    return _node(x, signs.sign, lambda v, g: signs.sign_grad(v, g, surrogate, **parameters))
+    return _node(
+        x, binarize.sign, lambda v, g: gradients.sign_grad(v, g, surrogate=surrogate, **parameters)
+    )
 
 
 def multibit(
@@ -73,8 +73,8 @@ def multibit(
     layout: Any = {"channel_axis": channel_axis, "group_size": group_size}
     return _node(
         x,
-        lambda v: approximation(v, bits, **layout),
-        lambda v, g: signs.multibit_grad(v, bits, g, surrogate=surrogate, **layout),
+        lambda v: binarize.multibit(v, bits, **layout),
+        lambda v, g: gradients.multibit_grad(v, bits, g, surrogate=surrogate, **layout),
     )
 
 

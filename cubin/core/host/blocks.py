@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from cubin.core import memory
+
 BLOCK = 1 << 17
 """Elements of a block: 512 KB of float32."""
 
@@ -40,21 +42,21 @@ COMPILED = 1 << 12
 LOADING = 1 << 20
 """Elements from which on it pays to load them: importing Numba takes half a second."""
 
-KEPT = 1 << 19
-"""Elements of the largest array that a thread keeps for its next block."""
-
 WORKERS = 16
 """The most threads: the memory is saturated then, and what each of them keeps stays small."""
 
 LARGEST = 1 << 21
 """Elements of the largest block, of which there may be a copy."""
 
+WHOLE_ROWS = 1 << 20
+"""Bytes, in the work dtype, of a block of whole rows, which are gone through level by level."""
+
+COMPILED_ROWS = (1 << 21, 1 << 23)
+"""The fewest and the most bytes for compiled loops, which go through it row by row."""
+
 _BUFFER = 1 << 10
 """NumPy's ufunc buffer, in elements. Broadcasting along a row is twice as fast once the row is
 longer than this."""
-
-_LINE = 64
-"""Bytes that processors read memory by."""
 
 Block = tuple[slice, ...]
 
@@ -100,18 +102,16 @@ def portion(size: int) -> int:
 # ---------------------------------------------------------------- threads
 
 
-def each(
-    task: Callable[[Any], None], blocks: Sequence[Any], size: int, threaded: int | None = None
-) -> None:
+def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     """Run `task` on every block; `size` is the number of elements of all of them.
 
-    Threads share the work from `threaded` elements on (default: `THREADED`). The caller is one of
+    Threads share the work from `THREADED` elements on, `LOOPS_THREADED` in loops. The caller is one of
     them, so that callers at the same time cannot wait for each other. A task that calls this itself
     has its blocks run on its own thread. What is raised first, in any thread, stops the others
     after the block that they are at, and is raised again.
     """
-    pays = size >= (THREADED if threaded is None else threaded) and not _thread.works
-    workers = max(1, min(_workers(), len(blocks))) if pays else 1
+    threaded = size >= (LOOPS_THREADED if pays(size) else THREADED) and not _thread.works
+    workers = max(1, min(_workers(), len(blocks))) if threaded else 1
     if workers == 1:
         _run(task, blocks)
         return
@@ -129,7 +129,7 @@ def each(
             stop()
         finally:
             _thread.works = False
-            _scratch.__dict__.clear()  # of as many threads it is too much to keep
+            memory.forget_scratch()  # of as many threads it is too much to keep
 
     def stop() -> None:
         for share in shares:
@@ -218,56 +218,53 @@ def _workers() -> int:
     return min(WORKERS, os.cpu_count() or 1)
 
 
-# ---------------------------------------------------------------- scratch
-
-
-def spare(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array of arbitrary content, the same memory whenever this thread asks for `name`.
-
-    Memory that is new each time costs more than the work on it. What is larger than `KEPT` is not
-    kept.
-    """
-    kept = _scratch.__dict__
-    last = kept.get(name)
-    if last is not None and last.shape == shape and last.dtype == dtype:
-        return last
-    size = math.prod(shape)
-    if size > KEPT:
-        return np.empty(shape, dtype)
-    nbytes = size * np.dtype(dtype).itemsize + _LINE
-    memory = None if last is None else last.base
-    if memory is None or memory.nbytes < nbytes:
-        memory = np.empty(nbytes, np.uint8)
-    # A vector that lies in two lines takes twice as long.
-    kept[name] = np.ndarray(shape, dtype, memory, -memory.ctypes.data % _LINE)
-    return kept[name]
-
-
-_scratch = threading.local()
-
-
 # ---------------------------------------------------------------- which form
 
 
-def compiled(loops: str, size: int) -> Any:
-    """A module of compiled loops if they pay for `size` elements and Numba is there, else None.
+def pays(size: int) -> bool:
+    """Whether compiled loops pay for `size` elements, and Numba is there.
 
-    `loops` is its name. These loops give the same bits as NumPy's expressions, so that the form may
-    depend on what is loaded already.
+    They give the same bits as NumPy's expressions, so that the form may depend on what is loaded.
     """
-    if size < COMPILED or (size < LOADING and "cubin.host.loops" not in sys.modules):
-        return None
-    return _imported(loops)
+    if size < COMPILED or (size < LOADING and not _is_loaded()):
+        return False
+    return _numba_works()
 
 
-def compiled_by_size(loops: str, size: int, least: int) -> Any:
-    """The same for loops that round in another way: from `least` elements on, in any case."""
-    return _imported(loops) if size >= least else None
+def loops(module: str) -> Any:
+    """The compiled loops beside a module, or None."""
+    return _loops(module) if _numba_works() else None
 
 
 @functools.cache
-def _imported(loops: str) -> Any:
+def _loops(module: str) -> Any:
     try:
-        return importlib.import_module(loops)
-    except ImportError:  # Numba is missing, or does not know this NumPy yet
+        return importlib.import_module(f"{module}_loops")
+    except ModuleNotFoundError:
         return None
+
+
+def _is_loaded() -> bool:
+    return "cubin.core.host.loops" in sys.modules
+
+
+@functools.cache
+def _numba_works() -> bool:
+    try:
+        importlib.import_module("cubin.core.host.loops")
+    except ImportError:  # Numba is missing, or does not know this NumPy yet
+        return False
+    return True
+
+
+def rows_block(size: int, itemsize: int) -> int:
+    """Elements of a block of whole rows, of an array of `size` elements."""
+    if not pays(size):
+        return WHOLE_ROWS // itemsize
+    least, most = COMPILED_ROWS
+    return min(max(least, portion(size) * itemsize), most) // itemsize
+
+
+def elements_block(size: int) -> int:
+    """Elements of a block of an array of `size` elements that are worked on one by one."""
+    return max(4 * BLOCK, portion(size)) if pays(size) else BLOCK

@@ -21,8 +21,7 @@ from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-from cubin.core import floats
-from cubin.core.host import blocks
+from cubin.core import floats, memory
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, COLUMNS, UNIT
 
@@ -206,9 +205,9 @@ def scratch(dtype: Any) -> tuple[Array, Array, Array]:
     """What `magnitude_sum` works with: `m`, `sums` and `wide`."""
     width = CHUNK // COLUMNS
     return (
-        blocks.spare("chunk", (CHUNK,), dtype),
-        blocks.spare("sums", (width,), dtype),
-        blocks.spare("wide", (width + COLUMNS,), np.float64),
+        memory.scratch("chunk", (CHUNK,), dtype),
+        memory.scratch("sums", (width,), dtype),
+        memory.scratch("wide", (width + COLUMNS,), np.float64),
     )
 
 

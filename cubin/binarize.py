@@ -6,7 +6,7 @@ import numpy as np
 
 from cubin import solvers
 from cubin.codes.binary_code import BinaryCode, assemble
-from cubin.core import arrays, conversions, libraries
+from cubin.core import arrays, conversions, libraries, passes
 from cubin.core.bits import as_bits
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
@@ -58,7 +58,7 @@ def sign(x: Array, *, out: Array | None = None) -> Array:
     x = arrays.as_floats("x", x)
     with libraries.current_device(x):
         y = arrays.output(out, x)
-        signs(libraries.apart(x, y), y=y)
+        passes.elements(signs, libraries.apart(x, y), y=y)
     return y
 
 
@@ -100,7 +100,8 @@ def ste_mask(x: Array, bound: Array = 1) -> Array:
         if limit.dtype.kind == "f":
             limit = conversions.widened(limit)
         mask = arrays.output(None, x, np.bool_)
-        (inside_bits if limit.dtype == np.uint8 else inside)(x, limit, mask=mask)
+        within = inside_bits if limit.dtype == np.uint8 else inside
+        passes.elements(within, x, limit, mask=mask)
     return mask
 
 

@@ -346,7 +346,7 @@ def candidates_of(
         found[REUSED] = lambda a: cubin.multibit(a.x, a.bits, out=a.out, **options)
     if REUSED in found and isinstance(machine, Host) and inputs[0].x.nbytes >= memory.LARGE:
         found[NEW] = functools.partial(_in_new_memory, found[CUBIN])
-    if isinstance(machine, Host) and blocks.compiled("cubin.greedy_loops", case.layout.size):
+    if isinstance(machine, Host) and blocks.pays(case.layout.size):
         found[WITHOUT_NUMBA] = functools.partial(_without_numba, found[CUBIN])
     found[COPY] = _copy(case, machine)
     found |= _peers(case, machine)

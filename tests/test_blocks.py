@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cubin.core import memory
 from cubin.core.host import blocks
 
 
@@ -38,9 +39,14 @@ def test_every_task_runs_once_on_several_threads(monkeypatch, workers, count):
     assert sorted(done) == list(range(count))
 
 
-@pytest.mark.parametrize(("size", "threaded", "expected"), [(9, 10, 1), (10, 10, 2), (9, None, 1)])
-def test_threads_from_a_size_on(monkeypatch, size, threaded, expected):
+@pytest.mark.parametrize(
+    ("size", "pays", "expected"), [(9, True, 1), (10, True, 2), (99, False, 1), (100, False, 2)]
+)
+def test_threads_from_a_size_on(monkeypatch, size, pays, expected):
     monkeypatch.setattr(blocks, "_workers", lambda: 2)
+    monkeypatch.setattr(blocks, "LOOPS_THREADED", 10)
+    monkeypatch.setattr(blocks, "THREADED", 100)
+    monkeypatch.setattr(blocks, "pays", lambda _: pays)
     names = set()
     together = threading.Barrier(expected)
 
@@ -48,7 +54,7 @@ def test_threads_from_a_size_on(monkeypatch, size, threaded, expected):
         names.add(threading.get_ident())
         together.wait(timeout=20)
 
-    blocks.each(task, range(2), size, threaded)
+    blocks.each(task, range(2), size)
     assert len(names) == expected
 
 
@@ -257,7 +263,7 @@ def test_ctrl_c_while_other_threads_work():
     """The caller, which waits for the others, raises once they are done with their blocks."""
     code = """
 import os, signal, threading, time
-from cubin import blocks
+from cubin.core.host import blocks
 blocks._workers = lambda: 2
 done, begun = [], threading.Event()
 def task(number):
@@ -297,7 +303,7 @@ def test_a_forked_child_starts_its_own(monkeypatch):
     assert os.waitpid(child, 0)[1] == 0
 
 
-SHARE = "from cubin import blocks; blocks._workers = lambda: 3; found = []; "
+SHARE = "from cubin.core.host import blocks; blocks._workers = lambda: 3; found = []; "
 CALL = "blocks.each(found.append, range(3), blocks.THREADED)"
 
 
@@ -332,7 +338,7 @@ def test_threads_keep_no_memory_of_blocks(monkeypatch):
     kept, together = [], threading.Barrier(3)
 
     def task(_):
-        kept.append(weakref.ref(blocks.spare("test", (1000,), np.float32).base))
+        kept.append(weakref.ref(memory.scratch("test", (1000,), np.float32).base))
         together.wait(timeout=20)
 
     blocks.each(task, range(3), blocks.THREADED)

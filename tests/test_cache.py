@@ -17,7 +17,7 @@ pytest.importorskip("numba")
 
 import numba
 
-from cubin.core.host.loops import loop as make_loop
+from cubin.core.host import loops
 
 
 def doubled(x):
@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 
 def use():
     """The loop as a new process has it: how many of two calls found what was kept."""
-    loop = make_loop(doubled)
+    loop = loops.loop(doubled)
     assert loop(1.5) == 3
     assert loop(1 << 60) == 1 << 61
     return sum(loop.stats.cache_hits.values())
@@ -100,7 +100,7 @@ def test_an_entry_that_cannot_be_replaced(folder):
 
 def test_a_folder_that_is_gone(folder):
     use()
-    loop = make_loop(doubled)
+    loop = loops.loop(doubled)
     shutil.rmtree(folder)
     assert loop(1.5) == 3
     assert use() == 1
@@ -110,7 +110,7 @@ def test_no_folder_that_can_be_written(monkeypatch):
     def refuse(*_):
         raise RuntimeError("no locator available")
 
-    monkeypatch.setattr(compiled._Cache, "__init__", refuse)
+    monkeypatch.setattr(loops._Cache, "__init__", refuse)
     assert (use(), use()) == (0, 0)
 
 

@@ -6,22 +6,20 @@ import contextlib
 import os
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
 
 import cubin
 from cubin import solvers
-from cubin.codes import levels, levels_loops
-from cubin.codes.encoding import Encoding
-from cubin.codes.levels import level_signs
+from cubin.codes import levels_loops
+from cubin.codes.levels import decode, level_signs, sum_signs
 from cubin.core import floats, signs_loops
+from cubin.core.bits import as_bits
 from cubin.core.floats import as_integers
 from cubin.core.host import blocks
-from cubin.core.host.loops import loop
 from cubin.core.rows import rows_of
-from cubin.solvers import greedy, greedy_loops, search, search_rows_loops
+from cubin.solvers import greedy, greedy_loops, search, search_rows, search_rows_loops
 from cubin.solvers.lookup import Fit
 from cubin.solvers.sorted_rows import Magnitudes
 from tests import test_multibit, test_signs
@@ -36,6 +34,8 @@ globals().update(
 )
 
 WORK = ["float32", "float64"]
+GREEDY = solvers.SOLVERS["greedy"]
+SEARCHES = (search_rows.reconstruct_rows, search_rows.solve_rows)
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def xp():
 @pytest.fixture(autouse=True)
 def loops_for_any_size(monkeypatch):
     monkeypatch.setattr(blocks, "COMPILED", 0)
-    monkeypatch.setattr(solvers, "COMPILED", 0)
+    for primitive in SEARCHES:
+        monkeypatch.setattr(primitive, "loops_from", 0)
 
 
 @pytest.fixture
@@ -57,7 +58,8 @@ def without_loops(monkeypatch):
     def without():
         with monkeypatch.context() as patch:
             patch.setattr(blocks, "COMPILED", sys.maxsize)
-            patch.setattr(solvers, "COMPILED", sys.maxsize)
+            for primitive in SEARCHES:
+                patch.setattr(primitive, "loops_from", sys.maxsize)
             yield
 
     return without
@@ -186,12 +188,11 @@ def test_whole_arrays(rng, without_loops, lay_out, axis):
 
     def run(bits):
         y = np.empty_like(x)
-        greedy.approximate(x, bits, 5, rows, y)
-        encoding = Encoding(x, 5, rows)
-        greedy.encode(x, bits, encoding)
-        return y, encoding.signs
+        solvers.approximate(x, bits, rows, y, GREEDY)
+        _, signs = solvers.encode(x, bits, rows, GREEDY)
+        return y, signs
 
-    for given in (np.uint8(5), bits):
+    for given in (as_bits(5, x), as_bits(bits, x)):
         y, signs = run(given)
         with without_loops():
             expected, expected_signs = run(given)
@@ -203,8 +204,8 @@ def test_in_place(rng):
     x = rng.normal(size=(20, 500)).astype(np.float32)
     rows = rows_of(x.shape, 0)
     y = np.empty_like(x)
-    greedy.approximate(x, np.uint8(3), 3, rows, y)
-    greedy.approximate(x, np.uint8(3), 3, rows, x)
+    solvers.approximate(x, as_bits(3, x), rows, y, GREEDY)
+    solvers.approximate(x, as_bits(3, x), rows, x, GREEDY)
     np.testing.assert_array_equal(x, y)
 
 
@@ -214,13 +215,29 @@ def test_in_place(rng):
 def solved(solver, x, levels):
     """Scales and codes by the definition and by the compiled form."""
     magnitudes = Magnitudes(x, np.uint8(levels), levels, None)
-    expected = Fit(magnitudes, solver(magnitudes, levels), levels)
-    found = search_rows_loops.Fit(x, levels, *search.rule(solver))
-    codes = (fit.codes(x, np.uint8(levels)) for fit in (expected, found))
-    return tuple(zip((np.stack(expected.scales), found.scales), codes, strict=True))
+    expected = Fit(magnitudes, search.cells(magnitudes, levels, solver), levels)
+    y = np.empty(x.shape, x.dtype)
+    search_rows_loops.reconstruct_rows(x, np.uint8(levels), levels, *rule(solver), y=y)
+    scales = np.empty((levels, len(x), 1), np.float32)
+    signs = np.empty((levels, *x.shape), np.int8)
+    search_rows_loops.solve_rows(
+        x, np.uint8(levels), levels, *rule(solver), scales=scales, signs=signs
+    )
+    codes = ((signs > 0) << np.arange(levels, dtype=np.uint16)[:, None, None]).sum(axis=0)
+    decoded = np.empty_like(x)
+    decode(codes.astype(np.uint16), np.uint8(levels), *scales, y=decoded)
+    np.testing.assert_array_equal(y, decoded)
+    return (np.stack(expected.scales), expected.codes(x, np.uint8(levels))), (scales, codes)
 
 
-SOLVERS = [search.refined, *(partial(search.alternating, iterations=t) for t in (0, 1, 2, None))]
+def rule(solver):
+    """What the primitives on whole rows take of a solver."""
+    most = search.MAX_ITERATIONS + 1
+    return solver.refit, most if solver.iterations is None else solver.iterations
+
+
+REFINED = solvers.SOLVERS["refined"]
+SOLVERS = [REFINED, *(solvers.solver_of("alternating", t) for t in (0, 1, 2, None))]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -261,11 +278,6 @@ def test_solvers_on_large_numbers_and_rows_of_several_chunks(rng, solver):
     top = np.abs(x).max(axis=1, keepdims=True)
     np.testing.assert_allclose(np.stack(scales) / top, expected / top, atol=1e-6)
     assert (codes != expected_codes).mean() < 1e-4
-    y = np.empty_like(x)
-    search_rows_loops.Fit(x, 3, *search.rule(solver)).approximate(x, np.uint8(3), y)
-    decoded = np.empty_like(x)
-    levels.decode(codes, np.uint8(3), *scales, y=decoded)
-    np.testing.assert_array_equal(y, decoded)
 
 
 @pytest.mark.parametrize("solver", ["refined", "alternating"])
@@ -281,17 +293,13 @@ def test_solvers_on_rows_that_are_read_chunk_by_chunk(rng, solver, spoiled):
     np.testing.assert_array_equal(approx[0], alone)
     row = x[1:].copy()
     (expected, expected_codes), (scales, codes) = solved(
-        search.refined if solver == "refined" else partial(search.alternating, iterations=None),
+        REFINED if solver == "refined" else solvers.solver_of("alternating", None),
         row,
         3,
     )
     top = 1 if spoiled is None else np.abs(row).max()
     np.testing.assert_allclose(np.stack(scales) / top, expected / top, atol=1e-6)
     assert (codes != expected_codes).mean() < 1e-4
-
-
-def test_solvers_that_follow_no_rule():
-    assert search.rule(search.optimal) is None
 
 
 @pytest.mark.parametrize("solver", ["refined", "alternating"])
@@ -352,34 +360,38 @@ def test_elementwise_loops_on_special_values(rng, monkeypatch, dtype, view):
     assert used == (set() if dtype == "float16" else plain)
 
 
-LOOPS = "cubin.greedy_loops"
+HOST = "cubin.core.host.loops"
 
 
 def test_loops_are_loaded_for_large_arrays_alone(monkeypatch):
     monkeypatch.setattr(blocks, "COMPILED", 10)
     monkeypatch.setattr(blocks, "LOADING", 1000)
-    assert blocks.compiled(LOOPS, 9) is None
-    assert blocks.compiled(LOOPS, 10) is greedy_loops
-    monkeypatch.delitem(sys.modules, "cubin.host.loops")
-    assert blocks.compiled(LOOPS, 999) is None
-    assert blocks.compiled(LOOPS, 1000) is greedy_loops
+    body, compiled = greedy.codes.function, greedy_loops.codes
+    assert greedy.codes.on_host(9) is body
+    assert greedy.codes.on_host(10) is compiled
+    monkeypatch.delitem(sys.modules, HOST)
+    assert greedy.codes.on_host(999) is body
+    assert greedy.codes.on_host(1000) is compiled
+    assert greedy.level_scale.on_host(1000) is greedy.level_scale.function
 
 
 def test_loops_that_round_in_another_way_follow_the_size_alone(monkeypatch):
-    assert blocks.compiled_by_size(LOOPS, 999, 1000) is None
-    assert blocks.compiled_by_size(LOOPS, 1000, 1000) is greedy_loops
+    primitive = search_rows.solve_rows
+    monkeypatch.setattr(primitive, "loops_from", 1000)
+    assert primitive.on_host(999) is primitive.function
+    monkeypatch.delitem(sys.modules, HOST)
+    assert primitive.on_host(1000) is search_rows_loops.solve_rows
 
 
 def test_without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, LOOPS)
-    monkeypatch.delitem(sys.modules, "cubin.host.loops")
-    blocks._imported.cache_clear()
+    monkeypatch.delitem(sys.modules, HOST)
+    blocks._numba_works.cache_clear()
     try:
-        assert blocks.compiled(LOOPS, 1 << 30) is None
-        assert blocks.compiled_by_size(LOOPS, 1 << 30, 1) is None
+        for primitive in (greedy.codes, search_rows.solve_rows):
+            assert primitive.on_host(1 << 30) is primitive.function
     finally:
-        blocks._imported.cache_clear()
+        blocks._numba_works.cache_clear()
 
 
 def test_small_arrays_do_not_import_numba():
@@ -400,7 +412,7 @@ def test_results_do_not_depend_on_what_is_loaded():
         " for k in (4, b) for a in (0, 1, None))).hexdigest();"
         "first = digest(); assert 'numba' not in sys.modules;"
         "cubin.sign(np.ones(1 << 20, np.float32)); assert 'numba' in sys.modules;"
-        "assert digest() == first; assert 'cubin.greedy_loops' in sys.modules"
+        "assert digest() == first; assert 'cubin.solvers.greedy_loops' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -431,8 +443,9 @@ for shape in ((1, 1 << 18), (2003, 131), (64, 5003)):
             print(hashlib.sha256(code.scales.tobytes() + code.signs.tobytes()).hexdigest())
 """
     start = (
-        "from cubin import blocks, solvers; blocks.COMPILED = blocks.LOADING = 0;"
-        "solvers.COMPILED = 0\n"
+        "from cubin.core.host import blocks; from cubin.solvers import search_rows as s;"
+        "blocks.COMPILED = blocks.LOADING = 0;"
+        "s.reconstruct_rows.loops_from = s.solve_rows.loops_from = 0\n"
     )
     found = []
     for processor in PROCESSORS:
@@ -483,8 +496,10 @@ VECTORS = {
 def test_loops_are_in_vectors(tmp_path):
     program = """
 import numpy as np
-from cubin import levels_loops, greedy_loops, signs_loops
-from cubin.host.loops import read_only, scratch
+from cubin.codes import levels_loops
+from cubin.core import signs_loops
+from cubin.core.host.loops import read_only, scratch
+from cubin.solvers import greedy_loops
 f = np.float32
 x, bits = read_only(np.ones((2, 9), f)), read_only(np.ones((2, 9), np.uint8))
 loops = {
@@ -508,18 +523,6 @@ for loop, arguments in loops.items():
     found = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
     for one, wanted in VECTORS.items():
         assert wanted <= found[one.py_func.__name__]
-
-
-def test_no_place_for_a_cache(monkeypatch):
-    njit = numba.njit
-
-    def without_cache(*, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
-
-    monkeypatch.setattr(numba, "njit", without_cache)
-    assert loop(lambda a: a + 1)(1) == 2
 
 
 def test_a_row_that_is_not_aligned(rng):
@@ -548,14 +551,14 @@ def test_sums_of_signs(rng, dtype, levels, shape):
         step = scales[level].astype(float) * signs[level]
         expected += np.where(signs[level] == 0, 0, step)
     tolerance = levels * np.finfo(dtype).eps * 5
-    for add_up in (levels.sum_signs, levels_loops.sum_signs):
+    for add_up in (sum_signs, levels_loops.sum_signs):
         for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
-            add_up(scales, signs, y=y)
+            add_up(signs, scales, y=y)
             np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
     aligned = np.empty((levels, shape[0], shape[1] + 3), np.int8)[:, :, 3:]
     aligned[...] = signs
     again = np.empty(shape, dtype)
-    levels_loops.sum_signs(scales, aligned, y=again)
+    levels_loops.sum_signs(aligned, scales, y=again)
     np.testing.assert_array_equal(again, y)
 
 

@@ -38,7 +38,7 @@ def test_against_numpy_in_float64(xp, host, rng, dtype, axis):
 
 
 def test_arrays_of_several_pieces(xp, host, rng):
-    size = (2 * blocks.BLOCK if xp is np else 4 * passes.CHUNK) + 99
+    size = (2 * blocks.BLOCK if xp is np else 4 * passes.DEVICE_PIECE) + 99
     x = rng.normal(size=(3, size)).astype(np.float32)
     y = cubin.multibit(x, 2)
     for axis in (None, 1):

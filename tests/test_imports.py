@@ -1,4 +1,4 @@
-"""The rule of imports: what CONTRIBUTING's map says is what the modules do, and there is no circle."""
+"""The rule of imports: what CONTRIBUTING says is what the modules do, and there is no circle."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_kernel_compiles_for_every_architecture(primitive, types, count, device,
 def test_greedy_passes_read_x_once_per_level_and_write_once(device, levels):
     """What a device row too long for one launch costs; the scales come from the cache."""
     launch = pytest.importorskip("tests.ptx.launch")
-    x = device.asarray(np.linspace(-1, 1, 5 * passes.CHUNK).astype(np.float32))
+    x = device.asarray(np.linspace(-1, 1, 5 * passes.DEVICE_PIECE).astype(np.float32))
     before = len(launch.LAUNCHES)
     cubin.multibit(x, levels)
     launches = launch.LAUNCHES[before:]

@@ -117,7 +117,7 @@ def test_views(xp, host, rng):
 
 def test_rows_longer_than_a_block(xp, host, rng):
     """Per tensor and per row: several pieces, the last one of odd length."""
-    size = (2 * blocks.BLOCK if xp is np else 4 * passes.CHUNK) + 777
+    size = (2 * blocks.BLOCK if xp is np else 4 * passes.DEVICE_PIECE) + 777
     x = rng.normal(size=(2, size)).astype(np.float32)
     bits = rng.integers(0, 3, x.shape).astype(np.uint8)
     for granularity in ({}, {"channel_axis": 0}):

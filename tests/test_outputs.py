@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin import solvers
+from cubin.core import passes
 from cubin.core.host import blocks
-from cubin.solvers import greedy
 
 
 def public_functions():
@@ -23,7 +22,12 @@ def public_functions():
 
 
 # The public functions with `out=`, and their array arguments.
-ARGUMENTS = {"sign": ("x",), "multibit": ("x", "bits", "importance")}
+ARGUMENTS = {
+    "sign": ("x",),
+    "multibit": ("x", "bits", "importance"),
+    "sign_grad": ("x", "gy"),
+    "multibit_grad": ("x", "bits", "gy"),
+}
 
 
 def test_all_functions_with_an_output_are_tested():
@@ -57,6 +61,12 @@ KINDS = ["itself", "shifted", "row", "last row", "column", "one", "reversed", "s
 SOLVERS = {"x": ("greedy", "refined"), "bits": ("greedy", "refined"),
            "importance": ("refined", "alternating")}  # fmt: skip
 CASES = [
+    ("sign_grad", {"x": "float32"}),
+    ("sign_grad", {"gy": "float32"}),
+    ("multibit_grad", {"x": "float32"}),
+    ("multibit_grad", {"gy": "float32"}),
+    ("multibit_grad", {"bits": "uint8"}),
+    ("multibit_grad", {"x": "float32", "bits": "int64", "gy": "float32"}),
     ("sign", {"x": "float32"}),
     ("multibit", {"x": "float32"}),
     ("multibit", {"bits": "uint8"}),
@@ -71,8 +81,10 @@ def check(xp, host, rng, name, placed, kind, shape, options):
     """The result in memory that arguments lie in, against that in memory of its own."""
     size = shape[0] * shape[1]
     given = {"x": xp.asarray(rng.normal(size=shape).astype(np.float32))}
-    if name == "multibit":
+    if name.startswith("multibit"):
         given["bits"] = 2
+    if name.endswith("grad"):
+        given["gy"] = xp.asarray(rng.normal(size=shape).astype(np.float32))
     base = xp.asarray(rng.uniform(1, 2, 4 * size + 8).astype(np.float32))
     for argument, dtype in placed.items():
         array = in_memory_of(base, shape, dtype, kind)
@@ -80,7 +92,7 @@ def check(xp, host, rng, name, placed, kind, shape, options):
             array[...] = xp.asarray(rng.integers(0, 4, array.shape).astype(dtype))
         elif dtype == "float16":
             array[...] = xp.asarray(rng.uniform(1, 2, array.shape).astype(dtype))
-        given[argument] = xp.broadcast_to(array, shape) if argument == "x" else array
+        given[argument] = xp.broadcast_to(array, shape) if argument in ("x", "gy") else array
     out = base[:size].reshape(shape)
     function = getattr(cubin, name)
     own = {key: value if np.isscalar(value) else value.copy() for key, value in given.items()}
@@ -93,10 +105,11 @@ def check(xp, host, rng, name, placed, kind, shape, options):
 def small_blocks(monkeypatch):
     """Blocks of a row of 10 elements, so that results are written while arguments are read."""
     monkeypatch.setattr(blocks, "BLOCK", 10)
-    monkeypatch.setattr(greedy, "WHOLE_ROWS", 40)
-    monkeypatch.setattr(greedy, "COMPILED_ROWS", (40, 40))
-    for name in ("BLOCK", "LARGEST_BLOCK", "DEVICE_BLOCK"):
-        monkeypatch.setattr(solvers, name, 10)
+    monkeypatch.setattr(blocks, "PIECE", 10)
+    monkeypatch.setattr(blocks, "WHOLE_ROWS", 40)
+    monkeypatch.setattr(blocks, "COMPILED_ROWS", (40, 40))
+    for name in ("SEARCHED", "SEARCHED_ON_DEVICE"):
+        monkeypatch.setattr(passes, name, 10)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -132,6 +145,11 @@ def test_outputs_of_large_arrays(rng, name, placed, kind):
 def options_of(name, placed):
     if name == "sign":
         return [{}]
+    if name == "sign_grad":
+        return [{}, {"surrogate": "tanh"}]
+    if name == "multibit_grad":
+        names = ("bits_clip", "scaled_clip", "scale_aware")
+        return [{"surrogate": surrogate, "channel_axis": 0} for surrogate in names]
     solvers = SOLVERS["importance" if "importance" in placed else next(iter(placed))]
     return [
         {"solver": solver, **rows}
@@ -165,4 +183,6 @@ def test_outputs_whose_elements_share_memory(name):
 
 
 def call(name, x, out):
-    getattr(cubin, name)(x, **({"bits": 1} if name == "multibit" else {}), out=out)
+    others = {"bits": 1, "gy": x}
+    needed = {key: others[key] for key in ARGUMENTS[name] if key in others}
+    getattr(cubin, name)(x, **needed, out=out)

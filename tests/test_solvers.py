@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import cubin
-from cubin import solvers, theory
+from cubin import theory
 from cubin.codes.levels import decode
+from cubin.core import passes
 from cubin.core.host import blocks
 from cubin.solvers import search, sorted_rows
 from tests import reference
@@ -355,8 +356,9 @@ def test_rows_longer_than_a_block(monkeypatch, rng, solver, mapped):
     whole = cubin.quantize(x, bits, channel_axis=0, solver=solver)
     monkeypatch.setattr(blocks, "THREADED", 1)
     threaded = cubin.quantize(x, bits, channel_axis=0, solver=solver)
-    monkeypatch.setattr(solvers, "BLOCK", 1 << 10)
+    monkeypatch.setattr(passes, "SEARCHED", 1 << 10)
     monkeypatch.setattr(blocks, "BLOCK", 1 << 10)
+    monkeypatch.setattr(blocks, "PIECE", 1 << 10)
     cut = cubin.quantize(x, bits, channel_axis=0, solver=solver)
     assert whole == threaded
     assert whole == cut
@@ -367,7 +369,7 @@ def test_a_pair_is_searched_for_in_chunks(monkeypatch, rng, mapped):
     x = rng.normal(size=(3, 100))
     bits = a_map(rng, x.shape, 2) if mapped else 2
     whole = cubin.quantize(x, bits, channel_axis=0, solver="optimal")
-    monkeypatch.setattr(magnitudes, "CHUNK", 21)
+    monkeypatch.setattr(sorted_rows, "CHUNK", 21)
     assert cubin.quantize(x, bits, channel_axis=0, solver="optimal") == whole
 
 
@@ -546,13 +548,13 @@ def test_sixteen_refined_levels(rng):
 def test_sums_of_cells(rng, dtype, length):
     x = rng.normal(size=(9, length)).astype(dtype)
     x[2], x[3, 0] = 0, np.inf
-    sorted_rows = sorted_rows.Magnitudes(x, np.uint8(3), 3, None)
-    unit = sorted_rows.unit.astype(np.float64)
+    magnitudes = sorted_rows.Magnitudes(x, np.uint8(3), 3, None)
+    unit = magnitudes.unit.astype(np.float64)
     m = np.where(np.isfinite(x).all(axis=1, keepdims=True), np.abs(x) / unit, 0)
     for rows in (np.arange(9), np.array([0, 3, 8])):
         thresholds = np.sort(rng.uniform(-0.1, 2, (3, len(rows))), axis=0)
-        thresholds = thresholds.astype(sorted_rows.unit.dtype)
-        mass, first = sorted_rows.sums(rows, 3, thresholds)
+        thresholds = thresholds.astype(magnitudes.unit.dtype)
+        mass, first = magnitudes.sums(rows, 3, thresholds)
         edges = np.concatenate([[[-1] * len(rows)], thresholds, [[np.inf] * len(rows)]])
         for cell, (low, high) in enumerate(itertools.pairwise(edges[:, :, None])):
             # Above the edge before it, and not above its own.

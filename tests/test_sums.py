@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays as numbers
 from cubin.core.sums import CHUNK, COLUMNS, magnitude_sums
 
 try:
-    from cubin.host import loops
+    from cubin.core.host import loops
 except ImportError:
     loops = None
 

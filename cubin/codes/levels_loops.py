@@ -1,4 +1,4 @@
-"""Primitives of `cubin.code` as compiled loops: see there for what each does."""
+"""The primitives of `levels.py` as compiled loops: see there for what each does."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _level_signs(code: Array, bits: Array, level: int, sign: Array) -> None:
             sign[j] = sign[j] if bits[j] > np.uint8(level) else np.int8(0)
 
 
-def sum_signs(scales: Array, signs: Array, *, y: Array) -> None:
+def sum_signs(signs: Array, scales: Array, *, y: Array) -> None:
     """`code.sum_signs`."""
     values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
     _sum_signs(np.ascontiguousarray(scales[:, :, 0].T), read_only(signs), values)

@@ -1,4 +1,4 @@
-"""Primitives of `cubin.signs` as compiled loops, on arrays whose elements lie in order."""
+"""The primitives of `signs.py` as compiled loops, on arrays whose elements lie in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The greedy primitives as compiled loops, a row at a time: see `cubin.greedy` for what each does.
+"""The greedy primitives as compiled loops, a row at a time: see `greedy.py` for what each does.
 
 They give the same bits. Arrays come as (rows, n).
 """

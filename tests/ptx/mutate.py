@@ -236,7 +236,10 @@ def _nearest_tests(mutant: Mutant) -> list[str]:
     names = sorted(p.name for p in holders if p.types and not isinstance(p, primitives.Raw))
     if names:
         return ["tests/test_kernels.py", "-k", f"equals and ({' or '.join(names)})"]
-    files = {"cubin.greedy": "tests/test_fused.py", "cubin.solvers.teams": "tests/test_teams.py"}
+    files = {
+        "cubin.solvers.greedy": "tests/test_fused.py",
+        "cubin.solvers.search_rows": "tests/test_teams.py",
+    }
     nearest = sorted(files[module] for module in raw) or ["tests/test_surrogates.py"]
     return [*nearest, "-k", "not registers"]
 

@@ -47,7 +47,7 @@ def device(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iter
 
     if not compiler.CACHE and (cache := getattr(pytestconfig, "cache", None)) is not None:
         compiler.CACHE.append(cache.mkdir("ptx"))
-    monkeypatch.setattr("cubin.arrays.cupy", lambda: module)
+    monkeypatch.setattr("cubin.core.libraries.cupy", lambda: module)
     with architecture(ARCH):
         yield module
 

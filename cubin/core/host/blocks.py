@@ -105,7 +105,7 @@ def portion(size: int) -> int:
 def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     """Run `task` on every block; `size` is the number of elements of all of them.
 
-    Threads share the work from `THREADED` elements on, `LOOPS_THREADED` in loops. The caller is one of
+    Threads share the work from `THREADED` elements on, or `LOOPS_THREADED`. The caller is one of
     them, so that callers at the same time cannot wait for each other. A task that calls this itself
     has its blocks run on its own thread. What is raised first, in any thread, stops the others
     after the block that they are at, and is raised again.

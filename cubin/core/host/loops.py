@@ -99,7 +99,7 @@ def uncounted(context: Any, *kinds: Any) -> Any:
 
 # ---------------------------------------------------------------- sums
 
-# As in `cubin.sums`, operation by operation. Each loop has numbers of one width alone, so that
+# As in `cubin.core.sums`, operation by operation. Each loop has numbers of one width alone, so that
 # vectors are filled; and none may be reordered, so that all processors round the same way.
 
 

@@ -112,8 +112,9 @@ def test_maps_are_not_copied():
     x = np.zeros((3, 4))
     for dtype in "bBhHiIlLqQ":
         bits = np.arange(12, dtype=dtype).reshape(4, 3).T[::-1]
-        found, levels = as_bits(bits, x)
-        assert (found.dtype, levels) == (np.uint8, 11)
+        checked = as_bits(bits, x)
+        found = checked.values
+        assert (found.dtype, checked.levels) == (np.uint8, 11)
         assert np.shares_memory(found, bits)
         np.testing.assert_array_equal(found, bits)
 
@@ -237,7 +238,7 @@ def test_elements_of_a_result_share_no_memory(xp):
         if xp is np:  # whose views of this kind are read-only
             out = np.lib.stride_tricks.as_strided(memory, out.shape, out.strides)
         for function in (cubin.sign, lambda x, out: cubin.multibit(x, 1, out=out)):
-            with pytest.raises(ValueError, match="out has elements that share their memory"):
+            with pytest.raises(ValueError, match="out of shape .* share memory"):
                 function(x, out=out)
     nothing = xp.zeros((2, 2))[:, :0]
     empty = xp.broadcast_to(nothing[:1], (2, 0)) if xp is not np else np.zeros((2, 0))

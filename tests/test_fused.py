@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin.codes.encoding import Encoding
+from cubin import solvers
 from cubin.codes.levels import level_signs
 from cubin.core import floats, primitives, teams
+from cubin.core.bits import Bits
 from cubin.core.primitives import FLOATS, raw
 from cubin.core.rows import rows_of
 from cubin.solvers import greedy, search_rows
@@ -42,6 +43,11 @@ def approximate(device, x, bits, levels):
     y = device.empty(x.shape, x.dtype)
     greedy.approximate_rows(x, bits, levels, y=y)
     return y.get()
+
+
+def greedily(x, bits, levels, rows, y):
+    """Have the greedy solver write the approximation of `x` to `y`."""
+    solvers.approximate(x, Bits(bits, bits, levels), rows, y, solvers.SOLVERS["greedy"])
 
 
 def signs_of(x, bits, scales):
@@ -262,10 +268,10 @@ def test_rows_wherever_they_lie(mapped, device, rng):
     rows = rows_of(x.shape, 0)
     for name, memory, at in layouts(x):
         held, target = device.asarray(memory)[at], device.asarray(memory)[at]
-        greedy.approximate(held, on(device, bits)[0], 2, rows, target)
+        greedily(held, on(device, bits)[0], 2, rows, target)
         np.testing.assert_array_equal(target.get(), plain, err_msg=name)
         np.testing.assert_array_equal(held.get(), x, err_msg=name)
-        greedy.approximate(held, on(device, bits)[0], 2, rows, held)
+        greedily(held, on(device, bits)[0], 2, rows, held)
         np.testing.assert_array_equal(held.get(), plain, err_msg=name)
 
 
@@ -275,8 +281,8 @@ def test_rows_of_any_axes(axis, device, rng):
     x, bits = sample(rng, (3, 4, 5), np.float32, 2, True)
     rows = rows_of(x.shape, axis)
     y, wanted = device.empty(x.shape, x.dtype), np.empty_like(x)
-    greedy.approximate(*on(device, x, bits), 2, rows, y)
-    greedy.approximate(x, bits, 2, rows, wanted)
+    greedily(*on(device, x, bits), 2, rows, y)
+    greedily(x, bits, 2, rows, wanted)
     np.testing.assert_allclose(y.get(), wanted, rtol=0, atol=1e-6)
 
 
@@ -303,8 +309,8 @@ def test_a_map_of_rows_and_a_single_row(device, rng):
     y, wanted = device.empty(x.shape, x.dtype), np.empty_like(x)
     rows = rows_of(x.shape, 0)
     spread = device.broadcast_to(device.asarray(per_row), x.shape)
-    greedy.approximate(device.asarray(x), spread, 2, rows, y)
-    greedy.approximate(x, np.broadcast_to(per_row, x.shape), 2, rows, wanted)
+    greedily(device.asarray(x), spread, 2, rows, y)
+    greedily(x, np.broadcast_to(per_row, x.shape), 2, rows, wanted)
     np.testing.assert_allclose(y.get(), wanted, rtol=0, atol=1e-6)
 
 
@@ -314,13 +320,13 @@ def test_nothing_to_do(shape, levels, device):
     x = device.ones(shape, np.float32)
     y = device.empty(shape, np.float32)
     rows = rows_of(shape, 0)
-    greedy.approximate(x, np.uint8(levels), levels, rows, y)
+    greedily(x, np.uint8(levels), levels, rows, y)
     assert not y.get().any()
-    encoding = Encoding(x, levels, rows)
-    greedy.encode(x, np.uint8(levels), encoding)
-    assert encoding.signs.size == 0
-    assert encoding.scales.shape == (levels, shape[0])
-    assert not encoding.scales.get().any()
+    bits = Bits(np.uint8(levels), np.uint8(levels), levels)
+    scales, signs = solvers.encode(x, bits, rows, solvers.SOLVERS["greedy"])
+    assert signs.size == 0
+    assert scales.shape == (levels, shape[0])
+    assert not scales.get().any()
 
 
 @pytest.mark.kernels
@@ -342,19 +348,18 @@ def test_one_launch_reads_x_once_and_writes_the_result_once(shape, dtype, mapped
     y = device.empty(shape, dtype)
     rows = rows_of(shape, 0)
     with ptx.launches() as launches:
-        greedy.approximate(held, map_, 2, rows, y)
+        greedily(held, map_, 2, rows, y)
     (launch,) = launches
     assert launch.kernel.startswith("cubin_approximate_rows<")
     assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
     assert launch.written == launch.written_unique == x.nbytes
 
-    encoding = Encoding(held, 2, rows)
     with ptx.launches() as launches:
-        greedy.encode(held, map_, encoding)
+        scales, signs = solvers.encode(held, Bits(map_, map_, 2), rows, solvers.SOLVERS["greedy"])
     (launch,) = launches
     assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
-    scales = 4 * encoding.scales.size if dtype == np.float16 else encoding.scales.nbytes
-    assert launch.written == launch.written_unique == encoding.signs.nbytes + scales
+    written = 4 * scales.size if dtype == np.float16 else scales.nbytes
+    assert launch.written == launch.written_unique == signs.nbytes + written
 
 
 @pytest.mark.kernels
@@ -364,12 +369,12 @@ def test_rows_too_long_for_a_block_take_passes(device, rng):
     y, wanted = device.empty(x.shape, x.dtype), np.empty_like(x)
     rows = rows_of(x.shape, 0)
     with ptx.launches() as launches:
-        greedy.approximate(device.asarray(x), np.uint8(1), 1, rows, y)
+        greedily(device.asarray(x), np.uint8(1), 1, rows, y)
     assert len(launches) > 1
-    greedy.approximate(x, np.uint8(1), 1, rows, wanted)
+    greedily(x, np.uint8(1), 1, rows, wanted)
     np.testing.assert_allclose(y.get(), wanted, rtol=1e-6)
     with pytest.raises(ValueError, match="no team holds 1 levels"):
-        teams.launch(device.asarray(x), np.uint8(1), 1, y)
+        teams.RowLaunch(teams.GREEDY)(device.asarray(x), np.uint8(1), 1, y)
 
 
 @pytest.mark.kernels
@@ -466,7 +471,9 @@ def declare(inputs, outputs, code):
         """Nothing: only its parameters matter."""
 
     try:
-        return raw(inputs, outputs, code=code, launch=teams.launch, types=FLOATS)(halves)
+        return raw(inputs, outputs, code=code, launch=teams.RowLaunch(teams.GREEDY), types=FLOATS)(
+            halves
+        )
     finally:
         primitives.REGISTRY.pop("halves", None)
 

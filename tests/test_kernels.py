@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import cubin.surrogates  # its kernels are among those of the registry
-from cubin.core import arrays, passes, primitives
+from cubin.core import libraries, passes, primitives
 from cubin.core.primitives import FLOATS, Elementwise, Reduction, elementwise, reduction
+from cubin.solvers import greedy
 
 ARCHITECTURES = ["sm_70", "sm_80", "sm_90", "sm_100", "sm_120"]
 COUNTS = [0, 1, 3]
@@ -74,13 +75,18 @@ def run(primitive, types, count, device):
     return expected, found
 
 
+def tolerance(primitive, types):
+    """1e-14 for sums in float64; the host adds magnitudes in the work dtype first."""
+    return 2e-6 if primitive is greedy.level_sums and types["W"] == "float32" else 1e-14
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize(("primitive", "types", "count"), list(cases()))
 def test_kernel_equals_its_numpy_expression(primitive, types, count, device, host):
     expected, found = run(primitive, types, count, device)
     for name, value in expected.items():
         if isinstance(primitive, Reduction):
-            np.testing.assert_allclose(host(found[name]), value, rtol=1e-14)
+            np.testing.assert_allclose(host(found[name]), value, rtol=tolerance(primitive, types))
         else:
             np.testing.assert_array_equal(host(found[name]), value)
 
@@ -184,7 +190,7 @@ def test_kernels_are_built_when_first_asked_for(monkeypatch):
             return object()
 
     library = Library()
-    monkeypatch.setattr(arrays, "cupy", lambda: library)
+    monkeypatch.setattr(libraries, "cupy", lambda: library)
 
     def halves(x, *, y):
         pass

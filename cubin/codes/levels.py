@@ -15,6 +15,7 @@ from cubin.core.primitives import C_TYPES, FLOATS, Launch, elementwise, raw, sou
     "int8 sign",
     "sign = level < bits ? (code >> level & 1) * 2 - 1 : 0",
     types=({},),
+    looped=True,
 )
 def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: np.ndarray) -> None:
     """The sign at a level of packed codes: bit `level` as -1 or +1, 0 where there is no code."""
@@ -34,7 +35,9 @@ def _launch(signs: Array, scales: Array, y: Array) -> Launch:
     return Launch(template, grid, threads, (signs, scales, y, *sizes))
 
 
-@raw("int8 signs, W scales", "T y", code=source(__file__), launch=_launch, types=FLOATS)
+@raw(
+    "int8 signs, W scales", "T y", code=source(__file__), launch=_launch, types=FLOATS, looped=True
+)
 def sum_signs(signs: np.ndarray, scales: np.ndarray, *, y: np.ndarray) -> None:
     """The sums over levels of signs, (levels, rows, n), times scales, (levels, rows, 1).
 

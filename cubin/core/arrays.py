@@ -81,7 +81,8 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
     if libraries.on_device(out) and not libraries.is_aligned(out):
         raise ValueError(
             f"out must lie at multiples of its item size, {out.itemsize} bytes, as a GPU writes "
-            f"no other addresses, got the address {libraries._address(out):#x} and strides {out.strides}"
+            f"no other addresses, got the address {libraries._address(out):#x} "
+            f"and strides {out.strides}"
         )
     return out
 

@@ -164,8 +164,8 @@ def _madvise() -> Any:
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array of arbitrary content, the same memory whenever this thread asks for `name`.
 
-    Memory that is new each time costs more than the work on it. What is larger than `SCRATCH` is not
-    kept.
+    Memory that is new each time costs more than the work on it. What is larger than `SCRATCH` is
+    not kept.
     """
     kept = _scratch.__dict__
     last = kept.get(name)

@@ -200,8 +200,9 @@ def for_each_searched(task: Callable[..., None], rows: Rows, states: int, *input
     """
     device = any(map(libraries.on_device, inputs))
     block = SEARCHED_ON_DEVICE if device else SEARCHED
-    each = max(rows.length, states)
-    parts = list(_blocks_of_rows(rows, block * rows.length // each))
+    # Rows that `for_each_part` cuts into pieces come one by one, as there.
+    rows_at_once = 1 if is_long(rows, inputs[0]) else block // max(rows.length, states)
+    parts = list(_blocks_of_rows(rows, rows_at_once * rows.length))
     _over(parts, task, rows, inputs, device)
 
 

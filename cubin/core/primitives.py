@@ -72,6 +72,9 @@ class Primitive:
         with ``static`` if it is a value that decides about the launch.
     types : tuple of mapping
         The dtypes which the letters take in use: what the tests compile and execute.
+    looped : bool
+        Whether the module of the function has one of compiled loops beside it, with a loop of the
+        same name.
     """
 
     loops_from: int | None = None
@@ -83,8 +86,10 @@ class Primitive:
         outputs: str,
         types: Sequence[Mapping[str, str]],
         preamble: str,
+        looped: bool,
     ) -> None:
         self.name = function.__name__
+        self.looped = looped
         self.function = function
         self.inputs = _parameters(inputs)
         self.outputs = _parameters(outputs)
@@ -136,7 +141,8 @@ class Primitive:
 
     def on_host(self, size: int) -> Callable[..., None]:
         """What computes it in NumPy arrays of `size` elements: its compiled loop, or its body."""
-        if not (blocks.pays(size) if self.loops_from is None else size >= self.loops_from):
+        pays = blocks.pays(size) if self.loops_from is None else size >= self.loops_from
+        if not (self.looped and pays):
             return self.function
         loops = blocks.loops(self.function.__module__)
         return getattr(loops, self.name, self.function)
@@ -311,11 +317,12 @@ def elementwise(
     *,
     types: Sequence[Mapping[str, str]],
     preamble: str = "",
+    looped: bool = False,
 ) -> Callable[[Callable[..., None]], Elementwise]:
     """Make a function an elementwise primitive; the arguments are ElementwiseKernel's."""
 
     def decorate(function: Callable[..., None]) -> Elementwise:
-        return Elementwise(function, inputs, outputs, types, preamble, operation=operation)
+        return Elementwise(function, inputs, outputs, types, preamble, looped, operation=operation)
 
     return decorate
 
@@ -331,6 +338,7 @@ def reduction(
     reduce_type: str,
     types: Sequence[Mapping[str, str]],
     preamble: str = "",
+    looped: bool = False,
 ) -> Callable[[Callable[..., None]], Reduction]:
     """Make a function a primitive that reduces the last axis; the arguments are ReductionKernel's.
 
@@ -339,7 +347,7 @@ def reduction(
 
     def decorate(function: Callable[..., None]) -> Reduction:
         return Reduction(
-            function, inputs, outputs, types, preamble, map=map, reduce=reduce,
+            function, inputs, outputs, types, preamble, looped, map=map, reduce=reduce,
             post_map=post_map, identity=identity, reduce_type=reduce_type,
         )  # fmt: skip
 
@@ -354,6 +362,7 @@ def raw(
     launch: Any,
     types: Sequence[Mapping[str, str]],
     preamble: str = "",
+    looped: bool = False,
     loops_from: int | None = None,
 ) -> Callable[[Callable[..., None]], Raw]:
     """Make a function a primitive whose kernel is the template ``cubin_<function>`` in `code`.
@@ -364,7 +373,7 @@ def raw(
 
     def decorate(function: Callable[..., None]) -> Raw:
         return Raw(
-            function, inputs, outputs, types, preamble, code=code, launch=launch,
+            function, inputs, outputs, types, preamble, looped, code=code, launch=launch,
             loops_from=loops_from,
         )  # fmt: skip
 

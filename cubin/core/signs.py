@@ -13,6 +13,7 @@ from cubin.core.primitives import FLOATS, elementwise
     "T y",
     "y = positive(Work<T>::type(x)) ? T(1) : x == x ? T(-1) : x",
     types=FLOATS,
+    looped=True,
 )
 def signs(x: np.ndarray, *, y: np.ndarray) -> None:
     """+1 where x > 0, NaN where x is NaN, else -1."""
@@ -48,6 +49,7 @@ def inside(x: np.ndarray, bound: np.ndarray, *, mask: np.ndarray) -> None:
     "T gx",
     "gx = inside(Work<T>::type(x), bits) ? gy : T(0)",
     types=FLOATS,
+    looped=True,
 )
 def gradient_inside(x: np.ndarray, bits: np.ndarray, gy: np.ndarray, *, gx: np.ndarray) -> None:
     """The gradient gy where |x| <= bits, else +0."""

@@ -33,6 +33,7 @@ _ROWS_CUDA = source(__file__, "greedy_rows.cu")
     identity="Sum()",
     reduce_type="Sum",
     types=FLOATS,
+    looped=True,
     preamble=_CUDA,
 )
 def level_sums(
@@ -88,6 +89,7 @@ def level_scale(totals: np.ndarray, counts: np.ndarray, *, scale: np.ndarray) ->
     "T y",
     "y = T(approximation<T>(Work<T>::type(x), bits{scales}))",
     types=FLOATS,
+    looped=True,
     preamble=_CUDA,
 )
 def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarray) -> None:
@@ -127,6 +129,7 @@ def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.nd
     "uint16 code",
     "code = codes(Work<T>::type(x), bits{scales})",
     types=FLOATS,
+    looped=True,
     preamble=_CUDA,
 )
 def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray) -> None:
@@ -152,6 +155,7 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
     preamble=teams.CUDA,
     launch=teams.RowLaunch(teams.GREEDY, passes_levels=True),
     types=FLOATS,
+    looped=True,
 )
 def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndarray) -> None:
     """The approximation of whole rows, whose scales are not handed out."""
@@ -165,6 +169,7 @@ def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndar
     preamble=teams.CUDA,
     launch=teams.RowLaunch(teams.GREEDY, passes_levels=True),
     types=FLOATS,
+    looped=True,
 )
 def encode_rows(
     x: np.ndarray, bits: np.ndarray, levels: int, *, scales: np.ndarray, signs: np.ndarray

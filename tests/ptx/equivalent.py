@@ -130,9 +130,19 @@ LINES: dict[str, tuple[str, ...]] = {
         "constexpr bool WHOLE = Bits::WHOLE_PACKS && N > 2;",
     ),
     "elements of a pack are asked one by one too, and all give its answer": (
-        "if (!(WHOLE && N > GROUP) && !bits.hot(e + g, LEVEL)) m[g] = 0;",
+        "if (!(WHOLE && N > GROUP) && !bits.hot(e + g, level)) m[g] = 0;",
     ),
     "more branches, for levels that there are not": ("if constexpr (LEVEL - 1 < LEVELS)",),
+    "levels of the scale 0 change nothing, so any code for as many levels or more will do": (
+        "constexpr int FEW = 5;",
+        "constexpr int NEXT = LEVEL <= FEW ? LEVEL + 1 : 2 * LEVEL;",
+        "constexpr int NEXT = LEVEL < FEW ? LEVEL + 1 : 3 * LEVEL;",
+        "return sum_of_thread<NEXT <= LEVELS ? NEXT : LEVELS - 1, N>(level, x, bits, scale);",
+    ),
+    "the number is the same; as a constant it is faster": (
+        "if (LEVEL < FEW) level = LEVEL;",
+        "if (LEVELS < FEW) levels = LEVELS;",
+    ),
     "the array is in registers, and none is beyond its end": (
         "for (int i = 0; i <= LEVELS; ++i) scale[i] = 0;",
     ),
@@ -167,7 +177,6 @@ LINES: dict[str, tuple[str, ...]] = {
     "there are 15 cells and 14 entries at most, so nobody comes to a second one": (
         "static constexpr int LEADERS = 33;",
     ),
-    "no level lies beyond the sixteenth": ("word[w] = __vminu4(0x10101011u,",),
     "the cut below the last cell does not reach its edge: not in one of 190,000 random rows": (
         "if (cell + 2 < first_of(level + 1)) cut = fmin(cut, to_double(edge[cell + 1]));",
     ),

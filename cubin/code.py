@@ -8,8 +8,11 @@ import json
 import math
 import operator
 import os
+import re
+import stat
 import zipfile
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,6 +21,11 @@ from cubin.arrays import Array
 from cubin.kernels import FLOATS, elementwise
 from cubin.passes import Part
 from cubin.signs import as_integers, where
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # ---------------------------------------------------------------- primitives
 
@@ -218,7 +226,9 @@ class BinaryCode:
                 f"channel_axis={channel_axis} and group_size={group_size} need "
                 f"{(len(signs), *self._rows.scale_shape)}"
             )
-        limits, levels = arrays.as_bits(bits, xp.empty(self._rows.shape, np.int8), look=True)
+        # Of the array itself only the shape counts here: it takes no memory.
+        x = xp.broadcast_to(xp.zeros((), np.int8), self._rows.shape)
+        limits, levels = arrays.as_bits(bits, x, look=True)
         if levels > len(signs):
             raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
         self.scales = scales
@@ -350,8 +360,13 @@ class BinaryCode:
 
         The file is an uncompressed ``.npz`` archive of the arrays ``scales``, ``signs`` (bits
         packed along the last of two axes, levels by elements in C order), ``bits`` (int or
-        uint8 map) and ``layout`` (JSON); nothing in it is pickled. A file that exists is replaced
-        only once the new one is complete.
+        uint8 map) and ``layout`` (JSON); nothing in it is pickled.
+
+        A file that exists is replaced only once the new one is complete and on the disk. The new
+        one has its permissions and, as far as the system lets it, its owner and group. Through a
+        symbolic link, what it points to is replaced. Until then the new file lies in the same
+        folder, as ``cubin-*.part``. What a killed process left there goes with the next call that
+        saves to the folder, except on Windows.
 
         Parameters
         ----------
@@ -360,12 +375,14 @@ class BinaryCode:
         Raises
         ------
         ValueError
-            If there are more than 16 levels, or the signs are not -1 or +1 exactly where `bits`
-            has a code: one bit per sign could not hold them.
+            If there are more than 16 levels, or none for more than 2^32 elements, or the signs are
+            not -1 or +1 exactly where `bits` has a code: one bit per sign could not hold them. If
+            `path` is a folder or a device.
         """
         signs = _host(self.signs)
         if len(signs) > arrays.MAX_BITS:
             raise ValueError(f"a file holds up to {arrays.MAX_BITS} levels, got {len(signs)}")
+        _check_size(len(signs), self.shape)
         for level, sign in enumerate(signs):
             if not np.all(np.abs(sign) == np.greater(_host(self.bits), level)):
                 raise ValueError(
@@ -385,17 +402,8 @@ class BinaryCode:
             if signs.size
             else np.zeros((len(signs), -(-math.prod(self.shape) // 8)), np.uint8),
         }
-        path = os.fspath(path)
-        # tempfile's own files are for their owner alone, and so would be what replaces `path`.
-        unfinished = os.path.join(os.path.dirname(path), f"{os.urandom(8).hex()}.part")
-        try:
-            with open(unfinished, "xb") as file:
-                np.savez(file, allow_pickle=False, **members)
-            os.replace(unfinished, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(unfinished)
-            raise
+        with _replacing(path) as file:
+            np.savez(file, allow_pickle=False, **members)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BinaryCode:
@@ -415,7 +423,8 @@ class BinaryCode:
             If there is no such file.
         ValueError
             If the file is damaged, truncated or no BinaryCode. Sizes are checked against the
-            file's own length before anything is allocated, and nothing is unpickled.
+            file's own length before anything is allocated, members of other names or of the same
+            name are refused, and nothing is unpickled.
         """
         with open(path, "rb") as file:
             try:
@@ -429,15 +438,103 @@ class BinaryCode:
 _FORMAT = "cubin.BinaryCode/1"
 _DTYPES = {"layout": "B", "scales": "efd", "bits": "B", "signs": "B"}
 
+_LONGEST_LAYOUT = 1 << 16
+"""Bytes of the longest layout: that of 64 axes takes some thousands."""
+
+_MOST_WITHOUT_LEVELS = 1 << 32
+"""Elements of the largest array without levels, of which a file says no more than the shape."""
+
+
+def _check_size(levels: int, shape: tuple[int, ...]) -> None:
+    """ValueError where a file of no levels would stand for more elements than it may."""
+    if not levels and math.prod(max(n, 1) for n in shape) > _MOST_WITHOUT_LEVELS:
+        raise ValueError(
+            f"a file without levels stands for up to {_MOST_WITHOUT_LEVELS} elements, "
+            f"got the shape {shape}"
+        )
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` once the block ends, and is gone if it raises."""
+    path = os.path.realpath(path)
+    folder = os.path.dirname(path)
+    try:
+        old = os.stat(path)
+    except FileNotFoundError:
+        old = None
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        raise ValueError(f"path must be that of a regular file, got {path!r}")
+    _remove_abandoned(folder)
+    # While it is written, nobody reads it who might not read the old one.
+    with _new_part(folder, 0o600 if old else 0o666) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if old is not None:
+                _take_over(file, old)
+            if fcntl is None:
+                file.close()  # Windows renames no open files
+            os.replace(file.name, path)
+        except BaseException:
+            file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.name)
+            raise
+
+
+def _take_over(file: BinaryIO, old: os.stat_result) -> None:
+    """Give `file` the owner, as far as the system lets it, and the permissions of an old one."""
+    if hasattr(os, "fchown"):
+        with contextlib.suppress(OSError):
+            os.fchown(file.fileno(), old.st_uid, old.st_gid)
+    os.chmod(file.name, stat.S_IMODE(old.st_mode))
+
+
+def _new_part(folder: str, mode: int) -> BinaryIO:
+    """A new file, locked as long as it is open: so others see that its process is alive."""
+    while True:
+        name = os.path.join(folder, f"cubin-{os.urandom(8).hex()}.part")
+        file = open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))  # noqa: SIM115
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return file
+        file.close()  # it was taken for abandoned before it was locked
+
+
+def _remove_abandoned(folder: str) -> None:
+    """Remove the unfinished files of processes that are gone, and with them their locks."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _PART.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError), open(entry.path, "r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
+
+
+_PART = re.compile(r"cubin-[0-9a-f]{16}\.part")
+
 
 def _read_members(file: Any) -> dict[str, np.ndarray]:
+    length = os.fstat(file.fileno()).st_size
     members = {}
     with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if sorted(info.filename for info in entries) != sorted(f"{name}.npy" for name in _DTYPES):
+            raise ValueError(f"its members are not one each of {', '.join(_DTYPES)}")
+        named = {info.filename.removesuffix(".npy"): info for info in entries}
         for name, dtypes in _DTYPES.items():
-            info = archive.getinfo(f"{name}.npy")
+            info = named[name]
             # Stored members cannot be larger than the file: no bomb, no false size.
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise ValueError(f"{name} is compressed")
+            if info.file_size > length:
+                raise ValueError(f"{name} of {info.file_size} bytes goes beyond the file's end")
             with archive.open(info) as member:
                 version = np.lib.format.read_magic(member)
                 if version != (1, 0):
@@ -445,6 +542,8 @@ def _read_members(file: Any) -> dict[str, np.ndarray]:
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
                 if dtype.char not in dtypes or fortran:
                     raise ValueError(f"{name} has an unexpected dtype or order")
+                if any(isinstance(n, bool) or n < 0 for n in shape):
+                    raise ValueError(f"{name} has the shape {shape}")
                 expected = math.prod(shape) * dtype.itemsize
                 if member.tell() + expected != info.file_size:
                     raise ValueError(
@@ -457,8 +556,17 @@ def _read_members(file: Any) -> dict[str, np.ndarray]:
     return members
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values; ValueError where a name comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("its layout has a name twice")
+    return dict(pairs)
+
+
 def _decode(cls: type[BinaryCode], members: dict[str, np.ndarray]) -> BinaryCode:
-    layout = json.loads(members["layout"].tobytes())
+    if members["layout"].nbytes > _LONGEST_LAYOUT:
+        raise ValueError(f"its layout has {members['layout'].nbytes} bytes")
+    layout = json.loads(members["layout"].tobytes(), object_pairs_hook=_once)
     if not isinstance(layout, dict) or layout.get("format") != _FORMAT:
         raise ValueError("its layout is of another format")
     shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
@@ -474,13 +582,14 @@ def _decode(cls: type[BinaryCode], members: dict[str, np.ndarray]) -> BinaryCode
         raise ValueError(
             f"signs of shape {packed.shape} do not hold {levels} levels of {size} elements"
         )
+    _check_size(levels, shape)
     rows = arrays.rows_of(shape, axis, group_size)
     if scales.shape != (levels, *rows.scale_shape):
         raise ValueError(f"scales of shape {scales.shape} do not fit the shape {shape}")
     limits, _ = arrays.as_bits(bits, np.broadcast_to(np.int8(0), shape))
     positive = np.unpackbits(packed, axis=1, count=size).reshape(levels, *shape)
     signs = positive.view(np.int8)
-    np.subtract(signs + signs, 1, out=signs)
+    np.subtract(np.add(signs, signs, out=signs), 1, out=signs)
     for level in range(levels):
         np.multiply(signs[level], np.greater(limits, level), out=signs[level, ...])
     return cls(scales, signs, int(bits) if bits.ndim == 0 else bits, axis, group_size)

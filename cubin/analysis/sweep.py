@@ -56,8 +56,8 @@ def error_per_bit_width(
         If an array is not floating point or a bit width no integer.
     ValueError
         If a solver is unknown, a bit width is out of range, `channel_axis` and `group_size` are
-        both given, an axis or group size does not fit an array, or an array has NaN or infinity, or values whose squares float64 cannot hold. The
-        message names the array.
+        both given, an axis or group size does not fit an array, or an array has NaN or infinity,
+        or values whose squares float64 cannot hold. The message names the array.
 
     Examples
     --------

@@ -103,12 +103,18 @@ def like(name: str, value: object, x: Array, x_name: str = "x") -> Array:
 
 
 def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
-    """`out` if it can take a result of x's shape, or a new array where `out` is None."""
+    """`out` if it can take a result of x's shape, or a new array where `out` is None.
+
+    Of a subclass of NumPy's arrays it is a plain view: its own indexing is none of the work's, and
+    compiled loops would take it for what it is not.
+    """
     dtype = x.dtype if dtype is None else np.dtype(dtype)
     if out is None:
         return result(x.shape, dtype, x)
     if not (on_device(out) or isinstance(out, np.ndarray)):
         raise TypeError(f"out must be an array, got {type(out).__qualname__}")
+    if isinstance(out, np.ma.MaskedArray):
+        raise TypeError("out is a masked array, whose mask would not change: use out.data")
     _same_library("out", out, x)
     if out.dtype != dtype:
         raise TypeError(f"out has dtype {out.dtype}, but the result has dtype {dtype}")
@@ -121,7 +127,7 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
             f"out of shape {out.shape} and strides {out.strides} has elements that share memory: "
             "pass an array of its own"
         )
-    return out
+    return out if on_device(out) else np.asarray(out)
 
 
 def _overlaps_itself(array: Array) -> bool:

@@ -114,7 +114,7 @@ def multibit(
         else:
             solvers.approximate(x, _spread(limits, x), levels, rows, y, solver=solve,
                                 importance=weights)  # fmt: skip
-    return y
+    return y if out is None else out
 
 
 def quantize(

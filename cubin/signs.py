@@ -137,7 +137,7 @@ def sign(x: Array, *, out: Array | None = None) -> Array:
     with arrays.current_device(x):
         y = arrays.output(out, x)
         signs(arrays.apart(x, y), y=y)
-    return y
+    return y if out is None else out
 
 
 def ste_mask(x: Array, bound: Array = 1) -> Array:

@@ -59,7 +59,7 @@ def sign(x: Array, *, out: Array | None = None) -> Array:
     with libraries.current_device(x):
         y = arrays.output(out, x)
         passes.elements(signs, libraries.apart(x, y), y=y)
-    return y
+    return y if out is None else out
 
 
 def ste_mask(x: Array, bound: Array = 1) -> Array:
@@ -193,7 +193,7 @@ def multibit(
         x = libraries.apart(x, y)
         weights = None if weights is None else libraries.apart(weights, y)
         solvers.approximate(x, checked, rows, y, rule, weights)
-    return y
+    return y if out is None else out
 
 
 def quantize(

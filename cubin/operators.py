@@ -110,8 +110,9 @@ class Multibit:
             # A map may be of any shape until x is known.
             checked = np.asarray(bits)
             as_bits(checked, np.broadcast_to(np.float32(0), checked.shape))
-            bits = checked.copy() if checked.ndim else int(checked)
-        self.bits = bits
+            bits = checked if checked.ndim else int(checked)
+        # Of its own: the pull-back has to have the map that the approximation had.
+        self.bits = bits if isinstance(bits, int) else bits.copy()
         self.channel_axis = (
             tuple(arrays.as_integer("channel_axis", axis) for axis in channel_axis)
             if isinstance(channel_axis, (tuple, list))

@@ -150,6 +150,15 @@ def test_csv(table, tmp_path):
     assert lines[-1]["name"] == "overall"
 
 
+def test_a_table_that_fails_leaves_the_file(table, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("older results")
+    broken = ErrorTable([dataclasses.replace(table.rows[0], payload_bits=None)])
+    with pytest.raises(TypeError):
+        broken.to_csv(path)
+    assert path.read_text() == "older results"
+
+
 def test_pandas(table):
     pandas = pytest.importorskip("pandas")
     frame = table.to_pandas()

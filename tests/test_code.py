@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import os
+import struct
+import subprocess
+import sys
+import tracemalloc
+import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +92,173 @@ def test_a_file_is_replaced_only_by_a_whole_one(rng, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["code.npz"]
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o600, 0o664, 0o444])
+def test_a_file_keeps_its_permissions(codes, tmp_path, mode):
+    path = tmp_path / "code.npz"
+    codes[0].save(path)
+    path.chmod(mode)
+    codes[1].save(path)
+    assert path.stat().st_mode & 0o777 == mode
+    assert BinaryCode.load(path) == codes[1]
+
+
+def test_an_unfinished_file_is_no_more_readable_than_the_old_one(codes, tmp_path, monkeypatch):
+    path = tmp_path / "code.npz"
+    codes[0].save(path)
+    path.chmod(0o600)
+    modes, savez = [], np.savez
+
+    def look(file, **members):
+        modes.append(os.fstat(file.fileno()).st_mode & 0o777)
+        savez(file, **members)
+
+    monkeypatch.setattr(np, "savez", look)
+    codes[1].save(path)
+    assert modes == [0o600]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+def test_a_file_keeps_its_owner(codes, tmp_path):
+    path = tmp_path / "code.npz"
+    codes[0].save(path)
+    os.chown(path, 12, 34)
+    path.chmod(0o640)
+    codes[1].save(path)
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (12, 34, 0o640)
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+def test_symbolic_links_stay(codes, tmp_path, monkeypatch, there, relative):
+    target = tmp_path / "store" / "code.npz"
+    target.parent.mkdir()
+    if there:
+        codes[0].save(target)
+    (tmp_path / "second").symlink_to("store/code.npz" if relative else target)
+    (tmp_path / "first").symlink_to("second")
+    monkeypatch.chdir(tmp_path)
+    codes[1].save("first")
+    assert (tmp_path / "first").is_symlink()
+    assert (tmp_path / "second").is_symlink()
+    assert not target.is_symlink()
+    assert BinaryCode.load(target) == codes[1]
+    assert {p.name for p in tmp_path.rglob("*")} == {"first", "second", "store", "code.npz"}
+
+
+def test_links_in_a_circle_and_what_is_no_file(codes, tmp_path):
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    with pytest.raises(OSError, match="symbolic links"):
+        codes[0].save(tmp_path / "one")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(ValueError, match="path must be that of a regular file"):
+            codes[0].save(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "one", "pipe", "two"]
+
+
+SAVE_HALF = """
+import sys, numpy as np, cubin
+def stop(file, **members):
+    file.write(b"half a file")
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.readline()
+    savez(file, **members)
+savez, np.savez = np.savez, stop
+cubin.quantize(np.arange(4.0), 2).save(sys.argv[1])
+"""
+
+
+@contextlib.contextmanager
+def process_that_saves(path):
+    """A process that is in the middle of writing the file, until it is given a line."""
+    root = str(Path(cubin.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVE_HALF, str(path)],
+        env=os.environ | {"PYTHONPATH": root}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with process:
+        try:
+            assert process.stdout.readline() == "writing\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_what_a_killed_process_leaves_goes_with_the_next_file(codes, tmp_path):
+    with process_that_saves(tmp_path / "another.npz"):
+        pass
+    others = {"notes.part", "0123456789abcdef.part", "cubin-0123456789abcdef.part.txt"}
+    for name in others:
+        (tmp_path / name).write_text("not of cubin")
+    assert len(list(tmp_path.iterdir())) == 4
+    codes[0].save(tmp_path / "code.npz")
+    assert {p.name for p in tmp_path.iterdir()} == {"code.npz", *others}
+
+
+def test_what_a_live_process_writes_stays(codes, tmp_path):
+    with process_that_saves(tmp_path / "theirs.npz") as process:
+        [part] = tmp_path.glob("*.part")
+        codes[0].save(tmp_path / "mine.npz")
+        codes[1].save(tmp_path / "theirs.npz")
+        assert list(tmp_path.glob("*.part")) == [part]
+        process.communicate("\n")
+        assert process.returncode == 0
+    assert BinaryCode.load(tmp_path / "mine.npz") == codes[0]
+    assert BinaryCode.load(tmp_path / "theirs.npz") == cubin.quantize(np.arange(4.0), 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.npz", "theirs.npz"]
+
+
+def test_threads_that_save_at_once(codes, tmp_path):
+    """Every file is whole, whoever comes last, and nothing else is left."""
+    expected = codes[:4]
+
+    def save(number):
+        for _ in range(20):
+            expected[number].save(tmp_path / "shared.npz")
+            expected[number].save(tmp_path / f"{number}.npz")
+            assert BinaryCode.load(tmp_path / "shared.npz") in expected
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(4)))
+    for number, code in enumerate(expected):
+        assert BinaryCode.load(tmp_path / f"{number}.npz") == code
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_part_that_is_taken_for_abandoned_before_it_is_locked(codes, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    flock, taken = fcntl.flock, []
+
+    def late(file, how):
+        if how == fcntl.LOCK_EX and not taken:
+            taken.append(file.name)
+            os.unlink(file.name)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    codes[0].save(tmp_path / "code.npz")
+    assert len(taken) == 1
+    assert BinaryCode.load(tmp_path / "code.npz") == codes[0]
+
+
+def test_file_systems_without_locks(codes, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "cubin-0123456789abcdef.part").write_text("perhaps being written")
+    codes[0].save(tmp_path / "code.npz")
+    assert BinaryCode.load(tmp_path / "code.npz") == codes[0]
+    assert len(list(tmp_path.glob("*.part"))) == 1
+
+
 @pytest.mark.parametrize(
     ("signs", "bits"),
     [
@@ -133,13 +309,16 @@ def test_damaged_files_are_refused_or_read_the_same(data, tmp_path):
     assert loaded == code
 
 
+LAYOUT = '{"format": "cubin.BinaryCode/1", "shape": [4], "channel_axis": null, "group_size": null}'
+
+
 def archive(path, **replaced):
     """A file whose members are consistent but for those replaced."""
-    layout = {"format": "cubin.BinaryCode/1", "shape": [4], "channel_axis": None,
-              "group_size": None}  # fmt: skip
-    layout |= replaced.pop("layout", {})
+    layout = replaced.pop("layout", {})
+    if isinstance(layout, dict):
+        layout = np.frombuffer(json.dumps(json.loads(LAYOUT) | layout).encode(), np.uint8)
     members = {
-        "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
+        "layout": layout,
         "scales": np.ones(1),
         "bits": np.uint8(1),
         "signs": np.zeros((1, 1), np.uint8),
@@ -205,6 +384,46 @@ def test_the_archive_of_these_tests_is_sound(tmp_path):
             "signs": np.ones((0, 2**52), np.uint8),
         },
         {"scales": np.array([object()], object)},
+        {"layout": {"shape": [True, 4]}},
+        {"layout": {"shape": [[4]]}},
+        {"layout": {"shape": {"4": 4}}},
+        {"layout": {"shape": None}},
+        {"layout": {"shape": [float("nan")]}},
+        {"layout": {"shape": ["4"]}},
+        {"layout": {"shape": [-2, -2]}},
+        {"layout": {"shape": [10**4000]}},
+        {"layout": {"channel_axis": True}},
+        {"layout": {"channel_axis": [0, 0]}},
+        {"layout": {"channel_axis": [[0]]}},
+        {"layout": {"channel_axis": 0.0}},
+        {"layout": {"channel_axis": {"0": 0}}},
+        {"layout": {"group_size": True}},
+        {"layout": {"group_size": 0}},
+        {"layout": {"group_size": -2}},
+        {"layout": {"group_size": 2, "channel_axis": 0}},
+        {"layout": {"format": ["cubin.BinaryCode/1"]}},
+        {"layout": np.frombuffer(b"[" * 60_000, np.uint8)},
+        {"layout": np.frombuffer(b'{"shape":' * 7_000, np.uint8)},
+        {"layout": np.frombuffer(LAYOUT.encode() + b" " * (1 << 16), np.uint8)},
+        {"layout": np.frombuffer(LAYOUT.replace("{", '{"shape": [9], ').encode(), np.uint8)},
+        {"layout": np.frombuffer(b"4", np.uint8)},
+        {"layout": np.frombuffer(b"\xff\xfe\xfd", np.uint8)},
+        {"layout": np.zeros(0, np.uint8)},
+        {"signs": header((True, True)) + b"1"},
+        {"signs": header((-1, -1)) + b"1"},
+        {"signs": header((-1, 1)) + b"1"},
+        {"signs": header((1.0, 1)) + b"1"},
+        {"signs": header((1, 1), "|b1") + b"1"},
+        {"signs": header((1, 1), "|i1") + b"1"},
+        {"signs": header((1, 1), ("|u1", (1,))) + b"1"},
+        {"signs": header("-" * 9000 + "1") + b"1"},
+        {"bits": np.bool_(True)},
+        {"bits": np.float64(1)},
+        {"bits": np.ones((1, 1, 4), np.uint8)},
+        {"scales": np.asfortranarray(np.ones((1, 2, 2))), "layout": {"shape": [2, 2]}},
+        {"scales": np.float64(1)},
+        {"scales": np.ones(1, complex)},
+        {"extra": np.zeros(3)},
     ],
 )
 def test_hostile_files(tmp_path, hostile):
@@ -221,6 +440,98 @@ def test_compressed_members_are_refused(tmp_path):
             packed.writestr(name, content)
     with pytest.raises(ValueError, match="compressed"):
         BinaryCode.load(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("repeated", ["layout", "scales", "bits", "signs"])
+@pytest.mark.parametrize("name", ["{}.npy", "{}.npy\0", "{}"])
+def test_members_of_one_name_are_refused(tmp_path, repeated, name):
+    path = archive(tmp_path / "sound")
+    with zipfile.ZipFile(path) as sound:
+        content = sound.read(f"{repeated}.npy")
+    with zipfile.ZipFile(path, "a") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file.writestr(name.format(repeated), content)
+    with pytest.raises(ValueError, match="not one each of"):
+        BinaryCode.load(path)
+
+
+def test_the_order_of_members_does_not_matter(tmp_path):
+    with zipfile.ZipFile(archive(tmp_path / "sound")) as sound:
+        members = [(name, sound.read(name)) for name in sound.namelist()]
+    with zipfile.ZipFile(tmp_path / "other", "w") as other:
+        for name, content in reversed(members):
+            other.writestr(name, content)
+    assert BinaryCode.load(tmp_path / "other") == BinaryCode.load(tmp_path / "sound")
+
+
+def test_other_byte_orders(tmp_path):
+    swapped = BinaryCode.load(archive(tmp_path / "a", scales=np.array([2.5], ">f4")))
+    assert swapped.dtype == np.float32
+    np.testing.assert_array_equal(swapped.dequantize(), [-2.5] * 4)
+
+
+def test_encrypted_members_are_refused(tmp_path):
+    path = archive(tmp_path / "code")
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = content.find(mark)
+        while at >= 0:
+            content[at + offset] |= 1
+            at = content.find(mark, at + 4)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="encrypted"):
+        BinaryCode.load(path)
+
+
+@contextlib.contextmanager
+def memory_below(most):
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [([2**40], None), ([2**20, 2**21], 0), ([0, 2**40], 1), ([2**33, 0], None)]
+)
+def test_shapes_of_which_a_file_holds_nothing(tmp_path, shape, axis):
+    size = math.prod(shape)
+    scales = () if axis is None else (shape[axis],)
+    path = archive(
+        tmp_path / "forged",
+        layout={"shape": shape, "channel_axis": axis},
+        scales=header((0, *scales), "<f8"),
+        bits=np.uint8(0),
+        signs=header((0, -(-size // 8))),
+    )
+    with memory_below(2e6), pytest.raises(ValueError, match="without levels"):
+        BinaryCode.load(path)
+
+
+def test_codes_without_levels_take_no_memory(tmp_path):
+    signs = np.empty((0, 1 << 16, 1 << 16), np.int8)
+    with memory_below(2e6):
+        code = BinaryCode(np.ones((0, 1 << 16), np.float32), signs, 0, channel_axis=0)
+        code.save(tmp_path / "code")
+        assert BinaryCode.load(tmp_path / "code").shape == code.shape
+    larger = BinaryCode(np.ones(0, np.float32), np.empty((0, (1 << 32) + 1), np.int8), 0)
+    with pytest.raises(ValueError, match="without levels"):
+        larger.save(tmp_path / "larger")
+
+
+def test_sizes_beyond_the_end_of_the_file(tmp_path):
+    size = 1 << 28
+    signs = header((1, size))
+    path = archive(tmp_path / "forged", layout={"shape": [8 * size]}, signs=signs)
+    content = bytearray(path.read_bytes())
+    # The sizes in the archive's directory, whose last entry is that of the signs.
+    entry = content.rfind(b"PK\1\2")
+    content[entry + 20 : entry + 28] = struct.pack("<2L", *[len(signs) + size] * 2)
+    path.write_bytes(content)
+    with memory_below(2e6), pytest.raises(ValueError, match="beyond the file's end"):
+        BinaryCode.load(path)
 
 
 def test_equality(rng):

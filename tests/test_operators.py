@@ -65,6 +65,13 @@ def test_copies_do_not_share_their_map():
     np.testing.assert_array_equal(state["bits"], MAP)
 
 
+def test_an_operator_keeps_a_map_of_its_own(xp, host):
+    bits = xp.asarray(MAP.copy())
+    operator = Multibit(bits)
+    bits[...] = 0
+    np.testing.assert_array_equal(host(operator.bits), MAP)
+
+
 def test_different_operators_differ():
     for number, operator in enumerate(OPERATORS):
         assert [operator == other for other in OPERATORS].index(True) == number

@@ -182,7 +182,26 @@ def test_outputs_whose_elements_share_memory(name):
         call(name, np.ones(shape, np.float32), strided(memory, shape, (0,) * len(shape)))
 
 
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_outputs_of_subclasses(rng, monkeypatch, tmp_path, name, compiled):
+    if compiled:
+        pytest.importorskip("numba")
+        monkeypatch.setattr(blocks, "COMPILED", 0)
+        monkeypatch.setattr(blocks, "BLOCK", 10)
+    x = rng.normal(size=(30, 40)).astype(np.float32)
+    expected = np.empty_like(x)
+    call(name, x, expected)
+    of_file = np.memmap(tmp_path / "file", np.float32, "w+", shape=x.shape)
+    for out in (np.asmatrix(np.zeros_like(x)), of_file, np.rec.array(np.zeros_like(x))):
+        assert call(name, x, out) is out
+        np.testing.assert_array_equal(np.asarray(out), expected)
+    with pytest.raises(TypeError, match="out is a masked array"):
+        call(name, x, np.ma.array(np.zeros_like(x), mask=x > 0))
+
+
 def call(name, x, out):
     others = {"bits": 1, "gy": x}
     needed = {key: others[key] for key in ARGUMENTS[name] if key in others}
-    getattr(cubin, name)(x, **needed, out=out)
+    return getattr(cubin, name)(x, **needed, out=out)

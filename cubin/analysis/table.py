@@ -228,10 +228,11 @@ class ErrorTable:
         path : str or path
             A file that exists is overwritten.
         """
+        rows = [*self.rows, *self.overall()]  # what fails leaves the file as it is
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
-            for row in [*self.rows, *self.overall()]:
+            for row in rows:
                 values = [getattr(row, column) for column in COLUMNS]
                 values[1] = "x".join(str(n) for n in row.shape)
                 writer.writerow(values)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
-import json
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +13,7 @@ from cubin.codes import files
 from cubin.codes.cost import effective_bits, payload_bits
 from cubin.codes.levels import sum_signs
 from cubin.core import arrays, conversions, floats, libraries, passes
-from cubin.core.bits import MAX_BITS, as_entries
+from cubin.core.bits import as_entries
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 
@@ -220,8 +217,13 @@ class BinaryCode:
 
         The file is an uncompressed ``.npz`` archive of the arrays ``scales``, ``signs`` (bits
         packed along the last of two axes, levels by elements in C order), ``bits`` (int or
-        uint8 map) and ``layout`` (JSON); nothing in it is pickled. A file that exists is replaced
-        only once the new one is complete.
+        uint8 map) and ``layout`` (JSON); nothing in it is pickled.
+
+        A file that exists is replaced only once the new one is complete and on the disk. The new
+        one has its permissions and, as far as the system lets it, its owner and group. Through a
+        symbolic link, what it points to is replaced. Until then the new file lies in the same
+        folder, as ``cubin-*.part``. What a killed process left there goes with the next call that
+        saves to the folder, except on Windows.
 
         Parameters
         ----------
@@ -230,42 +232,14 @@ class BinaryCode:
         Raises
         ------
         ValueError
-            If there are more than 16 levels, or the signs are not -1 or +1 exactly where `bits`
-            has a code: one bit per sign could not hold them.
+            If there are more than 16 levels, or none for more than 2^32 elements, or the signs are
+            not -1 or +1 exactly where `bits` has a code: one bit per sign could not hold them. If
+            `path` is a folder or a device.
         """
-        signs = libraries.to_host(self.signs)
-        if len(signs) > MAX_BITS:
-            raise ValueError(f"a file holds up to {MAX_BITS} levels, got {len(signs)}")
-        for level, sign in enumerate(signs):
-            if not np.all(np.abs(sign) == np.greater(libraries.to_host(self.bits), level)):
-                raise ValueError(
-                    f"signs of level {level} must be -1 or +1 where bits > {level}, else 0"
-                )
-        layout = {
-            "format": files._FORMAT,
-            "shape": list(self.shape),
-            "channel_axis": self.channel_axis,
-            "group_size": self.group_size,
-        }
-        members = {
-            "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
-            "scales": np.asarray(libraries.to_host(self.scales), order="C"),
-            "bits": np.asarray(libraries.to_host(self.bits), np.uint8, order="C"),
-            "signs": np.packbits(signs.reshape(len(signs), -1) > 0, axis=1)
-            if signs.size
-            else np.zeros((len(signs), -(-math.prod(self.shape) // 8)), np.uint8),
-        }
-        path = os.fspath(path)
-        # tempfile's own files are for their owner alone, and so would be what replaces `path`.
-        unfinished = os.path.join(os.path.dirname(path), f"{os.urandom(8).hex()}.part")
-        try:
-            with open(unfinished, "xb") as file:
-                np.savez(file, allow_pickle=False, **members)
-            os.replace(unfinished, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(unfinished)
-            raise
+        with libraries.current_device(self.signs):
+            files.write(
+                path, self.scales, self.signs, self.bits, self.channel_axis, self.group_size
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BinaryCode:
@@ -285,15 +259,10 @@ class BinaryCode:
             If there is no such file.
         ValueError
             If the file is damaged, truncated or no BinaryCode. Sizes are checked against the
-            file's own length before anything is allocated, and nothing is unpickled.
+            file's own length before anything is allocated, members of other names or of the same
+            name are refused, and nothing is unpickled.
         """
-        with open(path, "rb") as file:
-            try:
-                members = files._read_members(file)
-                return cls(**files._decode(members))
-            # Damage shows in many ways: tokenize's own errors, MemoryError for a shape, ...
-            except Exception as error:
-                raise ValueError(f"{os.fspath(path)!r} is no intact BinaryCode: {error}") from error
+        return cls(**files.read(path))
 
 
 def assemble(scales: Array, signs: Array, entries: Any, rows: Rows) -> BinaryCode:

@@ -60,12 +60,18 @@ def like(name: str, value: object, x: Array, x_name: str = "x") -> Array:
 
 
 def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
-    """`out` if it can take a result of x's shape, or a new array where `out` is None."""
+    """`out` if it can take a result of x's shape, or a new array where `out` is None.
+
+    Of a subclass of NumPy's arrays it is a plain view: its own indexing is none of the work's, and
+    compiled loops would take it for what it is not.
+    """
     dtype = x.dtype if dtype is None else np.dtype(dtype)
     if out is None:
         return libraries.result(x.shape, dtype, x)
     if not (libraries.on_device(out) or isinstance(out, np.ndarray)):
         raise TypeError(f"out must be an array, got {type(out).__qualname__}")
+    if isinstance(out, np.ma.MaskedArray):
+        raise TypeError("out is a masked array, whose mask would not change: use out.data")
     libraries.check_same("out", out, x)
     if out.dtype != dtype:
         raise TypeError(f"out has dtype {out.dtype}, but the result has dtype {dtype}")
@@ -84,7 +90,7 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
             f"no other addresses, got the address {libraries._address(out):#x} "
             f"and strides {out.strides}"
         )
-    return out
+    return out if libraries.on_device(out) else np.asarray(out)
 
 
 def _overlaps_itself(array: Array) -> bool:

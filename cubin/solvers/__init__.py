@@ -26,7 +26,7 @@ LARGEST_BLOCK = 1 << 20
 """The most of them, where all elements have as many bits and the same importance: while Python is
 between two, other threads wait for it."""
 
-COMPILED = 1 << 18
+COMPILED = 1 << 16
 """Elements from which on compiled loops pay, even if they have to be loaded: sorting takes long.
 
 They round in another way, so that it depends on the size alone which form is taken.

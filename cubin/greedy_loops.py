@@ -12,7 +12,8 @@ from cubin.arrays import Array
 from cubin.host.loops import (
     in_work_dtype,
     keep,
-    keep_hot,
+    keep_hot_in_place,
+    keep_in_place,
     loop,
     magnitude_sum,
     map_of,
@@ -36,14 +37,20 @@ def _find_scales(
     chunk, sums, lanes = uncounted(chunk, sums, lanes)
     zero = x.dtype.type(0)
     source, taken, count = x, zero, x.size
+    if bits.size:
+        keep(x, zero, m)
+        source = m
     for level in range(scales.size):
         if level:
             taken = scales[level - 1]
         if bits.size:
-            count = keep_hot(source, taken, bits, level, m)
-            source, taken = m, zero
+            count = keep_hot_in_place(m, taken, bits, level)
+            taken = zero
         elif 0 < level < scales.size - 1:  # the first and the last need not be kept
-            keep(source, taken, m)
+            if level == 1:
+                keep(x, taken, m)
+            else:
+                keep_in_place(m, taken)
             source, taken = m, zero
         total = magnitude_sum(source, taken, chunk, sums, lanes)
         scales[level] = x.dtype.type(total / count) if count else zero
@@ -69,12 +76,13 @@ def _level_sum(
     for start in range(0, x.size, CHUNK):
         source, hot = x[start : start + CHUNK], bits[start : start + CHUNK]
         left, taken = m[: source.size], x.dtype.type(0)
+        if bits.size or scales.size:
+            keep(source, taken, left)
+            source = left
         for level in range(scales.size):
-            keep(source, scales[level], left)
-            source = left
+            keep_in_place(left, scales[level])
         if bits.size:
-            count += keep_hot(source, taken, hot, scales.size, left)
-            source = left
+            count += keep_hot_in_place(left, taken, hot, scales.size)
         total += magnitude_sum(source, taken, chunk, sums, lanes)
     return total, count if bits.size else x.size
 

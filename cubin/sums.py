@@ -20,6 +20,9 @@ COLUMNS = 16
 
 LANES = 8
 
+SHORT = 1 << 7
+"""Fewer numbers are not cut into columns, which would fill no vectors."""
+
 UNIT = 1 / COLUMNS
 """In units of 1 / UNIT no column overflows."""
 
@@ -51,7 +54,7 @@ def _row_sums(m: Array) -> Array:
 
 def _in_columns(m: Array) -> Array:
     """The sums of the columns of chunks, (rows, chunks, n), and what fills none, row by row."""
-    width = m.shape[-1] // COLUMNS
+    width = m.shape[-1] // COLUMNS if m.shape[-1] >= SHORT else 0
     whole, half = COLUMNS * width, COLUMNS // 2
     columns = m[..., :whole].reshape(*m.shape[:-1], COLUMNS, width)
     sums = blocks.spare("columns", (*m.shape[:-1], half, width), m.dtype)

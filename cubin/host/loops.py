@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from cubin import arrays, blocks
 from cubin.arrays import Array
-from cubin.sums import CHUNK, COLUMNS, LANES, UNIT
+from cubin.sums import CHUNK, COLUMNS, LANES, SHORT, UNIT
 
 
 def loop(function: Callable[..., Any]) -> Any:
@@ -113,7 +113,7 @@ def sum_of_lanes(lanes: Array) -> float:
 
 @part
 def _add_chunk(x: Array, taken: float, sums: Array, lanes: Array) -> None:
-    width = x.size // COLUMNS
+    width = x.size // COLUMNS if x.size >= SHORT else 0
     whole, size = COLUMNS * width, x.size - (COLUMNS - 1) * width
     _add_columns(x, taken, sums[:width])
     for j in range(whole, x.size):
@@ -123,19 +123,30 @@ def _add_chunk(x: Array, taken: float, sums: Array, lanes: Array) -> None:
 
 @part
 def keep(x: Array, taken: float, m: Array) -> None:
-    """Write what is left of magnitudes once a scale is taken off; `m` may be `x`."""
+    """Write what is left of magnitudes once a scale is taken off."""
     for j in range(m.size):
         m[j] = abs(abs(x[j]) - taken)
 
 
+# A loop on two arrays that are the same is not vectorized: in place there is one.
+
+
 @part
-def keep_hot(x: Array, taken: float, bits: Array, level: int, m: Array) -> int:
+def keep_in_place(m: Array, taken: float) -> None:
+    """The same, where the magnitudes were."""
+    for j in range(m.size):
+        m[j] = abs(m[j] - taken)
+
+
+@part
+def keep_hot_in_place(m: Array, taken: float, bits: Array, level: int) -> int:
     """The same where an element has a code at a level, and 0 elsewhere; give the number of them."""
     # In 32 bits: wider than the elements they would halve the lanes.
     number, count, zero = np.int32(level), np.int32(0), m.dtype.type(0)
     for j in range(m.size):
+        left = abs(m[j] - taken)
         hot = np.int32(bits[j]) > number
-        m[j] = abs(abs(x[j]) - taken) if hot else zero
+        m[j] = left if hot else zero
         count = np.int32(count + hot)
     return int(count)
 

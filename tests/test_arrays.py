@@ -238,7 +238,7 @@ def test_elements_of_a_result_share_no_memory(xp):
         if xp is np:  # whose views of this kind are read-only
             out = np.lib.stride_tricks.as_strided(memory, out.shape, out.strides)
         for function in (cubin.sign, lambda x, out: cubin.multibit(x, 1, out=out)):
-            with pytest.raises(ValueError, match="out of shape .* share memory"):
+            with pytest.raises(ValueError, match=r"out of shape .* share memory"):
                 function(x, out=out)
     nothing = xp.zeros((2, 2))[:, :0]
     empty = xp.broadcast_to(nothing[:1], (2, 0)) if xp is not np else np.zeros((2, 0))

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numbers
 
-from cubin.core.sums import CHUNK, COLUMNS, magnitude_sums
+from cubin.core.sums import CHUNK, COLUMNS, LANES, SHORT, magnitude_sums
 
 try:
     from cubin.core.host import loops
@@ -62,13 +62,17 @@ def by_halves(values, kind):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_order(rng, dtype, size):
     m = np.abs(rng.normal(size=size) * np.exp(3 * rng.normal(size=size))).astype(dtype)
-    total = 0.0
+    lanes, turn = [0.0] * LANES, 0
     for start in range(0, size, CHUNK):
         chunk = m[start : start + CHUNK]
-        width = len(chunk) // COLUMNS
+        width = len(chunk) // COLUMNS if len(chunk) >= SHORT else 0
         whole = chunk[: COLUMNS * width].reshape(COLUMNS, width)
         columns = [by_halves(column, m.dtype.type) for column in whole.T]
-        total += by_halves([*columns, *chunk[COLUMNS * width :]], np.float64)
+        for number in [*columns, *chunk[COLUMNS * width :]]:
+            lanes[turn % LANES] += float(number)
+            turn += 1
+    a, b, c, d, e, f, g, h = lanes
+    total = ((a + b) + (c + d)) + ((e + f) + (g + h))
     assert add(m) == total
 
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
-    count_hot,
     in_work_dtype,
     keep,
-    keep_hot,
+    keep_hot_in_place,
+    keep_in_place,
     loop,
     magnitude_sum,
     map_of,
@@ -30,55 +30,60 @@ from cubin.core.sums import CHUNK
 
 @loop
 def _find_scales(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, lanes: Array
 ) -> None:
     """Write the scales of a row; `m`, of its length, is overwritten."""
     x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, sums, wide = uncounted(chunk, sums, wide)
+    chunk, sums, lanes = uncounted(chunk, sums, lanes)
     zero = x.dtype.type(0)
     source, taken, count = x, zero, x.size
+    if bits.size:
+        keep(x, zero, m)
+        source = m
     for level in range(scales.size):
         if level:
             taken = scales[level - 1]
         if bits.size:
-            keep_hot(source, taken, bits, level, m)
-            count = count_hot(bits, level)
-            source, taken = m, zero
+            count = keep_hot_in_place(m, taken, bits, level)
+            taken = zero
         elif 0 < level < scales.size - 1:  # the first and the last need not be kept
-            keep(source, taken, m)
+            if level == 1:
+                keep(x, taken, m)
+            else:
+                keep_in_place(m, taken)
             source, taken = m, zero
-        total = magnitude_sum(source, taken, chunk, sums, wide)
+        total = magnitude_sum(source, taken, chunk, sums, lanes)
         scales[level] = x.dtype.type(total / count) if count else zero
 
 
 @loop
 def _level_scales(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, lanes: Array
 ) -> None:
     x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, sums, wide = uncounted(chunk, sums, wide)
+    chunk, sums, lanes = uncounted(chunk, sums, lanes)
     for row in range(len(x)):
-        _find_scales(x[row], bits[row], scales[row], m, chunk, sums, wide)
+        _find_scales(x[row], bits[row], scales[row], m, chunk, sums, lanes)
 
 
 @loop
 def _level_sum(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, lanes: Array
 ) -> tuple[float, int]:
     """The sum of what the scales leave of a piece of a row, and the number of its elements."""
-    x, bits, m, chunk, sums, wide = uncounted(x, bits, m, chunk, sums, wide)
+    x, bits, m, chunk, sums, lanes = uncounted(x, bits, m, chunk, sums, lanes)
     total, count = 0.0, 0
     for start in range(0, x.size, CHUNK):
         source, hot = x[start : start + CHUNK], bits[start : start + CHUNK]
         left, taken = m[: source.size], x.dtype.type(0)
+        if bits.size or scales.size:
+            keep(source, taken, left)
+            source = left
         for level in range(scales.size):
-            keep(source, scales[level], left)
-            source = left
+            keep_in_place(left, scales[level])
         if bits.size:
-            keep_hot(source, taken, hot, scales.size, left)
-            source = left
-            count += count_hot(hot, scales.size)
-        total += magnitude_sum(source, taken, chunk, sums, wide)
+            count += keep_hot_in_place(left, taken, hot, scales.size)
+        total += magnitude_sum(source, taken, chunk, sums, lanes)
     return total, count if bits.size else x.size
 
 
@@ -140,30 +145,57 @@ def _negate(x: Array, n: Array) -> None:
 
 
 @part
-def _add_level(n: Array, scale: float, stored: float, y: Array) -> None:
+def _add_four(n: Array, scales: Array, stored: Array, first: int, y: Array) -> None:
+    """Add four levels, of which those that are missing have the scale 0 and change nothing."""
+    a, b, c, d = _four(scales, first)
+    p, q, r, s = _four(stored, first)
     for j in range(y.size):
-        positive = n[j] < 0
-        y[j] += stored if positive else -stored
-        n[j] += scale if positive else -scale
+        left, total = n[j], y[j]
+        total += _step(left, p)
+        left += _step(left, a)
+        total += _step(left, q)
+        left += _step(left, b)
+        total += _step(left, r)
+        left += _step(left, c)
+        total += _step(left, s)
+        n[j], y[j] = left + _step(left, d), total
 
 
 @part
-def _add_hot_level(
-    n: Array, bits: Array, level: int, scale: float, stored: float, y: Array
+def _add_hot_four(
+    n: Array, bits: Array, scales: Array, stored: Array, first: int, y: Array
 ) -> None:
-    number = np.int32(level)
+    a, b, c, d = _four(scales, first)
+    p, q, r, s = _four(stored, first)
+    zero, start = y.dtype.type(0), np.int32(first)
     for j in range(y.size):
-        positive = n[j] < 0
-        step = stored if positive else -stored
-        y[j] += step if np.int32(bits[j]) > number else y.dtype.type(0)
-        n[j] += scale if positive else -scale
+        left, total, more = n[j], y[j], np.int32(np.int32(bits[j]) - start)
+        total += _step(left, p) if more > np.int32(0) else zero
+        left += _step(left, a)
+        total += _step(left, q) if more > np.int32(1) else zero
+        left += _step(left, b)
+        total += _step(left, r) if more > np.int32(2) else zero
+        left += _step(left, c)
+        total += _step(left, s) if more > np.int32(3) else zero
+        n[j], y[j] = left + _step(left, d), total
+
+
+@part
+def _four(scales: Array, first: int) -> tuple[float, float, float, float]:
+    zero, levels = scales.dtype.type(0), scales.size
+    return (
+        scales[first],
+        scales[first + 1] if first + 1 < levels else zero,
+        scales[first + 2] if first + 2 < levels else zero,
+        scales[first + 3] if first + 3 < levels else zero,
+    )
 
 
 @loop
 def _write(x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y: Array) -> None:
     """Write the sum of the levels of a row, with the scales as stored.
 
-    Without a map they are stored as they are found, up to four levels take one pass.
+    Without a map and where they are stored as they are found, up to four levels take one pass.
     """
     x, bits, scales, stored = uncounted(x, bits, scales, stored)
     chunk, y = uncounted(chunk, y)
@@ -185,11 +217,11 @@ def _write(x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y:
             n = chunk[: some.size]
             _negate(x[start : start + CHUNK], n)
             some[:] = 0
-            for level in range(levels):
+            for first in range(0, levels, 4):
                 if bits.size:
-                    _add_hot_level(n, hot, level, scales[level], stored[level], some)
+                    _add_hot_four(n, hot, scales, stored, first, some)
                 else:
-                    _add_level(n, scales[level], stored[level], some)
+                    _add_four(n, scales, stored, first, some)
 
 
 @loop
@@ -204,13 +236,20 @@ def _approximation(
 
 @loop
 def _approximate_rows(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array, y: Array
+    x: Array,
+    bits: Array,
+    scales: Array,
+    m: Array,
+    chunk: Array,
+    sums: Array,
+    lanes: Array,
+    y: Array,
 ) -> None:
     x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, sums, wide, y = uncounted(chunk, sums, wide, y)
+    chunk, sums, lanes, y = uncounted(chunk, sums, lanes, y)
     for row in range(len(x)):
         found = scales[row]
-        _find_scales(x[row], bits[row], found, m, chunk, sums, wide)
+        _find_scales(x[row], bits[row], found, m, chunk, sums, lanes)
         _write(x[row], bits[row], found, found, chunk, y[row])
 
 
@@ -231,14 +270,14 @@ def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) ->
 
 @loop
 def _encode_rows(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, wide: Array,
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, lanes: Array,
     signs: Array,
 ) -> None:  # fmt: skip
     x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, sums, wide, signs = uncounted(chunk, sums, wide, signs)
+    chunk, sums, lanes, signs = uncounted(chunk, sums, lanes, signs)
     for row in range(len(x)):
         found, own = scales[row], bits[row]
-        _find_scales(x[row], own, found, m, chunk, sums, wide)
+        _find_scales(x[row], own, found, m, chunk, sums, lanes)
         for start in range(0, x.shape[1], CHUNK):
             some = x[row, start : start + CHUNK]
             n = chunk[: some.size]

@@ -21,7 +21,7 @@ _CUDA = source(__file__)
 MAX_LEVELS = 4
 """From here on sorting pays: the thresholds double with every level."""
 
-LOOPS_FROM = 1 << 18
+LOOPS_FROM = 1 << 16
 """Elements from which on compiled loops work, whatever is loaded: they round in another way."""
 
 ROOM: teams.Room = ((16, 12, 8), (16, 12, 8), (8, 8, 4))

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from cubin.core import floats, memory
 from cubin.core.libraries import Array
-from cubin.core.sums import CHUNK, COLUMNS, UNIT
+from cubin.core.sums import CHUNK, COLUMNS, LANES, SHORT, UNIT
 
 
 class _Cache(FunctionCache):
@@ -121,59 +121,75 @@ def _add_columns(x: Array, taken: float, sums: Array) -> None:
 
 
 @part
-def add_up(values: Array) -> float:
-    """The sum of float64 numbers by halves, which overwrites them; 0 if there are none."""
-    count = values.size
-    if not count:
-        return 0.0
-    while count > 1:
-        half = (count + 1) // 2
-        low, high = values[: count - half], values[half:count]
-        for j in range(low.size):
-            low[j] += high[j]
-        count = half
-    return float(values[0])
+def add_to_lanes(sums: Array, size: int, lanes: Array) -> None:
+    """Add the first `size` numbers to the float64 lanes in turn; zeros are written after them."""
+    end = -(-size // LANES) * LANES
+    for j in range(size, end):
+        sums[j] = 0
+    a, b, c, d = lanes[0], lanes[1], lanes[2], lanes[3]
+    e, f, g, h = lanes[4], lanes[5], lanes[6], lanes[7]
+    for j in range(0, end, LANES):
+        a += np.float64(sums[j])
+        b += np.float64(sums[j + 1])
+        c += np.float64(sums[j + 2])
+        d += np.float64(sums[j + 3])
+        e += np.float64(sums[j + 4])
+        f += np.float64(sums[j + 5])
+        g += np.float64(sums[j + 6])
+        h += np.float64(sums[j + 7])
+    lanes[0], lanes[1], lanes[2], lanes[3] = a, b, c, d
+    lanes[4], lanes[5], lanes[6], lanes[7] = e, f, g, h
 
 
 @part
-def _chunk_sum(x: Array, taken: float, sums: Array, wide: Array) -> float:
-    width = x.size // COLUMNS
+def sum_of_lanes(lanes: Array) -> float:
+    """The sum of the lanes, by neighbours."""
+    low = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
+    return float(low + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7])))
+
+
+@part
+def _add_chunk(x: Array, taken: float, sums: Array, lanes: Array) -> None:
+    width = x.size // COLUMNS if x.size >= SHORT else 0
     whole, size = COLUMNS * width, x.size - (COLUMNS - 1) * width
     _add_columns(x, taken, sums[:width])
-    for j in range(width):
-        wide[j] = sums[j]
     for j in range(whole, x.size):
-        wide[width + j - whole] = abs(abs(x[j]) - taken)
-    return float(add_up(wide[:size]))
+        sums[width + j - whole] = abs(abs(x[j]) - taken)
+    add_to_lanes(sums, size, lanes)
 
 
 @part
 def keep(x: Array, taken: float, m: Array) -> None:
-    """Write what is left of magnitudes once a scale is taken off; `m` may be `x`."""
+    """Write what is left of magnitudes once a scale is taken off."""
     for j in range(m.size):
         m[j] = abs(abs(x[j]) - taken)
 
 
+# A loop on two arrays that are the same is not vectorized: in place there is one.
+
+
 @part
-def keep_hot(x: Array, taken: float, bits: Array, level: int, m: Array) -> None:
-    """The same where an element has a code at a level; 0 elsewhere."""
-    number = np.int32(level)  # wider than the elements it would halve the lanes
+def keep_in_place(m: Array, taken: float) -> None:
+    """The same, where the magnitudes were."""
     for j in range(m.size):
-        left = abs(abs(x[j]) - taken)
-        m[j] = left if np.int32(bits[j]) > number else m.dtype.type(0)
+        m[j] = abs(m[j] - taken)
 
 
 @part
-def count_hot(bits: Array, level: int) -> int:
-    """How many elements have a code at a level."""
-    number, count = np.int32(level), np.int32(0)
-    for j in range(bits.size):
-        count = np.int32(count + (np.int32(bits[j]) > number))
+def keep_hot_in_place(m: Array, taken: float, bits: Array, level: int) -> int:
+    """The same where an element has a code at a level, and 0 elsewhere; give the number of them."""
+    # In 32 bits: wider than the elements they would halve the lanes.
+    number, count, zero = np.int32(level), np.int32(0), m.dtype.type(0)
+    for j in range(m.size):
+        left = abs(m[j] - taken)
+        hot = np.int32(bits[j]) > number
+        m[j] = left if hot else zero
+        count = np.int32(count + hot)
     return int(count)
 
 
 @part
-def magnitude_sum(x: Array, taken: float, m: Array, sums: Array, wide: Array) -> float:
+def magnitude_sum(x: Array, taken: float, m: Array, sums: Array, lanes: Array) -> float:
     """The sum of ``abs(abs(x) - taken)``, in float64.
 
     Parameters
@@ -181,13 +197,13 @@ def magnitude_sum(x: Array, taken: float, m: Array, sums: Array, wide: Array) ->
     x : array of float32 or float64, shape (n,)
     taken : number of x's dtype
     m : array of x's dtype, shape (CHUNK,)
-    sums : array of x's dtype, shape (CHUNK // COLUMNS,)
-    wide : array of float64, shape (CHUNK // COLUMNS + COLUMNS,)
+    sums : array of x's dtype, shape (CHUNK // COLUMNS + COLUMNS,)
+    lanes : array of float64, shape (LANES,)
         All three are overwritten; `x` may be the first of them.
     """
     total, unit = np.inf, 1.0
     while total == np.inf and unit >= UNIT:
-        total = 0.0
+        lanes[:] = 0
         for start in range(0, x.size, CHUNK):
             some, less = x[start : start + CHUNK], taken
             if unit < 1:  # perhaps a column overflows: in smaller units none does
@@ -195,19 +211,18 @@ def magnitude_sum(x: Array, taken: float, m: Array, sums: Array, wide: Array) ->
                 for j in range(some.size):
                     small[j] = abs(abs(some[j]) - taken) * x.dtype.type(UNIT)
                 some, less = small, x.dtype.type(0)
-            total += _chunk_sum(some, less, sums, wide)
-        total /= unit
+            _add_chunk(some, less, sums, lanes)
+        total = sum_of_lanes(lanes) / unit
         unit *= UNIT
     return total
 
 
 def scratch(dtype: Any) -> tuple[Array, Array, Array]:
-    """What `magnitude_sum` works with: `m`, `sums` and `wide`."""
-    width = CHUNK // COLUMNS
+    """What `magnitude_sum` works with: `m`, `sums` and `lanes`."""
     return (
         memory.scratch("chunk", (CHUNK,), dtype),
-        memory.scratch("sums", (width,), dtype),
-        memory.scratch("wide", (width + COLUMNS,), np.float64),
+        memory.scratch("sums", (CHUNK // COLUMNS + COLUMNS,), dtype),
+        memory.scratch("lanes", (LANES,), np.float64),
     )
 
 

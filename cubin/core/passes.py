@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,15 @@ def form(primitive: Primitive, x: Array) -> Callable[..., None]:
 def takes_whole_rows(primitive: Raw, rows: Rows, x: Array, bits: Bits) -> bool:
     """Whether `whole_rows` can run a primitive on `x`.
 
-    On a device a team of threads must hold a row, on the host a block of the cache.
+    On a device a team of threads must hold a row, on the host a block of the cache. Where a
+    primitive has loops of its own way, its body is no way for large arrays.
     """
     if not x.size or not bits.levels:
         return False
     if libraries.on_device(x):
         return primitive.launch.takes(rows.length, x.dtype, bits.levels, bits.mapped)
-    return rows.length <= blocks.BLOCK
+    body_alone = primitive.loops_from is not None and form(primitive, x) is primitive.function
+    return rows.length <= blocks.BLOCK and not body_alone
 
 
 def whole_rows(
@@ -192,14 +195,28 @@ def for_each_part(task: Callable[..., None], rows: Rows, *inputs: Any) -> None:
     _over([_ALL] if device else list(_parts(rows)), task, rows, inputs, device)
 
 
-def for_each_searched(task: Callable[..., None], rows: Rows, states: int, *inputs: Any) -> None:
+def search_loops(module: ModuleType, x: Array, states: int) -> Any:
+    """The compiled loops beside a module for a search over `x`, or None.
+
+    They pay sooner the more states there are.
+    """
+    if libraries.on_device(x) or not blocks.pays(x.size * states):
+        return None
+    return blocks.loops(module.__name__)
+
+
+def for_each_searched(
+    task: Callable[..., None], rows: Rows, states: int, *inputs: Any, compiled: bool = False
+) -> None:
     """Call ``task(part, *inputs)`` for blocks of whole rows, also of long ones.
 
     A search keeps several arrays of the size of its rows, or of `states` for each row: blocks are
-    as large as its memory allows.
+    as large as its memory allows. If it is compiled they fit the cache, in which rows are sorted.
     """
     device = any(map(libraries.on_device, inputs))
     block = SEARCHED_ON_DEVICE if device else SEARCHED
+    if compiled:
+        block = blocks.sorted_block(rows.count * rows.length)
     # Rows that `for_each_part` cuts into pieces come one by one, as there.
     rows_at_once = 1 if is_long(rows, inputs[0]) else block // max(rows.length, states)
     parts = list(_blocks_of_rows(rows, rows_at_once * rows.length))

@@ -14,7 +14,7 @@ from cubin.core.libraries import Array
 from cubin.core.passes import Part
 from cubin.core.primitives import Raw
 from cubin.core.rows import Rows
-from cubin.solvers import greedy, search, search_rows
+from cubin.solvers import greedy, search, search_rows, sorted_rows
 from cubin.solvers.lookup import Fit
 from cubin.solvers.solver import SOLVERS, Solver, solver_of
 from cubin.solvers.sorted_rows import Magnitudes
@@ -88,7 +88,7 @@ def _on_whole_rows(
     """The primitive on whole rows that does what a solver does, if there is one."""
     if solver.name == "greedy":
         return greedily, (bits.levels,)
-    if solver.name == "optimal" or importance is not None:
+    if solver.name == "optimal" or importance is not None or bits.levels > search_rows.MAX_LEVELS:
         return None, ()
     most = search.MAX_ITERATIONS + 1
     iterations = most if solver.iterations is None else solver.iterations
@@ -108,12 +108,18 @@ def _search(
         return
     levels = bits.levels
     weights = () if importance is None else (importance,)
-    states = search.STARTS << (levels - 1)
+    loops = passes.search_loops(sorted_rows, x, 1 << levels)
+    if loops is not None and rows.length >= loops.LONGEST:
+        loops = None
+    states = 1 << levels if loops else search.STARTS << (levels - 1)
     fits: dict[int, Fit] = {}
 
     def solve(part: Part, x: Array, bits: Any, weight: Array | None = None) -> None:
-        magnitudes = Magnitudes(x, bits, levels, weight)
-        fit = Fit(magnitudes, search.cells(magnitudes, levels, solver), levels)
+        if loops is not None:
+            fit = loops.Fit(x, bits, levels, weight, solver)
+        else:
+            magnitudes = Magnitudes(x, bits, levels, weight)
+            fit = Fit(magnitudes, search.cells(magnitudes, levels, solver), levels)
         if long:
             fits[part.rows.start] = fit
         else:
@@ -121,7 +127,9 @@ def _search(
 
     # The elements of a long row are finished by several threads.
     long = passes.is_long(rows, x)
-    passes.for_each_searched(solve, rows, states, x, bits.values, *weights)
+    passes.for_each_searched(
+        solve, rows, states, x, bits.values, *weights, compiled=loops is not None
+    )
     if long:
 
         def finish_piece(part: Part, x: Array, bits: Any) -> None:

@@ -15,25 +15,25 @@ MAX_ITERATIONS = 1000
 """Where alternating to convergence stops at the latest."""
 
 # How often every start of the search alternates, and the best of them, before a level is added.
-_SCREENED = 5
-_SETTLED = 20
+SCREENED = 5
+SETTLED = 20
 
 # The sizes of an added scale, relative to the largest there is.
-_ADDED = 2.0 ** np.arange(-4, 1, 0.5)
+ADDED = 2.0 ** np.arange(-4, 1, 0.5)
 
 # The best scales known for normal samples of variance 1, for each number of levels from 4 on. At 5
 # and 6 they come from some 1e4 random starts, elsewhere from cubin.theory.optimal. Adding one scale
 # at a time misses them by 1 to 5 % of the error.
-_NORMAL = {
+NORMAL = {
     4: (1.1286, 0.7088, 0.5567, 0.2960),
     5: (0.9904, 0.9205, 0.5989, 0.4734, 0.2455),
     6: (0.9328, 0.8948, 0.8559, 0.4483, 0.3359, 0.2222),
     7: (1.2672, 0.6709, 0.6357, 0.6136, 0.3173, 0.2380, 0.1584),
     8: (1.2978, 0.6888, 0.6493, 0.5887, 0.3239, 0.2941, 0.2438, 0.1626),
 }
-_NORMAL_MEAN = (2 / np.pi) ** 0.5
+NORMAL_MEAN = (2 / np.pi) ** 0.5
 
-STARTS = len(_ADDED) + 1
+STARTS = len(ADDED) + 1
 """The most scales for a row that a solver alternates at a time."""
 
 
@@ -83,20 +83,20 @@ def optimal(magnitudes: Magnitudes, levels: int) -> dict[int, Cells]:
     mean = best[0]
     for count in range(2, levels + 1):
         largest = best.max(axis=0, keepdims=True)
-        starts = [xp.concatenate([best, size * largest]) for size in _ADDED]
+        starts = [xp.concatenate([best, size * largest]) for size in ADDED]
         if count == 2:
             starts.append(_best_pair(magnitudes))
-        if count in _NORMAL:
-            starts.append(xp.asarray(_NORMAL[count])[:, None] * (mean / _NORMAL_MEAN))
+        if count in NORMAL:
+            starts.append(xp.asarray(NORMAL[count])[:, None] * (mean / NORMAL_MEAN))
         values = xp.concatenate(starts, axis=1)
         unknown = Scales(values, xp.full(values.shape[1], -np.inf))
-        found = [_best(magnitudes, _alternated(magnitudes, unknown, _SCREENED))]
+        found = [_best(magnitudes, _alternated(magnitudes, unknown, SCREENED))]
         # From where the other solvers start, so that none of them ends up better.
         for refit in (False, True):
             cells = _successive(magnitudes, count, refit=refit)
             found.append(_fitted(magnitudes, cells, count))
         together = Scales(*(xp.concatenate(part, axis=-1) for part in zip(*found, strict=True)))
-        iterations = MAX_ITERATIONS if count == levels else _SETTLED
+        iterations = MAX_ITERATIONS if count == levels else SETTLED
         best = _best(magnitudes, _alternated(magnitudes, together, iterations)).values
     return _nearest(magnitudes, best)
 

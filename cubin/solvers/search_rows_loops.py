@@ -30,14 +30,12 @@ from cubin.core.host.loops import (
 )
 from cubin.core.libraries import Array
 from cubin.core.sums import LANES
-from cubin.solvers import search_rows
+from cubin.solvers import search_rows, sorted_rows_loops
 from cubin.solvers.codebook import DEPENDENT
+from cubin.solvers.solver import Solver
 
 CHUNK = 1 << 13
 """Elements that stay in the first cache while they are added up above one edge after the other."""
-
-MAX_LEVELS = 4
-"""From here on sorting pays, since the edges double with every level."""
 
 LONGEST_KEPT = 1 << 19
 """Elements of the longest row whose magnitudes are kept; else they are found chunk by chunk."""
@@ -379,8 +377,13 @@ def give(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> Non
 
 
 def _takes(x: Array, bits: Any, levels: int) -> bool:
-    """Whether there are loops for such rows: from 5 levels on sorting pays."""
-    return x.dtype != np.float64 and np.ndim(bits) == 0 and levels <= MAX_LEVELS
+    """Whether there are loops for such rows; others are sorted."""
+    return x.dtype != np.float64 and np.ndim(bits) == 0 and levels <= search_rows.MAX_LEVELS
+
+
+def _sorted(x: Array, bits: Any, levels: int, refit: bool, iterations: int) -> Any:
+    solver = Solver("refined" if refit else "alternating", levels, refit, iterations)
+    return sorted_rows_loops.Fit(x, bits, levels, None, solver)
 
 
 def _fitted(x: Array, levels: int, refit: bool, iterations: int) -> tuple[Array, Array, Array]:
@@ -398,7 +401,7 @@ def reconstruct_rows(
 ) -> None:
     """`search_rows.reconstruct_rows`."""
     if not _takes(x, bits, levels):
-        search_rows.reconstruct_rows.function(x, bits, levels, refit, iterations, y=y)
+        _sorted(x, bits, levels, refit, iterations).approximate(x, bits, y)
         return
     wide = in_work_dtype(x)
     scales, edges, codes = _fitted(wide, levels, refit, iterations)
@@ -415,9 +418,11 @@ def solve_rows(
 ) -> None:
     """`search_rows.solve_rows`."""
     if not _takes(x, bits, levels):
-        search_rows.solve_rows.function(
-            x, bits, levels, refit, iterations, scales=scales, signs=signs
-        )
+        fit = _sorted(x, bits, levels, refit, iterations)
+        scales[...] = fit.scales
+        code = fit.codes(x, bits)
+        for level in range(levels):
+            level_signs(code, bits, np.uint8(level), sign=signs[level])
         return
     wide = in_work_dtype(x)
     found, edges, codes = _fitted(wide, levels, refit, iterations)

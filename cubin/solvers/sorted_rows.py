@@ -60,12 +60,15 @@ class Magnitudes:
         magnitude = xp.abs(conversions.computable(x), out=xp.empty(x.shape, dtype))
         if mapped:
             magnitude = xp.where(bits > 0, magnitude, 0)
-        self.unit, self.valid = _unit(xp, magnitude)
+        self.unit, self.valid = power_of_two(xp, magnitude)
         magnitude /= self.unit
         magnitude[~self.valid] = 0
-        weight = None if importance is None else _weights(xp, importance, bits)
+        weight = None if importance is None else relative_weights(xp, importance, bits)
         if mapped or weight is not None:
-            order = xp.argsort(magnitude, axis=1)
+            # Sums of weights depend on the order of equal magnitudes, which processors have their
+            # own of where a sort is not stable.
+            kind: Any = None if weight is None else "stable"
+            order = xp.argsort(magnitude, axis=1, kind=kind)
             if mapped:
                 by_bits = xp.argsort(xp.take_along_axis(bits, order, 1), axis=1, kind="stable")
                 order = xp.take_along_axis(order, by_bits, 1)
@@ -91,6 +94,7 @@ class Magnitudes:
         xp, columns = self.xp, self.length + 1
         start = self._starts[depth - self.depths[0]]
         at = xp.arange(self.count) * columns + start
+        there = [total[:, None] for total in self.totals(depth)]
         first = self._first.reshape(self.count, columns)
         step = max(1, CHUNK // self.count)
         for begin in range(0, columns, step):
@@ -102,7 +106,10 @@ class Magnitudes:
             else:
                 mass = self._mass.reshape(self.count, columns)
                 number = mass[:, cut] - xp.take(self._mass, at)[:, None]
-            yield xp.maximum(number, 0), xp.maximum(below, 0)
+            # Nothing lies below the first of these elements, and all of them below what follows.
+            sums = zip((number, below), there, strict=True)
+            number, below = (xp.minimum(xp.maximum(part, 0), every) for part, every in sums)
+            yield number, below
 
     def sums(self, rows: Array, depth: int, thresholds: Array) -> tuple[Array, Array]:
         """The weights, and the weighted magnitudes, added up over the cells of some rows.
@@ -143,7 +150,7 @@ class Magnitudes:
         return found - base
 
 
-def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:
+def power_of_two(xp: Any, magnitude: Array) -> tuple[Array, Array]:
     """A power of two near each row's maximum, 1 where that is not finite; and where it is."""
     top = magnitude.max(axis=1, keepdims=True)
     valid = xp.isfinite(top)
@@ -154,12 +161,12 @@ def _unit(xp: Any, magnitude: Array) -> tuple[Array, Array]:
     return xp.where(valid, power, 1), valid[:, 0]
 
 
-def _weights(xp: Any, importance: Array, bits: Any) -> Array:
+def relative_weights(xp: Any, importance: Array, bits: Any) -> Array:
     """Weights below 2 in float64: 0 for elements without bits, 1 in a row of zeros."""
     weight = conversions.widened(importance)
     if np.ndim(bits):
         weight[bits == 0] = 0
-    weight /= _unit(xp, weight)[0]
+    weight /= power_of_two(xp, weight)[0]
     weight[~weight.any(axis=1)] = 1
     return weight
 

@@ -54,6 +54,9 @@ WHOLE_ROWS = 1 << 20
 COMPILED_ROWS = (1 << 21, 1 << 23)
 """The fewest and the most bytes for compiled loops, which go through it row by row."""
 
+SORTED_BLOCK = (1 << 14, 1 << 17)
+"""The fewest and the most elements of a block of rows that compiled loops sort."""
+
 _BUFFER = 1 << 10
 """NumPy's ufunc buffer, in elements. Broadcasting along a row is twice as fast once the row is
 longer than this."""
@@ -263,6 +266,12 @@ def rows_block(size: int, itemsize: int) -> int:
         return WHOLE_ROWS // itemsize
     least, most = COMPILED_ROWS
     return min(max(least, portion(size) * itemsize), most) // itemsize
+
+
+def sorted_block(size: int) -> int:
+    """Elements of a block of rows that are sorted, of an array of `size` elements."""
+    least, most = SORTED_BLOCK
+    return min(max(least, portion(size)), most)
 
 
 def elements_block(size: int) -> int:

@@ -1,0 +1,936 @@
+"""The solvers on sorted rows as Numba compiles them, a row at a time.
+
+They do what `cubin.solvers.search` does with many rows at once, for any number of levels, bit maps
+and importance: the same operations in the same order. A row is on its own throughout, so that
+neither the number of threads nor the rows beside it change a result. Nothing is reassociated or
+contracted, so that the processor does not either.
+
+The cells of elements with r levels are those from 2^(r-1) on, 2^(r-1) of them, in arrays that hold
+the cells of all numbers of levels. `lower` has the edge below each cell; a magnitude equal to it
+lies in the cell before. The first cell of each run has none, and what stands there is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba.extending import overload
+
+from cubin.core.floats import as_integers
+from cubin.core.host.loops import in_work_dtype, loop, read_only, store
+from cubin.core.libraries import Array
+from cubin.solvers import search
+from cubin.solvers.codebook import DEPENDENT
+from cubin.solvers.search import ADDED, NORMAL, NORMAL_MEAN, SCREENED, SETTLED
+from cubin.solvers.solver import Solver
+from cubin.solvers.sorted_rows import power_of_two, relative_weights
+
+CHUNK = 1 << 10
+"""Elements that stay in the first cache while they go through the edges."""
+
+LONGEST = 1 << 32
+"""Elements that a row must be shorter than: half of a sort key holds a position."""
+
+SELECTED = 8
+"""Up to so many cells, their entries are kept in registers."""
+
+COUNTED = 64
+"""Up to so many, comparing with every edge is faster than bisection."""
+
+_TABLED = 8
+"""The most levels for which there is a table of the signs of every code."""
+
+_NORMAL = np.array([[0.0] * 8] * 4 + [[*NORMAL[count], *[0.0] * (8 - count)] for count in NORMAL])
+"""By the number of levels the best scales for normal samples, or 0."""
+
+
+# ---------------------------------------------------------------- rows in order
+
+
+class Block(NamedTuple):
+    """Rows whose magnitudes ascend among the elements with the same number of bits.
+
+    Attributes
+    ----------
+    values : array, shape (rows, n)
+    first : array of float64, shape (rows, n + 1)
+        The running sums of the weighted magnitudes.
+    mass : array of float64, shape (rows, n + 1)
+        The running sums of the weights; (1, 0) where there are none.
+    starts : array of int64, shape (rows, depths + 1)
+        Where the elements with each number of bits start, and where the last ones end. There is
+        one number, or all from 1 on.
+    """
+
+    values: Array
+    first: Array
+    mass: Array
+    starts: Array
+
+
+class Row(NamedTuple):
+    """A row of a `Block`."""
+
+    values: Array
+    first: Array
+    mass: Array
+    starts: Array
+
+
+@loop
+def _add_up(values: Array, first: Array) -> None:
+    """Write the running sums of rows."""
+    for row in range(len(values)):
+        total = 0.0
+        first[row, 0] = total
+        for j in range(values.shape[1]):
+            total += np.float64(values[row, j])
+            first[row, j + 1] = total
+
+
+@loop
+def _add_up_weighted(values: Array, first: Array, mass: Array) -> None:
+    """Write the running sums of weighted rows; `mass` has the weights, from its column 1 on."""
+    for row in range(len(values)):
+        total = weight = 0.0
+        first[row, 0] = mass[row, 0] = total
+        for j in range(values.shape[1]):
+            own = mass[row, j + 1]
+            total += np.float64(values[row, j]) * own
+            weight += own
+            first[row, j + 1] = total
+            mass[row, j + 1] = weight
+
+
+@loop
+def _set_keys(words: Array, keys: Array) -> None:
+    """Numbers in the order of the magnitudes, and of the positions of those that are equal."""
+    for row in range(len(words)):
+        for j in range(words.shape[1]):
+            keys[row, j] = np.uint64(words[row, j]) << np.uint64(32) | np.uint64(j)
+
+
+@loop
+def _place(
+    order: Array, magnitude: Array, bits: Array, weight: Array, starts: Array, values: Array,
+    mass: Array,
+) -> None:  # fmt: skip
+    """Bring magnitudes and weights into order: by the number of bits, then as in `order`.
+
+    `bits` and `weight` are (0, 0) where there are none.
+    """
+    depths = starts.shape[1] - 1
+    following = np.zeros(depths + 2, np.int64)
+    mapped, weighted = len(bits) > 0, len(weight) > 0
+    for row in range(len(magnitude)):
+        following[:] = 0
+        if mapped:
+            for j in range(magnitude.shape[1]):
+                following[bits[row, j] + 1] += 1
+            for depth in range(1, depths + 2):
+                following[depth] += following[depth - 1]
+            for depth in range(1, depths + 2):
+                starts[row, depth - 1] = following[depth]
+        else:
+            starts[row, 0], starts[row, 1] = 0, magnitude.shape[1]
+        for j in range(magnitude.shape[1]):
+            source = order[row, j]
+            own: Any = bits[row, source] if mapped else np.uint8(0)
+            at = following[own]
+            following[own] = at + 1
+            values[row, at] = magnitude[row, source]
+            if weighted:
+                mass[row, at + 1] = weight[row, source]
+
+
+def arrange(magnitude: Array, bits: Array, levels: int, weight: Array) -> Block:
+    """Sort rows.
+
+    Parameters
+    ----------
+    magnitude : array of float32 or float64, shape (rows, n)
+        It is overwritten.
+    bits : array of uint8, shape (rows, n) or (0, 0)
+    levels : int
+    weight : array of float64, shape (rows, n) or (0, 0)
+
+    Returns
+    -------
+    Block
+    """
+    count, length = magnitude.shape
+    first = np.empty((count, length + 1))
+    if not (len(bits) or len(weight)):
+        magnitude.sort(axis=1)
+        _add_up(magnitude, first)
+        starts = np.empty((count, 2), np.int64)
+        starts[:] = 0, length
+        return Block(magnitude, first, np.empty((1, 0)), starts)
+    values = np.empty_like(magnitude)
+    starts = np.empty((count, levels + 1 if len(bits) else 2), np.int64)
+    mass = np.empty((count, length + 1) if len(weight) else (1, 0))
+    order = _order(magnitude, len(weight) > 0)
+    _place(order, magnitude, bits, weight, starts, values, mass)
+    if len(weight):
+        _add_up_weighted(values, first, mass)
+    else:
+        _add_up(values, first)
+    return Block(values, first, mass, starts)
+
+
+def _order(magnitude: Array, weighted: bool) -> Array:
+    """The positions of ascending magnitudes, as uint64.
+
+    The sum of weights depends on the order of equal magnitudes, which only a stable sort has the
+    same on every processor. For float32 there is a faster one: of keys that end on the position.
+    """
+    if magnitude.dtype == np.float32:
+        keys = np.empty(magnitude.shape, np.uint64)
+        _set_keys(as_integers(magnitude), keys)
+        keys.sort(axis=1)
+        keys &= np.uint64(LONGEST - 1)
+        return keys
+    return magnitude.argsort(axis=1, kind="stable" if weighted else None).view(np.uint64)
+
+
+# ---------------------------------------------------------------- least squares
+
+
+class Space(NamedTuple):
+    """What the search of a row works with; nothing of it is kept from one row to the next.
+
+    Attributes
+    ----------
+    lower : array in the dtype of the rows, shape (2^levels,)
+    codes : array of uint16, shape (2^levels,)
+        Those of positive elements.
+    order : array of int64, shape (2^levels,)
+        The numbers of the sums of levels as they were sorted last, from which the next sort
+        starts: its result does not depend on them.
+    sums, sorted_sums : array of float64, shape (cells,)
+    positions : array of uint64, shape (cells + 1,)
+    signs : array of float64, shape (codes, levels)
+        +-1; of one code, the last, if there are more than `_TABLED` levels.
+    products : array of float64, shape (codes, pairs)
+        The products of the signs of level i and a level j before it, at i (i - 1) / 2 + j.
+    diagonal, gram, target : array of float64
+        The normal equations, with pairs as in `products`.
+    cell_gram, cell_target : array of float64
+        The part in them of the elements with one number of bits.
+    factor : array of float64, shape (levels, levels)
+    inverse : array of float64, shape (levels,)
+    found : array of float64, shape (levels,)
+        The scales of least squares, which may be negative.
+    """
+
+    lower: Array
+    codes: Array
+    order: Array
+    sums: Array
+    sorted_sums: Array
+    positions: Array
+    signs: Array
+    products: Array
+    diagonal: Array
+    gram: Array
+    target: Array
+    cell_gram: Array
+    cell_target: Array
+    factor: Array
+    inverse: Array
+    found: Array
+
+
+@loop
+def _set_signs(code: int, signs: Array, products: Array, at: int, levels: int) -> None:
+    """Write the signs of a code and their products."""
+    for i in range(levels):
+        signs[at, i] = 1.0 if code >> i & 1 else -1.0
+        for j in range(i):
+            products[at, i * (i - 1) // 2 + j] = signs[at, i] * signs[at, j]
+
+
+@loop
+def _space(levels: int, lower: Array) -> Space:
+    """Room for the search of rows; `lower` is a part of it."""
+    cells, pairs = 1 << (levels - 1), levels * (levels - 1) // 2
+    order = np.empty(2 * cells, np.int64)
+    for reached in range(1, levels + 1):
+        for number in range(1 << (reached - 1)):
+            order[(1 << (reached - 1)) + number] = number
+    tabled = 2 * cells if levels <= _TABLED else 1
+    signs, products = np.empty((tabled, levels)), np.empty((tabled, pairs))
+    if levels <= _TABLED:
+        for code in range(tabled):
+            _set_signs(code, signs, products, code, levels)
+    return Space(
+        lower,
+        np.zeros(2 * cells, np.uint16),
+        order,
+        np.empty(cells),
+        np.empty(cells),
+        np.empty(cells + 1, np.uint64),
+        signs,
+        products,
+        np.empty(levels),
+        np.empty(pairs),
+        np.empty(levels),
+        np.empty(pairs),
+        np.empty(levels),
+        np.empty((levels, levels)),
+        np.empty(levels),
+        np.empty(levels),
+    )
+
+
+@loop
+def _find_positions(values: Array, start: int, stop: int, lower: Array, positions: Array) -> None:
+    """Where in the row the elements of each cell start, and where the last ones stop.
+
+    All edges take a step of the bisection before any takes the next: none waits for itself.
+    """
+    cells, one = len(lower), np.uint64(1)
+    positions[0], positions[cells] = start, stop
+    for cell in range(1, cells):
+        positions[cell] = np.uint64(start)
+    left = np.uint64(stop - start)
+    while left > one:
+        half = left >> one
+        for cell in range(1, cells):
+            at = positions[cell] + half
+            positions[cell] = at if values[at - one] <= lower[cell] else positions[cell]
+        left -= half
+    if left:
+        for cell in range(1, cells):
+            at = positions[cell]
+            positions[cell] = at + one if values[at] <= lower[cell] else at
+
+
+@loop
+def _add_cells(row: Row, space: Space, codes: Array, levels: int) -> float:
+    """Add up the signs of the elements in some cells; give the weight of all of these elements."""
+    positions, first, mass = space.positions, row.first, row.mass
+    signs, products = space.signs, space.products
+    gram, target = space.cell_gram, space.cell_target
+    pairs, weighted, tabled = levels * (levels - 1) // 2, len(mass) > 0, len(signs) > 1
+    for pair in range(pairs):
+        gram[pair] = 0
+    for level in range(levels):
+        target[level] = 0
+    total = 0.0
+    for cell in range(len(codes)):
+        start, stop = positions[cell], positions[cell + 1]
+        own_first = first[stop] - first[start]
+        own_mass = mass[stop] - mass[start] if weighted else np.float64(stop - start)
+        total += own_mass
+        at = codes[cell]
+        if not tabled:
+            _set_signs(at, signs, products, 0, levels)
+            at = np.uint16(0)
+        for level in range(levels):
+            target[level] += signs[at, level] * own_first
+        for pair in range(pairs):
+            gram[pair] += products[at, pair] * own_mass
+    return total
+
+
+@loop
+def _solve(space: Space, levels: int) -> float:
+    """Write the least-squares scales to `found`, and give what they explain.
+
+    By elimination in order. A scale whose pivot is nothing but rounding error becomes 0.
+    """
+    diagonal, gram, target = space.diagonal, space.gram, space.target
+    factor, inverse, found = space.factor, space.inverse, space.found
+    for j in range(levels):
+        pivot, right = diagonal[j], target[j]
+        for p in range(j):
+            pivot -= factor[j, p] * factor[j, p] * inverse[p]
+            right -= factor[j, p] * found[p]
+        inverse[j] = 1 / pivot if pivot > DEPENDENT * diagonal[j] else 0.0
+        found[j] = right * inverse[j]
+        for i in range(j + 1, levels):
+            entry = gram[i * (i - 1) // 2 + j]
+            for p in range(j):
+                entry -= factor[i, p] * factor[j, p] * inverse[p]
+            factor[i, j] = entry
+    for j in range(levels - 1, -1, -1):
+        for i in range(j + 1, levels):
+            found[j] -= factor[i, j] * inverse[j] * found[i]
+    gain = 0.0
+    for i in range(levels):
+        explained = diagonal[i] * found[i]
+        for j in range(i):
+            explained += 2 * gram[i * (i - 1) // 2 + j] * found[j]
+        gain += found[i] * (2 * target[i] - explained)
+    return gain
+
+
+@loop
+def _fit(row: Row, space: Space, levels: int, highest: int) -> float:
+    """Write the least-squares scales of the cells with up to `levels` levels; give their gain.
+
+    `highest` is the largest number of bits of an element.
+    """
+    diagonal, gram, target = space.diagonal, space.gram, space.target
+    for i in range(levels):
+        diagonal[i] = target[i] = 0
+        for j in range(i):
+            gram[i * (i - 1) // 2 + j] = 0
+    depths = len(row.starts) - 1
+    for number in range(depths):
+        start, stop = row.starts[number], row.starts[number + 1]
+        if start == stop:
+            continue
+        reached = min(highest - depths + 1 + number, levels)
+        begin, end = 1 << (reached - 1), 1 << reached
+        _find_positions(row.values, start, stop, space.lower[begin:end], space.positions)
+        total = _add_cells(row, space, space.codes[begin:end], reached)
+        for i in range(reached):
+            diagonal[i] += total
+            target[i] += space.cell_target[i]
+        for pair in range(reached * (reached - 1) // 2):
+            gram[pair] += space.cell_gram[pair]
+    return _solve(space, levels)
+
+
+# ---------------------------------------------------------------- cells
+
+
+def _rounded_down(value: float, like: Array) -> float:
+    """The largest number of the dtype of `like` that is not above the value."""
+    raise NotImplementedError
+
+
+@overload(_rounded_down)
+def _rounded_down_by_type(value: Any, like: Any) -> Callable[..., Any]:
+    def single(value: Any, like: Any) -> Any:
+        rounded = np.float32(value)
+        word = np.float32(rounded).view(np.int32)
+        below = word - 1 if rounded > 0 else (word & 0x7FFFFFFF) + 1 - 0x80000000
+        return np.int32(below).view(np.float32) if rounded > value else rounded
+
+    def double(value: Any, like: Any) -> Any:
+        return value
+
+    return single if like.dtype == numba.types.float32 else double
+
+
+@loop
+def _signed(value: float, code: int, level: int) -> float:
+    return value if code >> level & 1 else -value
+
+
+@loop
+def _set_nearest(scales: Array, levels: int, space: Space) -> None:
+    """The cells in which each magnitude takes the nearest sum of levels.
+
+    Sums are numbered in the order in which levels are added one by one; equal ones keep it.
+    """
+    cells = 1 << (levels - 1)
+    sums, sizes = space.sums, space.sorted_sums
+    order, codes = space.order[cells : 2 * cells], space.codes[cells : 2 * cells]
+    lower = space.lower[cells : 2 * cells]
+    sums[0] = scales[0]
+    for level in range(1, levels):
+        half, scale = 1 << (level - 1), scales[level]
+        for number in range(half):
+            sums[half + number] = sums[number] + scale
+        for number in range(half):
+            sums[number] -= scale
+    # From one iteration to the next little changes places.
+    for cell in range(cells):
+        number = order[cell]
+        size, at = abs(sums[number]), cell
+        while at > 0 and (
+            sizes[at - 1] > size or (sizes[at - 1] == size and order[at - 1] > number)
+        ):
+            sizes[at], order[at] = sizes[at - 1], order[at - 1]
+            at -= 1
+        sizes[at], order[at] = size, number
+    every = (1 << levels) - 1
+    for cell in range(cells):
+        # Level 0 is taken as +; where the sum is negative then, its mirror image is wanted.
+        code = 2 * order[cell] + 1
+        codes[cell] = code ^ every if sums[order[cell]] < 0 else code
+    for cell in range(1, cells):
+        lower[cell] = _rounded_down(sizes[cell - 1] / 2 + sizes[cell] / 2, lower)
+
+
+@loop
+def _set_all_nearest(scales: Array, levels: int, row: Row, space: Space) -> None:
+    """The same for every number of levels that elements of a row may have."""
+    mapped = len(row.starts) > 2
+    for reached in range(1 if mapped else levels, levels + 1):
+        _set_nearest(scales, reached, space)
+
+
+@loop
+def _value(code: int, scales: Array, levels: int) -> float:
+    value = 0.0
+    for level in range(levels):
+        value += _signed(scales[level], code, level)
+    return value
+
+
+@loop
+def _split(level: int, space: Space) -> None:
+    """Every cell of `level` levels cut where the residual after them changes its sign."""
+    cells, codes, found = 1 << (level - 1), space.codes, space.found
+    old, new = space.lower[cells : 2 * cells], space.lower[2 * cells : 4 * cells]
+    for cell in range(cells):
+        code = codes[cells + cell]
+        cut = new.dtype.type(_rounded_down(_value(code, found, level), new))
+        if cell > 0:
+            new[2 * cell] = old[cell]
+            cut = max(cut, old[cell])
+        if cell + 1 < cells:
+            cut = min(cut, old[cell + 1])
+        new[2 * cell + 1] = cut
+        codes[2 * (cells + cell)] = code
+        codes[2 * (cells + cell) + 1] = code | 1 << level
+
+
+@loop
+def _mean_residual(row: Row, space: Space, level: int, highest: int) -> float:
+    """The mean magnitude of what the levels before leave of the elements that have this one."""
+    depths, weighted = len(row.starts) - 1, len(row.mass) > 0
+    begin, end = 1 << level, 2 << level
+    codes, positions = space.codes[begin:end], space.positions
+    total = count = 0.0
+    for number in range(depths):
+        start, stop = row.starts[number], row.starts[number + 1]
+        if start == stop or highest - depths + 1 + number <= level:
+            continue
+        _find_positions(row.values, start, stop, space.lower[begin:end], positions)
+        own_total = own_count = 0.0
+        for cell in range(len(codes)):
+            a, b = positions[cell], positions[cell + 1]
+            first = row.first[b] - row.first[a]
+            mass = row.mass[b] - row.mass[a] if weighted else np.float64(b - a)
+            left = first - mass * _value(codes[cell], space.found, level)
+            own_total += _signed(left, codes[cell], level)
+            own_count += mass
+        total += own_total
+        count += own_count
+    return total / (count if count > 0 else 1.0)
+
+
+# ---------------------------------------------------------------- solvers
+
+
+@loop
+def _successive(row: Row, space: Space, levels: int, highest: int, refit: bool) -> float:
+    """The cells of one level after the other, each with the signs of the residual; fit them.
+
+    With `refit`, the scales so far become those of least squares before the next level; without,
+    a scale is the mean of the residual's magnitude.
+    """
+    gain = 0.0
+    for level in range(1, levels + 1):
+        if level > 1:
+            _split(level - 1, space)
+        else:
+            space.codes[1] = 1
+        if refit or level == levels:
+            gain = _fit(row, space, level, highest)
+        else:
+            space.found[level - 1] = _mean_residual(row, space, level - 1, highest)
+    return gain
+
+
+@loop
+def _copy(scales: Array, levels: int, target: Array) -> None:
+    for level in range(levels):
+        target[level] = scales[level]
+
+
+@loop
+def _take_sizes(space: Space, levels: int, scales: Array) -> None:
+    for level in range(levels):
+        scales[level] = abs(space.found[level])
+
+
+@loop
+def _alternate(
+    row: Row, space: Space, levels: int, highest: int, iterations: int, scales: Array, gain: float
+) -> float:
+    """Improve scales by nearest codes and least squares while that raises the gain.
+
+    The last cells, and their fit, are those in which magnitudes take the nearest sum of the scales
+    before: also those that the scales are left at.
+    """
+    for _ in range(iterations):
+        _set_all_nearest(scales, levels, row, space)
+        raised = _fit(row, space, levels, highest)
+        if not raised > gain:
+            break
+        gain = raised
+        _take_sizes(space, levels, scales)
+    return gain
+
+
+@loop
+def _set_best_pair(row: Row, pair: Array) -> None:
+    """The two scales of the least error for elements of 1 or 2 bits.
+
+    With the best scales one level has the sign of the element, and the other that of the
+    residual, which changes at one magnitude: all magnitudes are tried, for either level.
+    """
+    mapped, weighted = len(row.starts) > 2, len(row.mass) > 0
+    sums, weights = row.first, row.mass
+    start, stop = row.starts[1 if mapped else 0], row.starts[2 if mapped else 1]
+    single_mass = single_first = 0.0
+    if mapped:
+        begin = row.starts[0]
+        single_first = sums[start] - sums[begin]
+        single_mass = weights[start] - weights[begin] if weighted else np.float64(start - begin)
+    first = sums[stop] - sums[start]
+    mass = weights[stop] - weights[start] if weighted else np.float64(stop - start)
+    # The Gram matrix of the levels is ((whole, across), (across, mass)).
+    whole = single_mass + mass
+    pair[0] = pair[1] = 0.0
+    best = -np.inf
+    for swapped in range(2):
+        for at in range(start, stop + 1):
+            below = weights[at] - weights[start] if weighted else np.float64(at - start)
+            across = mass - 2 * below
+            change = first - 2 * (sums[at] - sums[start])
+            target = single_first + (change if swapped else first)
+            other = first if swapped else change
+            determinant = whole * mass - across * across
+            second = 0.0
+            if determinant > DEPENDENT * whole * mass:
+                second = (whole * other - across * target) / determinant
+            initial = (target - across * second) / (whole if whole > 0 else 1.0)
+            gain = initial * target + second * other
+            if gain > best:
+                best = gain
+                pair[0], pair[1] = abs(initial), abs(second)
+
+
+@loop
+def _set_start(row: Row, number: int, levels: int, mean: float, best: Array, own: Array) -> bool:
+    """Write one of the scales that the search starts from; give whether there is one.
+
+    `mean` is that of the magnitudes, and `best` are the best scales of one level less.
+    """
+    if number < len(ADDED):
+        largest = 0.0
+        for level in range(levels - 1):
+            own[level] = best[level]
+            largest = max(largest, best[level])
+        own[levels - 1] = ADDED[number] * largest
+        return True
+    if levels == 2:
+        _set_best_pair(row, own)
+        return True
+    for level in range(levels):
+        own[level] = _NORMAL[levels, level] * (mean / NORMAL_MEAN)
+    return bool(_NORMAL[levels, 0] > 0)
+
+
+@loop
+def _search(
+    row: Row, space: Space, levels: int, iterations: int, best: Array, own: Array, kept: Array
+) -> None:
+    """Write the best scales found to `best`; `own` and `kept` are room for as many."""
+    mean, starts = 0.0, len(ADDED) + 1
+    for count in range(1, levels + 1):
+        top, settled = -np.inf, iterations if count == levels else SETTLED
+        # After the starts the best of them, and then those that the other solvers have, so that
+        # none of them ends up better.
+        for number in range(starts + 3 if count > 1 else 1):
+            gain, rounds = -np.inf, settled if count > 1 else 0
+            if number > starts or count == 1:
+                gain = _successive(row, space, count, levels, number > starts + 1)
+                _take_sizes(space, count, own)
+            elif number == starts:
+                gain, top = top, -np.inf
+                _copy(kept, count, own)
+            elif _set_start(row, number, count, mean, best, own):
+                rounds = SCREENED
+            else:
+                continue
+            gain = _alternate(row, space, count, levels, rounds, own, gain)
+            if gain > top:
+                top = gain
+                _copy(own, count, kept)
+        _copy(kept, count, best)
+        if count == 1:
+            mean = best[0]
+
+
+@loop
+def _hand_out(
+    space: Space, levels: int, mapped: bool, scales: Array, lower: Array, codes: Array
+) -> None:
+    """Write scales that are not negative, and change the codes to go with them.
+
+    Without a map the scales descend, and the cells of all levels alone are written.
+    """
+    found = space.found
+    place = np.empty(levels, np.int64)
+    for level in range(levels):
+        own = abs(found[level])
+        place[level] = level
+        if not mapped:
+            place[level] = 0
+            for other in range(levels):
+                more = abs(found[other])
+                place[level] += more > own or (more == own and other < level)
+        scales[place[level]] = own
+    begin = 0 if mapped else 1 << (levels - 1)
+    depth = 0 if mapped else levels
+    for cell in range(len(codes)):
+        if mapped and cell == 1 << depth:
+            depth += 1
+        old, new = space.codes[begin + cell], 0
+        for level in range(depth):
+            new |= (old >> level & 1 ^ int(found[level] < 0)) << place[level]
+        codes[cell] = new
+        lower[cell] = space.lower[begin + cell]
+
+
+REFINED, ALTERNATING, OPTIMAL = 0, 1, 2
+METHODS = {"refined": REFINED, "alternating": ALTERNATING, "optimal": OPTIMAL}
+
+
+@loop
+def solve(
+    block: Block, levels: int, method: int, iterations: int, scales: Array, lower: Array,
+    codes: Array,
+) -> None:  # fmt: skip
+    """Solve rows.
+
+    Parameters
+    ----------
+    block : Block
+    levels : int
+        At least 1.
+    method : int
+        `REFINED`, `ALTERNATING` or `OPTIMAL`.
+    iterations : int
+        Of alternating, 0 for `REFINED`; the most of them at the end of the search for the optimum.
+    scales : array of float64, shape (rows, levels)
+        Not negative; without a map they descend.
+    lower : array in the dtype of the rows, shape (rows, cells)
+    codes : array of uint16, shape (rows, cells)
+        The cells of all levels, or under a map those of every number of levels.
+    """
+    space = _space(levels, np.empty(1 << levels, lower.dtype))
+    mapped = lower.shape[1] > 1 << (levels - 1)
+    best, own, kept = np.empty(levels), np.empty(levels), np.empty(levels)
+    for number in range(len(block.values)):
+        mass = block.mass[min(number, len(block.mass) - 1)]
+        row = Row(block.values[number], block.first[number], mass, block.starts[number])
+        rounds, gain = iterations, -np.inf
+        if method == OPTIMAL:
+            _search(row, space, levels, iterations, best, own, kept)
+            rounds = 1
+        else:
+            gain = _successive(row, space, levels, levels, method == REFINED)
+            _take_sizes(space, levels, best)
+        _alternate(row, space, levels, levels, rounds, best, gain)
+        _hand_out(space, levels, mapped, scales[number], lower[number], codes[number])
+
+
+# ---------------------------------------------------------------- what they give
+
+
+@loop
+def _tabulate(codes: Array, scales: Array, mapped: bool, values: Array) -> None:
+    """Write what codes stand for, by scales of shape (levels, rows)."""
+    levels = len(scales)
+    for row in range(len(codes)):
+        depth = 0 if mapped else levels
+        for cell in range(codes.shape[1]):
+            if mapped and cell == 1 << depth:
+                depth += 1
+            value, code = values.dtype.type(0), codes[row, cell]
+            for level in range(depth):
+                value += _signed(scales[level, row], code, level)
+            values[row, cell] = value
+
+
+@loop
+def _of_eight(x: Array, m: Array, lower: Array, table: Array, mirror: Any, given: Array) -> None:
+    a, b, c, d, e, f, g = lower[1], lower[2], lower[3], lower[4], lower[5], lower[6], lower[7]
+    p, q, r, s = table[0], table[1], table[2], table[3]
+    t, u, v, w = table[4], table[5], table[6], table[7]
+    for j in range(x.size):
+        own = q if m[j] > a else p
+        own = r if m[j] > b else own
+        own = s if m[j] > c else own
+        own = t if m[j] > d else own
+        own = u if m[j] > e else own
+        own = v if m[j] > f else own
+        own = w if m[j] > g else own
+        given[j] = mirror - own if x[j] <= 0 else own
+
+
+@loop
+def _find_cells(m: Array, size: int, lower: Array, cells: Array) -> None:
+    """Write the cells of magnitudes: all take a step of the bisection before any the next."""
+    step = np.uint32(len(lower) >> 1)
+    for j in range(size):
+        cells[j] = 0
+    while step:
+        for j in range(size):
+            at = cells[j] + step
+            cells[j] = at if m[j] > lower[at] else cells[j]
+        step >>= np.uint32(1)
+
+
+@loop
+def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
+    """The same by the number of edges below, four at a time."""
+    for j in range(size):
+        cells[j] = 0
+    for first in range(0, len(lower), 4):
+        # The first cell has no edge.
+        a = lower[first] if first > 0 else lower.dtype.type(np.inf)
+        b, c, d = lower[first + 1], lower[first + 2], lower[first + 3]
+        for j in range(size):
+            # In 32 bits, or the lanes are halved.
+            above = np.int32(np.int32(m[j] > a) + np.int32(m[j] > b))
+            above = np.int32(above + np.int32(m[j] > c) + np.int32(m[j] > d))
+            cells[j] = np.int32(np.int32(cells[j]) + above)
+
+
+@loop
+def _find_cells_by_bits(m: Array, bits: Array, levels: int, lower: Array, cells: Array) -> None:
+    """The same where the cells that are searched depend on the number of bits."""
+    for j in range(bits.size):
+        cells[j] = np.uint32(1) << bits[j] >> 1
+    for number in range(2, levels + 1):
+        for j in range(bits.size):
+            # The step of an element that has too few levels is 0.
+            at = cells[j] + (np.uint32(1) << bits[j] >> number)
+            cells[j] = at if m[j] > lower[at] else cells[j]
+
+
+@loop
+def give(
+    x: Array, bits: Array, inverse: Array, lower: Array, table: Array, mirrors: Array, y: Array
+) -> None:
+    """Write for each element, (rows, n), what the table of its row has for its cell.
+
+    Elements that are not positive get the mirror of their number of bits less that. `inverse` is
+    what magnitudes are multiplied by. `bits` is (0, 0) where there is no map. `y` may be `x`.
+    """
+    levels, mapped, cells = len(mirrors) - 1, len(bits) > 0, table.shape[1]
+    m, given = np.empty(CHUNK, x.dtype), np.empty(CHUNK, y.dtype)
+    found = np.empty(CHUNK, np.uint32)
+    eight_lower, eight = np.empty(SELECTED, lower.dtype), np.empty(SELECTED, table.dtype)
+    selected, mirror_of_all = not mapped and cells <= SELECTED, mirrors[levels]
+    for row in range(len(x)):
+        own_lower, own_table, factor = lower[row], table[row], inverse[row]
+        if selected:
+            for cell in range(SELECTED):
+                # Nothing lies above the edges that there are not.
+                eight_lower[cell] = own_lower[cell] if 0 < cell < cells else np.inf
+                eight[cell] = own_table[min(cell, cells - 1)]
+        for start in range(0, x.shape[1], CHUNK):
+            own = x[row, start : start + CHUNK]
+            size = own.size
+            for j in range(size):
+                m[j] = abs(own[j]) * factor
+            if selected:
+                _of_eight(own, m, eight_lower, eight, mirror_of_all, given)
+            elif mapped:
+                depths = bits[row, start : start + size]
+                _find_cells_by_bits(m, depths, levels, own_lower, found)
+                for j in range(size):
+                    # Read ahead of the choice, which else would be a jump that is hard to foresee.
+                    value, mirror = own_table[found[j]], mirrors[depths[j]]
+                    given[j] = mirror - value if own[j] <= 0 else value
+            else:
+                if cells <= COUNTED:
+                    _count_edges(m, size, own_lower, found)
+                else:
+                    _find_cells(m, size, own_lower, found)
+                for j in range(size):
+                    value = own_table[found[j]]
+                    given[j] = mirror_of_all - value if own[j] <= 0 else value
+            for j in range(size):
+                y[row, start + j] = given[j]
+
+
+# ---------------------------------------------------------------- as the solvers are called
+
+
+class Fit:
+    """As `cubin.solvers.lookup.Fit`.
+
+    Parameters
+    ----------
+    x : array of float16, float32 or float64, shape (rows, n)
+        With at least one element in a row, and fewer than `LONGEST`.
+    bits : uint8 scalar or array of shape (rows, n)
+    levels : int
+        At least 1.
+    importance : array of shape (rows, n), or None
+    solver : Solver
+    """
+
+    def __init__(
+        self, x: Array, bits: Any, levels: int, importance: Array | None,
+        solver: Solver,
+    ) -> None:  # fmt: skip
+        work = in_work_dtype(x)
+        self._mapped = np.ndim(bits) > 0
+        magnitude = np.abs(work)
+        if self._mapped:
+            magnitude[bits == 0] = 0
+        unit, valid = power_of_two(np, magnitude)
+        magnitude /= unit
+        magnitude[~valid] = 0
+        weight = np.empty((0, 0)) if importance is None else relative_weights(np, importance, bits)
+        block = arrange(magnitude, self._map(bits), levels, weight)
+        # Looked up when it is needed, as in the other form.
+        iterations = search.MAX_ITERATIONS if solver.iterations is None else solver.iterations
+        if solver.name == "alternating" and solver.iterations is None:
+            iterations += 1
+        cells = 1 << (levels if self._mapped else levels - 1)
+        scales = np.empty((len(x), levels))
+        self._lower = np.empty((len(x), cells), work.dtype)
+        self._codes = np.empty((len(x), cells), np.uint16)
+        solve(block, levels, METHODS[solver.name], iterations, scales, self._lower, self._codes)
+        scales *= unit
+        scales[~valid] = np.nan
+        self._scales = np.ascontiguousarray(scales.T.astype(work.dtype))
+        self._inverse = 1 / unit[:, 0]
+        self.scales = list(self._scales[:, :, None])
+
+    def codes(self, x: Array, bits: Any) -> Array:
+        """The packed codes of elements."""
+        codes = np.empty(x.shape, np.uint16)
+        mirrors = ((1 << np.arange(len(self.scales) + 1)) - 1).astype(np.uint16)
+        self._give(in_work_dtype(x), bits, self._codes, mirrors, codes)
+        return codes
+
+    def approximate(self, x: Array, bits: Any, y: Array) -> None:
+        """Write what the codes and scales of elements stand for."""
+        own = in_work_dtype(x)
+        rounded = y.dtype != own.dtype
+        scales = self._scales.astype(y.dtype).astype(own.dtype) if rounded else self._scales
+        values = np.empty(self._codes.shape, own.dtype)
+        _tabulate(self._codes, scales, self._mapped, values)
+        if rounded:
+            values = values.astype(y.dtype).astype(own.dtype)
+        direct = not rounded and y.flags.carray
+        target = y if direct else np.empty(own.shape, own.dtype)
+        # The sums of levels are odd, and +0 where they cancel.
+        self._give(own, bits, values, np.zeros(len(self.scales) + 1, own.dtype), target)
+        if not direct:
+            store(target, y)
+
+    def _give(self, x: Array, bits: Any, table: Array, mirrors: Array, y: Array) -> None:
+        give(read_only(x), self._map(bits), self._inverse, self._lower, table, mirrors, y)
+
+    def _map(self, bits: Any) -> Array:
+        return np.array(bits, np.uint8, order="C") if self._mapped else np.empty((0, 0), np.uint8)

@@ -1,0 +1,318 @@
+"""The solvers on sorted rows as Numba compiles them, against the array form and all codes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import cubin
+from cubin import solvers
+from cubin.core.host import blocks
+from cubin.solvers import search
+from cubin.solvers.lookup import Fit
+from cubin.solvers.sorted_rows import Magnitudes
+
+loops = pytest.importorskip("cubin.solvers.sorted_rows_loops")
+
+ALTERNATING = [solvers.solver_of("alternating", n) for n in (0, 1, 2, None)]
+SOLVERS = [solvers.SOLVERS["refined"], *ALTERNATING, solvers.SOLVERS["optimal"]]
+NAMES = ["refined", *(f"alternating-{n}" for n in (0, 1, 2, None)), "optimal"]
+FLOATS = ["float16", "float32", "float64"]
+
+
+def rows_of_all_kinds(rng, length, dtype):
+    """Rows of ties, zeros, constants, extremes and subnormals beside common ones, all finite."""
+    x = rng.normal(size=(9, length))
+    limits = np.finfo(dtype)
+    x[1] = 0
+    x[2] = rng.integers(-3, 4, length)
+    x[3] = -0.5
+    x[4, ::2] = 0
+    x[6] *= float(limits.max) / 2 / np.abs(x[6]).max()
+    x[7] *= 16 * float(limits.smallest_subnormal)
+    x[8] = rng.laplace(size=length) ** 3
+    return x.astype(dtype)
+
+
+def problem(rng, length, dtype, levels, mapped, weighted):
+    x = rows_of_all_kinds(rng, length, dtype)
+    bits = np.uint8(levels)
+    if mapped:
+        bits = rng.integers(0, levels + 1, x.shape).astype(np.uint8)
+        bits[5, 1:] = 0
+        bits[8, :] = levels
+    importance = rng.choice([0.0, 0.3, 1.0, 7.0], x.shape) if weighted else None
+    if weighted:
+        importance[4] = 0
+    return x, bits, importance
+
+
+def both(x, bits, levels, importance, solver):
+    """Scales, codes and approximation by the array form, and by the compiled one."""
+    with np.errstate(all="ignore"):
+        magnitudes = Magnitudes(x, bits, levels, importance)
+        expected = Fit(magnitudes, search.cells(magnitudes, levels, solver), levels)
+        yield given_by(expected, x, bits)
+        yield given_by(loops.Fit(x, bits, levels, importance, solver), x, bits)
+
+
+def given_by(fit, x, bits):
+    y = np.empty_like(x)
+    fit.approximate(x, bits, y)
+    return np.stack(fit.scales), fit.codes(x, bits), y
+
+
+def assert_the_same(expected, found):
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+# ---------------------------------------------------------------- against the array form
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("levels", range(1, 9))
+def test_they_equal_the_array_form(rng, solver, mapped, weighted, dtype, levels):
+    """To the bit: they add up in the same order."""
+    x, bits, importance = problem(rng, 150, dtype, levels, mapped, weighted)
+    expected, found = both(x, bits, levels, importance, solver)
+    assert_the_same(expected, found)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("levels", [9, 12, 16])
+def test_more_than_eight_refined_levels(rng, mapped, levels):
+    x, bits, importance = problem(rng, 300, "float32", levels, mapped, mapped)
+    expected, found = both(x[:4], bits[:4] if mapped else bits, levels,
+                           importance[:4] if mapped else None, search.refined)  # fmt: skip
+    assert_the_same(expected, found)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 27, 33, 1000, 1025])
+def test_lengths(rng, solver, mapped, length):
+    x = rng.normal(size=(4, length)).astype(np.float32)
+    bits = rng.integers(0, 6, x.shape).astype(np.uint8) if mapped else np.uint8(5)
+    expected, found = both(x, bits, 5, None, solver)
+    assert_the_same(expected, found)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite(rng, solver, mapped, bad):
+    x = rng.normal(size=(4, 90)).astype(np.float32)
+    bits = rng.integers(1, 4, x.shape).astype(np.uint8) if mapped else np.uint8(3)
+    x[1, 7] = x[2, 5] = bad
+    if mapped:
+        bits[2, 5] = bits[1, 8] = 0
+    expected, found = both(x, bits, 3, None, solver)
+    assert_the_same(expected, found)
+    scales, _, y = found
+    assert np.isnan(scales[:, 1]).all()
+    assert np.isfinite(scales[:, 2]).all() == mapped
+    assert np.isnan(y[1]).sum() == ((bits[1] > 0).sum() if mapped else x.shape[1])
+
+
+@pytest.mark.parametrize("levels", [2, 8])
+@pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
+def test_no_negative_zero(solver, levels):
+    """Where levels cancel, whatever the sign of the element."""
+    x = np.array([[0.0, -0.0, 1.0, -1.0, 0.0, -0.0]])
+    y = np.empty_like(x)
+    loops.Fit(x, np.uint8(levels), levels, None, solver).approximate(x, levels, y)
+    assert not np.signbit(y[y == 0]).any()
+
+
+# ---------------------------------------------------------------- against brute force
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_of_all_codes(mapped, weighted, seed):
+    """For one and two levels: of all codes, each with its scales of least squares."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=6) if seed % 2 else rng.integers(-3, 4, 6).astype(float)
+    bits = rng.integers(0, 3, x.size).astype(np.uint8) if mapped else np.full(6, 2, np.uint8)
+    weights = rng.choice([0.2, 1.0, 3.0], x.size) if weighted else np.ones(x.size)
+    least, root = np.inf, np.sqrt(weights)
+    choices = [
+        [(*signs, *[0.0] * (2 - m)) for signs in itertools.product((-1.0, 1.0), repeat=int(m))]
+        for m in bits
+    ]
+    for code in itertools.product(*choices):
+        levels = np.array(code)
+        scales = np.linalg.lstsq(levels * root[:, None], x * root, rcond=None)[0]
+        least = min(least, float((weights * (x - levels @ scales) ** 2).sum()))
+    y = np.empty((1, 6))
+    own_bits = bits[None] if mapped else np.uint8(2)
+    fit = loops.Fit(x[None], own_bits, 2, weights[None] if weighted else None, None)
+    fit.approximate(x[None], own_bits, y)
+    assert (weights * (x - y[0]) ** 2).sum() <= least + 1e-12 * (weights * x**2).sum()
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("levels", [3, 5])
+def test_converged_codes_are_nearest(rng, mapped, levels):
+    x = rng.normal(size=(1, 300))
+    bits = rng.integers(0, levels + 1, x.shape).astype(np.uint8) if mapped else np.uint8(levels)
+    fit = loops.Fit(x, bits, levels, None, (False, 1001))
+    y = np.empty_like(x)
+    fit.approximate(x, bits, y)
+    scales = np.stack(fit.scales)[:, 0, 0]
+    for value, own, m in zip(x[0], y[0], np.broadcast_to(bits, x.shape)[0], strict=True):
+        sums = [np.dot(s, scales[:m]) for s in itertools.product((-1.0, 1.0), repeat=int(m))]
+        assert abs(value - own) <= min(abs(value - total) for total in sums) + 1e-12
+
+
+def test_a_pair_under_a_map_is_of_its_own_elements(rng):
+    """Candidates end with the elements of two bits, although others lie behind them in the row."""
+    x = rng.normal(size=(3, 200))
+    bits = rng.integers(1, 6, x.shape).astype(np.uint8)
+    magnitudes = Magnitudes(x, bits, 5, None)
+    mass, first = magnitudes.totals(2)
+    for number, below in magnitudes.below_each(2):
+        assert (number <= mass[:, None]).all()
+        assert (below <= first[:, None]).all()
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=NAMES)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_rows_do_not_depend_on_each_other(rng, solver, mapped):
+    x = rng.normal(size=(6, 200)).astype(np.float32)
+    bits = rng.integers(0, 6, x.shape).astype(np.uint8) if mapped else np.uint8(5)
+    importance = rng.choice([0.5, 1.0], x.shape)
+    rule = solver
+    whole = given_by(loops.Fit(x, bits, 5, importance, rule), x, bits)
+    for row in range(len(x)):
+        own = slice(row, row + 1)
+        own_bits = bits[own] if mapped else bits
+        single = given_by(loops.Fit(x[own], own_bits, 5, importance[own], rule), x[own], own_bits)
+        np.testing.assert_array_equal(single[0], whole[0][:, own])
+        np.testing.assert_array_equal(single[1], whole[1][own])
+        np.testing.assert_array_equal(single[2], whole[2][own])
+
+
+@pytest.mark.parametrize("options", [{}, {"channel_axis": 0}, {"channel_axis": 1}])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_blocks_and_threads_change_nothing(monkeypatch, rng, options, weighted):
+    x = rng.normal(size=(64, 1100)).astype(np.float32)
+    bits = rng.integers(0, 6, x.shape)
+    importance = rng.choice([0.5, 1.0, 2.0], x.shape) if weighted else None
+    options = {"solver": "alternating", "importance": importance, **options}
+    made = []
+    original = loops.Fit.__init__
+
+    def counted(self, x, *rest):
+        made.append(x.shape)
+        original(self, x, *rest)
+
+    monkeypatch.setattr(loops.Fit, "__init__", counted)
+    expected = cubin.quantize(x, bits, **options)
+    assert made
+    before = len(made)
+    monkeypatch.setattr(solvers, "SORTED_BLOCK", (1 << 11, 1 << 11))
+    monkeypatch.setattr(blocks, "_workers", lambda: 1)
+    assert cubin.quantize(x, bits, **options) == expected
+    assert len(made) >= 2 * before
+    monkeypatch.setattr(solvers, "BLOCK", 1 << 10)
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 10)
+    monkeypatch.setattr(blocks, "_workers", lambda: 3)
+    assert cubin.quantize(x, bits, **options) == expected
+    y = cubin.multibit(x, bits, **options)
+    np.testing.assert_array_equal(y, expected.dequantize())
+    assert cubin.multibit(x, bits, out=x, **options) is x
+    np.testing.assert_array_equal(x, y)
+
+
+_CASE = """
+import hashlib, numpy as np
+from cubin.solvers import sorted_loops
+rng = np.random.default_rng(7)
+digest = hashlib.sha256()
+x = rng.normal(size=(2, 700)).astype(np.float32)
+x[1] = np.rint(3 * x[1])
+bits = rng.integers(0, 6, x.shape).astype(np.uint8)
+importance = rng.exponential(size=x.shape)
+for rule in ((True, 0), (False, 9), None):
+    fit = sorted_loops.Fit(x, bits, 5, importance, rule)
+    y = np.empty_like(x)
+    fit.approximate(x, bits, y)
+    for array in (np.stack(fit.scales), fit.codes(x, bits), y):
+        digest.update(array.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_processors_give_the_same_bits(tmp_path):
+    """Also those that sort otherwise, and have no vectors beyond SSE2."""
+    digests = set()
+    for number, processor in enumerate(["generic", "host"]):
+        environment = {
+            **os.environ,
+            "NUMBA_CPU_NAME": processor,
+            "NUMBA_CACHE_DIR": str(tmp_path / str(number)),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        if processor == "generic":
+            environment["NUMBA_CPU_FEATURES"] = ""
+            environment["NPY_DISABLE_CPU_FEATURES"] = "AVX2 AVX512F AVX512_SKX"
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _CASE], env=environment, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        digests.add(run.stdout.strip())
+    assert len(digests) == 1
+    assert len(digests.pop()) == 2 * hashlib.sha256().digest_size
+
+
+# ---------------------------------------------------------------- when they run
+
+
+@pytest.mark.parametrize(
+    ("solver", "bits", "dtype", "mapped", "weighted", "sorts"),
+    [
+        ("refined", 5, "float32", False, False, True),
+        ("refined", 3, "float32", False, False, False),
+        ("refined", 3, "float64", False, False, True),
+        ("alternating", 3, "float32", True, False, True),
+        ("alternating", 3, "float32", False, True, True),
+        ("optimal", 3, "float32", False, False, True),
+    ],
+)
+def test_they_run_where_other_loops_do_not(
+    monkeypatch, rng, solver, bits, dtype, mapped, weighted, sorts
+):
+    x = rng.normal(size=(1 << 11, 1 << 9)).astype(dtype)
+    limits = rng.integers(0, bits + 1, x.shape) if mapped else bits
+    importance = rng.uniform(1, 2, x.shape) if weighted else None
+    used = []
+    original = loops.solve
+    monkeypatch.setattr(loops, "solve", lambda *rest: (used.append(1), original(*rest)))
+    code = cubin.quantize(x, limits, channel_axis=0, solver=solver, importance=importance)
+    assert bool(used) == sorts
+    assert np.isfinite(code.scales).all()
+
+
+@pytest.mark.parametrize("solver", ["refined", "alternating", "optimal"])
+def test_without_numba_results_are_the_same(monkeypatch, rng, solver):
+    x = rng.normal(size=(40, 300)).astype(np.float32)
+    options = {"channel_axis": 0, "solver": solver}
+    found = cubin.quantize(x, 7, **options)
+    monkeypatch.setattr(blocks, "_compiled", lambda: None)
+    assert cubin.quantize(x, 7, **options) == found

@@ -94,7 +94,7 @@ def test_they_equal_the_array_form(rng, solver, mapped, weighted, dtype, levels)
 def test_more_than_eight_refined_levels(rng, mapped, levels):
     x, bits, importance = problem(rng, 300, "float32", levels, mapped, mapped)
     expected, found = both(x[:4], bits[:4] if mapped else bits, levels,
-                           importance[:4] if mapped else None, search.refined)  # fmt: skip
+                           importance[:4] if mapped else None, solvers.SOLVERS["refined"])  # fmt: skip
     assert_the_same(expected, found)
 
 

@@ -1,4 +1,4 @@
-"""Signs, and the masks and gradients of the straight-through estimator."""
+"""The public entry: an array to its sign, its approximation or its binary code."""
 
 from __future__ import annotations
 

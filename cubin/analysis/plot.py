@@ -5,14 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cubin.core.bits import MAX_BITS
-
-if TYPE_CHECKING:
-    from cubin.analysis.table import ErrorRow, ErrorTable
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. The numbers of colours and
 # markers have no common divisor: 42 curves differ in one of the two.
@@ -31,7 +28,7 @@ def new_figure(width: float = 7.0, height: float = 4.8) -> tuple[Any, Any]:
     return plt.subplots(figsize=(width, height), layout="constrained")
 
 
-def draw_in_new_figure(table: ErrorTable) -> Any:
+def draw_in_new_figure(table: Any) -> Any:
     """Draw as `draw_error_per_bit_width` does, in a figure of its own with the legend below.
 
     Parameters
@@ -54,7 +51,7 @@ def draw_in_new_figure(table: ErrorTable) -> Any:
     return axes
 
 
-def draw_error_per_bit_width(axes: Any, table: ErrorTable) -> Any:
+def draw_error_per_bit_width(axes: Any, table: Any) -> Any:
     """Draw the median relative MSE over the arrays, and their quartiles, against the bit width.
 
     The legend is within the axes, beside the curves or above them.
@@ -78,7 +75,7 @@ def draw_error_per_bit_width(axes: Any, table: ErrorTable) -> Any:
     return axes
 
 
-def _draw(axes: Any, table: ErrorTable) -> None:
+def _draw(axes: Any, table: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     # Curves that are there already, such as those of another table, keep their colours.
@@ -172,10 +169,10 @@ def _make_room_above(axes: Any, legend: Any) -> None:
     axes.autoscale_view()
 
 
-def _curves(table: ErrorTable) -> dict[str, list[ErrorRow]]:
+def _curves(table: Any) -> dict[str, list[Any]]:
     """The rows of every curve, by solver, granularity if there are several, and map."""
     several = len({row.granularity for row in table.rows} - {""}) > 1
-    curves: dict[str, list[ErrorRow]] = {}
+    curves: dict[str, list[Any]] = {}
     for row in table.rows:
         parts = [row.solver]
         if several and row.granularity:

@@ -1,4 +1,4 @@
-"""BinaryCode: an array as scales and signs, and what it costs to store."""
+"""BinaryCode: an array as levels of scales and signs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BinaryCode: an array as scales and signs, and what it costs to store."""
+"""What a code costs: bits of signs, of the bit map and of the scales."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""."""
+"""The core: arrays, rows, primitives and passes. It knows no code and no solver."""

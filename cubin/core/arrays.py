@@ -1,8 +1,4 @@
-"""Which library owns an array, the checks of arguments, and the layout of rows.
-
-This is the only module that knows ``cupy.ndarray``. CuPy is never imported here: an array can only
-be CuPy's where somebody has imported CuPy already.
-"""
+"""Checks of arguments: each returns what the work goes on with, or raises and names the argument."""
 
 from __future__ import annotations
 

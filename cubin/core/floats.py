@@ -1,8 +1,4 @@
-"""Which library owns an array, the checks of arguments, and the layout of rows.
-
-This is the only module that knows ``cupy.ndarray``. CuPy is never imported here: an array can only
-be CuPy's where somebody has imported CuPy already.
-"""
+"""Bit patterns of floats on the host, and the dtypes that work is done in."""
 
 from __future__ import annotations
 

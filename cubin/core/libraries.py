@@ -1,7 +1,6 @@
-"""Which library owns an array, the checks of arguments, and the layout of rows.
+"""Which library owns an array, and what is done in that library.
 
-This is the only module that knows ``cupy.ndarray``. CuPy is never imported here: an array can only
-be CuPy's where somebody has imported CuPy already.
+CuPy is never imported here: an array can only be CuPy's where somebody has imported CuPy already.
 """
 
 from __future__ import annotations

@@ -223,6 +223,13 @@ def for_each_searched(
     _over(parts, task, rows, inputs, device)
 
 
+def row_slices(x: Array) -> list[slice]:
+    """The rows of `x`, (rows, n), in slices: on the host of those that stay in the cache."""
+    if libraries.on_device(x):
+        return [slice(None)]
+    return [rows for (rows,) in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1]))]
+
+
 def is_long(rows: Rows, x: Array) -> bool:
     """Whether `for_each_part` cuts the rows of `x` into pieces."""
     return rows.length > blocks.BLOCK and not libraries.on_device(x)

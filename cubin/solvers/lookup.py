@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from cubin.codes.levels import decode
-from cubin.core import conversions, libraries
-from cubin.core.host import blocks
+from cubin.core import conversions, passes
 from cubin.core.libraries import Array
 from cubin.solvers.codebook import Cells, fitted
 from cubin.solvers.sorted_rows import Magnitudes
@@ -76,7 +75,7 @@ class Fit:
         `x`, (rows, n), and `bits` may be some columns of what was fitted.
         """
         codes = self._xp.empty(x.shape, np.uint16)
-        for rows in _tiles(x):
+        for rows in passes.row_slices(x):
             codes[rows] = self._xp.take(self._codes, self._entries(x, bits, rows))
         return codes
 
@@ -90,7 +89,7 @@ class Fit:
             depths = xp.broadcast_to(depths, codes.shape)
         values = xp.empty(codes.shape, y.dtype)
         decode(codes, depths, *self.scales, y=values)
-        for rows in _tiles(x):
+        for rows in passes.row_slices(x):
             y[rows] = xp.take(values.ravel(), self._entries(x, bits, rows))
 
     def _entries(self, x: Array, bits: Any, rows: slice) -> Array:
@@ -115,10 +114,3 @@ class Fit:
             position += (magnitude > edge) * step
             step >>= 1
         return position
-
-
-def _tiles(x: Array) -> list[slice]:
-    """Rows that are worked on at a time: on the host, those that stay in the cache."""
-    if libraries.on_device(x):
-        return [slice(None)]
-    return [rows for (rows,) in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1]))]

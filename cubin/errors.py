@@ -15,6 +15,15 @@ from cubin.core.libraries import Array
 from cubin.core.primitives import FLOATS, reduction
 from cubin.core.rows import axes_of, rows_of
 
+__all__ = [
+    "Errors",
+    "cosine_similarity",
+    "max_abs_error",
+    "measure",
+    "relative_mse",
+    "sqnr_db",
+]
+
 _CUDA = """
 struct Moments {
   double error, power, power_of_approx, product, worst;
@@ -295,3 +304,7 @@ def max_abs_error(
     1.5
     """
     return measure(x, approx, axis=axis, keepdims=keepdims).worst
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

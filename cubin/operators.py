@@ -13,11 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from cubin import surrogates
 from cubin.binarize import multibit, sign
 from cubin.core import arrays, libraries
 from cubin.core.bits import as_bits
 from cubin.core.libraries import Array
+from cubin.core.rows import plain_axes, rows_of
 from cubin.gradients import multibit_grad, sign_grad
+from cubin.solvers.solver import solver_of
+
+__all__ = [
+    "Multibit",
+    "MultibitKernel",
+    "Sign",
+]
 
 
 class Sign:
@@ -68,8 +77,11 @@ class Sign:
         return "Sign()"
 
 
+_STATE = ("bits", "channel_axis", "group_size", "solver", "surrogate")
+
+
 class Multibit:
-    """The greedy multibit approximation with the straight-through gradient.
+    """The multibit approximation with the straight-through gradient.
 
     .. math:: y = \\sum_i a_i b_i, \\qquad
         g_x = g_y \\text{ where } |x| \\le \\text{bits} \\text{ else } 0
@@ -82,13 +94,20 @@ class Multibit:
         The number of levels of each element, 0 to 16.
     channel_axis : int or tuple of int, optional
         One scale per level for each index of this axis (these axes). Default: one for the tensor.
+    group_size : int, optional
+        One scale per level for every run of this many elements of the last axis.
+    solver : {"greedy", "refined", "alternating", "optimal"}
+        As in `cubin.quantize`.
+    surrogate : {"bits_clip", "scaled_clip", "scale_aware"}
+        The gradient's rule, as in `cubin.multibit_grad`.
 
     Raises
     ------
     TypeError
-        If `bits` or `channel_axis` is not integer.
+        If `bits`, `channel_axis` or `group_size` is not integer.
     ValueError
-        If `bits` is out of range.
+        If `bits` is out of range, `channel_axis` and `group_size` are both given, or there is no
+        such solver or surrogate.
 
     Examples
     --------
@@ -105,42 +124,54 @@ class Multibit:
        neural networks", NeurIPS 2018, arXiv:1805.10368.
     """
 
-    def __init__(self, bits: Array, channel_axis: int | tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        bits: Array,
+        channel_axis: int | tuple[int, ...] | None = None,
+        group_size: int | None = None,
+        solver: str = "greedy",
+        surrogate: str = "bits_clip",
+    ) -> None:
+        most = solver_of(solver, None).most_bits
+        surrogates.multibit_rule(surrogate)
         if not libraries.on_device(bits):
             # A map may be of any shape until x is known.
             checked = np.asarray(bits)
-            as_bits(checked, np.broadcast_to(np.float32(0), checked.shape))
+            as_bits(checked, np.broadcast_to(np.float32(0), checked.shape), limit=most)
             bits = checked if checked.ndim else int(checked)
         # Of its own: the pull-back has to have the map that the approximation had.
         self.bits = bits if isinstance(bits, int) else bits.copy()
-        self.channel_axis = (
-            tuple(arrays.as_integer("channel_axis", axis) for axis in channel_axis)
-            if isinstance(channel_axis, (tuple, list))
-            else None
-            if channel_axis is None
-            else arrays.as_integer("channel_axis", channel_axis)
+        self.channel_axis = plain_axes(channel_axis)
+        self.group_size = (
+            None if group_size is None else arrays.as_integer("group_size", group_size)
         )
+        if group_size is not None:
+            rows_of((0,), channel_axis, group_size)
+        self.solver = solver
+        self.surrogate = surrogate
 
     def forward(self, x: Array) -> tuple[Array, Array]:
         """The approximation of `x`, and what `backward` needs: `x` itself."""
         x = arrays.as_floats("x", x)
-        return multibit(x, self.bits, channel_axis=self.channel_axis), x
+        return multibit(x, self.bits, solver=self.solver, **self._layout()), x
 
     def backward(self, residuals: Array, gy: Array) -> Array:
         """The gradient with respect to x, of x's shape and dtype."""
-        return multibit_grad(residuals, self.bits, gy)
+        return multibit_grad(residuals, self.bits, gy, surrogate=self.surrogate, **self._layout())
+
+    def _layout(self) -> dict[str, Any]:
+        return {"channel_axis": self.channel_axis, "group_size": self.group_size}
 
     def state_dict(self) -> dict[str, Any]:
-        """The operator's state: ``bits``, an int or an array of its own, and ``channel_axis``."""
-        with libraries.current_device(self.bits):
-            bits = self.bits if isinstance(self.bits, int) else self.bits.copy()
-        return {"bits": bits, "channel_axis": self.channel_axis}
+        """The operator's state: the arguments that it was made with, the map as a copy."""
+        bits = self.bits if isinstance(self.bits, int) else self.bits.copy()
+        return {"bits": bits, **self._layout(), "solver": self.solver, "surrogate": self.surrogate}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Multibit:
         """The operator with the state that `state_dict` gave."""
-        _check_keys(state, ("bits", "channel_axis"))
-        return cls(state["bits"], state["channel_axis"])
+        _check_keys(state, _STATE)
+        return cls(**state)
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
@@ -164,7 +195,10 @@ class Multibit:
 
     def __repr__(self) -> str:
         bits = self.bits if isinstance(self.bits, int) else f"<map of shape {self.bits.shape}>"
-        return f"{type(self).__name__}({bits}, channel_axis={self.channel_axis})"
+        rest = f", group_size={self.group_size}" if self.group_size is not None else ""
+        rest += f", solver={self.solver!r}" if self.solver != "greedy" else ""
+        rest += f", surrogate={self.surrogate!r}" if self.surrogate != "bits_clip" else ""
+        return f"{type(self).__name__}({bits}, channel_axis={self.channel_axis}{rest})"
 
 
 class MultibitKernel(Multibit):
@@ -182,7 +216,7 @@ class MultibitKernel(Multibit):
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> MultibitKernel:
         """The operator with the state that `state_dict` gave."""
-        _check_keys(state, ("bits", "channel_axis"))
+        _check_keys(state, _STATE)
         return cls(state["bits"])
 
     def __repr__(self) -> str:
@@ -192,3 +226,7 @@ class MultibitKernel(Multibit):
 def _check_keys(state: dict[str, Any], expected: tuple[str, ...]) -> None:
     if set(state) != set(expected):
         raise ValueError(f"state must have the keys {list(expected)}, got {sorted(state)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -33,6 +33,23 @@ from cubin.core.rows import Rows
 from cubin.core.signs import gradient_inside
 from cubin.solvers import greedy
 
+__all__ = [
+    "MULTIBIT",
+    "SIGN",
+    "approx_sign",
+    "bits_clip",
+    "identity",
+    "multibit_rule",
+    "scale_aware",
+    "scaled_clip",
+    "sign_rule",
+    "ste",
+    "surrogate",
+    "swish_sign",
+    "tanh",
+    "triangle",
+]
+
 SIGN: dict[str, Elementwise] = {}
 """The surrogates of the sign by name."""
 
@@ -435,3 +452,7 @@ def multibit_rule(name: str) -> MultibitRule:
         If there is no such surrogate.
     """
     return _found("surrogate", MULTIBIT, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -745,3 +745,7 @@ def _halvings(bits: int) -> np.ndarray:
 
 def _midpoint_edges(levels: np.ndarray) -> np.ndarray:
     return np.concatenate(([0.0], (levels[1:] + levels[:-1]) / 2, [np.inf]))
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

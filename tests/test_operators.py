@@ -89,3 +89,32 @@ def test_arguments():
         Multibit.from_state_dict({"bits": 1})
     with pytest.raises(ValueError, match="broadcast"):
         Multibit(np.ones(3, int)).forward(np.ones(4))
+
+
+@pytest.mark.parametrize("layout", [{"channel_axis": 1}, {"group_size": 4}])
+@pytest.mark.parametrize("solver", ["refined", "alternating"])
+def test_options_of_multibit(xp, host, x, layout, solver):
+    x = x.reshape(3, 20).astype(np.float32)
+    operator = Multibit(2, **layout, solver=solver, surrogate="scaled_clip")
+    y, residuals = operator.forward(xp.asarray(x))
+    np.testing.assert_array_equal(
+        host(y), host(cubin.multibit(xp.asarray(x), 2, **layout, solver=solver))
+    )
+    gy = xp.asarray(np.ones_like(x))
+    gx = cubin.multibit_grad(xp.asarray(x), 2, gy, **layout, surrogate="scaled_clip")
+    np.testing.assert_array_equal(host(operator.backward(residuals, gy)), host(gx))
+    twin = Multibit.from_state_dict(operator.state_dict())
+    assert twin == operator
+    assert repr(twin) == repr(operator)
+    assert operator != Multibit(2, **layout, solver=solver)
+
+
+def test_options_of_multibit_are_checked():
+    with pytest.raises(ValueError, match="solver must be one of"):
+        Multibit(2, solver="magic")
+    with pytest.raises(ValueError, match="surrogate must be one of"):
+        Multibit(2, surrogate="magic")
+    with pytest.raises(ValueError, match="exclude each other"):
+        Multibit(2, channel_axis=0, group_size=4)
+    with pytest.raises(ValueError, match=r"bits must lie in 0 \.\. 8, got 9"):
+        Multibit(9, solver="optimal")

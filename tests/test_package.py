@@ -13,6 +13,7 @@ import pytest
 import cubin
 
 ROOT = Path(__file__).parent.parent
+PUBLIC = ["analysis", "bitmaps", "errors", "memory", "operators", "surrogates", "tape", "theory"]
 MODULES = ["cubin", *(m.name for m in pkgutil.walk_packages(cubin.__path__, "cubin."))]
 
 
@@ -58,3 +59,14 @@ def test_public_names_are_documented():
 def test_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == cubin.__version__
+
+
+@pytest.mark.parametrize("name", ["cubin", *(f"cubin.{module}" for module in PUBLIC)])
+def test_completion_shows_what_is_public(name):
+    module = importlib.import_module("cubin")
+    if name != "cubin":
+        module = getattr(module, name.removeprefix("cubin."))
+    shown = set(dir(module))
+    assert shown - {"__version__"} == set(module.__all__)
+    for entry in module.__all__:
+        assert getattr(module, entry) is not None

@@ -93,8 +93,9 @@ def test_they_equal_the_array_form(rng, solver, mapped, weighted, dtype, levels)
 @pytest.mark.parametrize("levels", [9, 12, 16])
 def test_more_than_eight_refined_levels(rng, mapped, levels):
     x, bits, importance = problem(rng, 300, "float32", levels, mapped, mapped)
-    expected, found = both(x[:4], bits[:4] if mapped else bits, levels,
-                           importance[:4] if mapped else None, solvers.SOLVERS["refined"])  # fmt: skip
+    first = bits[:4] if mapped else bits
+    weights = importance[:4] if mapped else None
+    expected, found = both(x[:4], first, levels, weights, solvers.SOLVERS["refined"])
     assert_the_same(expected, found)
 
 

@@ -7,3 +7,7 @@ from cubin.analysis.sweep import error_per_bit_width
 from cubin.analysis.table import ErrorRow, ErrorTable
 
 __all__ = ["ErrorRow", "ErrorTable", "draw_error_per_bit_width", "error_per_bit_width"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

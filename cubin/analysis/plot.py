@@ -183,19 +183,19 @@ def _curves(table: Any) -> dict[str, list[Any]]:
     return curves
 
 
-def _by_bits(rows: Sequence[ErrorRow]) -> list[list[ErrorRow]]:
-    points: dict[Any, list[ErrorRow]] = {}
+def _by_bits(rows: Sequence[Any]) -> list[list[Any]]:
+    points: dict[Any, list[Any]] = {}
     for row in rows:
         points.setdefault(row.bits, []).append(row)
     return list(points.values())
 
 
-def _count(rows: Sequence[ErrorRow]) -> str:
+def _count(rows: Sequence[Any]) -> str:
     number = max(map(len, _by_bits(rows)))
     return f"{number} array{'s' if number != 1 else ''}"
 
 
-def _quartiles(rows: Sequence[ErrorRow]) -> tuple[np.ndarray, ...]:
+def _quartiles(rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
     """Bits per element, and the quartiles of the error: (points,) each."""
     points = sorted(
         (

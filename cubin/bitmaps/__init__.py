@@ -15,3 +15,7 @@ from cubin.bitmaps.distortion import budget
 from cubin.bitmaps.patterns import bottom_up, middle_out, random, top_down, uniform
 
 __all__ = ["allocate", "bottom_up", "budget", "middle_out", "random", "top_down", "uniform"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""Checks of arguments: each returns what the work goes on with, or raises and names the argument."""
+"""Checks of arguments: each gives what the work goes on with, or raises and names the argument."""
 
 from __future__ import annotations
 

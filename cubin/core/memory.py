@@ -189,3 +189,7 @@ def forget_scratch() -> None:
 
 
 _scratch = threading.local()
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,13 +119,20 @@ def rows_of(
     axes = () if channel_axis is None else axes_of("channel_axis", channel_axis, shape)
     rest = tuple(axis for axis in range(ndim) if axis not in axes)
     scale_shape = tuple(shape[axis] for axis in axes)
-    return Rows(shape, shape, axes + rest, scale_shape, channel_axis=_as_given(channel_axis))
+    return Rows(shape, shape, axes + rest, scale_shape, channel_axis=plain_axes(channel_axis))
 
 
-def _as_given(channel_axis: Any) -> int | tuple[int, ...] | None:
+def plain_axes(channel_axis: Any) -> int | tuple[int, ...] | None:
+    """`channel_axis` as plain integers, whatever stood for them.
+
+    Raises
+    ------
+    TypeError
+        If it is no integer, or tuple of integers.
+    """
     if isinstance(channel_axis, (tuple, list)):
-        return tuple(operator.index(axis) for axis in channel_axis)
-    return None if channel_axis is None else operator.index(channel_axis)
+        return tuple(as_integer("channel_axis", axis) for axis in channel_axis)
+    return None if channel_axis is None else as_integer("channel_axis", channel_axis)
 
 
 def axes_of(name: str, axis: int | tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -136,3 +136,7 @@ def _search(
             finish(part, fits[part.rows.start], x, bits)
 
         passes.for_each_part(finish_piece, rows, x, bits.values)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

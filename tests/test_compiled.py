@@ -504,7 +504,7 @@ f = np.float32
 x, bits = read_only(np.ones((2, 9), f)), read_only(np.ones((2, 9), np.uint8))
 loops = {
     greedy_loops._approximate_rows: (
-        x, bits, np.ones((2, 2), f), np.ones(9, f), *scratch(f), np.ones((2, 9), f)),
+        x, bits, np.ones((2, 2), f), np.ones((2, 9), f), *scratch(f), np.ones((2, 9), f)),
     levels_loops._sum_signs: (
         np.ones((2, 2), f), read_only(np.ones((2, 2, 9), np.int8)), np.ones((2, 9), f)),
     signs_loops._signs: (x[0], np.ones(9, f)),

@@ -62,17 +62,17 @@ def by_halves(values, kind):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_order(rng, dtype, size):
     m = np.abs(rng.normal(size=size) * np.exp(3 * rng.normal(size=size))).astype(dtype)
-    lanes, turn = [0.0] * LANES, 0
+    total = 0.0
     for start in range(0, size, CHUNK):
         chunk = m[start : start + CHUNK]
         width = len(chunk) // COLUMNS if len(chunk) >= SHORT else 0
         whole = chunk[: COLUMNS * width].reshape(COLUMNS, width)
         columns = [by_halves(column, m.dtype.type) for column in whole.T]
-        for number in [*columns, *chunk[COLUMNS * width :]]:
+        lanes = [0.0] * LANES
+        for turn, number in enumerate([*columns, *chunk[COLUMNS * width :]]):
             lanes[turn % LANES] += float(number)
-            turn += 1
-    a, b, c, d, e, f, g, h = lanes
-    total = ((a + b) + (c + d)) + ((e + f) + (g + h))
+        a, b, c, d, e, f, g, h = lanes
+        total += ((a + b) + (c + d)) + ((e + f) + (g + h))
     assert add(m) == total
 
 

@@ -2,8 +2,8 @@
 
 A row is added up in chunks. A chunk is cut into 16 columns, which are added in the work dtype, by
 halves: numbers that are equal do not round, so that constant rows are exact. These sums, and what
-does not fill the columns, go to eight lanes of float64 in turn, chunk after chunk. The compiled
-loops do the same, so that both forms give the same bits.
+does not fill the columns, go to eight lanes of float64 in turn. Then the chunks are added, one
+after the other. The compiled loops do the same, so that both forms give the same bits.
 """
 
 from __future__ import annotations
@@ -39,28 +39,29 @@ def magnitude_sums(m: Array) -> Array:
 def _row_sums(m: Array) -> Array:
     rows, length = m.shape
     full = length // CHUNK * CHUNK
-    parts = [_in_columns(m[:, :full].reshape(rows, full // CHUNK, CHUNK))] if full else []
-    if full < length:
-        parts.append(_in_columns(m[:, None, full:]))
-    size = sum(part.shape[1] for part in parts)
-    parts.append(np.zeros((rows, -size % LANES if size else LANES), m.dtype))
-    turns = np.concatenate(parts, axis=1, dtype=np.float64).reshape(rows, -1, LANES)
-    # Adds one after the other, where `reduce` leaves the order open.
-    lanes = np.add.accumulate(turns, axis=1)[:, -1]
-    pairs = lanes[:, ::2] + lanes[:, 1::2]
-    fours = pairs[:, ::2] + pairs[:, 1::2]
-    return fours[:, 0] + fours[:, 1]
+    parts = [m[:, :full].reshape(rows, full // CHUNK, CHUNK)] if full else []
+    if full < length or not length:
+        parts.append(m[:, None, full:])
+    # `accumulate` adds one after the other, where `reduce` leaves the order open.
+    return np.add.accumulate(np.concatenate(list(map(_chunk_sums, parts)), axis=1), axis=1)[:, -1]
 
 
-def _in_columns(m: Array) -> Array:
-    """The sums of the columns of chunks, (rows, chunks, n), and what fills none, row by row."""
-    width = m.shape[-1] // COLUMNS if m.shape[-1] >= SHORT else 0
+def _chunk_sums(m: Array) -> Array:
+    """The sums of chunks, (rows, chunks, n)."""
+    rows, chunks, length = m.shape
+    width = length // COLUMNS if length >= SHORT else 0
     whole, half = COLUMNS * width, COLUMNS // 2
-    columns = m[..., :whole].reshape(*m.shape[:-1], COLUMNS, width)
-    sums = memory.scratch("columns", (*m.shape[:-1], half, width), m.dtype)
+    columns = m[..., :whole].reshape(rows, chunks, COLUMNS, width)
+    sums = memory.scratch("columns", (rows, chunks, half, width), m.dtype)
     np.add(columns[..., :half, :], columns[..., half:, :], out=sums)
     while half > 1:
         half //= 2
         np.add(sums[..., :half, :], sums[..., half : 2 * half, :], out=sums[..., :half, :])
-    together = np.concatenate([sums[..., 0, :], m[..., whole:]], axis=-1)
-    return together.reshape(len(m), -1)
+    size = width + length - whole
+    turns = max(1, -(-size // LANES))
+    wide = memory.scratch("lanes", (rows, chunks, turns * LANES), np.float64)
+    wide[..., :width], wide[..., width:size] = sums[..., 0, :], m[..., whole:]
+    wide[..., size:] = 0
+    lanes = np.add.accumulate(wide.reshape(rows, chunks, turns, LANES), axis=2)[..., -1, :]
+    pairs = lanes[..., ::2] + lanes[..., 1::2]
+    return (pairs[..., 0] + pairs[..., 1]) + (pairs[..., 2] + pairs[..., 3])

@@ -29,61 +29,54 @@ from cubin.core.sums import CHUNK
 
 
 @loop
-def _find_scales(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, lanes: Array
-) -> None:
-    """Write the scales of a row; `m`, of its length, is overwritten."""
+def _find_scales(x: Array, bits: Array, scales: Array, m: Array, small: Array, sums: Array) -> None:
+    """Write the scales of some rows, for which there is room in `m`.
+
+    The rows take turns at each level, since a level of a row waits for the one before it.
+    """
     x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, sums, lanes = uncounted(chunk, sums, lanes)
-    zero = x.dtype.type(0)
-    source, taken, count = x, zero, x.size
-    if bits.size:
-        keep(x, zero, m)
-        source = m
-    for level in range(scales.size):
-        if level:
-            taken = scales[level - 1]
-        if bits.size:
-            count = keep_hot_in_place(m, taken, bits, level)
-            taken = zero
-        elif 0 < level < scales.size - 1:  # the first and the last need not be kept
-            if level == 1:
-                keep(x, taken, m)
-            else:
-                keep_in_place(m, taken)
-            source, taken = m, zero
-        total = magnitude_sum(source, taken, chunk, sums, lanes)
-        scales[level] = x.dtype.type(total / count) if count else zero
+    small, sums = uncounted(small, sums)
+    zero, last = x.dtype.type(0), scales.shape[1] - 1
+    for row in range(len(x)):
+        keep(x[row], zero, m[row])  # in order, as memory is read fastest
+    for level in range(last + 1):
+        for row in range(len(x)):
+            left, count = m[row], x.shape[1]
+            taken = scales[row, level - 1] if level else zero
+            if bits.shape[1]:
+                count = keep_hot_in_place(left, taken, bits[row], level)
+                taken = zero
+            elif 0 < level < last:  # what the last leaves is not needed
+                keep_in_place(left, taken)
+                taken = zero
+            total = magnitude_sum(left, taken, small, sums)
+            scales[row, level] = x.dtype.type(total / count) if count else zero
 
 
 @loop
 def _level_scales(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, lanes: Array
+    x: Array, bits: Array, scales: Array, m: Array, small: Array, sums: Array
 ) -> None:
-    x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, sums, lanes = uncounted(chunk, sums, lanes)
-    for row in range(len(x)):
-        _find_scales(x[row], bits[row], scales[row], m, chunk, sums, lanes)
+    for start in range(0, len(x), len(m)):
+        stop = start + len(m)
+        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, small, sums)
 
 
 @loop
 def _level_sum(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, lanes: Array
+    x: Array, bits: Array, scales: Array, m: Array, small: Array, sums: Array
 ) -> tuple[float, int]:
     """The sum of what the scales leave of a piece of a row, and the number of its elements."""
-    x, bits, m, chunk, sums, lanes = uncounted(x, bits, m, chunk, sums, lanes)
-    total, count = 0.0, 0
+    zero, total, count = x.dtype.type(0), 0.0, 0
     for start in range(0, x.size, CHUNK):
-        source, hot = x[start : start + CHUNK], bits[start : start + CHUNK]
-        left, taken = m[: source.size], x.dtype.type(0)
-        if bits.size or scales.size:
-            keep(source, taken, left)
-            source = left
+        some, hot = x[start : start + CHUNK], bits[start : start + CHUNK]
+        left = m[: some.size]
+        keep(some, zero, left)
         for level in range(scales.size):
             keep_in_place(left, scales[level])
         if bits.size:
-            count += keep_hot_in_place(left, taken, hot, scales.size)
-        total += magnitude_sum(source, taken, chunk, sums, lanes)
+            count += keep_hot_in_place(left, zero, hot, scales.size)
+        total += magnitude_sum(left, zero, small, sums)
     return total, count if bits.size else x.size
 
 
@@ -92,7 +85,7 @@ def _level_sum(
 # 0 less the residual, n, is never -0.0: its sign bit is set exactly where the residual is > 0.
 
 
-@part
+@loop
 def _step(n: float, scale: float) -> float:
     """scale * sign(r) for n = 0 - r."""
     return scale if n < 0 else -scale
@@ -191,25 +184,23 @@ def _four(scales: Array, first: int) -> tuple[float, float, float, float]:
     )
 
 
-@loop
-def _write(x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y: Array) -> None:
+@part
+def _write(
+    x: Array, bits: Array, scales: Array, stored: Array, plain: bool, chunk: Array, y: Array
+) -> None:
     """Write the sum of the levels of a row, with the scales as stored.
 
-    Without a map and where they are stored as they are found, up to four levels take one pass.
+    It is `plain` without a map, and where they are stored as they are found: up to four levels take
+    one pass then.
     """
-    x, bits, scales, stored = uncounted(x, bits, scales, stored)
-    chunk, y = uncounted(chunk, y)
     s, levels = scales, scales.size
-    as_found = not bits.size
-    for level in range(levels):
-        as_found &= stored[level] == scales[level]
-    if as_found and levels == 1:
+    if plain and levels == 1:
         _write_one(x, s[0], y)
-    elif as_found and levels == 2:
+    elif plain and levels == 2:
         _write_two(x, s[0], s[1], y)
-    elif as_found and levels == 3:
+    elif plain and levels == 3:
         _write_three(x, s[0], s[1], s[2], y)
-    elif as_found and levels == 4:
+    elif plain and levels == 4:
         _write_four(x, s[0], s[1], s[2], s[3], y)
     else:
         for start in range(0, x.size, CHUNK):
@@ -225,32 +216,25 @@ def _write(x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y:
 
 
 @loop
-def _approximation(
-    x: Array, bits: Array, scales: Array, stored: Array, chunk: Array, y: Array
+def _write_rows(
+    x: Array, bits: Array, scales: Array, stored: Array, rounded: bool, chunk: Array, y: Array
 ) -> None:
     x, bits, scales, stored = uncounted(x, bits, scales, stored)
     chunk, y = uncounted(chunk, y)
+    plain = not (bits.size or rounded)
     for row in range(len(x)):
-        _write(x[row], bits[row], scales[row], stored[row], chunk, y[row])
+        _write(x[row], bits[row], scales[row], stored[row], plain, chunk, y[row])
 
 
 @loop
 def _approximate_rows(
-    x: Array,
-    bits: Array,
-    scales: Array,
-    m: Array,
-    chunk: Array,
-    sums: Array,
-    lanes: Array,
-    y: Array,
+    x: Array, bits: Array, scales: Array, m: Array, small: Array, sums: Array, y: Array
 ) -> None:
-    x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, sums, lanes, y = uncounted(chunk, sums, lanes, y)
-    for row in range(len(x)):
-        found = scales[row]
-        _find_scales(x[row], bits[row], found, m, chunk, sums, lanes)
-        _write(x[row], bits[row], found, found, chunk, y[row])
+    for start in range(0, len(x), len(m)):
+        stop = start + len(m)
+        some, own, found = x[start:stop], bits[start:stop], scales[start:stop]
+        _find_scales(some, own, found, m, small, sums)
+        _write_rows(some, own, found, found, False, small, y[start:stop])
 
 
 # ---------------------------------------------------------------- codes
@@ -270,21 +254,22 @@ def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) ->
 
 @loop
 def _encode_rows(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, lanes: Array,
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array,
     signs: Array,
 ) -> None:  # fmt: skip
     x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, sums, lanes, signs = uncounted(chunk, sums, lanes, signs)
-    for row in range(len(x)):
-        found, own = scales[row], bits[row]
-        _find_scales(x[row], own, found, m, chunk, sums, lanes)
-        for start in range(0, x.shape[1], CHUNK):
-            some = x[row, start : start + CHUNK]
-            n = chunk[: some.size]
-            _negate(some, n)
-            for level in range(len(signs)):
-                _set_signs(n, own[start : start + CHUNK], level, found[level],
-                           signs[level, row, start : start + CHUNK])  # fmt: skip
+    chunk, signs = uncounted(chunk, signs)
+    for start in range(0, len(x), len(m)):
+        stop = min(start + len(m), len(x))
+        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, chunk, sums)
+        for row in range(start, stop):
+            for first in range(0, x.shape[1], CHUNK):
+                some = x[row, first : first + CHUNK]
+                n = chunk[: some.size]
+                _negate(some, n)
+                for level in range(len(signs)):
+                    _set_signs(n, bits[row, first : first + CHUNK], level, scales[row, level],
+                               signs[level, row, first : first + CHUNK])  # fmt: skip
 
 
 @part
@@ -319,7 +304,7 @@ def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of whole rows, (rows, 1) for each level."""
     wide = in_work_dtype(x)
     scales = np.empty((len(x), levels), wide.dtype)
-    _level_scales(wide, map_of(bits, len(x)), scales, _row(wide), *scratch(wide.dtype))
+    _level_scales(wide, map_of(bits, len(x)), scales, _rows(wide), *scratch(wide.dtype))
     return list(scales.T[:, :, None])
 
 
@@ -343,18 +328,18 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     wide = in_work_dtype(x)
     scales, known = np.empty((len(x), levels), wide.dtype), map_of(bits, len(x))
     if y.dtype != wide.dtype:
-        _level_scales(wide, known, scales, _row(wide), *scratch(wide.dtype))
+        _level_scales(wide, known, scales, _rows(wide), *scratch(wide.dtype))
         _write_levels(wide, bits, scales, y)
         return
     values = target(y, wide)
-    _approximate_rows(wide, known, scales, _row(wide), *scratch(wide.dtype), values)
+    _approximate_rows(wide, known, scales, _rows(wide), *scratch(wide.dtype), values)
     store(values, y)
 
 
 def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
     values, stored = target(y, x), scales.astype(y.dtype).astype(x.dtype)
-    chunk, _, _ = scratch(x.dtype)
-    _approximation(x, map_of(bits, len(x)), scales, stored, chunk, values)
+    chunk, _ = scratch(x.dtype)
+    _write_rows(x, map_of(bits, len(x)), scales, stored, y.dtype != x.dtype, chunk, values)
     store(values, y)
 
 
@@ -363,7 +348,7 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
     wide = in_work_dtype(x)
     found = np.empty((len(x), levels), wide.dtype)
     given = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
-    _encode_rows(wide, map_of(bits, len(x)), found, _row(wide), *scratch(wide.dtype), given)
+    _encode_rows(wide, map_of(bits, len(x)), found, _rows(wide), *scratch(wide.dtype), given)
     if given is not signs:
         signs[...] = given
     scales[...] = found.T[:, :, None]
@@ -372,12 +357,14 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     """`greedy.codes`."""
     wide = in_work_dtype(x)
-    chunk, _, _ = scratch(wide.dtype)
+    chunk, _ = scratch(wide.dtype)
     _codes(wide, map_of(bits, len(x)), _stack(scales, wide), chunk, code)
 
 
-def _row(x: Array) -> Array:
-    return memory.scratch("row", x.shape[1:], x.dtype)
+def _rows(x: Array) -> Array:
+    """What magnitudes of rows are kept in: of so many rows that they stay in the first cache."""
+    rows = max(1, min(len(x), CHUNK // max(1, x.shape[1])))
+    return memory.scratch("rows", (rows, x.shape[1]), x.dtype)
 
 
 def _stack(scales: tuple[Array, ...], x: Array) -> Array:

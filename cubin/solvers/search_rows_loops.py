@@ -19,17 +19,15 @@ from cubin.codes.levels import decode
 from cubin.codes.levels_loops import level_signs
 from cubin.core import memory
 from cubin.core.host.loops import (
-    add_to_lanes,
     in_work_dtype,
     loop,
     part,
     store,
-    sum_of_lanes,
+    sum_in_lanes,
     target,
     uncounted,
 )
 from cubin.core.libraries import Array
-from cubin.core.sums import LANES
 from cubin.solvers import search_rows, sorted_rows_loops
 from cubin.solvers.codebook import DEPENDENT
 from cubin.solvers.solver import Solver
@@ -77,14 +75,14 @@ def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
 @loop
 def _add_up(
     x: Array, unit: float, m: Array, edges: Array, cells: range, number: Array, total: Array,
-    sums_of_four: Array, lanes: Array,
+    sums_of_four: Array,
 ) -> None:  # fmt: skip
     """Find what lies above the lower edges of cells.
 
     `m` are the magnitudes of a row, or what they are written to, chunk by chunk, if it is shorter.
     """
-    x, m, edges, number, total = uncounted(x, m, edges, number, total)
-    sums_of_four, lanes = uncounted(sums_of_four, lanes)
+    x, m, edges, sums_of_four = uncounted(x, m, edges, sums_of_four)
+    number, total = uncounted(number, total)
     for cell in cells:
         number[cell], total[cell] = 0, 0
     for start in range(0, x.size, CHUNK):
@@ -98,9 +96,7 @@ def _add_up(
         for cell in cells:
             edge = edges[cell - 1] if cell else np.float32(-1)
             number[cell] += _sums_of_four(chunk, edge, sums)
-            lanes[:] = 0
-            add_to_lanes(sums, columns, lanes)
-            total[cell] += sum_of_lanes(lanes)
+            total[cell] += sum_in_lanes(sums, columns)
 
 
 # ---------------------------------------------------------------- least squares
@@ -282,7 +278,6 @@ def fit(
     kept = x.shape[1] <= LONGEST_KEPT
     m = np.empty(_padded(x.shape[1]) if kept else CHUNK, np.float32)
     four = np.empty(min(m.size, CHUNK) // 4, np.float32)
-    lanes = np.empty(LANES)
     moved = np.empty(cells, codes.dtype)
     number, total, sums = np.empty(cells), np.empty(cells), np.empty(cells)
     equations = np.empty((levels + 1, levels))
@@ -292,17 +287,17 @@ def fit(
         unit = 1.0
         if kept:
             _magnitudes(own, unit, m)
-        _add_up(own, unit, m, edge, range(1), number, total, four, lanes)
+        _add_up(own, unit, m, edge, range(1), number, total, four)
         if not total[0] < np.inf:
             unit = _UNIT if _is_finite(own) else np.nan
             if kept:
                 _magnitudes(own, unit, m)
-            _add_up(own, unit, m, edge, range(1), number, total, four, lanes)
+            _add_up(own, unit, m, edge, range(1), number, total, four)
         code[0] = 1
         for level in range(levels):
             if level:
                 _split(found, level, edge, code, number, total)
-                _add_up(own, unit, m, edge, range(1, 1 << level, 2), number, total, four, lanes)
+                _add_up(own, unit, m, edge, range(1, 1 << level, 2), number, total, four)
             _set_equations(code, level + 1, number, total, equations)
             if refit:
                 _solve(equations, level + 1, found)
@@ -312,7 +307,7 @@ def fit(
             gain = _solve(equations, levels, found)
             for _ in range(iterations):
                 _nearest(found, levels, edge, code, sums)
-                _add_up(own, unit, m, edge, range(1, cells), number, total, four, lanes)
+                _add_up(own, unit, m, edge, range(1, cells), number, total, four)
                 _set_equations(code, levels, number, total, equations)
                 raised = _solve(equations, levels, found)
                 if not raised > gain:

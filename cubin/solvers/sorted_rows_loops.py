@@ -24,8 +24,9 @@ from cubin.core.host.loops import in_work_dtype, loop, read_only, store
 from cubin.core.libraries import Array
 from cubin.solvers import search
 from cubin.solvers.codebook import DEPENDENT
-from cubin.solvers.sorted_rows import power_of_two, relative_weights
 from cubin.solvers.search import ADDED, NORMAL, NORMAL_MEAN, SCREENED, SETTLED
+from cubin.solvers.solver import Solver
+from cubin.solvers.sorted_rows import power_of_two, relative_weights
 
 CHUNK = 1 << 10
 """Elements that stay in the first cache while they go through the edges."""

@@ -104,9 +104,8 @@ def uncounted(context: Any, *kinds: Any) -> Any:
 
 
 @part
-def _add_columns(x: Array, taken: float, sums: Array) -> None:
-    """Add up the magnitudes ``abs(abs(x) - taken)`` in `COLUMNS` columns, by halves."""
-    n = sums.size
+def _add_columns(x: Array, taken: float, n: int, sums: Array) -> None:
+    """Add up the magnitudes ``abs(abs(x) - taken)`` in `COLUMNS` columns of n, by halves."""
     for j in range(n):
         r = abs(abs(x[j]) - taken) + abs(abs(x[j + 8 * n]) - taken)
         s = abs(abs(x[j + 4 * n]) - taken) + abs(abs(x[j + 12 * n]) - taken)
@@ -121,13 +120,12 @@ def _add_columns(x: Array, taken: float, sums: Array) -> None:
 
 
 @part
-def add_to_lanes(sums: Array, size: int, lanes: Array) -> None:
-    """Add the first `size` numbers to the float64 lanes in turn; zeros are written after them."""
+def sum_in_lanes(sums: Array, size: int) -> float:
+    """Add the first `size` numbers to eight lanes in turn; zeros are written after them."""
     end = -(-size // LANES) * LANES
     for j in range(size, end):
         sums[j] = 0
-    a, b, c, d = lanes[0], lanes[1], lanes[2], lanes[3]
-    e, f, g, h = lanes[4], lanes[5], lanes[6], lanes[7]
+    a = b = c = d = e = f = g = h = 0.0
     for j in range(0, end, LANES):
         a += np.float64(sums[j])
         b += np.float64(sums[j + 1])
@@ -137,25 +135,24 @@ def add_to_lanes(sums: Array, size: int, lanes: Array) -> None:
         f += np.float64(sums[j + 5])
         g += np.float64(sums[j + 6])
         h += np.float64(sums[j + 7])
-    lanes[0], lanes[1], lanes[2], lanes[3] = a, b, c, d
-    lanes[4], lanes[5], lanes[6], lanes[7] = e, f, g, h
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
-@part
-def sum_of_lanes(lanes: Array) -> float:
-    """The sum of the lanes, by neighbours."""
-    low = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
-    return float(low + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7])))
-
-
-@part
-def _add_chunk(x: Array, taken: float, sums: Array, lanes: Array) -> None:
-    width = x.size // COLUMNS if x.size >= SHORT else 0
-    whole, size = COLUMNS * width, x.size - (COLUMNS - 1) * width
-    _add_columns(x, taken, sums[:width])
-    for j in range(whole, x.size):
-        sums[width + j - whole] = abs(abs(x[j]) - taken)
-    add_to_lanes(sums, size, lanes)
+@loop
+def _chunk_sum(x: Array, taken: float, sums: Array) -> float:
+    x, sums = uncounted(x, sums)
+    size = x.size
+    if size >= SHORT:
+        width = size // COLUMNS
+        _add_columns(x, taken, width, sums)
+        whole = COLUMNS * width
+        for j in range(whole, size):
+            sums[j - whole + width] = abs(abs(x[j]) - taken)
+        size = width + size - whole
+    else:
+        for j in range(size):
+            sums[j] = abs(abs(x[j]) - taken)
+    return sum_in_lanes(sums, size)
 
 
 @part
@@ -189,40 +186,39 @@ def keep_hot_in_place(m: Array, taken: float, bits: Array, level: int) -> int:
 
 
 @part
-def magnitude_sum(x: Array, taken: float, m: Array, sums: Array, lanes: Array) -> float:
+def magnitude_sum(x: Array, taken: float, small: Array, sums: Array) -> float:
     """The sum of ``abs(abs(x) - taken)``, in float64.
 
     Parameters
     ----------
     x : array of float32 or float64, shape (n,)
     taken : number of x's dtype
-    m : array of x's dtype, shape (CHUNK,)
+    small : array of x's dtype, shape (CHUNK,)
     sums : array of x's dtype, shape (CHUNK // COLUMNS + COLUMNS,)
-    lanes : array of float64, shape (LANES,)
-        All three are overwritten; `x` may be the first of them.
+        Both are overwritten.
     """
-    total, unit = np.inf, 1.0
-    while total == np.inf and unit >= UNIT:
-        lanes[:] = 0
+    if x.size <= CHUNK:
+        total = _chunk_sum(x, taken, sums)
+    else:
+        total = 0.0
         for start in range(0, x.size, CHUNK):
-            some, less = x[start : start + CHUNK], taken
-            if unit < 1:  # perhaps a column overflows: in smaller units none does
-                small = m[: some.size]
-                for j in range(some.size):
-                    small[j] = abs(abs(some[j]) - taken) * x.dtype.type(UNIT)
-                some, less = small, x.dtype.type(0)
-            _add_chunk(some, less, sums, lanes)
-        total = sum_of_lanes(lanes) / unit
-        unit *= UNIT
+            total += _chunk_sum(x[start : start + CHUNK], taken, sums)
+    if total == np.inf:  # perhaps a column overflows: in smaller units none does
+        total = 0.0
+        for start in range(0, x.size, CHUNK):
+            some = x[start : start + CHUNK]
+            for j in range(some.size):
+                small[j] = abs(abs(some[j]) - taken) * x.dtype.type(UNIT)
+            total += _chunk_sum(small[: some.size], x.dtype.type(0), sums)
+        total /= UNIT
     return total
 
 
-def scratch(dtype: Any) -> tuple[Array, Array, Array]:
-    """What `magnitude_sum` works with: `m`, `sums` and `lanes`."""
+def scratch(dtype: Any) -> tuple[Array, Array]:
+    """What `magnitude_sum` works with: `small` and `sums`."""
     return (
         memory.scratch("chunk", (CHUNK,), dtype),
         memory.scratch("sums", (CHUNK // COLUMNS + COLUMNS,), dtype),
-        memory.scratch("lanes", (LANES,), np.float64),
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
 from cubin import tape
 from cubin.arrays import library
-from cubin.tape import Node, check_gradient, gradients
+from cubin.tape import Node, check_gradient, gradients, operations
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -151,6 +151,44 @@ def test_conv2d_gradient(x, w, stride, padding, groups, xp):
         xp.asarray(normal(*x)),
         xp.asarray(normal(*w, seed=1)),
     )
+
+
+@pytest.mark.parametrize(("x", "w", "stride", "padding", "groups"), CONVOLUTIONS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_conv2d_in_blocks_gives_the_same(x, w, stride, padding, groups, rows, monkeypatch):
+    x, w = normal(*x), normal(*w, seed=1)
+
+    def results():
+        nodes = Node(x), Node(w)
+        output = tape.conv2d(*nodes, stride, padding, groups)
+        seed = normal(*output.value.shape, seed=2)
+        return output.value, *gradients(output, nodes, seed=seed)
+
+    monkeypatch.setattr(operations, "_row_blocks", lambda height, *_: [slice(0, height)])
+    whole = results()
+    monkeypatch.setattr(
+        operations,
+        "_row_blocks",
+        lambda height, *_: [slice(r, min(r + rows, height)) for r in range(0, height, rows)],
+    )
+    for found, expected in zip(results(), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_conv2d_takes_no_more_windows_at_once_than_fit_the_cache(monkeypatch):
+    seen = []
+    product = operations._product
+
+    def watched(xp, a, b, out=None):
+        seen.append(max(a.nbytes, b.nbytes))
+        return product(xp, a, b, out)
+
+    monkeypatch.setattr(operations, "_product", watched)
+    x, w = Node(normal(64, 8, 20, 20)), Node(normal(4, 8, 3, 3, seed=1))
+    output = tape.conv2d(x, w, padding=1)
+    gradients(output, [x, w], seed=output.value)
+    assert len(seen) > 3
+    assert max(seen) <= operations._CACHED
 
 
 @pytest.mark.parametrize("name", CASES)

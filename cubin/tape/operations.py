@@ -202,7 +202,7 @@ def _product(xp: Any, a: Array, b: Array, out: Array | None = None) -> Array:
 # ---------------------------------------------------------------- shape
 
 
-def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
+def sum(x: Operand, axis: Axes = None, *, keepdims: bool = False) -> Node:
     """The sum over `axis` (an int, a tuple, or None for all); the gradient repeats g along it."""
     _, v = _values(x=x)
     axes = _axes("axis", axis, v.shape)
@@ -210,7 +210,7 @@ def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     return _node(value, (x, lambda g: _repeated(g, axes, v)))
 
 
-def mean(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
+def mean(x: Operand, axis: Axes = None, *, keepdims: bool = False) -> Node:
     """The mean of the n elements along `axis`; the gradient repeats g / n along it."""
     _, v = _values(x=x)
     axes = _axes("axis", axis, v.shape)
@@ -387,6 +387,7 @@ def _per_channel(name: str, parameter: Array, x: Array) -> Array:
 def conv2d(
     x: Operand,
     w: Operand,
+    *,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     groups: int = 1,
@@ -536,6 +537,7 @@ def _check_convolution(x: Array, w: Array, groups: int) -> None:
 def max_pool(
     x: Operand,
     size: int | tuple[int, int],
+    *,
     stride: int | tuple[int, int] | None = None,
 ) -> Node:
     """The maximum of each window; the gradient goes to the first element that attains it.
@@ -585,6 +587,7 @@ def max_pool(
 def mean_pool(
     x: Operand,
     size: int | tuple[int, int],
+    *,
     stride: int | tuple[int, int] | None = None,
 ) -> Node:
     """The mean of each window of n elements; the gradient g / n goes to each of them.

@@ -28,6 +28,7 @@ def sgd(
     gradients: Arrays,
     state: Arrays,
     learning_rate: float,
+    *,
     momentum: float = 0.0,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """One step of gradient descent with momentum.
@@ -82,6 +83,7 @@ def adam(
     gradients: Arrays,
     state: Arrays,
     learning_rate: float = 1e-3,
+    *,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
 ) -> tuple[dict[str, Array], dict[str, Array]]:

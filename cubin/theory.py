@@ -187,7 +187,7 @@ def refined(distribution: Any, bits: int) -> ExpectedScales:
     return quantizer.expected()
 
 
-def alternating(distribution: Any, bits: int, *, iterations: int | None = None) -> ExpectedScales:
+def alternating(distribution: Any, bits: int, *, iterations: int | None = 2) -> ExpectedScales:
     r"""Expected error of alternating between codes and scales, from the greedy codes on.
 
     Parameters
@@ -197,8 +197,8 @@ def alternating(distribution: Any, bits: int, *, iterations: int | None = None) 
     bits : int
         Number of levels k, 1 to 8.
     iterations : int, optional
-        How often the codes are renewed; None goes on until the error stops falling. 0 leaves the
-        greedy codes with their least-squares scales.
+        How often the codes are renewed, 2 by default as in `cubin.quantize`; None goes on until
+        the error stops falling. 0 leaves the greedy codes with their least-squares scales.
 
     Returns
     -------

@@ -70,7 +70,10 @@ SOLVERS = {
         "^",
     ),
     "alternating, converged": Solver(
-        {"solver": "alternating", "iterations": None}, theory.alternating, "#56B4E9", "D"
+        {"solver": "alternating", "iterations": None},
+        partial(theory.alternating, iterations=None),
+        "#56B4E9",
+        "D",
     ),
     "optimal": Solver({"solver": "optimal"}, theory.optimal, "#0072B2", "v"),
 }

@@ -310,7 +310,9 @@ def binarized(x: Node, arm: Arm, progress: float) -> Node:
     if arm.activations == 0:
         return x
     if arm.activations == 1:
-        return tape.sign(x, arm.surrogate, **surrogate_parameters(arm.surrogate, progress))
+        return tape.sign(
+            x, surrogate=arm.surrogate, **surrogate_parameters(arm.surrogate, progress)
+        )
     return tape.multibit(x, arm.activations, channel_axis=0)
 
 

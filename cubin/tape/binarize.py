@@ -10,7 +10,7 @@ from cubin.tape.node import Node
 from cubin.tape.operations import Operand
 
 
-def sign(x: Operand, surrogate: str = "ste", **parameters: Any) -> Node:
+def sign(x: Operand, *, surrogate: str = "ste", **parameters: Any) -> Node:
     """+1 where x > 0, else -1, as `cubin.sign`; the gradient is `cubin.sign_grad`'s.
 
     Parameters
@@ -41,11 +41,15 @@ def sign(x: Operand, surrogate: str = "ste", **parameters: Any) -> Node:
 def multibit(
     x: Operand,
     bits: Array,
+    *,
     channel_axis: int | tuple[int, ...] | None = None,
     group_size: int | None = None,
+    solver: str = "greedy",
     surrogate: str = "bits_clip",
 ) -> Node:
-    """The greedy approximation `cubin.multibit`; the gradient is `cubin.multibit_grad`'s.
+    """The approximation `cubin.multibit`; the gradient is `cubin.multibit_grad`'s.
+
+    The gradient does not depend on the solver.
 
     Parameters
     ----------
@@ -56,6 +60,8 @@ def multibit(
         One scale per level for each index of this axis (these axes). Default: one for the tensor.
     group_size : int, optional
         One scale per level for every run of this many elements of the last axis.
+    solver : str
+        How codes and scales are found, as for `cubin.multibit`.
     surrogate : str
         A name in `cubin.surrogates.MULTIBIT`.
 
@@ -73,7 +79,7 @@ def multibit(
     layout: Any = {"channel_axis": channel_axis, "group_size": group_size}
     return _node(
         x,
-        lambda v: binarize.multibit(v, bits, **layout),
+        lambda v: binarize.multibit(v, bits, solver=solver, **layout),
         lambda v, g: gradients.multibit_grad(v, bits, g, surrogate=surrogate, **layout),
     )
 

@@ -100,7 +100,7 @@ class Node:
         return f"Node(shape={self.value.shape}, dtype={self.value.dtype})"
 
 
-def gradients(output: Node, wrt: Iterable[Node], seed: Array | None = None) -> list[Array]:
+def gradients(output: Node, wrt: Iterable[Node], *, seed: Array | None = None) -> list[Array]:
     """The gradients of ``sum(seed * output)`` with respect to nodes.
 
     Parameters

@@ -18,6 +18,7 @@ A. Griewank and A. Walther, "Evaluating Derivatives", 2nd edition, SIAM 2008.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -36,6 +37,9 @@ Operand: TypeAlias = Node | Array
 """A node, or a constant: an array or a number."""
 
 Axes: TypeAlias = int | tuple[int, ...] | None
+
+_CACHED = 2**20
+"""Bytes of a matrix of windows that stay in a core's second-level cache."""
 
 
 def _values(**operands: Operand) -> tuple[Any, ...]:
@@ -180,18 +184,18 @@ def matmul(a: Operand, b: Operand) -> Node:
     )
 
 
-def _product(xp: Any, a: Array, b: Array) -> Array:
+def _product(xp: Any, a: Array, b: Array, out: Array | None = None) -> Array:
     """a @ b. Both libraries add float16 in float32, but NumPy without BLAS, one by one."""
     if xp is not np:
-        return xp.matmul(a, b)
+        return xp.matmul(a, b, out=out)
     dtype = np.result_type(a, b)
-    return np.matmul(a, b, dtype=work_dtype(dtype)).astype(dtype, copy=False)
+    return np.matmul(a, b, out=out, dtype=work_dtype(dtype)).astype(dtype, copy=False)
 
 
 # ---------------------------------------------------------------- shape
 
 
-def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
+def sum(x: Operand, axis: Axes = None, *, keepdims: bool = False) -> Node:
     """The sum over `axis` (an int, a tuple, or None for all); the gradient repeats g along it."""
     _, v = _values(x=x)
     axes = _axes("axis", axis, v.shape)
@@ -199,7 +203,7 @@ def sum(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
     return _node(value, (x, lambda g: _repeated(g, axes, v)))
 
 
-def mean(x: Operand, axis: Axes = None, keepdims: bool = False) -> Node:
+def mean(x: Operand, axis: Axes = None, *, keepdims: bool = False) -> Node:
     """The mean of the n elements along `axis`; the gradient repeats g / n along it."""
     _, v = _values(x=x)
     axes = _axes("axis", axis, v.shape)
@@ -348,11 +352,15 @@ def prelu(x: Operand, slope: Operand) -> Node:
     xp, v, s = _values(x=x, slope=slope)
     a = _per_channel("slope", s, v) if getattr(s, "ndim", 0) else s
     below = xp.minimum(v, 0)
-    return _node(
-        xp.maximum(v, 0) + a * below,
-        (x, lambda g: _summed(_wide(g) * ((v > 0) + a * (v <= 0)), v)),
-        (slope, lambda g: _summed(_wide(g) * below, a).reshape(s.shape)),
-    )
+    value = a * below
+    value += xp.maximum(v, 0)
+
+    def to_x(g: Array) -> Array:
+        factor = a * (v <= 0)
+        factor += v > 0
+        return _summed(factor * _wide(g), v)
+
+    return _node(value, (x, to_x), (slope, lambda g: _summed(_wide(g) * below, a).reshape(s.shape)))
 
 
 def _per_channel(name: str, parameter: Array, x: Array) -> Array:
@@ -372,6 +380,7 @@ def _per_channel(name: str, parameter: Array, x: Array) -> Array:
 def conv2d(
     x: Operand,
     w: Operand,
+    *,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     groups: int = 1,
@@ -410,9 +419,11 @@ def conv2d(
 
     Notes
     -----
-    One matrix product of the kernels with the matrix whose columns are the windows. That matrix,
-    as many times larger than x as a kernel has elements, is made again on the way back rather
-    than kept. The result and the gradient of x have the channels outermost in memory.
+    A matrix product of the kernels with the matrix whose columns are the windows. That matrix, as
+    many times larger than x as a kernel has elements, is made in blocks of rows of the images,
+    which fit the cache, and made again on the way back rather than kept. The result and the
+    gradient of x have the channels outermost in memory and the images innermost: the windows then
+    differ by whole runs of memory, and what is taken per channel is taken over one long run.
 
     References
     ----------
@@ -426,43 +437,75 @@ def conv2d(
     n, channels, height, width = images.shape
     size = kernels.shape[2:]
     padded_shape = (height + 2 * padding[0], width + 2 * padding[1])
-    counts = _window_counts(padded_shape, size, stride)
+    rows, per_row = _window_counts(padded_shape, size, stride)
     inside = tuple(slice(p, p + length) for p, length in zip(padding, (height, width), strict=True))
+    dtype = np.result_type(images.dtype, kernels.dtype)
+    # CuPy multiplies float16 as it is and adds in float32.
+    work = work_dtype(dtype) if xp is np else dtype
     matrix = kernels.reshape(groups, len(kernels) // groups, math.prod(kernels.shape[1:]))
+    matrix = matrix.astype(work, copy=False)
+    blocks = _row_blocks(rows, channels * math.prod(size) * per_row * n * work.itemsize, xp)
 
-    def columns() -> Array:
-        padded = images
+    def columns() -> Iterator[Array]:
+        """For each block of rows of the result, the windows as the columns of a matrix."""
+        padded = _images_last(xp, images)
         if padding != (0, 0):
-            padded = xp.zeros((n, channels, *padded_shape), images.dtype)
-            padded[:, :, *inside] = images
-        image, channel, row, column = padded.strides
+            padded = xp.zeros((channels, *padded_shape, n), images.dtype)
+            padded[:, *inside] = images.transpose(1, 2, 3, 0)
+        channel, row, column, image = padded.strides
         # CuPy's sliding_window_view moves the window's size to the device and back.
         windows = xp.lib.stride_tricks.as_strided(
             padded,
-            shape=(channels, *size, n, *counts),
-            strides=(channel, row, column, image, row * stride[0], column * stride[1]),
+            shape=(channels, *size, rows, per_row, n),
+            strides=(channel, row, column, row * stride[0], column * stride[1], image),
         )
-        return windows.reshape(groups, matrix.shape[2], n * math.prod(counts))
+        for block in blocks:
+            part = windows[:, :, :, block]
+            shape = (groups, matrix.shape[2], part.shape[3] * per_row * n)
+            yield part.reshape(shape).astype(work, copy=False)
 
-    def flat(g: Array) -> Array:
-        return g.transpose(1, 0, 2, 3).reshape(groups, matrix.shape[1], n * math.prod(counts))
+    def split(y: Array) -> list[Array]:
+        """The blocks of rows of an array of the result's shape, images last, as matrices."""
+        by_row = y.reshape(groups, matrix.shape[1], rows, per_row * n)
+        parts = [by_row[:, :, block] for block in blocks]
+        return [part.reshape(*part.shape[:2], part.shape[2] * part.shape[3]) for part in parts]
 
     def to_images(g: Array) -> Array:
-        taps = _product(xp, matrix.swapaxes(1, 2), flat(_wide(g)))
-        taps = taps.reshape(channels, *size, n, *counts)
-        dtype = sum_dtype(images.dtype, _overlaps(size, stride))
-        padded = xp.zeros((channels, n, *padded_shape), dtype)
-        for (i, j), window in _taps(size, counts, stride):
-            padded[:, :, *window] += taps[:, i, j]
-        return padded[:, :, *inside].transpose(1, 0, 2, 3).astype(images.dtype, copy=False)
+        whole = xp.zeros(
+            (channels, *padded_shape, n), sum_dtype(images.dtype, _overlaps(size, stride))
+        )
+        for block, part in zip(blocks, split(_images_last(xp, _wide(g))), strict=True):
+            counts = (block.stop - block.start, per_row)
+            taps = _product(xp, matrix.swapaxes(1, 2), part).reshape(channels, *size, *counts, n)
+            below = whole[:, block.start * stride[0] :]
+            for (i, j), window in _taps(size, counts, stride):
+                below[:, *window] += taps[:, i, j]
+        return whole[:, *inside].transpose(3, 0, 1, 2).astype(images.dtype, copy=False)
 
     def to_kernels(g: Array) -> Array:
-        product = _product(xp, flat(g), columns().swapaxes(1, 2))
-        return product.reshape(kernels.shape).astype(kernels.dtype, copy=False)
+        whole = xp.zeros(matrix.shape, sum_dtype(work, len(blocks)))
+        parts = split(_images_last(xp, g.astype(work, copy=False)))
+        for part, windows in zip(parts, columns(), strict=True):
+            whole += _product(xp, part, windows.swapaxes(1, 2))
+        return whole.reshape(kernels.shape).astype(kernels.dtype, copy=False)
 
-    value = _product(xp, matrix, columns()).reshape(len(kernels), n, *counts)
-    value = value.transpose(1, 0, 2, 3)
-    return _node(value, (x, to_images), (w, to_kernels))
+    value = xp.empty((len(kernels), rows, per_row, n), work)
+    for part, windows in zip(split(value), columns(), strict=True):
+        _product(xp, matrix, windows, out=part)
+    return _node(
+        value.transpose(3, 0, 1, 2).astype(dtype, copy=False), (x, to_images), (w, to_kernels)
+    )
+
+
+def _images_last(xp: Any, x: Array) -> Array:
+    """Images (n, channels, height, width) as (channels, height, width, n), contiguous."""
+    return xp.ascontiguousarray(x.transpose(1, 2, 3, 0))
+
+
+def _row_blocks(rows: int, nbytes: int, xp: Any) -> list[slice]:
+    """Blocks of rows, each of `nbytes`, that fit the cache; a single block on a device."""
+    step = rows if xp is not np else min(rows, max(1, _CACHED // max(1, nbytes)))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _check_convolution(x: Array, w: Array, groups: int) -> None:
@@ -487,6 +530,7 @@ def _check_convolution(x: Array, w: Array, groups: int) -> None:
 def max_pool(
     x: Operand,
     size: int | tuple[int, int],
+    *,
     stride: int | tuple[int, int] | None = None,
 ) -> Node:
     """The maximum of each window; the gradient goes to the first element that attains it.
@@ -519,10 +563,14 @@ def max_pool(
 
     def pull_back(g: Array) -> Array:
         whole = xp.zeros_like(v, dtype=sum_dtype(v.dtype, overlaps))
-        free = xp.ones(g.shape, bool)
+        free = xp.ones_like(value, dtype=bool)
         for window in windows:
-            first = free & (v[:, :, *window] == value)
-            whole[:, :, *window] += g * first
+            first = v[:, :, *window] == value
+            first &= free
+            if overlaps == 1:
+                xp.multiply(g, first, out=whole[:, :, *window])
+            else:
+                whole[:, :, *window] += g * first
             free ^= first
         return whole.astype(v.dtype, copy=False)
 
@@ -532,6 +580,7 @@ def max_pool(
 def mean_pool(
     x: Operand,
     size: int | tuple[int, int],
+    *,
     stride: int | tuple[int, int] | None = None,
 ) -> Node:
     """The mean of each window of n elements; the gradient g / n goes to each of them.
@@ -601,7 +650,7 @@ def _taps(
     size: tuple[int, int], counts: tuple[int, ...], stride: tuple[int, int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
     """Each position in a window, with the elements at this position of all windows."""
-    for position in np.ndindex(*size):
+    for position in itertools.product(*map(range, size)):
         yield (
             position,
             tuple(
@@ -667,7 +716,7 @@ def batch_norm(
         raise TypeError(
             f"running must be a pair (mean, variance), got {type(running).__qualname__}"
         )
-    _, v, scale, offset = _values(x=x, gamma=gamma, beta=beta)
+    xp, v, scale, offset = _values(x=x, gamma=gamma, beta=beta)
     mean, variance = (
         as_floats(f"running {name}", array)
         for name, array in zip(("mean", "variance"), running, strict=True)
@@ -676,74 +725,56 @@ def batch_norm(
     momentum, epsilon = as_real("momentum", momentum), as_real_below("epsilon", epsilon, math.inf)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must lie in 0 .. 1, got {momentum}")
-    for name, parameter in (("gamma", scale), ("beta", offset),
-                            ("running mean", mean), ("running variance", variance)):  # fmt: skip
+    scale, offset, level, spread = (
         _per_channel(name, parameter, v)
+        for name, parameter in (("gamma", scale), ("beta", offset),
+                                ("running mean", mean), ("running variance", variance))
+    )  # fmt: skip
+    dtype = np.result_type(v.dtype, scale.dtype, offset.dtype)
+    work = work_dtype(dtype)
+    axes = (0, *range(2, v.ndim))
     if train:
-        z, batch_mean, batch_variance = _standardized(x, epsilon)
+        if v.size <= v.shape[1]:
+            raise ValueError(
+                f"x of shape {v.shape} has no two elements per channel: its variance in training "
+                "means nothing"
+            )
         count = v.size // v.shape[1]
+        level = total(v, axes) / count
+    z = v - level.astype(work, copy=False)
+    if train:
+        spread = total(z * z, axes) / count
         running = (
-            _moved(mean, batch_mean, momentum),
-            _moved(variance, batch_variance * (count / (count - 1)), momentum),
+            _moved(mean, level.reshape(-1), momentum),
+            _moved(variance, spread.reshape(-1) * (count / (count - 1)), momentum),
         )
-    else:
-        z = _normalized(
-            x, _per_channel("mean", mean, v), _per_channel("variance", variance, v), epsilon
-        )
-    column = (-1,) + (1,) * (v.ndim - 2)
-    factor, shift = (
-        reshape(operand, column) if isinstance(operand, Node) else value.reshape(column)
-        for operand, value in ((gamma, scale), (beta, offset))
+    factor = ((spread.astype(np.float64, copy=False) + epsilon) ** -0.5).astype(work, copy=False)
+    z *= factor
+    y = z * scale
+    y += offset
+
+    def to_x(g: Array) -> Array:
+        g = _wide(g)
+        if not train:
+            return (g * (scale * factor)).astype(v.dtype, copy=False)
+        gx = z * (total(g * z, axes) / count).astype(work, copy=False)
+        gx += (total(g, axes) / count).astype(work, copy=False)
+        xp.subtract(g, gx, out=gx)
+        gx *= scale * factor
+        return gx.astype(v.dtype, copy=False)
+
+    node = _node(
+        y.astype(dtype, copy=False),
+        (x, to_x),
+        (gamma, lambda g: _summed(_wide(g) * z, scale).reshape(-1)),
+        (beta, lambda g: _summed(g, offset).reshape(-1)),
     )
-    return add(multiply(z, factor), shift), running
+    return node, running
 
 
 def _moved(old: Array, new: Array, weight: float) -> Array:
     """``(1 - weight) * old + weight * new``, for `new` in float64, in old's dtype."""
     return ((1 - weight) * old.astype(new.dtype, copy=False) + weight * new).astype(old.dtype)
-
-
-def _normalized(x: Operand, mean: Array, variance: Array, epsilon: float) -> Node:
-    """(x - mean) / sqrt(variance + epsilon) with constants, in x's dtype; float16 in float32."""
-    _, v = _values(x=x)
-    work = work_dtype(v.dtype)
-    factor = ((variance.astype(np.float64, copy=False) + epsilon) ** -0.5).astype(work, copy=False)
-    z = (v - mean.astype(work, copy=False)) * factor
-    return _node(
-        z.astype(v.dtype, copy=False), (x, lambda g: (g * factor).astype(v.dtype, copy=False))
-    )
-
-
-def _standardized(x: Operand, epsilon: float) -> tuple[Node, Array, Array]:
-    """x with mean 0 and variance 1 in each channel, and the mean and variance that it had.
-
-    Float16 is squared in float32. The mean and the variance are returned in float64.
-    """
-    _, v = _values(x=x)
-    work = work_dtype(v.dtype)
-    axes = (0, *range(2, v.ndim))
-    if v.size <= v.shape[1]:
-        raise ValueError(
-            f"x of shape {v.shape} has no two elements per channel: its variance in training "
-            "means nothing"
-        )
-    count = v.size // v.shape[1]
-    mean = total(v, axes) / count
-    centred = v - mean.astype(work, copy=False)
-    variance = total(centred * centred, axes) / count
-    factor = ((variance + epsilon) ** -0.5).astype(work, copy=False)
-    z = centred * factor
-
-    def pull_back(g: Array) -> Array:
-        level = (total(g, axes) / count).astype(work, copy=False)
-        tilt = (total(g * z, axes) / count).astype(work, copy=False)
-        return (factor * (g - level - z * tilt)).astype(v.dtype, copy=False)
-
-    return (
-        _node(z.astype(v.dtype, copy=False), (x, pull_back)),
-        mean.reshape(-1),
-        variance.reshape(-1),
-    )
 
 
 def softmax_cross_entropy(logits: Operand, labels: Array) -> Node:

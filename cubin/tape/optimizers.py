@@ -30,6 +30,7 @@ def sgd(
     gradients: Arrays,
     state: Arrays,
     learning_rate: float,
+    *,
     momentum: float = 0.0,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """One step of gradient descent with momentum.
@@ -84,6 +85,7 @@ def adam(
     gradients: Arrays,
     state: Arrays,
     learning_rate: float = 1e-3,
+    *,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -145,10 +147,19 @@ def adam(
     new_state = {"step": np.array(step)}
     for name, p in values.items():
         g = gradients[name]
-        first = beta_1 * old["first", name] + (1 - beta_1) * g
-        second = beta_2 * old["second", name] + (1 - beta_2) * (g * g)
-        scale = (second / (1 - beta_2**step)) ** 0.5 + epsilon
-        moved[name] = p - rate * first / (scale + (scale == 0))
+        first = beta_1 * old["first", name]
+        first += (1 - beta_1) * g
+        second = beta_2 * old["second", name]
+        square = g * g
+        square *= 1 - beta_2
+        second += square
+        scale = second / (1 - beta_2**step)
+        scale **= 0.5
+        scale += epsilon
+        scale += scale == 0
+        moved[name] = rate * first
+        moved[name] /= scale
+        moved[name] = p - moved[name]
         new_state[f"first.{name}"], new_state[f"second.{name}"] = first, second
     rounded, masters = _rounded(moved, parameters)
     return rounded, new_state | masters

@@ -3,8 +3,9 @@
 The rounding error of a sum taken one addend after the other grows with their number, until the
 addends no longer move it: at 2^11 equal ones in float16, at 2^24 in float32. NumPy takes sums in
 this way along every axis but the innermost in memory. Here float16 is added in float32, and at most
-`BLOCK` addends meet in float32: what comes of each such block is added in float64. No float64 copy
-of an array is made, only one of a `BLOCK`-th of it.
+`BLOCK` addends meet in float32, in pairs, so that equal ones do not round: what comes of each such
+block is added in float64, and so is what has no partner. No float64 copy of an array is made. CuPy
+adds in float64 right away.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import numpy as np
 
 from cubin.core.floats import work_dtype
-from cubin.core.libraries import Array
+from cubin.core.libraries import Array, on_device
 
 BLOCK = 32
 """The largest number of addends that are added in float32, to within 3e-7 of their sum."""
@@ -32,25 +33,17 @@ def total(x: Array, axes: tuple[int, ...]) -> Array:
     dtype = sum_dtype(x.dtype, math.prod(x.shape[axis] for axis in axes))
     if dtype != np.float64 or x.dtype == np.float64:
         return x.sum(axis=axes, keepdims=True, dtype=dtype).astype(np.float64, copy=False)
-    # A block takes the axes that are innermost in memory, and a part of the next one.
-    whole = []
-    room = BLOCK
-    for axis in sorted(axes, key=lambda axis: abs(x.strides[axis])):
-        if x.shape[axis] > room:
-            break
-        whole.append(axis)
-        room //= x.shape[axis]
-    length = x.shape[axis]
-    blocks = -(-length // room)
-    size = length // blocks
-    lead = (slice(None),) * axis
-    split = x[(*lead, slice(blocks * size))].reshape(
-        *x.shape[:axis], blocks, size, *x.shape[axis + 1 :]
-    )
-    within = (axis + 1, *(number + (number > axis) for number in whole))
-    sums = split.sum(axis=within, keepdims=True, dtype=work_dtype(x.dtype)).squeeze(axis + 1)
-    result = sums.sum(axis=axes, keepdims=True, dtype=np.float64)
-    if blocks * size < length:
-        rest = x[(*lead, slice(blocks * size, None))]
-        result = result + rest.sum(axis=axes, keepdims=True, dtype=np.float64)
-    return result
+    if on_device(x):  # a reduction of CuPy's widens what it reads
+        return x.sum(axis=axes, keepdims=True, dtype=np.float64)
+    # Halves of the array are added to each other, which goes through long runs of memory.
+    result = 0.0
+    for _ in range(BLOCK.bit_length() - 1):
+        axis = max(axes, key=lambda axis: x.shape[axis])
+        half, odd = divmod(x.shape[axis], 2)
+        lead = (slice(None),) * axis
+        if odd:
+            rest = x[(*lead, slice(2 * half, None))]
+            result = result + rest.sum(axis=axes, keepdims=True, dtype=np.float64)
+        first, second = x[(*lead, slice(half))], x[(*lead, slice(half, 2 * half))]
+        x = np.add(first, second, dtype=work_dtype(x.dtype))
+    return result + x.sum(axis=axes, keepdims=True, dtype=np.float64)

@@ -34,7 +34,7 @@ def test_sign_is_the_operator(xp, host, rng, dtype):
 def test_sign_with_a_surrogate(xp, host, rng, surrogate, parameters):
     values, gy = rng.normal(size=(2, 4, 5))
     x = Node(xp.asarray(values))
-    y = tape.sign(x, surrogate, **parameters)
+    y = tape.sign(x, surrogate=surrogate, **parameters)
     np.testing.assert_array_equal(host(y.value), cubin.sign(values))
     expected = cubin.sign_grad(values, gy, surrogate=surrogate, **parameters)
     np.testing.assert_allclose(host(pulled(y, x, xp.asarray(gy))), expected, rtol=1e-12, atol=1e-14)
@@ -55,6 +55,17 @@ def test_multibit(xp, host, rng, layout, surrogate):
     gx = pulled(y, x, xp.asarray(gy))
     expected = cubin.multibit_grad(values, bits, gy, surrogate=surrogate, **layout)
     np.testing.assert_allclose(host(gx), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("solver", ["greedy", "refined", "alternating", "optimal"])
+def test_multibit_with_a_solver(rng, solver):
+    values, gy = 2 * rng.normal(size=(2, 4, 12))
+    x = Node(values)
+    y = tape.multibit(x, 3, group_size=6, solver=solver)
+    np.testing.assert_array_equal(y.value, cubin.multibit(values, 3, group_size=6, solver=solver))
+    np.testing.assert_array_equal(
+        pulled(y, x, gy), cubin.multibit_grad(values, 3, gy, group_size=6)
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
@@ -93,11 +104,13 @@ def test_arrays_are_constants(xp, host):
 def test_refusals_come_before_any_gradient():
     x = Node(np.ones((2, 3)))
     with pytest.raises(ValueError, match=r"surrogate must be one of ste, .*'hard'"):
-        tape.sign(x, "hard")
+        tape.sign(x, surrogate="hard")
     with pytest.raises(TypeError, match="'ste' has no parameter 't'"):
         tape.sign(x, t=1.0)
     with pytest.raises(ValueError, match=r"surrogate must be one of bits_clip, .*'ste'"):
         tape.multibit(x, 1, surrogate="ste")
+    with pytest.raises(ValueError, match=r"solver must be one of .*'newton'"):
+        tape.multibit(x, 1, solver="newton")
     with pytest.raises(ValueError, match=r"bits must lie in 0 .. 16, got 17"):
         tape.multibit(x, 17)
     with pytest.raises(ValueError, match="group_size 2 does not divide"):
@@ -123,7 +136,7 @@ def loss_of(p, running, images, labels, surrogates):
     x = tape.max_pool(tape.conv2d(images, p["first"], padding=1), 2)
     x = tape.prelu(x, p["slope"])
     x, running = tape.batch_norm(x, p["gamma"], p["beta"], running, train=True)
-    x = tape.sign(x, surrogates[0])
+    x = tape.sign(x, surrogate=surrogates[0])
     w = tape.multibit(p["hidden"], 2, channel_axis=0, surrogate=surrogates[1])
     x = tape.mean_pool(tape.conv2d(x, w, padding=1), 2)
     x = tape.clip(tape.reshape(x, (len(images), -1)), -9, 9)

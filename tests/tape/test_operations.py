@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import mutually_broadcastable_shapes
 
 from cubin import tape
 from cubin.core.libraries import library
-from cubin.tape import Node, check_gradient, gradients
+from cubin.tape import Node, check_gradient, gradients, operations
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -105,10 +105,10 @@ CASES = {
     "prelu": (tape.prelu, spread(2, 3, 4, 5), normal(3)),
     "prelu 0-d": (tape.prelu, spread(2, 5), normal()),
     "max_pool": (lambda x: tape.max_pool(x, 2), spread(2, 3, 5, 7)),
-    "max_pool overlapping": (lambda x: tape.max_pool(x, 3, 2), spread(1, 2, 8, 7)),
-    "max_pool gaps": (lambda x: tape.max_pool(x, (1, 2), (2, 3)), spread(2, 1, 5, 9)),
+    "max_pool overlapping": (lambda x: tape.max_pool(x, 3, stride=2), spread(1, 2, 8, 7)),
+    "max_pool gaps": (lambda x: tape.max_pool(x, (1, 2), stride=(2, 3)), spread(2, 1, 5, 9)),
     "mean_pool": (lambda x: tape.mean_pool(x, (2, 3)), normal(2, 3, 5, 7)),
-    "mean_pool overlapping": (lambda x: tape.mean_pool(x, 3, (1, 2)), normal(2, 1, 5, 6)),
+    "mean_pool overlapping": (lambda x: tape.mean_pool(x, 3, stride=(1, 2)), normal(2, 1, 5, 6)),
     "batch_norm": (normalized, normal(4, 3), normal(3), normal(3)),
     "batch_norm images": (normalized, normal(2, 3, 3, 4), normal(3), normal(3)),
     "batch_norm inference": (
@@ -147,10 +147,48 @@ def test_gradient(name, xp):
 @pytest.mark.parametrize(("x", "w", "stride", "padding", "groups"), CONVOLUTIONS)
 def test_conv2d_gradient(x, w, stride, padding, groups, xp):
     check_gradient(
-        lambda x, w: tape.conv2d(x, w, stride, padding, groups),
+        lambda x, w: tape.conv2d(x, w, stride=stride, padding=padding, groups=groups),
         xp.asarray(normal(*x)),
         xp.asarray(normal(*w, seed=1)),
     )
+
+
+@pytest.mark.parametrize(("x", "w", "stride", "padding", "groups"), CONVOLUTIONS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_conv2d_in_blocks_gives_the_same(x, w, stride, padding, groups, rows, monkeypatch):
+    x, w = normal(*x), normal(*w, seed=1)
+
+    def results():
+        nodes = Node(x), Node(w)
+        output = tape.conv2d(*nodes, stride=stride, padding=padding, groups=groups)
+        seed = normal(*output.value.shape, seed=2)
+        return output.value, *gradients(output, nodes, seed=seed)
+
+    monkeypatch.setattr(operations, "_row_blocks", lambda height, *_: [slice(0, height)])
+    whole = results()
+    monkeypatch.setattr(
+        operations,
+        "_row_blocks",
+        lambda height, *_: [slice(r, min(r + rows, height)) for r in range(0, height, rows)],
+    )
+    for found, expected in zip(results(), whole, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_conv2d_takes_no_more_windows_at_once_than_fit_the_cache(monkeypatch):
+    seen = []
+    product = operations._product
+
+    def watched(xp, a, b, out=None):
+        seen.append(max(a.nbytes, b.nbytes))
+        return product(xp, a, b, out)
+
+    monkeypatch.setattr(operations, "_product", watched)
+    x, w = Node(normal(64, 8, 20, 20)), Node(normal(4, 8, 3, 3, seed=1))
+    output = tape.conv2d(x, w, padding=1)
+    gradients(output, [x, w], seed=output.value)
+    assert len(seen) > 3
+    assert max(seen) <= operations._CACHED
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -371,7 +409,7 @@ def test_conv2d_value(x, w, stride, padding, groups, xp, host):
                     w[kernel, c, i, j] * x[image, first + c, row, column]
                 )
     nodes = Node(xp.asarray(x)), Node(xp.asarray(w))
-    value = tape.conv2d(*nodes, stride, padding, groups).value
+    value = tape.conv2d(*nodes, stride=stride, padding=padding, groups=groups).value
     assert value.shape == expected.shape
     np.testing.assert_allclose(host(value), expected, rtol=1e-12, atol=1e-12)
 
@@ -397,7 +435,7 @@ def test_pool_values(pool, statistic, size, stride, xp, host):
         ]
         for image in x
     ]
-    value = pool(Node(xp.asarray(x)), size, stride).value
+    value = pool(Node(xp.asarray(x)), size, stride=stride).value
     np.testing.assert_allclose(host(value), expected, rtol=1e-14)
 
 
@@ -540,8 +578,14 @@ PAIR = (np.zeros(4), np.ones(4))
         (lambda: tape.conv2d(IMAGES, np.ones((2, 4, 3, 3)), groups=0), "groups must .* got 0"),
         (lambda: tape.conv2d(IMAGES, np.ones((2, 4, 6, 3))), r"window of \(6, 3\) .* \(5, 6\)"),
         (lambda: tape.conv2d(IMAGES, np.ones((2, 4, 3, 3)), stride=0), "stride must .* 1, got 0"),
-        (lambda: tape.conv2d(IMAGES, np.ones((2, 4, 3, 3)), 1, -1), "padding must .* 0, got -1"),
-        (lambda: tape.conv2d(IMAGES, np.ones((2, 4, 3, 3)), (1, 1, 1)), "stride must be one or"),
+        (
+            lambda: tape.conv2d(IMAGES, np.ones((2, 4, 3, 3)), padding=-1),
+            "padding must .* 0, got -1",
+        ),
+        (
+            lambda: tape.conv2d(IMAGES, np.ones((2, 4, 3, 3)), stride=(1, 1, 1)),
+            "stride must be one or",
+        ),
         (lambda: tape.max_pool(THREE, 2), r"x must have the axes .*\(3,\)"),
         (lambda: tape.mean_pool(IMAGES, (2, 7)), r"window of \(2, 7\) does not fit .*\(5, 6\)"),
         (lambda: tape.max_pool(IMAGES, 0), "size must be one or two integers of at least 1, got 0"),
@@ -615,6 +659,16 @@ def test_bad_values_are_refused(call, message):
     ("call", "message"),
     [
         (lambda: tape.conv2d(IMAGES, IMAGES, stride=1.5), "stride must be an integer, got float"),
+        (lambda: tape.conv2d(IMAGES, IMAGES, 1), "2 positional arguments but 3 were given"),
+        (lambda: tape.max_pool(IMAGES, 2, 2), "2 positional arguments but 3 were given"),
+        (lambda: tape.mean_pool(IMAGES, 2, 2), "2 positional arguments but 3 were given"),
+        (lambda: tape.sum(IMAGES, 1, True), "1 to 2 positional arguments but 3 were given"),
+        (lambda: tape.mean(IMAGES, 1, True), "1 to 2 positional arguments but 3 were given"),
+        (lambda: tape.sign(IMAGES, "ste"), "1 positional argument but 2 were given"),
+        (lambda: tape.multibit(IMAGES, 1, 0), "2 positional arguments but 3 were given"),
+        (lambda: tape.gradients(IMAGES, [], IMAGES), "2 positional arguments but 3 were given"),
+        (lambda: tape.sgd({}, {}, {}, 0.1, 0.9), "4 positional arguments but 5 were given"),
+        (lambda: tape.adam({}, {}, {}, 0.1, (0, 0)), "3 to 4 positional arguments but 5 were"),
         (lambda: tape.conv2d(IMAGES, IMAGES, groups=True), "groups must be an integer"),
         (lambda: tape.max_pool(IMAGES, "2"), "size must be an integer, got str"),
         (lambda: tape.softmax_cross_entropy(np.ones((1, 3)), [0]), "labels must .* got list"),

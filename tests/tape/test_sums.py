@@ -266,7 +266,7 @@ def test_overlapping_windows_sum_their_gradients(pool, xp, host):
     values = np.zeros((1, 1, 119, 119))
     values[0, 0, 59, 59] = 1
     x = Node(xp.asarray(values.astype(HALF)))
-    output = pool(x, 60, 1)
+    output = pool(x, 60, stride=1)
     gradient = host(pulled(output, x, xp.ones(output.value.shape, HALF)))
     assert gradient.dtype == HALF
     expected = 3600 if pool is tape.max_pool else 1

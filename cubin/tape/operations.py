@@ -448,8 +448,9 @@ def conv2d(
 
     def columns() -> Iterator[Array]:
         """For each block of rows of the result, the windows as the columns of a matrix."""
-        padded = _images_last(xp, images)
-        if padding != (0, 0):
+        if padding == (0, 0):
+            padded = _images_last(xp, images)
+        else:
             padded = xp.zeros((channels, *padded_shape, n), images.dtype)
             padded[:, *inside] = images.transpose(1, 2, 3, 0)
         channel, row, column, image = padded.strides

@@ -157,9 +157,9 @@ def adam(
         scale **= 0.5
         scale += epsilon
         scale += scale == 0
-        moved[name] = rate * first
-        moved[name] /= scale
-        moved[name] = p - moved[name]
+        change = rate * first
+        change /= scale
+        moved[name] = p - change
         new_state[f"first.{name}"], new_state[f"second.{name}"] = first, second
     rounded, masters = _rounded(moved, parameters)
     return rounded, new_state | masters

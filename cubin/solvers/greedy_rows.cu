@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
   W values[E];
   load<Team, N, A>(x + row * x_step, own, values);
   typename BitsOf<N, E, MAP>::type map;
-  map.template load<Team, N, A>(bits + row * bits_step, own, levels);
+  map.template load<Team, N, A>(bits + row * bits_step, own, LEVELS);
   W scale[LEVELS];
   const int fitted = fit<Team, N>(levels, values, map, scale);
   int rank = Team::rank();
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
   W values[E];
   load<Team, N, A>(x + row * x_step, own, values);
   typename BitsOf<N, E, MAP>::type map;
-  map.template load<Team, N, A>(bits + row * bits_step, own, levels);
+  map.template load<Team, N, A>(bits + row * bits_step, own, LEVELS);
   W scale[LEVELS];
   fit<Team, N>(levels, values, map, scale);
   int rank = Team::rank();

@@ -484,7 +484,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
 
 # Of these even an instruction set of 2013 has vectors, of eight numbers.
 VECTORS = {
-    greedy_loops._approximate_rows: {"vaddps", "vaddpd", "vsubps"},
+    greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
     levels_loops._sum_signs: {"vaddps"},
     signs_loops._signs: {"vmovups"},
     signs_loops._clip: {"vmovups"},

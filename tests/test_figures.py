@@ -300,7 +300,7 @@ def sentences():
             *ratios_of_small_arrays(),
             ("Arrays below {} elements do not use the compiled loops", [f"{blocks.COMPILED:,}"]),
             ("a result of {} MB or more", [str(memory.LARGE >> 20)]),
-            ("up to {} MB are kept", [str(memory.KEPT >> 20)]),
+            ("up to {} MB are kept", [str(memory._limit >> 20)]),
             (
                 "takes {}, {}, {} and {} times as long as cubin at 1, 2, 3 and 4 bits",
                 with_kept_pages("torch.compile"),

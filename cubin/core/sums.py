@@ -13,8 +13,8 @@ import numpy as np
 from cubin.core import memory
 from cubin.core.libraries import Array
 
-CHUNK = 1 << 12
-"""Numbers that are added up while they are in the first cache."""
+CHUNK = 1 << 10
+"""Numbers of a chunk. Where it is longer, 16 columns of it are read from memory more slowly."""
 
 COLUMNS = 16
 

@@ -25,58 +25,71 @@ from cubin.core.host.loops import (
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK
 
+TOGETHER = 1 << 15
+"""Elements of the rows that take turns at each level: memory is read without a pause meanwhile."""
+
 # ---------------------------------------------------------------- scales
 
 
 @loop
-def _find_scales(x: Array, bits: Array, scales: Array, m: Array, small: Array, sums: Array) -> None:
+def _find_scales(x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array) -> None:
     """Write the scales of some rows, for which there is room in `m`.
 
     The rows take turns at each level, since a level of a row waits for the one before it.
     """
     x, bits, scales, m = uncounted(x, bits, scales, m)
-    small, sums = uncounted(small, sums)
-    zero, last = x.dtype.type(0), scales.shape[1] - 1
-    for row in range(len(x)):
-        keep(x[row], zero, m[row])  # in order, as memory is read fastest
+    chunk, sums = uncounted(chunk, sums)
+    zero, mapped, last = x.dtype.type(0), bits.shape[1] > 0, scales.shape[1] - 1
     for level in range(last + 1):
         for row in range(len(x)):
-            left, count = m[row], x.shape[1]
             taken = scales[row, level - 1] if level else zero
-            if bits.shape[1]:
-                count = keep_hot_in_place(left, taken, bits[row], level)
-                taken = zero
-            elif 0 < level < last:  # what the last leaves is not needed
-                keep_in_place(left, taken)
-                taken = zero
-            total = magnitude_sum(left, taken, small, sums)
+            total, count = 0.0, 0 if mapped else x.shape[1]
+            for start in range(0, x.shape[1], CHUNK):
+                stop = min(start + CHUNK, x.shape[1])
+                left = m[row, start:stop]
+                if mapped:
+                    if level == 0:
+                        keep(x[row, start:stop], zero, left)
+                    count += keep_hot_in_place(left, taken, bits[row, start:stop], level)
+                elif level == 0 or level == last:  # what they leave is not needed
+                    left = chunk[: stop - start]
+                    if level < 2:
+                        keep(x[row, start:stop], taken, left)
+                    else:
+                        keep(m[row, start:stop], taken, left)
+                elif level == 1:
+                    keep(x[row, start:stop], taken, left)
+                else:
+                    keep_in_place(left, taken)
+                total += magnitude_sum(left, sums)
             scales[row, level] = x.dtype.type(total / count) if count else zero
 
 
 @loop
 def _level_scales(
-    x: Array, bits: Array, scales: Array, m: Array, small: Array, sums: Array
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array
 ) -> None:
     for start in range(0, len(x), len(m)):
         stop = start + len(m)
-        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, small, sums)
+        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, chunk, sums)
 
 
 @loop
 def _level_sum(
-    x: Array, bits: Array, scales: Array, m: Array, small: Array, sums: Array
+    x: Array, bits: Array, scales: Array, chunk: Array, sums: Array
 ) -> tuple[float, int]:
     """The sum of what the scales leave of a piece of a row, and the number of its elements."""
     zero, total, count = x.dtype.type(0), 0.0, 0
     for start in range(0, x.size, CHUNK):
-        some, hot = x[start : start + CHUNK], bits[start : start + CHUNK]
-        left = m[: some.size]
+        some = x[start : start + CHUNK]
+        left = chunk[: some.size]
         keep(some, zero, left)
         for level in range(scales.size):
             keep_in_place(left, scales[level])
         if bits.size:
+            hot = bits[start : start + CHUNK]
             count += keep_hot_in_place(left, zero, hot, scales.size)
-        total += magnitude_sum(left, zero, small, sums)
+        total += magnitude_sum(left, sums)
     return total, count if bits.size else x.size
 
 
@@ -228,13 +241,13 @@ def _write_rows(
 
 @loop
 def _approximate_rows(
-    x: Array, bits: Array, scales: Array, m: Array, small: Array, sums: Array, y: Array
+    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, y: Array
 ) -> None:
     for start in range(0, len(x), len(m)):
         stop = start + len(m)
         some, own, found = x[start:stop], bits[start:stop], scales[start:stop]
-        _find_scales(some, own, found, m, small, sums)
-        _write_rows(some, own, found, found, False, small, y[start:stop])
+        _find_scales(some, own, found, m, chunk, sums)
+        _write_rows(some, own, found, found, False, chunk, y[start:stop])
 
 
 # ---------------------------------------------------------------- codes
@@ -311,9 +324,8 @@ def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
     """`greedy.level_sums` over a piece of one row."""
     wide = in_work_dtype(x)
-    m = memory.scratch("left", (CHUNK,), wide.dtype)
     total[...], count[...] = _level_sum(
-        wide[0], map_of(bits, 1)[0], _stack(scales, wide)[0], m, *scratch(wide.dtype)
+        wide[0], map_of(bits, 1)[0], _stack(scales, wide)[0], *scratch(wide.dtype)
     )
 
 
@@ -362,8 +374,8 @@ def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
 
 
 def _rows(x: Array) -> Array:
-    """What magnitudes of rows are kept in: of so many rows that they stay in the first cache."""
-    rows = max(1, min(len(x), CHUNK // max(1, x.shape[1])))
+    """What magnitudes of rows are kept in, of so many rows as take turns at each level."""
+    rows = max(1, min(len(x), TOGETHER // max(1, x.shape[1])))
     return memory.scratch("rows", (rows, x.shape[1]), x.dtype)
 
 

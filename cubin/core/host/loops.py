@@ -104,18 +104,18 @@ def uncounted(context: Any, *kinds: Any) -> Any:
 
 
 @part
-def _add_columns(x: Array, taken: float, n: int, sums: Array) -> None:
-    """Add up the magnitudes ``abs(abs(x) - taken)`` in `COLUMNS` columns of n, by halves."""
+def _add_columns(m: Array, unit: float, n: int, sums: Array) -> None:
+    """Add up magnitudes, times a unit, in `COLUMNS` columns of n, by halves."""
     for j in range(n):
-        r = abs(abs(x[j]) - taken) + abs(abs(x[j + 8 * n]) - taken)
-        s = abs(abs(x[j + 4 * n]) - taken) + abs(abs(x[j + 12 * n]) - taken)
-        t = abs(abs(x[j + 2 * n]) - taken) + abs(abs(x[j + 10 * n]) - taken)
-        u = abs(abs(x[j + 6 * n]) - taken) + abs(abs(x[j + 14 * n]) - taken)
+        r = m[j] * unit + m[j + 8 * n] * unit
+        s = m[j + 4 * n] * unit + m[j + 12 * n] * unit
+        t = m[j + 2 * n] * unit + m[j + 10 * n] * unit
+        u = m[j + 6 * n] * unit + m[j + 14 * n] * unit
         even = (r + s) + (t + u)
-        r = abs(abs(x[j + n]) - taken) + abs(abs(x[j + 9 * n]) - taken)
-        s = abs(abs(x[j + 5 * n]) - taken) + abs(abs(x[j + 13 * n]) - taken)
-        t = abs(abs(x[j + 3 * n]) - taken) + abs(abs(x[j + 11 * n]) - taken)
-        u = abs(abs(x[j + 7 * n]) - taken) + abs(abs(x[j + 15 * n]) - taken)
+        r = m[j + n] * unit + m[j + 9 * n] * unit
+        s = m[j + 5 * n] * unit + m[j + 13 * n] * unit
+        t = m[j + 3 * n] * unit + m[j + 11 * n] * unit
+        u = m[j + 7 * n] * unit + m[j + 15 * n] * unit
         sums[j] = even + ((r + s) + (t + u))
 
 
@@ -139,20 +139,29 @@ def sum_in_lanes(sums: Array, size: int) -> float:
 
 
 @loop
-def _chunk_sum(x: Array, taken: float, sums: Array) -> float:
-    x, sums = uncounted(x, sums)
-    size = x.size
+def _sum_in(unit: float, m: Array, sums: Array) -> float:
+    m, sums = uncounted(m, sums)
+    size = m.size
     if size >= SHORT:
         width = size // COLUMNS
-        _add_columns(x, taken, width, sums)
+        _add_columns(m, unit, width, sums)
         whole = COLUMNS * width
         for j in range(whole, size):
-            sums[j - whole + width] = abs(abs(x[j]) - taken)
+            sums[j - whole + width] = m[j] * unit
         size = width + size - whole
     else:
         for j in range(size):
-            sums[j] = abs(abs(x[j]) - taken)
+            sums[j] = m[j] * unit
     return sum_in_lanes(sums, size)
+
+
+@part
+def magnitude_sum(m: Array, sums: Array) -> float:
+    """The sum of magnitudes, of one chunk at most, in float64; `sums` is overwritten."""
+    total = _sum_in(m.dtype.type(1), m, sums)
+    if total == np.inf:  # perhaps a column overflows: in smaller units none does
+        total = _sum_in(m.dtype.type(UNIT), m, sums) / UNIT
+    return total
 
 
 @part
@@ -185,40 +194,11 @@ def keep_hot_in_place(m: Array, taken: float, bits: Array, level: int) -> int:
     return int(count)
 
 
-@part
-def magnitude_sum(x: Array, taken: float, small: Array, sums: Array) -> float:
-    """The sum of ``abs(abs(x) - taken)``, in float64.
-
-    Parameters
-    ----------
-    x : array of float32 or float64, shape (n,)
-    taken : number of x's dtype
-    small : array of x's dtype, shape (CHUNK,)
-    sums : array of x's dtype, shape (CHUNK // COLUMNS + COLUMNS,)
-        Both are overwritten.
-    """
-    if x.size <= CHUNK:
-        total = _chunk_sum(x, taken, sums)
-    else:
-        total = 0.0
-        for start in range(0, x.size, CHUNK):
-            total += _chunk_sum(x[start : start + CHUNK], taken, sums)
-    if total == np.inf:  # perhaps a column overflows: in smaller units none does
-        total = 0.0
-        for start in range(0, x.size, CHUNK):
-            some = x[start : start + CHUNK]
-            for j in range(some.size):
-                small[j] = abs(abs(some[j]) - taken) * x.dtype.type(UNIT)
-            total += _chunk_sum(small[: some.size], x.dtype.type(0), sums)
-        total /= UNIT
-    return total
-
-
 def scratch(dtype: Any) -> tuple[Array, Array]:
-    """What `magnitude_sum` works with: `small` and `sums`."""
+    """Room for a chunk, and for what `magnitude_sum` overwrites."""
     return (
         memory.scratch("chunk", (CHUNK,), dtype),
-        memory.scratch("sums", (CHUNK // COLUMNS + COLUMNS,), dtype),
+        memory.scratch("sums", (CHUNK // COLUMNS + SHORT,), dtype),
     )
 
 

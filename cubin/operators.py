@@ -178,7 +178,7 @@ class Multibit:
             return NotImplemented
         assert isinstance(other, Multibit)
         if (
-            self.channel_axis != other.channel_axis
+            any(getattr(self, name) != getattr(other, name) for name in _STATE if name != "bits")
             or libraries.on_device(self.bits) != libraries.on_device(other.bits)
             or np.shape(self.bits) != np.shape(other.bits)
         ):

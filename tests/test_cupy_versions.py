@@ -66,7 +66,7 @@ def launch_raw(primitive, types, shape, mapped, device):
         elif kind.startswith("static"):
             inputs.append(LEVELS if name == "levels" else 1)
         else:
-            inputs.append(device.empty(shape, types[kind]))
+            inputs.append(device.empty(sizes.get(name, shape), types.get(kind, kind)))
     primitive(*inputs, **{
         name: device.empty(sizes.get(name, shape), types.get(kind, kind))
         for kind, name in primitive.outputs

@@ -61,12 +61,13 @@ if (x > 2) {
 PROJECT = {
     "pytest.ini": "[pytest]\ntestpaths = both\nmarkers = kernels\n",
     "both/conftest.py": """
-from cubin import kernels, surrogates
+import cubin.surrogates
+from cubin.core.primitives import REGISTRY
 from tests.ptx.plugin import device, pytest_sessionfinish, pytest_terminal_summary
 from tests.ptx.plugin import pytest_testnodedown
 
-for name in kernels.REGISTRY.keys() - {"signs", "inside", "inside_bits"}:
-    del kernels.REGISTRY[name]
+for name in REGISTRY.keys() - {"signs", "inside", "inside_bits"}:
+    del REGISTRY[name]
 """,
     "both/test_both.py": """
 import cubin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cubin.core import arrays
+from cubin.core import libraries
 
 pytest.importorskip("cupy")
 
@@ -21,7 +21,7 @@ pytestmark = [
 def sources(primitive, types, count, library, monkeypatch):
     """The texts that `library` compiles when the primitive runs."""
     monkeypatch.setattr(primitive, "_kernels", {})
-    monkeypatch.setattr(arrays, "cupy", lambda: library)
+    monkeypatch.setattr(libraries, "cupy", lambda: library)
     run(primitive, types, count, library)
     return set(primitive.kernel(count).cached_codes.values())
 

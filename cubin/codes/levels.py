@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.core import floats, memory
+from cubin.core import floats, libraries, memory
 from cubin.core.floats import as_integers, where
 from cubin.core.libraries import Array
 from cubin.core.primitives import C_TYPES, FLOATS, Launch, elementwise, raw, source
@@ -28,6 +28,9 @@ def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: 
 
 
 def _launch(signs: Array, scales: Array, y: Array) -> Launch:
+    # Callers hand over views in any layout; the kernel finds signs and scales by their number.
+    xp = libraries.library(signs)
+    signs, scales = xp.ascontiguousarray(signs), xp.ascontiguousarray(scales)
     threads = 256
     sizes = (np.int64(y.shape[0]), np.int64(y.shape[1]), np.int32(len(scales)))
     template = (C_TYPES[y.dtype.char], C_TYPES[scales.dtype.char])

@@ -237,6 +237,7 @@ def _nearest_tests(mutant: Mutant) -> list[str]:
     if names:
         return ["tests/test_kernels.py", "-k", f"equals and ({' or '.join(names)})"]
     files = {
+        "cubin.codes.levels": "tests/test_levels.py",
         "cubin.solvers.greedy": "tests/test_fused.py",
         "cubin.solvers.search_rows": "tests/test_teams.py",
     }

@@ -65,7 +65,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["ptx"] = coverage.record()
     elif exitstatus == pytest.ExitCode.OK and EXECUTED and _is_whole(session.config):
-        pass
         from tests.ptx.mutate import units
 
         names = (primitive.kernel_name for primitive in primitives.REGISTRY.values())

@@ -853,7 +853,10 @@ def draw_slope(ax: Axes, arm: Arm, color: str) -> Axes:
     lines = ("--", "-", ":") if len(shares) > 1 else ("-",)
     slopes = [
         cubin.sign_grad(
-            x, np.ones_like(x), arm.surrogate, **surrogate_parameters(arm.surrogate, share)
+            x,
+            np.ones_like(x),
+            surrogate=arm.surrogate,
+            **surrogate_parameters(arm.surrogate, share),
         )
         for share in shares
     ]

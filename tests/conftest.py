@@ -11,23 +11,31 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from tests import exhaustive
 from tests.ptx.plugin import (
     device,
-    pytest_configure,
     pytest_sessionfinish,
     pytest_terminal_summary,
     pytest_testnodedown,
     pytest_xdist_setupnodes,
 )
+from tests.ptx.plugin import pytest_configure as configure_interpreter
 
 __all__ = [
     "device",
-    "pytest_configure",
     "pytest_sessionfinish",
     "pytest_terminal_summary",
     "pytest_testnodedown",
     "pytest_xdist_setupnodes",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave out what takes long, unless it is asked for."""
+    configure_interpreter()
+    if not config.pluginmanager.has_plugin("exhaustive"):
+        config.pluginmanager.register(exhaustive, "exhaustive")
+
 
 # On a machine that is busy with other things, any test takes longer than a deadline.
 settings.register_profile("cubin", deadline=None)

@@ -1,7 +1,7 @@
 // The sums over levels of signs times the scales of rows, one element a thread at a time. Where a sign
 // is 0 the scale, which may be NaN, does not count.
 template<class T, class W>
-__global__ void __launch_bounds__(256) cubin_sum_signs(
+__global__ void cubin_sum_signs(
     const signed char* signs, const W* scales, T* y, long long rows,
     long long length, int levels) {
   const long long size = rows * length, step = (long long)gridDim.x * blockDim.x;

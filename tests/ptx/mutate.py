@@ -256,11 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, help="take every n-th mutant only")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     options = parser.parse_args(arguments)
+    os.environ["CUBIN_TEST_EXHAUSTIVE"] = "1"
     chosen = [m for m in mutants() if re.search(options.only, str(m))][:: options.every]
     if options.list:
         print(*chosen, sep="\n")
         return 0
-    full = [*options.full.split(), "--ignore-glob=*test_ptx_*"] if options.full else []
+    full = [*options.full.split(), "--ignore=tests/ptx/tests"] if options.full else []
     with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
         sets = sorted({tuple(_nearest_tests(mutant)) for mutant in chosen})
         plain = [(None, [nearest], frozenset()) for nearest in sets]

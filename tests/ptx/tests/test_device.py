@@ -13,7 +13,7 @@ pytest.importorskip("cupy")
 from tests import ptx
 from tests.ptx.device import module as xp
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.exhaustive]
 
 double = xp.ElementwiseKernel("T x", "T y", "y = x + x", "double_it")
 weighted = xp.ElementwiseKernel("T x, T w", "T y", "y = x * w", "weigh")

@@ -16,9 +16,9 @@ from tests.ptx.device import module as xp
 from tests.ptx.equivalent import REASONS
 from tests.ptx.mutate import mutants
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.exhaustive]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_lines_that_ran_and_lines_that_did_not():
@@ -73,7 +73,7 @@ for name in REGISTRY.keys() - {"signs", "inside", "inside_bits"}:
 import cubin
 import pytest
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.exhaustive]
 
 def test_sign(device):
     cubin.sign(device.ones(5))

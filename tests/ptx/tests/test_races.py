@@ -7,6 +7,8 @@ import pytest
 
 from tests.ptx.races import Clock, Shadow
 
+pytestmark = pytest.mark.exhaustive
+
 THREADS, BLOCKS, GRANULES = 96, 2, 12
 MASKS = np.array([2**32 - 1, 0xFF, 0xFFFF0000], np.uint32)
 

@@ -10,7 +10,7 @@ pytest.importorskip("cupy")
 from tests import ptx
 from tests.ptx.device import ARCHITECTURES, architecture, module
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.exhaustive]
 
 
 @pytest.fixture(params=ARCHITECTURES, autouse=True)

@@ -12,7 +12,7 @@ pytest.importorskip("cupy")
 from tests import ptx
 from tests.ptx.device import ARCHITECTURES, architecture, module
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.exhaustive]
 
 THREADS = 96
 ROWS = 5

@@ -14,6 +14,7 @@ from tests.test_kernels import cases, run
 
 pytestmark = [
     pytest.mark.kernels,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(ENGINE != "cuda", reason="compares with CuPy on a GPU"),
 ]
 

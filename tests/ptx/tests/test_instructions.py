@@ -15,7 +15,7 @@ pytest.importorskip("cupy")
 from tests.ptx import arithmetic
 from tests.ptx.device import ARCHITECTURES, architecture, module
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.exhaustive]
 
 INT32 = np.array([0, 1, -1, 2, 7, -8, 31, 255, 65536, 2**31 - 1, -(2**31), 123456789], np.int32)
 INT64 = np.array([0, 1, -1, 5, -7, 2**31, -(2**31), 2**63 - 1, -(2**63), 10**18], np.int64)

@@ -140,7 +140,7 @@ class Multibit:
             as_bits(checked, np.broadcast_to(np.float32(0), checked.shape), limit=most)
             bits = checked if checked.ndim else int(checked)
         # Of its own: the pull-back has to have the map that the approximation had.
-        self.bits = bits if isinstance(bits, int) else bits.copy()
+        self.bits = _copied(bits)
         self.channel_axis = plain_axes(channel_axis)
         self.group_size = (
             None if group_size is None else arrays.as_integer("group_size", group_size)
@@ -164,8 +164,12 @@ class Multibit:
 
     def state_dict(self) -> dict[str, Any]:
         """The operator's state: the arguments that it was made with, the map as a copy."""
-        bits = self.bits if isinstance(self.bits, int) else self.bits.copy()
-        return {"bits": bits, **self._layout(), "solver": self.solver, "surrogate": self.surrogate}
+        return {
+            "bits": _copied(self.bits),
+            **self._layout(),
+            "solver": self.solver,
+            "surrogate": self.surrogate,
+        }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Multibit:
@@ -221,6 +225,14 @@ class MultibitKernel(Multibit):
 
     def __repr__(self) -> str:
         return super().__repr__().replace(", channel_axis=0", "")
+
+
+def _copied(bits: Any) -> Any:
+    """A number of bits, or a copy of a map, on its own device."""
+    if isinstance(bits, int):
+        return bits
+    with libraries.current_device(bits):
+        return bits.copy()
 
 
 def _check_keys(state: dict[str, Any], expected: tuple[str, ...]) -> None:

@@ -46,7 +46,8 @@ def test_forward_and_backward(xp, host, x, rng, operator, forward, backward):
 
 OPERATORS = [Sign(), Multibit(3), Multibit(2, channel_axis=(0, 1)), Multibit(MAP, 1),
              Multibit(3, group_size=5), Multibit(3, solver="refined"),
-             Multibit(3, surrogate="scaled_clip"), MultibitKernel(2), MultibitKernel(MAP)]  # fmt: skip
+             Multibit(3, surrogate="scaled_clip"),
+             MultibitKernel(2), MultibitKernel(MAP)]  # fmt: skip
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=repr)

@@ -159,7 +159,7 @@ def test_the_best_of_all_codes(mapped, weighted, seed):
         least = min(least, float((weights * (x - levels @ scales) ** 2).sum()))
     y = np.empty((1, 6))
     own_bits = bits[None] if mapped else np.uint8(2)
-    fit = loops.Fit(x[None], own_bits, 2, weights[None] if weighted else None, None)
+    fit = loops.Fit(x[None], own_bits, 2, weights[None] if weighted else None, SOLVERS[-1])
     fit.approximate(x[None], own_bits, y)
     assert (weights * (x - y[0]) ** 2).sum() <= least + 1e-12 * (weights * x**2).sum()
 
@@ -169,7 +169,7 @@ def test_the_best_of_all_codes(mapped, weighted, seed):
 def test_converged_codes_are_nearest(rng, mapped, levels):
     x = rng.normal(size=(1, 300))
     bits = rng.integers(0, levels + 1, x.shape).astype(np.uint8) if mapped else np.uint8(levels)
-    fit = loops.Fit(x, bits, levels, None, (False, 1001))
+    fit = loops.Fit(x, bits, levels, None, solvers.solver_of("alternating", None))
     y = np.empty_like(x)
     fit.approximate(x, bits, y)
     scales = np.stack(fit.scales)[:, 0, 0]
@@ -198,12 +198,11 @@ def test_rows_do_not_depend_on_each_other(rng, solver, mapped):
     x = rng.normal(size=(6, 200)).astype(np.float32)
     bits = rng.integers(0, 6, x.shape).astype(np.uint8) if mapped else np.uint8(5)
     importance = rng.choice([0.5, 1.0], x.shape)
-    rule = solver
-    whole = given_by(loops.Fit(x, bits, 5, importance, rule), x, bits)
+    whole = given_by(loops.Fit(x, bits, 5, importance, solver), x, bits)
     for row in range(len(x)):
         own = slice(row, row + 1)
         own_bits = bits[own] if mapped else bits
-        single = given_by(loops.Fit(x[own], own_bits, 5, importance[own], rule), x[own], own_bits)
+        single = given_by(loops.Fit(x[own], own_bits, 5, importance[own], solver), x[own], own_bits)
         np.testing.assert_array_equal(single[0], whole[0][:, own])
         np.testing.assert_array_equal(single[1], whole[1][own])
         np.testing.assert_array_equal(single[2], whole[2][own])
@@ -227,11 +226,10 @@ def test_blocks_and_threads_change_nothing(monkeypatch, rng, options, weighted):
     expected = cubin.quantize(x, bits, **options)
     assert made
     before = len(made)
-    monkeypatch.setattr(solvers, "SORTED_BLOCK", (1 << 11, 1 << 11))
+    monkeypatch.setattr(blocks, "SORTED_BLOCK", (1 << 11, 1 << 11))
     monkeypatch.setattr(blocks, "_workers", lambda: 1)
     assert cubin.quantize(x, bits, **options) == expected
     assert len(made) >= 2 * before
-    monkeypatch.setattr(solvers, "BLOCK", 1 << 10)
     monkeypatch.setattr(blocks, "BLOCK", 1 << 10)
     monkeypatch.setattr(blocks, "_workers", lambda: 3)
     assert cubin.quantize(x, bits, **options) == expected
@@ -243,15 +241,15 @@ def test_blocks_and_threads_change_nothing(monkeypatch, rng, options, weighted):
 
 _CASE = """
 import hashlib, numpy as np
-from cubin.solvers import sorted_loops
+from cubin.solvers import solver_of, sorted_rows_loops
 rng = np.random.default_rng(7)
 digest = hashlib.sha256()
 x = rng.normal(size=(2, 700)).astype(np.float32)
 x[1] = np.rint(3 * x[1])
 bits = rng.integers(0, 6, x.shape).astype(np.uint8)
 importance = rng.exponential(size=x.shape)
-for rule in ((True, 0), (False, 9), None):
-    fit = sorted_loops.Fit(x, bits, 5, importance, rule)
+for solver in (solver_of("refined", 0), solver_of("alternating", 9), solver_of("optimal", None)):
+    fit = sorted_rows_loops.Fit(x, bits, 5, importance, solver)
     y = np.empty_like(x)
     fit.approximate(x, bits, y)
     for array in (np.stack(fit.scales), fit.codes(x, bits), y):

@@ -114,6 +114,7 @@ def test_no_folder_that_can_be_written(monkeypatch):
     assert (use(), use()) == (0, 0)
 
 
+@pytest.mark.exhaustive
 def test_a_session_on_a_damaged_cache(tmp_path):
     """A process with a cache of which every file is damaged notices nothing, and mends it."""
     script = (

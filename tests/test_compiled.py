@@ -23,6 +23,7 @@ from cubin.solvers import greedy, greedy_loops, search, search_rows, search_rows
 from cubin.solvers.lookup import Fit
 from cubin.solvers.sorted_rows import Magnitudes
 from tests import test_multibit, test_signs
+from tests.exhaustive import few
 
 pytest.importorskip("numba")
 
@@ -73,7 +74,7 @@ def samples(rng, shape, dtype, levels, mapped):
 
 @pytest.mark.parametrize("dtype", ["float16", *WORK])
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 8, 11, 16])
+@pytest.mark.parametrize("levels", few([1, 2, 3, 4, 5, 8, 11, 16], 1, 3, 5, 16))
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (40, 27), (3, 128), (2, 1001)])
 def test_loops_equal_the_primitives(rng, dtype, mapped, levels, shape):
     x, bits = samples(rng, shape, dtype, levels, mapped)
@@ -96,7 +97,7 @@ def test_loops_equal_the_primitives(rng, dtype, mapped, levels, shape):
 
 @pytest.mark.parametrize("dtype", ["float16", *WORK])
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 8, 11, 16])
+@pytest.mark.parametrize("levels", few([1, 2, 3, 4, 5, 8, 11, 16], 1, 3, 5, 16))
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (40, 27), (3, 128), (2, 1025)])
 def test_whole_rows_at_once_equal_the_steps(rng, dtype, mapped, levels, shape):
     x, bits = samples(rng, shape, dtype, levels, mapped)
@@ -241,7 +242,7 @@ SOLVERS = [REFINED, *(solvers.solver_of("alternating", t) for t in (0, 1, 2, Non
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+@pytest.mark.parametrize("levels", few([1, 2, 3, 4], 1, 3))
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_solvers_equal_their_definition(rng, solver, levels, dtype):
     x = rng.normal(size=(60, 500)).astype(dtype)
@@ -420,6 +421,7 @@ def test_results_do_not_depend_on_what_is_loaded():
 PROCESSORS = ["generic", "haswell"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="names of processors")
 def test_results_do_not_depend_on_the_processor(tmp_path):
     """Whatever vectors it has, and whether it multiplies and adds in one step."""

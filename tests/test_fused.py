@@ -13,6 +13,7 @@ from cubin.core.bits import Bits
 from cubin.core.primitives import FLOATS, raw
 from cubin.core.rows import rows_of
 from cubin.solvers import greedy, search_rows
+from tests.exhaustive import few
 from tests.registers import assert_registers_suffice
 
 SHORT = [1, 7, 27, 31, 32, 33, 127, 128, 129]
@@ -91,7 +92,7 @@ def check(device, x, bits, levels):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
-@pytest.mark.parametrize("length", SHORT + LONG)
+@pytest.mark.parametrize("length", few(SHORT + LONG, 1, 27, 33, 128, 1000, 4096, 16384))
 def test_rows_of_every_length(length, mapped, device, rng):
     levels = 2 if length in LONG else 3
     x, bits = sample(rng, (2 if length in LONG else 37, length), np.float32, levels, mapped)
@@ -100,7 +101,7 @@ def test_rows_of_every_length(length, mapped, device, rng):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
-@pytest.mark.parametrize("length", [27, 32, 250, 1024, 4099, 8192])
+@pytest.mark.parametrize("length", few([27, 32, 250, 1024, 4099, 8192], 27, 1024, 4099))
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_rows_of_other_types(dtype, length, mapped, device, rng):
     x, bits = sample(rng, (3, length), dtype, 2, mapped)
@@ -109,7 +110,7 @@ def test_rows_of_other_types(dtype, length, mapped, device, rng):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
-@pytest.mark.parametrize("levels", [1, 4, 5, 6, 7, 8, 9, 13, 16])
+@pytest.mark.parametrize("levels", few([1, 4, 5, 6, 7, 8, 9, 13, 16], 1, 4, 8, 16))
 def test_any_number_of_levels(levels, mapped, device, rng):
     x, bits = sample(rng, (9, 64), np.float32, levels, mapped)
     check(device, x, bits, levels)
@@ -157,7 +158,7 @@ def test_a_row_ends_at_its_last_level(device, rng, host):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [3, 23, 27, 100, 1023, 3000])
+@pytest.mark.parametrize("length", few([3, 23, 27, 100, 1023, 3000], 27, 1023))
 def test_equal_numbers_are_exact(length, dtype, device, rng):
     """Rows of one magnitude have it as their first scale to the last bit, also under maps."""
     values = rng.uniform(0.1, 10, (6, 1)).astype(np.float32).astype(dtype)
@@ -456,7 +457,7 @@ HEAVIEST = [
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", few(ARCHITECTURES, "sm_90"))
 def test_registers_hold_the_row(arch, device, monkeypatch):
     """No spills, and 1024 threads on a multiprocessor of 65536 registers."""
     names = [kernel.name_of(template) for kernel, template in HEAVIEST]

@@ -92,6 +92,7 @@ def test_kernel_equals_its_numpy_expression(primitive, types, count, device, hos
 
 
 @pytest.mark.kernels
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("primitive", "types", "count"), list(cases()))
 def test_kernel_compiles_for_every_architecture(primitive, types, count, device, monkeypatch):
     from tests.ptx import compiler

@@ -17,6 +17,7 @@ from cubin.core.host import blocks
 from cubin.solvers import search
 from cubin.solvers.lookup import Fit
 from cubin.solvers.sorted_rows import Magnitudes
+from tests.exhaustive import few
 
 loops = pytest.importorskip("cubin.solvers.sorted_rows_loops")
 
@@ -81,7 +82,7 @@ def assert_the_same(expected, found):
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("levels", range(1, 9))
+@pytest.mark.parametrize("levels", few(range(1, 9), 1, 3, 6))
 def test_they_equal_the_array_form(rng, solver, mapped, weighted, dtype, levels):
     """To the bit: they add up in the same order."""
     x, bits, importance = problem(rng, 150, dtype, levels, mapped, weighted)
@@ -90,7 +91,7 @@ def test_they_equal_the_array_form(rng, solver, mapped, weighted, dtype, levels)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("levels", [9, 12, 16])
+@pytest.mark.parametrize("levels", few([9, 12, 16], 9))
 def test_more_than_eight_refined_levels(rng, mapped, levels):
     x, bits, importance = problem(rng, 300, "float32", levels, mapped, mapped)
     first = bits[:4] if mapped else bits
@@ -141,7 +142,7 @@ def test_no_negative_zero(solver, levels):
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", few(range(8), 0, 1))
 def test_the_best_of_all_codes(mapped, weighted, seed):
     """For one and two levels: of all codes, each with its scales of least squares."""
     rng = np.random.default_rng(seed)
@@ -258,6 +259,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.exhaustive
 def test_processors_give_the_same_bits(tmp_path):
     """Also those that sort otherwise, and have no vectors beyond SSE2."""
     digests = set()

@@ -160,6 +160,7 @@ def test_more_than_one_block(xp, host, rng):
 
 
 @pytest.mark.kernels
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", SLOPES)
 def test_kernels_compile_for_every_architecture(device, monkeypatch, name, dtype):

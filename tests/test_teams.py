@@ -8,6 +8,7 @@ import pytest
 import cubin
 from cubin.core import floats
 from cubin.solvers import search_rows
+from tests.exhaustive import few
 from tests.registers import assert_registers_suffice
 
 pytestmark = pytest.mark.kernels
@@ -64,7 +65,7 @@ def check(device, x, bits, levels, rule, differing=0):
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
-@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+@pytest.mark.parametrize("levels", few([1, 2, 3, 4], 1, 3))
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_rules(rule, levels, mapped, device, rng):
     x, bits = sample(rng, (13, 27), np.float32, levels, mapped)
@@ -122,7 +123,7 @@ def test_scales_that_least_squares_makes_negative(device):
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
-@pytest.mark.parametrize("length", [1, 33, 128, 512, 2049, 4096])
+@pytest.mark.parametrize("length", few([1, 33, 128, 512, 2049, 4096], 1, 33, 512, 4096))
 def test_rows_of_every_length(length, mapped, device, rng):
     x, bits = sample(rng, (9 if length < 1000 else 2, length), np.float32, 3, mapped)
     check(device, x, bits, 3, (False, 2), differing=1)
@@ -162,7 +163,7 @@ def test_degenerate_rows(rule, dtype, device):
         np.testing.assert_array_equal(scales[1:, :4], 0)
 
 
-@pytest.mark.parametrize("length", [929, 1005, 1019])
+@pytest.mark.parametrize("length", few([929, 1005, 1019], 929))
 def test_pivots_of_rounding_errors_count_as_none(length, device, rng):
     """Two magnitudes: the signs of the third level depend on the others, but for rounding."""
     x = rng.choice(np.array([1.1, -1.1, 3.3], np.float32), (4, length))
@@ -247,7 +248,7 @@ def test_bits_beyond_the_levels_count_as_these(length, rule, device, rng):
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
-@pytest.mark.parametrize("length", [1, 27, 33, 63, 129, 1001])
+@pytest.mark.parametrize("length", few([1, 27, 33, 63, 129, 1001], 27, 129))
 def test_what_stands_beyond_a_row_of_float16_does_not_count(length, mapped, device, rng):
     x, bits = sample(rng, (5, length), np.float16, 2, mapped)
     check(device, x, bits, 2, (True, 0), differing=1)
@@ -320,7 +321,7 @@ HEAVIEST = [
 """The kernels that take the most registers, of every kind of team."""
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", few(ARCHITECTURES, "sm_90"))
 def test_registers_hold_the_row(arch, device, monkeypatch):
     """No spills, and 1024 threads on a multiprocessor of 65536 registers."""
     names = [search_rows.solve_rows.name_of(template) for template in HEAVIEST]

@@ -8,6 +8,7 @@ import pytest
 from scipy import integrate, stats
 
 from cubin import theory
+from tests.exhaustive import few
 
 
 def converged(distribution, bits):
@@ -152,7 +153,7 @@ def test_alternating_never_rises_and_converges(distribution):
     ],
     ids=lambda distribution: f"{distribution.dist.name}{distribution.args}",
 )
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", few([2, 4, 8], 4))
 def test_order_of_the_codes(distribution, bits):
     """What is more general cannot be worse, and nothing beats Shannon."""
     greedy, refined, uniform, lloyd_max = (

@@ -7,6 +7,7 @@ import pytest
 
 import cubin
 from cubin.core.host import blocks
+from tests.exhaustive import few
 
 DTYPES = ["float16", "float32", "float64"]
 
@@ -103,7 +104,7 @@ def test_halfway_with_importance(encode, options):
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("levels", [2, 3, 6])
+@pytest.mark.parametrize("levels", few([2, 3, 6], 2, 3))
 @pytest.mark.parametrize("options", REFITTING, ids=lambda o: "-".join(map(str, o.values())))
 def test_codes_of_the_opposite_are_opposite(encode, rng, options, levels, mapped):
     """On small integers, which tie often; 0 alone is its own opposite."""

@@ -33,6 +33,7 @@ def run(tmp_path, *arguments):
     )
 
 
+@pytest.mark.exhaustive
 def test_every_operation_is_measured(small, tmp_path, capsys):
     assert run(tmp_path, "--rounds", "3", "--seconds", "0") == 0
     with (tmp_path / "out" / "benchmark.csv").open(newline="") as stream:

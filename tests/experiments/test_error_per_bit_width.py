@@ -453,6 +453,7 @@ def script(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(importlib.util.find_spec("rapidocr") is None, reason="rapidocr is missing")
 def test_script_without_paths_runs_on_the_pretrained_sample(tmp_path):
     done = script("--quick", cwd=tmp_path)

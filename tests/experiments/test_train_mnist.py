@@ -439,6 +439,7 @@ def wait_until(condition, what):
         time.sleep(0.02)
 
 
+@pytest.mark.exhaustive
 @needs_digits
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_killed_run_goes_on_and_loses_nothing(tmp_path):

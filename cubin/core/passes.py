@@ -137,13 +137,15 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     # Loops take arrays of one shape whose elements lie in order.
     if all(a.shape == shape and _is_plain(a) for a in arrays):
         on = primitive.on_host(size)
+    compiled = on is not primitive.function
     spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
 
     def run(block: blocks.Block) -> None:
         cut = [a[block] if np.ndim(a) else a for a in spread]
         on(*cut, **{name: a[block] for name, a in outputs.items()})
 
-    blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
+    block_size = blocks.elements_block(size, compiled)
+    blocks.each(run, list(blocks.tile(shape, block_size)), size, compiled)
 
 
 def _is_plain(array: np.ndarray) -> bool:

@@ -105,15 +105,19 @@ def portion(size: int) -> int:
 # ---------------------------------------------------------------- threads
 
 
-def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
+def each(
+    task: Callable[[Any], None], blocks: Sequence[Any], size: int, compiled: bool = True
+) -> None:
     """Run `task` on every block; `size` is the number of elements of all of them.
 
-    Threads share the work from `THREADED` elements on, or `LOOPS_THREADED`. The caller is one of
+    Threads share the work from `THREADED` elements on, or `LOOPS_THREADED` where `compiled` loops
+    do it, if they pay. The caller is one of
     them, so that callers at the same time cannot wait for each other. A task that calls this itself
     has its blocks run on its own thread. What is raised first, in any thread, stops the others
     after the block that they are at, and is raised again.
     """
-    threaded = size >= (LOOPS_THREADED if pays(size) else THREADED) and not _thread.works
+    fewest = LOOPS_THREADED if compiled and pays(size) else THREADED
+    threaded = size >= fewest and not _thread.works
     workers = max(1, min(_workers(), len(blocks))) if threaded else 1
     if workers == 1:
         _run(task, blocks)
@@ -274,6 +278,6 @@ def sorted_block(size: int) -> int:
     return min(max(least, portion(size)), most)
 
 
-def elements_block(size: int) -> int:
+def elements_block(size: int, compiled: bool) -> int:
     """Elements of a block of an array of `size` elements that are worked on one by one."""
-    return max(4 * BLOCK, portion(size)) if pays(size) else BLOCK
+    return max(4 * BLOCK, portion(size)) if compiled else BLOCK

@@ -51,4 +51,4 @@ class Encoding:
             def unpack(flat: Array, level: int = level) -> None:
                 self._unpack(code, bits, np.uint8(level), sign=flat)
 
-            passes.write(unpack, view[level][part.block], code.shape)
+            passes.write(unpack, view[(level, *part.block)], code.shape)

@@ -324,7 +324,7 @@ def _over(
                 flat.append(view)
                 continue
             cut = view[(slice(None),) * lead + part.block]
-            if cut.dtype == np.uint8 and not (device or blocks.pays(rows.count * rows.length)):
+            if cut.dtype == np.uint8 and not (device or blocks.is_ready(rows.count * rows.length)):
                 # The bytes of a map of wider integers lie apart: gathered once for all levels.
                 cut = np.ascontiguousarray(cut)
             flat.append(cut.reshape(cut.shape[:lead] + rows.flat_shape(cut.shape[lead:])))

@@ -141,8 +141,9 @@ class Primitive:
 
     def on_host(self, size: int) -> Callable[..., None]:
         """What computes it in NumPy arrays of `size` elements: its compiled loop, or its body."""
-        pays = blocks.pays(size) if self.loops_from is None else size >= self.loops_from
-        if not (self.looped and pays):
+        if not self.looped:  # Numba takes long to import, for nothing then
+            return self.function
+        if not (blocks.pays(size) if self.loops_from is None else size >= self.loops_from):
             return self.function
         loops = blocks.loops(self.function.__module__)
         return getattr(loops, self.name, self.function)

@@ -8,18 +8,36 @@ is searched for over the scales that it is made from, a few numbers, not over th
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cubin import arrays, errors, greedy, passes
+from cubin import arrays, errors
 from cubin.arrays import Array, Rows
-from cubin.bitmaps import patterns
-from cubin.passes import Part
+from cubin.bitmaps import parts, patterns, selection
 from cubin.quantize import multibit
+
+with warnings.catch_warnings():
+    # Without ipywidgets a notebook has no bar, which is no reason for a warning.
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
+
+_POINTS = 1 << 14
+"""Magnitudes that the search for scales works on."""
+
+_LEAST = 1 << 7
+"""The fewest of them that stand for a longer row."""
+
+_DRAWN = 16
+"""The most elements that one of them is the mean of."""
+
+_REFITS = 2
+"""Maps that are made from the scales of the one before, for the whole array."""
 
 _TRIALS = 64
 _FIRST_STEP = 1.25
@@ -108,102 +126,208 @@ def budget(
     mean = patterns.as_mean(mean_bits, low, high)
     rows = arrays.rows_of(x.shape, channel_axis, group_size)
     with arrays.current_device(x):
-        magnitudes = patterns.magnitudes(x)
-        total = round(mean * x.size)
-        if total in (low * x.size, high * x.size):
-            width = low if total == low * x.size else high
+        whole = _Whole(x, rows, low, high, round(mean * x.size), patterns.exponent(x))
+        if whole.total in (low * x.size, high * x.size):
+            width = low if whole.total == low * x.size else high
             return arrays.library(x).full(x.shape, width, np.int8)
-        starts = list(_starts(magnitudes, total, low, high))
-        found = _search(_Problem(magnitudes, rows, low, high, total), starts)
+        approx = arrays.output(None, x)
 
         def error(bits: Array) -> float:
-            approx = multibit(x, bits, channel_axis=channel_axis, group_size=group_size)
+            multibit(x, bits, channel_axis=channel_axis, group_size=group_size, out=approx)
             return float(errors.measure(x, approx).error)
 
-        return min([found, *starts], key=error)
+        candidates = itertools.chain(whole.maps(), _starts(x, whole.total, low, high))
+        bar = tqdm(candidates, "budget", delay=5, leave=False, disable=None)
+        return min(bar, key=error)
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """The magnitudes, the range of bits of an element, and how many bits there are in all."""
+class _Whole:
+    """An array, the range of bits of an element, and how many bits there are in all.
 
-    magnitudes: Array
+    Magnitudes are over the power of two that brings the largest into 0.5 .. 1: no square overflows,
+    and what underflows does not matter.
+    """
+
+    x: Array
     rows: Rows
     low: int
     high: int
     total: int
+    exponent: int
+
+    def maps(self) -> Iterator[Array]:
+        """The map for the scales found from some of the elements, and those made from it."""
+        sample, chosen = self.sample()
+        search = _Search(sample, self.low, self.high, self.total / self.x.size)
+        starts = list(_starts(sample, search.total, self.low, self.high))
+        number, own, scales = search.run(starts)
+        if len(chosen) < self.rows.count:
+            start = next(itertools.islice(_starts(self.x, self.total, self.low, self.high), number, None))
+            scales = _transferred(self.fit(start), own, scales)
+        for _ in range(1 + _REFITS):
+            bits = self.best(scales)
+            yield bits
+            scales = self.fit(bits)
+
+    def sample(self) -> tuple[Array, np.ndarray]:
+        """Magnitudes of some rows, (rows, elements), and the numbers of these rows.
+
+        There are at most some `_POINTS`, or all. Of long rows many elements are drawn, and each
+        magnitude is the mean of a few that are next to each other in order of size: so few stand
+        for the whole distribution.
+        """
+        xp, rows = arrays.library(self.x), self.rows
+        draw = np.random.default_rng(0).integers
+        length = min(rows.length, max(_POINTS // rows.count, _LEAST))
+        count = min(rows.count, max(1, _POINTS // length))
+        each = min(_DRAWN, rows.length // length)
+        chosen = _spread(rows.count, (count,), draw)
+        at = _spread(rows.length, (count, each * length), draw)
+        # Axes of length 1 stand where there are no axes.
+        outer = np.unravel_index(chosen[:, None], (1, *rows.scale_shape))
+        inner = np.unravel_index(at, (*rows.inner_shape, 1))
+        index = tuple(xp.asarray(axis) for axis in (*outer, *inner))
+        m = self.magnitudes(rows.view(self.x)[None, ..., None][index])
+        if each > 1:
+            m = xp.sort(m, axis=1).reshape(count, length, each).mean(axis=2)
+        return m, chosen
+
+    def magnitudes(self, x: Array) -> Array:
+        m = abs(x).astype(arrays.work_dtype(x.dtype), copy=False)
+        return arrays.library(x).ldexp(m, -self.exponent)
+
+    def fit(self, bits: Array) -> list[Array]:
+        """The scales of a map."""
+        scales = parts.row_scales(self.x, bits.view(np.uint8), self.high, self.rows)
+        return [arrays.library(scale).ldexp(scale, -self.exponent) for scale in scales]
+
+    def best(self, scales: list[Array]) -> Array:
+        """The best map for given scales."""
+
+        def gains(own: slice, x: Array) -> Array:
+            of_rows = [scale[own] for scale in scales]
+            return gains_of(self.magnitudes(x), of_rows, self.low, self.high)
+
+        def go_over(look: Callable[[Array], None]) -> None:
+            parts.over_tiles(lambda own, x: look(gains(own, x)), self.rows, self.x)
+
+        (bound,) = selection.bounds(go_over, [self.total - self.low * self.x.size])
+        bits = arrays.library(self.x).empty(self.x.shape, np.int8)
+
+        def above(own: slice, x: Array) -> Array:
+            return (gains(own, x) > bound.value).sum(axis=0, dtype=np.int8) + np.int8(self.low)
+
+        def equal(own: slice, x: Array) -> Array:
+            return (gains(own, x) == bound.value).sum(axis=0, dtype=np.int8)
+
+        parts.over_tiles(above, self.rows, self.x, out=bits)
+        if bound.left:
+            tied = arrays.library(self.x).empty(self.x.shape, np.int8)
+            parts.over_tiles(equal, self.rows, self.x, out=tied)
+            _take_first(bits, tied, bound.left)
+        return bits
+
+
+def _spread(size: int, shape: tuple[int, ...], draw: Callable[..., np.ndarray]) -> np.ndarray:
+    """Ascending positions along the last axis, one drawn from each of as many equal parts."""
+    return np.arange(shape[-1]) * size // shape[-1] + draw(0, size // shape[-1], shape)
+
+
+def _transferred(fitted: list[Array], own: list[Array], found: list[Array]) -> list[Array]:
+    """What was found for some rows, for all of them.
+
+    The scales of a start are multiplied by what the search has made of them in the sample. A level
+    that a start has no elements at follows the first one.
+    """
+    scales = []
+    for level in range(len(found)):
+        base = level if float(own[level].sum()) > 0 else 0
+        before = float(own[base].sum())
+        scales.append(fitted[base] * (float(found[level].sum()) / before if before else 0.0))
+    return scales
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search over the scales that a map is made from.
+
+    Attributes
+    ----------
+    m : array, shape (rows, n)
+        Magnitudes.
+    low, high : int
+        The range of bits of an element.
+    mean : float
+        The mean of the map.
+    """
+
+    m: Array
+    low: int
+    high: int
+    mean: float
+
+    @property
+    def total(self) -> int:
+        """Bits of the map: some elements have more than the least, and some less than the most."""
+        size = self.m.size
+        return min(max(round(self.mean * size), self.low * size + 1), self.high * size - 1)
+
+    def run(self, starts: list[Array]) -> tuple[int, list[Array], list[Array]]:
+        """The number of the best start, its scales, and those that the best map is made from."""
+        trials = []
+        for number, start in enumerate(starts):
+            _, scales = self.fit(start)
+            trials.append((number, scales, *self.trial(scales)))
+        number, first, least, fitted = min(trials, key=lambda trial: trial[2])
+        made_from = first
+        step, left = _FIRST_STEP, _TRIALS
+        while step > _LAST_STEP and left > 0:
+            before = least
+            moves: list[tuple[int | None, float]] = [(None, 1.0)]
+            moves += [(level, f) for level in range(self.low, self.high) for f in (step, 1 / step)]
+            moved = None
+            for level, factor in moves:
+                # What a step up has improved, a step down would undo.
+                if level is not None and level == moved:
+                    continue
+                scales = list(fitted if level is None else made_from)
+                if level is not None:
+                    scales[level] = scales[level] * factor
+                error, own = self.trial(scales)
+                left -= 1
+                if error < least:
+                    made_from, least, fitted, moved = scales, error, own, level
+            if least >= before * (1 - _WORTHWHILE):
+                step = math.sqrt(step)
+        return number, first, made_from
+
+    def trial(self, scales: list[Array]) -> tuple[float, list[Array]]:
+        """The error of the best map for given scales, and the map's own scales."""
+        gains = gains_of(self.m, scales, self.low, self.high)
+        return self.fit(spend(gains, self.total - self.low * self.m.size) + np.int8(self.low))
 
     def fit(self, bits: Array) -> tuple[float, list[Array]]:
         """The squared error of a map with its greedy scales, and these."""
-        xp = arrays.library(self.magnitudes)
-        scales = list(xp.empty((self.high, self.rows.count, 1), self.magnitudes.dtype))
-        squares: list[float] = []
-
-        def finish(part: Part, m: Array, bits: Array, found: list[Array]) -> None:
-            for level, scale in enumerate(found):
-                scales[level][part.rows] = scale
-                m = abs(m - scale * (bits > level))
-            squares.append(float((m * m).sum(dtype=np.float64)))
-
-        greedy.fit(self.magnitudes, bits.view(np.uint8), self.high, self.rows, finish)
-        # The parts come in any order; this sum does not depend on it.
-        return math.fsum(squares), scales
-
-    def trial(self, scales: list[Array]) -> tuple[float, list[Array], Array]:
-        """The best map for given scales, with its error and its own scales."""
-        bits = spend(self.gains(scales), self.total - self.low * self.magnitudes.size)
-        bits += np.int8(self.low)
-        return (*self.fit(bits), bits)
-
-    def gains(self, scales: list[Array]) -> Array:
-        """By how much each bit above the least lowers the error, on its hull: (bits, \\*shape)."""
-        m = self.magnitudes
-        gains = arrays.library(m).empty((self.high - self.low, *m.shape), m.dtype)
-        views = self.rows.view(gains, lead=1)
-
-        def task(part: Part, m: Array) -> None:
-            curve = []
-            for level in range(self.high + 1):
-                if level >= self.low:
-                    curve.append(m * m)
-                if level < self.high:
-                    m = abs(m - scales[level][part.rows])
-            target = views[(slice(None), *part.block)]
-            target[...] = hull(curve).reshape(target.shape)
-
-        passes.for_each_part(task, self.rows, m, device=arrays.on_device(m))
-        return gains
+        m, scales = self.m, []
+        for level in range(self.high):
+            coded = bits > level
+            number = arrays.library(m).maximum(coded.sum(axis=1, keepdims=True), 1)
+            total = (m * coded).sum(axis=1, keepdims=True, dtype=np.float64)
+            scales.append((total / number).astype(m.dtype))
+            m = abs(m - scales[-1] * coded)
+        return float((m * m).sum(dtype=np.float64)), scales
 
 
-def _search(problem: _Problem, starts: list[Array]) -> Array:
-    """The best map found from the best of the starts."""
-    trials = []
-    for start in starts:
-        _, scales = problem.fit(start)
-        trials.append((scales, *problem.trial(scales)))
-    made_from, least, fitted, best = min(trials, key=lambda trial: trial[1])
-    step, left = _FIRST_STEP, _TRIALS
-    while step > _LAST_STEP and left > 0:
-        before = least
-        moves: list[tuple[int | None, float]] = [(None, 1.0)]
-        moves += [
-            (level, f) for level in range(problem.low, problem.high) for f in (step, 1 / step)
-        ]
-        moved = None
-        for level, factor in moves:
-            # What a step up has improved, a step down would undo.
-            if level is not None and level == moved:
-                continue
-            scales = list(fitted if level is None else made_from)
-            if level is not None:
-                scales[level] = scales[level] * factor
-            error, own, bits = problem.trial(scales)
-            left -= 1
-            if error < least:
-                made_from, least, fitted, best, moved = scales, error, own, bits, level
-        if least >= before * (1 - _WORTHWHILE):
-            step = math.sqrt(step)
-    return best
+def gains_of(m: Array, scales: list[Array], low: int, high: int) -> Array:
+    """By how much each bit above the least lowers the error, on its hull: (bits, \\*shape)."""
+    curve = []
+    for level in range(high + 1):
+        if level >= low:
+            curve.append(m * m)
+        if level < high:
+            m = abs(m - scales[level])
+    return hull(curve)
 
 
 def hull(curve: list[Array]) -> Array:
@@ -230,36 +354,42 @@ def spend(gains: Array, bits: int) -> Array:
 
     `gains` has the shape (steps, \\*shape), and an element's gains do not rise.
     """
-    xp = arrays.library(gains)
     at = gains.size - bits
-    threshold = xp.partition(gains.ravel(), at)[at]
-    counts = xp.zeros(gains.shape[1:], np.int8)
-    for gain in gains:
-        counts += gain > threshold
-    left = bits - int(counts.sum(dtype=np.int64))
-    tied = (gains == threshold).sum(axis=0, dtype=np.int8).ravel()
-    where = xp.flatnonzero(tied)
-    tied = tied[where].astype(np.int64)
-    counts.ravel()[where] += xp.clip(left - (tied.cumsum() - tied), 0, tied).astype(np.int8)
+    threshold = arrays.library(gains).partition(gains.ravel(), at)[at]
+    counts = (gains > threshold).sum(axis=0, dtype=np.int8)
+    tied = (gains == threshold).sum(axis=0, dtype=np.int8)
+    _take_first(counts, tied, bits - int(counts.sum(dtype=np.int64)))
     return counts
+
+
+def _take_first(counts: Array, tied: Array, left: int) -> None:
+    """Add the first `left` of what is tied to the counts, as (\\*shape)."""
+    flat, start = counts.ravel(), 0
+    for chunk in parts.in_order(tied):
+        where = arrays.library(tied).flatnonzero(chunk)
+        more = chunk[where].astype(np.int64)
+        flat[start + where] += (left - (more.cumsum() - more)).clip(0, more).astype(np.int8)
+        left -= int(more.sum())
+        start += chunk.size
+        if left <= 0:
+            break
 
 
 # ---------------------------------------------------------------- starts
 
 
-def _starts(magnitudes: Array, total: int, low: int, high: int) -> Iterator[Array]:
+def _starts(x: Array, total: int, low: int, high: int) -> Iterator[Array]:
     """The maps by rank of |x| with `total` bits in all, of the two mixes."""
-    m = magnitudes.ravel()
-    mixes = [_adjacent(m.size, total, low), _widest(m.size, total, low, high)]
+    mixes = [_adjacent(x.size, total, low), _widest(x.size, total, low, high)]
     orders = (
         patterns.descending_magnitude,
         patterns.ascending_magnitude,
         patterns.descending_distance_from_mean,
     )
     for order in orders:
-        positions = order(m)
+        key = order(x)
         for counts in mixes:
-            yield patterns.in_order(positions, counts).reshape(magnitudes.shape)
+            yield patterns.ranked(x, key, counts)
 
 
 def _adjacent(size: int, total: int, low: int) -> dict[int, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from cubin import arrays
 from cubin.arrays import MAX_BITS, Array, as_integer
+from cubin.bitmaps import parts, selection
 
 
 def uniform(shape: int | tuple[int, ...], bits: int) -> np.ndarray:
@@ -228,52 +229,79 @@ def middle_out(x: Array, mix: Mapping[int, float]) -> Array:
 
 # ---------------------------------------------------------------- orders
 
-
-def magnitudes(x: Array) -> Array:
-    """|x| in its work dtype, over the power of two that brings the largest into 0.5 .. 1.
-
-    Neither squares nor sums of them overflow, and what underflows does not matter.
-    """
-    xp = arrays.library(x)
-    m = xp.abs(x).astype(arrays.work_dtype(x.dtype), copy=False)
-    largest = float(m.max()) if m.size else 0.0
-    if not math.isfinite(largest):
-        raise ValueError("x must be finite, but it has NaN or infinity: clean it first")
-    return xp.asarray(xp.ldexp(m, -math.frexp(largest)[1]))
+Key = Callable[[Array], Array]
+"""What elements are ranked by, from the elements: the largest first, equal ones by position."""
 
 
-def descending_magnitude(m: Array) -> Array:
-    """The positions in flat magnitudes, the largest first."""
-    return arrays.library(m).argsort(-m, kind="stable")
+def exponent(x: Array) -> int:
+    """The power of two that the largest magnitude is below, and not below half of."""
+    largest = 0.0
+    for chunk in parts.in_order(x):
+        largest = max(float(abs(chunk).max()), largest)  # in this order NaN stays
+        if not math.isfinite(largest):
+            raise ValueError("x must be finite, but it has NaN or infinity: clean it first")
+    return math.frexp(largest)[1]
 
 
-def ascending_magnitude(m: Array) -> Array:
-    """The positions in flat magnitudes, the smallest first."""
-    return arrays.library(m).argsort(m, kind="stable")
+def descending_magnitude(x: Array) -> Key:
+    """The largest first."""
+    work = arrays.work_dtype(x.dtype)
+    return lambda chunk: abs(chunk).astype(work, copy=False)
 
 
-def descending_distance_from_mean(m: Array) -> Array:
-    """The positions in flat magnitudes, the farthest from their mean first."""
-    xp = arrays.library(m)
-    mean = m.sum(dtype=np.float64) / max(m.size, 1)
-    return xp.argsort(-xp.abs(m - mean), kind="stable")
+def ascending_magnitude(x: Array) -> Key:
+    """The smallest first."""
+    work = arrays.work_dtype(x.dtype)
+    return lambda chunk: -abs(chunk).astype(work, copy=False)
 
 
-def in_order(positions: Array, counts: Mapping[int, int]) -> Array:
-    """Flat bits: the elements at the first positions take the largest number of bits."""
-    bits = arrays.library(positions).empty(len(positions), np.int8)
+def descending_distance_from_mean(x: Array) -> Key:
+    """The magnitudes farthest from the mean of all first."""
+    xp, unit = arrays.library(x), exponent(x)
+
+    def magnitude(chunk: Array) -> Array:
+        # Over the power of two no sum overflows, and what underflows does not matter.
+        return xp.ldexp(abs(chunk).astype(np.float64), -unit)
+
+    total = math.fsum(float(magnitude(chunk).sum()) for chunk in parts.in_order(x))
+    mean = total / max(x.size, 1)
+    return lambda chunk: abs(magnitude(chunk) - mean)
+
+
+def ranked(x: Array, key: Key, counts: Mapping[int, int]) -> Array:
+    """Bits by rank: the first elements take the largest number of bits."""
+    bits = arrays.library(x).empty(x.shape, np.int8)
+    flat = bits.ravel()
+    widths = sorted(counts, reverse=True)
+    ranks = np.cumsum([counts[width] for width in widths])[:-1].tolist()
+
+    def go_over(look: Callable[[Array], None]) -> None:
+        for chunk in parts.in_order(x):
+            look(key(chunk))
+
+    bounds = selection.bounds(go_over, ranks)
+    left = [bound.left for bound in bounds]
     start = 0
-    for width in sorted(counts, reverse=True):
-        bits[positions[start : start + counts[width]]] = width
-        start += counts[width]
+    for chunk in parts.in_order(x):
+        keys = key(chunk)
+        own = flat[start : start + keys.size]
+        own[...] = widths[-1]
+        for number, bound in enumerate(bounds):
+            taken = keys > bound.value
+            if left[number]:
+                tied = arrays.library(x).flatnonzero(keys == bound.value)[: left[number]]
+                taken[tied] = True
+                left[number] -= tied.size
+            own += taken * np.int8(widths[number] - widths[number + 1])
+        start += keys.size
     return bits
 
 
-def _mixed(x: Array, mix: Mapping[int, float], order: Any) -> Array:
+def _mixed(x: Array, mix: Mapping[int, float], order: Callable[[Array], Key]) -> Array:
     counts = _counts(_shares(mix), x.size)
     with arrays.current_device(x):
-        m = magnitudes(x).ravel()
-        return in_order(order(m), counts).reshape(x.shape)
+        exponent(x)  # what is not finite has no rank
+        return ranked(x, order(x), counts)
 
 
 # ---------------------------------------------------------------- mixes

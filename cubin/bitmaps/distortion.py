@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin import arrays, errors
+from cubin import arrays
 from cubin.arrays import Array, Rows
 from cubin.bitmaps import parts, patterns, selection
 from cubin.quantize import multibit
@@ -30,11 +30,14 @@ with warnings.catch_warnings():
 _POINTS = 1 << 14
 """Magnitudes that the search for scales works on."""
 
-_LEAST = 1 << 7
+_LEAST = 1 << 4
 """The fewest of them that stand for a longer row."""
 
+_EACH = 1 << 6
+"""Elements of a large array for each of them."""
+
 _DRAWN = 16
-"""The most elements that one of them is the mean of."""
+"""The most elements that are drawn for each of them."""
 
 _REFITS = 2
 """Maps that are made from the scales of the one before, for the whole array."""
@@ -134,10 +137,9 @@ def budget(
 
         def error(bits: Array) -> float:
             multibit(x, bits, channel_axis=channel_axis, group_size=group_size, out=approx)
-            return float(errors.measure(x, approx).error)
+            return whole.squared_error(approx)
 
-        candidates = itertools.chain(whole.maps(), _starts(x, whole.total, low, high))
-        bar = tqdm(candidates, "budget", delay=5, leave=False, disable=None)
+        bar = tqdm(whole.maps(), "budget", unit="map", delay=5, leave=False, disable=None)
         return min(bar, key=error)
 
 
@@ -157,45 +159,61 @@ class _Whole:
     exponent: int
 
     def maps(self) -> Iterator[Array]:
-        """The map for the scales found from some of the elements, and those made from it."""
-        sample, chosen = self.sample()
-        search = _Search(sample, self.low, self.high, self.total / self.x.size)
-        starts = list(_starts(sample, search.total, self.low, self.high))
-        number, own, scales = search.run(starts)
-        if len(chosen) < self.rows.count:
-            start = next(itertools.islice(_starts(self.x, self.total, self.low, self.high), number, None))
-            scales = _transferred(self.fit(start), own, scales)
-        for _ in range(1 + _REFITS):
-            bits = self.best(scales)
+        """The starts, the map that the search finds from the best of them, and its refits."""
+        search, chosen = self.search()
+        least, best = math.inf, None
+        for start in _starts(self.x, self.total, self.low, self.high):
+            yield start
+            scales = self.fit(start)
+            error, _ = search.trial([scale[chosen] for scale in scales])
+            if best is None or error < least:
+                least, best = error, scales
+        made_from, steps = search.run([scale[chosen] for scale in best])
+        if len(chosen) == self.rows.count:
+            best, steps = made_from, [[1.0] * self.high]
+        for factors in [*steps, *[[1.0] * self.high] * _REFITS]:
+            bits = self.best([scale * f for scale, f in zip(best, factors, strict=True)])
             yield bits
-            scales = self.fit(bits)
+            best = self.fit(bits)
 
-    def sample(self) -> tuple[Array, np.ndarray]:
-        """Magnitudes of some rows, (rows, elements), and the numbers of these rows.
+    def search(self) -> tuple[_Search, Array]:
+        """A search on some magnitudes that stand for all, and the numbers of their rows.
 
-        There are at most some `_POINTS`, or all. Of long rows many elements are drawn, and each
-        magnitude is the mean of a few that are next to each other in order of size: so few stand
-        for the whole distribution.
+        There are some `_POINTS` of them, or all. Each is the mean of some elements of a row that
+        are next to each other in order of size: the fewer, the more of the row's power they have.
         """
-        xp, rows = arrays.library(self.x), self.rows
+        xp, rows, size = arrays.library(self.x), self.rows, self.x.size
         draw = np.random.default_rng(0).integers
-        length = min(rows.length, max(_POINTS // rows.count, _LEAST))
-        count = min(rows.count, max(1, _POINTS // length))
-        each = min(_DRAWN, rows.length // length)
+        points = max(_POINTS, size // _EACH)
+        length = min(rows.length, max(points // rows.count, _LEAST))
+        count = min(rows.count, max(1, points // length))
+        drawn = min(rows.length, _DRAWN * length)
         chosen = _spread(rows.count, (count,), draw)
-        at = _spread(rows.length, (count, each * length), draw)
+        at = _spread(rows.length, (count, drawn), draw)
         # Axes of length 1 stand where there are no axes.
         outer = np.unravel_index(chosen[:, None], (1, *rows.scale_shape))
         inner = np.unravel_index(at, (*rows.inner_shape, 1))
         index = tuple(xp.asarray(axis) for axis in (*outer, *inner))
         m = self.magnitudes(rows.view(self.x)[None, ..., None][index])
-        if each > 1:
-            m = xp.sort(m, axis=1).reshape(count, length, each).mean(axis=2)
-        return m, chosen
+        weights = xp.ones(m.shape)
+        if drawn > length:
+            m, weights = _condensed(m, length)
+        return _Search(m, weights, self.low, self.high, self.total / size), xp.asarray(chosen)
 
     def magnitudes(self, x: Array) -> Array:
         m = abs(x).astype(arrays.work_dtype(x.dtype), copy=False)
         return arrays.library(x).ldexp(m, -self.exponent)
+
+    def squared_error(self, approx: Array) -> float:
+        xp, squares = arrays.library(self.x), []
+
+        def add(own: slice, x: Array, approx: Array) -> None:
+            off = xp.subtract(x, approx, dtype=np.float64)
+            off = xp.ldexp(off, -self.exponent)
+            squares.append(float((off * off).sum()))
+
+        parts.over_tiles(add, self.rows, self.x, approx)
+        return math.fsum(squares)  # the same in any order
 
     def fit(self, bits: Array) -> list[Array]:
         """The scales of a map."""
@@ -234,18 +252,22 @@ def _spread(size: int, shape: tuple[int, ...], draw: Callable[..., np.ndarray]) 
     return np.arange(shape[-1]) * size // shape[-1] + draw(0, size // shape[-1], shape)
 
 
-def _transferred(fitted: list[Array], own: list[Array], found: list[Array]) -> list[Array]:
-    """What was found for some rows, for all of them.
+def _condensed(m: Array, length: int) -> tuple[Array, Array]:
+    """`length` magnitudes for each row that stand for more, with the number that each stands for.
 
-    The scales of a start are multiplied by what the search has made of them in the sample. A level
-    that a start has no elements at follows the first one.
+    They divide the elements in order of size, and the sum of squares, into about equal shares.
     """
-    scales = []
-    for level in range(len(found)):
-        base = level if float(own[level].sum()) > 0 else 0
-        before = float(own[base].sum())
-        scales.append(fitted[base] * (float(found[level].sum()) / before if before else 0.0))
-    return scales
+    xp = arrays.library(m)
+    m = xp.sort(m, axis=1).astype(np.float64)
+    power = (m * m).cumsum(axis=1)
+    share = power / xp.maximum(power[:, -1:], np.finfo(np.float64).tiny)
+    share += xp.arange(1, m.shape[1] + 1) / m.shape[1]
+    place = xp.minimum((share * (length / 2)).astype(np.int64), length - 1)
+    place += xp.arange(len(m))[:, None] * length
+    shape = (len(m), length)
+    weights = xp.bincount(place.ravel(), minlength=len(m) * length).reshape(shape)
+    sums = xp.bincount(place.ravel(), m.ravel(), minlength=len(m) * length).reshape(shape)
+    return sums / xp.maximum(weights, 1), weights.astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -254,8 +276,8 @@ class _Search:
 
     Attributes
     ----------
-    m : array, shape (rows, n)
-        Magnitudes.
+    m, weights : array, shape (rows, n)
+        Magnitudes, and how many elements each stands for.
     low, high : int
         The range of bits of an element.
     mean : float
@@ -263,24 +285,19 @@ class _Search:
     """
 
     m: Array
+    weights: Array
     low: int
     high: int
     mean: float
 
-    @property
-    def total(self) -> int:
-        """Bits of the map: some elements have more than the least, and some less than the most."""
-        size = self.m.size
-        return min(max(round(self.mean * size), self.low * size + 1), self.high * size - 1)
+    def run(self, made_from: list[Array]) -> tuple[list[Array], list[list[float]]]:
+        """The scales that the best map is made from, which are searched for from a start.
 
-    def run(self, starts: list[Array]) -> tuple[int, list[Array], list[Array]]:
-        """The number of the best start, its scales, and those that the best map is made from."""
-        trials = []
-        for number, start in enumerate(starts):
-            _, scales = self.fit(start)
-            trials.append((number, scales, *self.trial(scales)))
-        number, first, least, fitted = min(trials, key=lambda trial: trial[2])
-        made_from = first
+        And how they came about: factors for the levels, then the scales of the map that these
+        give, factors for them, and so on.
+        """
+        least, fitted = self.trial(made_from)
+        steps = [[1.0] * self.high]
         step, left = _FIRST_STEP, _TRIALS
         while step > _LAST_STEP and left > 0:
             before = least
@@ -298,25 +315,29 @@ class _Search:
                 left -= 1
                 if error < least:
                     made_from, least, fitted, moved = scales, error, own, level
+                    if level is None:
+                        steps.append([1.0] * self.high)
+                    else:
+                        steps[-1][level] *= factor
             if least >= before * (1 - _WORTHWHILE):
                 step = math.sqrt(step)
-        return number, first, made_from
+        return made_from, steps
 
     def trial(self, scales: list[Array]) -> tuple[float, list[Array]]:
         """The error of the best map for given scales, and the map's own scales."""
         gains = gains_of(self.m, scales, self.low, self.high)
-        return self.fit(spend(gains, self.total - self.low * self.m.size) + np.int8(self.low))
+        budget = round((self.mean - self.low) * float(self.weights.sum()))
+        return self.fit(spend(gains, budget, self.weights) + np.int8(self.low))
 
     def fit(self, bits: Array) -> tuple[float, list[Array]]:
         """The squared error of a map with its greedy scales, and these."""
         m, scales = self.m, []
         for level in range(self.high):
-            coded = bits > level
+            coded = self.weights * (bits > level)
             number = arrays.library(m).maximum(coded.sum(axis=1, keepdims=True), 1)
-            total = (m * coded).sum(axis=1, keepdims=True, dtype=np.float64)
-            scales.append((total / number).astype(m.dtype))
-            m = abs(m - scales[-1] * coded)
-        return float((m * m).sum(dtype=np.float64)), scales
+            scales.append(((m * coded).sum(axis=1, keepdims=True) / number).astype(m.dtype))
+            m = abs(m - scales[-1] * (bits > level))
+        return float((self.weights * m * m).sum()), scales
 
 
 def gains_of(m: Array, scales: list[Array], low: int, high: int) -> Array:
@@ -349,17 +370,27 @@ def hull(curve: list[Array]) -> Array:
     return falls
 
 
-def spend(gains: Array, bits: int) -> Array:
+def spend(gains: Array, bits: int, weights: Array | None = None) -> Array:
     """How many of the `bits` largest gains each element has; equal gains go by position.
 
-    `gains` has the shape (steps, \\*shape), and an element's gains do not rise.
+    `gains` has the shape (steps, \\*shape), and an element's gains do not rise. With weights, an
+    element stands for as many, and some bits may be left.
     """
-    at = gains.size - bits
-    threshold = arrays.library(gains).partition(gains.ravel(), at)[at]
-    counts = (gains > threshold).sum(axis=0, dtype=np.int8)
-    tied = (gains == threshold).sum(axis=0, dtype=np.int8)
-    _take_first(counts, tied, bits - int(counts.sum(dtype=np.int64)))
-    return counts
+    xp, steps, shape = arrays.library(gains), len(gains), gains.shape[1:]
+    # Position by position, so that equal gains of an element are neighbours.
+    flat = xp.ascontiguousarray(gains.reshape(steps, -1).T).ravel()
+    weights = xp.ones(flat.size // steps) if weights is None else weights.ravel()
+    costs = xp.repeat(weights, steps)
+    leading = selection.leading_bits(flat)
+    at_least = xp.bincount(leading, costs, minlength=1 << selection.LEADING)[::-1].cumsum()[::-1]
+    # The least leading bits at which all gains above them can be paid for.
+    edge = int((at_least > bits).sum()) - 1
+    taken = leading > edge
+    left = bits - (float(at_least[edge + 1]) if edge + 1 < at_least.size else 0.0)
+    members = xp.flatnonzero(leading == edge)
+    members = members[xp.argsort(-flat[members], kind="stable")]
+    taken[members[costs[members].cumsum() <= left]] = True
+    return taken.reshape(-1, steps).sum(axis=1, dtype=np.int8).reshape(shape)
 
 
 def _take_first(counts: Array, tied: Array, left: int) -> None:

@@ -38,7 +38,7 @@ def bounds(
     histogram = np.zeros(1 << LEADING, np.int64)
 
     def count(numbers: Array) -> None:
-        found = parts.library(numbers).bincount(_leading(numbers), minlength=1 << LEADING)
+        found = parts.library(numbers).bincount(leading_bits(numbers), minlength=1 << LEADING)
         with lock:
             np.add(histogram, parts.on_host(found), out=histogram)
 
@@ -48,7 +48,7 @@ def bounds(
     members: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {number: [] for number in bins.values()}
 
     def collect(numbers: Array) -> None:
-        leading = _leading(numbers)
+        leading = leading_bits(numbers)
         for number, found in members.items():
             chosen = numbers.ravel()[leading == number]
             if chosen.size:
@@ -79,7 +79,7 @@ def _bound(members: list[tuple[np.ndarray, np.ndarray]], k: int) -> Bound:
     return Bound(values[last], left)
 
 
-def _leading(numbers: Array) -> Array:
+def leading_bits(numbers: Array) -> Array:
     """The leading bits of flat numbers, in the order of the numbers."""
     width = 8 * numbers.dtype.itemsize
     # Adding 0 makes -0.0 the 0.0 that it equals.

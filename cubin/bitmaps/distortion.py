@@ -8,7 +8,7 @@ is searched for over the scales that it is made from, a few numbers, not over th
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,7 +42,10 @@ _DRAWN = 16
 _REFITS = 2
 """Maps that are made from the scales of the one before, for the whole array."""
 
-_TRIALS = 64
+_SHORT_STEPS = (1.25, 1.1)
+"""Steps of the search where rows are so many that no more than this can be tried for each."""
+
+_SWEEPS = 12
 _FIRST_STEP = 1.25
 _LAST_STEP = 1.02
 # Share by which a sweep of the search must lower the error for the next to keep its step.
@@ -165,16 +168,32 @@ class _Whole:
         for start in _starts(self.x, self.total, self.low, self.high):
             yield start
             scales = self.fit(start)
-            error, _ = search.trial([scale[chosen] for scale in scales])
-            if best is None or error < least:
-                least, best = error, scales
-        made_from, steps = search.run([scale[chosen] for scale in best])
-        if len(chosen) == self.rows.count:
-            best, steps = made_from, [[1.0] * self.high]
-        for factors in [*steps, *[[1.0] * self.high] * _REFITS]:
-            bits = self.best([scale * f for scale, f in zip(best, factors, strict=True)])
+            found = search.state([scale[chosen] for scale in scales])
+            if best is None or found.bound < least:
+                least, best, state = found.bound, scales, found
+        state = search.run(state)
+        scales = state.made_from
+        if len(chosen) < self.rows.count:
+            scales = self.improved(best, state.price)
+        for _ in range(1 + _REFITS):
+            bits = self.best(scales)
             yield bits
-            best = self.fit(bits)
+            scales = self.fit(bits)
+
+    def improved(self, scales: list[Array], price: float) -> list[Array]:
+        """Scales for rows that are too many to be in the sample, at the price found there."""
+        found = [arrays.library(scale).empty_like(scale) for scale in scales]
+
+        def improve(own: slice, x: Array) -> None:
+            search = _Search(self.magnitudes(x), 1, self.low, self.high, 0)
+            state = search.at([scale[own] for scale in scales], price)
+            for step in _SHORT_STEPS:
+                state = search.sweep(state, step)
+            for target, scale in zip(found, state.made_from, strict=True):
+                target[own] = scale
+
+        parts.over_tiles(improve, self.rows, self.x)
+        return found
 
     def search(self) -> tuple[_Search, Array]:
         """A search on some magnitudes that stand for all, and the numbers of their rows.
@@ -195,7 +214,7 @@ class _Whole:
         inner = np.unravel_index(at, (*rows.inner_shape, 1))
         index = tuple(xp.asarray(axis) for axis in (*outer, *inner))
         m = self.magnitudes(rows.view(self.x)[None, ..., None][index])
-        weights = xp.ones(m.shape)
+        weights: Array | int = 1
         if drawn > length:
             m, weights = _condensed(m, length)
         return _Search(m, weights, self.low, self.high, self.total / size), xp.asarray(chosen)
@@ -227,23 +246,8 @@ class _Whole:
             of_rows = [scale[own] for scale in scales]
             return gains_of(self.magnitudes(x), of_rows, self.low, self.high)
 
-        def go_over(look: Callable[[Array], None]) -> None:
-            parts.over_tiles(lambda own, x: look(gains(own, x)), self.rows, self.x)
-
-        (bound,) = selection.bounds(go_over, [self.total - self.low * self.x.size])
-        bits = arrays.library(self.x).empty(self.x.shape, np.int8)
-
-        def above(own: slice, x: Array) -> Array:
-            return (gains(own, x) > bound.value).sum(axis=0, dtype=np.int8) + np.int8(self.low)
-
-        def equal(own: slice, x: Array) -> Array:
-            return (gains(own, x) == bound.value).sum(axis=0, dtype=np.int8)
-
-        parts.over_tiles(above, self.rows, self.x, out=bits)
-        if bound.left:
-            tied = arrays.library(self.x).empty(self.x.shape, np.int8)
-            parts.over_tiles(equal, self.rows, self.x, out=tied)
-            _take_first(bits, tied, bound.left)
+        bits = spend(gains, self.x, self.rows, self.total - self.low * self.x.size)
+        bits += np.int8(self.low)
         return bits
 
 
@@ -271,13 +275,38 @@ def _condensed(m: Array, length: int) -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True)
-class _Search:
-    """A search over the scales that a map is made from.
+class _State:
+    """What each row's bits are made from at a price, and what they cost.
 
     Attributes
     ----------
-    m, weights : array, shape (rows, n)
-        Magnitudes, and how many elements each stands for.
+    made_from, fitted : list of array, shape (rows, 1)
+        The scales that the map is made from, and the greedy scales that it has.
+    price : float
+        What a bit must lower the error by.
+    costs : array, shape (rows, 1)
+        Errors, and the price of the bits.
+    bound : float
+        The error at the mean asked for, if the error went on falling by the price.
+    """
+
+    made_from: list[Array]
+    fitted: list[Array]
+    price: float
+    costs: Array
+    bound: float
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search over the scales that a map is made from, row by row: at a price, rows do not meet.
+
+    Attributes
+    ----------
+    m : array, shape (rows, n)
+        Magnitudes.
+    weights : array, shape (rows, n), or 1
+        How many elements each stands for.
     low, high : int
         The range of bits of an element.
     mean : float
@@ -285,59 +314,89 @@ class _Search:
     """
 
     m: Array
-    weights: Array
+    weights: Any
     low: int
     high: int
     mean: float
 
-    def run(self, made_from: list[Array]) -> tuple[list[Array], list[list[float]]]:
-        """The scales that the best map is made from, which are searched for from a start.
-
-        And how they came about: factors for the levels, then the scales of the map that these
-        give, factors for them, and so on.
-        """
-        least, fitted = self.trial(made_from)
-        steps = [[1.0] * self.high]
-        step, left = _FIRST_STEP, _TRIALS
-        while step > _LAST_STEP and left > 0:
-            before = least
-            moves: list[tuple[int | None, float]] = [(None, 1.0)]
-            moves += [(level, f) for level in range(self.low, self.high) for f in (step, 1 / step)]
-            moved = None
-            for level, factor in moves:
-                # What a step up has improved, a step down would undo.
-                if level is not None and level == moved:
-                    continue
-                scales = list(fitted if level is None else made_from)
-                if level is not None:
-                    scales[level] = scales[level] * factor
-                error, own = self.trial(scales)
+    def run(self, state: _State) -> _State:
+        """The best state found from one: by a step of all rows alike, then of each row."""
+        for alike in (True, False):
+            step, left = _FIRST_STEP, _SWEEPS
+            while step > _LAST_STEP and left > 0:
+                found = self.alike(state, step) if alike else self.state(self.sweep(state, step).made_from)
                 left -= 1
-                if error < least:
-                    made_from, least, fitted, moved = scales, error, own, level
-                    if level is None:
-                        steps.append([1.0] * self.high)
-                    else:
-                        steps[-1][level] *= factor
-            if least >= before * (1 - _WORTHWHILE):
-                step = math.sqrt(step)
-        return made_from, steps
+                if found.bound >= state.bound * (1 - _WORTHWHILE):
+                    step = math.sqrt(step)
+                state = min(state, found, key=lambda state: state.bound)
+        return state
 
-    def trial(self, scales: list[Array]) -> tuple[float, list[Array]]:
-        """The error of the best map for given scales, and the map's own scales."""
+    def alike(self, state: _State, step: float) -> _State:
+        """All rows move as in `sweep`, where the error falls at the mean."""
+        moves: list[tuple[int, float]] = [(-1, 1.0)]
+        moves += [(level, f) for level in range(self.low, self.high) for f in (step, 1 / step)]
+        moved = -1
+        for level, factor in moves:
+            # What a step up has improved, a step down would undo.
+            if level == moved and level >= 0:
+                continue
+            scales = list(state.made_from if level >= 0 else state.fitted)
+            scales[level] = scales[level] * factor
+            found = self.state(scales)
+            if found.bound < state.bound:
+                state, moved = found, level
+        return state
+
+    def sweep(self, state: _State, step: float) -> _State:
+        """Rows move to their own scales, and in the scale of each level, where it costs less."""
+        state = self.better(state, list(state.fitted))
+        for level in range(self.low, self.high):
+            for factor in (step, 1 / step):
+                scales = list(state.made_from)
+                scales[level] = scales[level] * factor
+                state = self.better(state, scales)
+        return state
+
+    def better(self, state: _State, scales: list[Array]) -> _State:
+        """Each row of a state, or of that of other scales at the same price."""
+        where = arrays.library(self.m).where
+        other = self.at(scales, state.price)
+        less = other.costs < state.costs
+        return _State(
+            [where(less, a, b) for a, b in zip(other.made_from, state.made_from, strict=True)],
+            [where(less, a, b) for a, b in zip(other.fitted, state.fitted, strict=True)],
+            state.price,
+            where(less, other.costs, state.costs),
+            state.bound,
+        )
+
+    def state(self, scales: list[Array]) -> _State:
+        """At the price at which the map for some scales has its mean."""
+        xp = arrays.library(self.m)
         gains = gains_of(self.m, scales, self.low, self.high)
-        budget = round((self.mean - self.low) * float(self.weights.sum()))
-        return self.fit(spend(gains, budget, self.weights) + np.int8(self.low))
+        weights = xp.broadcast_to(xp.asarray(self.weights, np.float64), gains.shape).ravel()
+        order = xp.argsort(-gains.ravel())
+        bits = (self.mean - self.low) * float(weights.sum()) / len(gains)
+        # Equal gains come in any order, but at the same price.
+        last = int((weights[order].cumsum() < bits).sum())
+        price = float(gains.ravel()[order[min(last, gains.size - 1)]])
+        state = self.at(scales, price)
+        spent = self.mean * float(weights.sum()) / len(gains)
+        return dataclasses.replace(state, bound=float(state.costs.sum()) - price * spent)
 
-    def fit(self, bits: Array) -> tuple[float, list[Array]]:
-        """The squared error of a map with its greedy scales, and these."""
-        m, scales = self.m, []
+    def at(self, scales: list[Array], price: float) -> _State:
+        """The best map for given scales at a price, with its greedy scales."""
+        xp, m, weights, fitted = arrays.library(self.m), self.m, self.weights, []
+        gains = gains_of(m, scales, self.low, self.high)
+        bits = (gains > price).sum(axis=0, dtype=np.int8) + np.int8(self.low)
         for level in range(self.high):
-            coded = self.weights * (bits > level)
-            number = arrays.library(m).maximum(coded.sum(axis=1, keepdims=True), 1)
-            scales.append(((m * coded).sum(axis=1, keepdims=True) / number).astype(m.dtype))
-            m = abs(m - scales[-1] * (bits > level))
-        return float((self.weights * m * m).sum()), scales
+            coded = bits > level
+            number = (weights * coded).sum(axis=1, keepdims=True)
+            total = (m * coded * weights).sum(axis=1, keepdims=True, dtype=np.float64)
+            fitted.append((total / xp.maximum(number, 1)).astype(m.dtype))
+            m = abs(m - fitted[-1] * coded)
+        costs = m.astype(np.float64) ** 2 + price * bits
+        return _State(scales, fitted, price, (weights * costs).sum(axis=1, keepdims=True), math.inf)
 
 
 def gains_of(m: Array, scales: list[Array], low: int, high: int) -> Array:
@@ -370,27 +429,33 @@ def hull(curve: list[Array]) -> Array:
     return falls
 
 
-def spend(gains: Array, bits: int, weights: Array | None = None) -> Array:
-    """How many of the `bits` largest gains each element has; equal gains go by position.
+def spend(
+    gains: Callable[[slice, Array], Array], x: Array, rows: Rows, bits: int
+) -> Array:
+    """How many of the `bits` largest gains each element of `x` has; equal gains go by position.
 
-    `gains` has the shape (steps, \\*shape), and an element's gains do not rise. With weights, an
-    element stands for as many, and some bits may be left.
+    ``gains(own, x)`` gives those of a tile of `x`, whose rows are the slice `own`: an array of
+    shape (steps, \\*shape of the tile), in which an element's gains do not rise.
     """
-    xp, steps, shape = arrays.library(gains), len(gains), gains.shape[1:]
-    # Position by position, so that equal gains of an element are neighbours.
-    flat = xp.ascontiguousarray(gains.reshape(steps, -1).T).ravel()
-    weights = xp.ones(flat.size // steps) if weights is None else weights.ravel()
-    costs = xp.repeat(weights, steps)
-    leading = selection.leading_bits(flat)
-    at_least = xp.bincount(leading, costs, minlength=1 << selection.LEADING)[::-1].cumsum()[::-1]
-    # The least leading bits at which all gains above them can be paid for.
-    edge = int((at_least > bits).sum()) - 1
-    taken = leading > edge
-    left = bits - (float(at_least[edge + 1]) if edge + 1 < at_least.size else 0.0)
-    members = xp.flatnonzero(leading == edge)
-    members = members[xp.argsort(-flat[members], kind="stable")]
-    taken[members[costs[members].cumsum() <= left]] = True
-    return taken.reshape(-1, steps).sum(axis=1, dtype=np.int8).reshape(shape)
+
+    def go_over(look: Callable[[Array], None]) -> None:
+        parts.over_tiles(lambda own, x: look(gains(own, x)), rows, x)
+
+    (bound,) = selection.bounds(go_over, [bits])
+    counts = arrays.library(x).empty(x.shape, np.int8)
+
+    def above(own: slice, x: Array) -> Array:
+        return (gains(own, x) > bound.value).sum(axis=0, dtype=np.int8)
+
+    def equal(own: slice, x: Array) -> Array:
+        return (gains(own, x) == bound.value).sum(axis=0, dtype=np.int8)
+
+    parts.over_tiles(above, rows, x, out=counts)
+    if bound.left:
+        tied = arrays.library(x).empty(x.shape, np.int8)
+        parts.over_tiles(equal, rows, x, out=tied)
+        _take_first(counts, tied, bound.left)
+    return counts
 
 
 def _take_first(counts: Array, tied: Array, left: int) -> None:

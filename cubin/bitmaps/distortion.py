@@ -174,19 +174,26 @@ class _Whole:
         state = search.run(state)
         scales = state.made_from
         if len(chosen) < self.rows.count:
-            scales = self.improved(best, state.price)
+            factors = _factors([scale[chosen] for scale in best], scales)
+            scales = self.improved(best, factors, state.price)
         for _ in range(1 + _REFITS):
             bits = self.best(scales)
             yield bits
             scales = self.fit(bits)
 
-    def improved(self, scales: list[Array], price: float) -> list[Array]:
-        """Scales for rows that are too many to be in the sample, at the price found there."""
+    def improved(self, scales: list[Array], factors: list[float], price: float) -> list[Array]:
+        """Scales for rows that are too many to be in the sample.
+
+        The price and the factors that all scales change by on average are those found there.
+        """
         found = [arrays.library(scale).empty_like(scale) for scale in scales]
 
         def improve(own: slice, x: Array) -> None:
             search = _Search(self.magnitudes(x), 1, self.low, self.high, 0)
-            state = search.at([scale[own] for scale in scales], price)
+            start = [scale[own] for scale in scales]
+            state = search.at(start, price)
+            moved = [scale * factor for scale, factor in zip(start, factors, strict=True)]
+            state = search.better(state, moved)
             for step in _SHORT_STEPS:
                 state = search.sweep(state, step)
             for target, scale in zip(found, state.made_from, strict=True):
@@ -254,6 +261,11 @@ class _Whole:
 def _spread(size: int, shape: tuple[int, ...], draw: Callable[..., np.ndarray]) -> np.ndarray:
     """Ascending positions along the last axis, one drawn from each of as many equal parts."""
     return np.arange(shape[-1]) * size // shape[-1] + draw(0, size // shape[-1], shape)
+
+
+def _factors(before: list[Array], after: list[Array]) -> list[float]:
+    sums = [(float(a.sum()), float(b.sum())) for a, b in zip(before, after, strict=True)]
+    return [b / a if a else 1.0 for a, b in sums]
 
 
 def _condensed(m: Array, length: int) -> tuple[Array, Array]:
@@ -372,23 +384,27 @@ class _Search:
 
     def state(self, scales: list[Array]) -> _State:
         """At the price at which the map for some scales has its mean."""
-        xp = arrays.library(self.m)
         gains = gains_of(self.m, scales, self.low, self.high)
-        weights = xp.broadcast_to(xp.asarray(self.weights, np.float64), gains.shape).ravel()
-        order = xp.argsort(-gains.ravel())
-        bits = (self.mean - self.low) * float(weights.sum()) / len(gains)
-        # Equal gains come in any order, but at the same price.
-        last = int((weights[order].cumsum() < bits).sum())
-        price = float(gains.ravel()[order[min(last, gains.size - 1)]])
-        state = self.at(scales, price)
-        spent = self.mean * float(weights.sum()) / len(gains)
-        return dataclasses.replace(state, bound=float(state.costs.sum()) - price * spent)
+        more = (self.mean - self.low) * self.size
+        counts, price = _within(gains, more, self.weights)
+        state = self.cost(scales, counts + np.int8(self.low), price)
+        bound = float(state.costs.sum()) - price * self.mean * self.size
+        return dataclasses.replace(state, bound=bound)
+
+    @property
+    def size(self) -> float:
+        """The number of elements that the magnitudes stand for."""
+        return float(arrays.library(self.m).broadcast_to(self.weights, self.m.shape).sum())
 
     def at(self, scales: list[Array], price: float) -> _State:
-        """The best map for given scales at a price, with its greedy scales."""
+        """The best map for given scales at a price."""
+        gains = gains_of(self.m, scales, self.low, self.high)
+        counts = (gains > price).sum(axis=0, dtype=np.int8)
+        return self.cost(scales, counts + np.int8(self.low), price)
+
+    def cost(self, scales: list[Array], bits: Array, price: float) -> _State:
+        """A map that is made from some scales, with its greedy scales."""
         xp, m, weights, fitted = arrays.library(self.m), self.m, self.weights, []
-        gains = gains_of(m, scales, self.low, self.high)
-        bits = (gains > price).sum(axis=0, dtype=np.int8) + np.int8(self.low)
         for level in range(self.high):
             coded = bits > level
             number = (weights * coded).sum(axis=1, keepdims=True)
@@ -427,6 +443,27 @@ def hull(curve: list[Array]) -> Array:
             steepest = slope if steepest is None else xp.maximum(steepest, slope, out=steepest)
             xp.minimum(falls[t - 1], steepest, out=falls[t - 1])
     return falls
+
+
+def _within(gains: Array, bits: float, weights: Any) -> tuple[Array, float]:
+    """How many of the largest gains each element has that `bits` pay for, and the least of them.
+
+    An element stands for as many as its weight says. Equal gains go by position.
+    """
+    xp, flat = arrays.library(gains), gains.ravel()
+    costs = xp.broadcast_to(xp.asarray(weights, np.float64), gains.shape).ravel()
+    leading = selection.leading_bits(flat)
+    at_least = xp.bincount(leading, costs, minlength=1 << selection.LEADING)[::-1].cumsum()[::-1]
+    # All with more than these leading bits can be paid for, but not all with these.
+    edge = max(int((at_least > bits).sum()) - 1, 0)
+    left = bits - (float(at_least[edge + 1]) if edge + 1 < at_least.size else 0.0)
+    members = xp.flatnonzero(leading == edge)
+    members = members[xp.argsort(-flat[members], kind="stable")]
+    paid = int((costs[members].cumsum() <= left).sum())
+    taken = leading > edge
+    taken[members[:paid]] = True
+    price = float(flat[members[min(paid, members.size - 1)]]) if members.size else 0.0
+    return taken.reshape(gains.shape).sum(axis=0, dtype=np.int8), price
 
 
 def spend(

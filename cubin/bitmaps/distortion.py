@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from tqdm.auto import tqdm
 
-_POINTS = 1 << 14
+_POINTS = 1 << 15
 """Magnitudes that the search for scales works on."""
 
-_LEAST = 1 << 4
+_LEAST = 1 << 5
 """The fewest of them that stand for a longer row."""
 
 _EACH = 1 << 6
@@ -42,7 +42,7 @@ _DRAWN = 16
 _REFITS = 2
 """Maps that are made from the scales of the one before, for the whole array."""
 
-_SHORT_STEPS = (1.25, 1.1)
+_SHORT_STEPS = (1.25, 1.12, 1.06)
 """Steps of the search where rows are so many that no more than this can be tried for each."""
 
 _SWEEPS = 12
@@ -142,8 +142,12 @@ def budget(
             multibit(x, bits, channel_axis=channel_axis, group_size=group_size, out=approx)
             return whole.squared_error(approx)
 
-        bar = tqdm(whole.maps(), "budget", unit="map", delay=5, leave=False, disable=None)
-        return min(bar, key=error)
+        return min(progress(whole.maps(), "budget", "map", 7 + _REFITS), key=error)
+
+
+def progress(steps: Iterable[Any], name: str, unit: str, total: int | None = None) -> Any:
+    """The steps, with a bar on stderr where they take more than 5 seconds at a terminal."""
+    return tqdm(steps, name, total, unit=unit, delay=5, leave=False, disable=None)
 
 
 @dataclass(frozen=True)
@@ -164,13 +168,13 @@ class _Whole:
     def maps(self) -> Iterator[Array]:
         """The starts, the map that the search finds from the best of them, and its refits."""
         search, chosen = self.search()
-        least, best = math.inf, None
+        tried = []
         for start in _starts(self.x, self.total, self.low, self.high):
             yield start
             scales = self.fit(start)
-            found = search.state([scale[chosen] for scale in scales])
-            if best is None or found.bound < least:
-                least, best, state = found.bound, scales, found
+            tried.append((search.state([scale[chosen] for scale in scales]), scales))
+            tried = [min(tried, key=lambda pair: pair[0].bound)]
+        state, best = tried[0]
         state = search.run(state)
         scales = state.made_from
         if len(chosen) < self.rows.count:
@@ -336,7 +340,11 @@ class _Search:
         for alike in (True, False):
             step, left = _FIRST_STEP, _SWEEPS
             while step > _LAST_STEP and left > 0:
-                found = self.alike(state, step) if alike else self.state(self.sweep(state, step).made_from)
+                found = (
+                    self.alike(state, step)
+                    if alike
+                    else self.state(self.sweep(state, step).made_from)
+                )
                 left -= 1
                 if found.bound >= state.bound * (1 - _WORTHWHILE):
                     step = math.sqrt(step)
@@ -466,9 +474,7 @@ def _within(gains: Array, bits: float, weights: Any) -> tuple[Array, float]:
     return taken.reshape(gains.shape).sum(axis=0, dtype=np.int8), price
 
 
-def spend(
-    gains: Callable[[slice, Array], Array], x: Array, rows: Rows, bits: int
-) -> Array:
+def spend(gains: Callable[[slice, Array], Array], x: Array, rows: Rows, bits: int) -> Array:
     """How many of the `bits` largest gains each element of `x` has; equal gains go by position.
 
     ``gains(own, x)`` gives those of a tile of `x`, whose rows are the slice `own`: an array of

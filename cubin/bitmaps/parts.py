@@ -56,7 +56,7 @@ def over_tiles(
             result = task(own, *(array[tile] for array in flat))
             if found is not None:
                 found[tile] = result
-        if view is not None:
+        if view is not None and found is not None:
             target = view[part.block]
             target[...] = found.reshape(target.shape)
 

@@ -26,9 +26,7 @@ class Bound(NamedTuple):
     left: int
 
 
-def bounds(
-    go_over: Callable[[Callable[[Array], None]], None], ranks: Sequence[int]
-) -> list[Bound]:
+def bounds(go_over: Callable[[Callable[[Array], None]], None], ranks: Sequence[int]) -> list[Bound]:
     """The bounds of the k largest numbers for each k of `ranks`.
 
     ``go_over(look)`` calls `look` with arrays of float32 or float64 that hold all the numbers, none
@@ -45,7 +43,9 @@ def bounds(
     go_over(count)
     at_least = histogram[::-1].cumsum()[::-1]
     bins = {k: int(np.searchsorted(-at_least, -k, side="right")) - 1 for k in ranks if k}
-    members: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {number: [] for number in bins.values()}
+    members: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {
+        number: [] for number in bins.values()
+    }
 
     def collect(numbers: Array) -> None:
         leading = leading_bits(numbers)

@@ -16,7 +16,7 @@ from cubin.arrays import Array
 from cubin.bitmaps import parts
 
 LEADING = 14
-"""Bits that numbers are counted by: sign, exponent and, of float32, five of the fraction."""
+"""Bits that numbers are counted by: sign, exponent and five of the fraction of float32."""
 
 
 class Bound(NamedTuple):
@@ -80,12 +80,16 @@ def _bound(members: list[tuple[np.ndarray, np.ndarray]], k: int) -> Bound:
 
 
 def leading_bits(numbers: Array) -> Array:
-    """The leading bits of flat numbers, in the order of the numbers."""
-    width = 8 * numbers.dtype.itemsize
-    # Adding 0 makes -0.0 the 0.0 that it equals.
-    bits = (numbers.ravel() + numbers.dtype.type(0)).view(f"i{numbers.dtype.itemsize}")
+    """The leading bits of flat numbers as float32, in the order of the numbers.
+
+    Rounding to float32 may make numbers equal, but never changes their order.
+    """
+    with np.errstate(over="ignore"):
+        # Adding 0 makes -0.0 the 0.0 that it equals.
+        rounded = numbers.ravel().astype(np.float32) + np.float32(0)
+    bits = rounded.view(np.int32)
     # Negative numbers are in reverse order.
-    bits ^= (bits >> (width - 1)) & ((1 << (width - 1)) - 1)
-    bits >>= width - LEADING
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    bits >>= 32 - LEADING
     bits += 1 << (LEADING - 1)
     return bits

@@ -22,11 +22,6 @@ from cubin.arrays import Array, Rows
 from cubin.bitmaps import parts, patterns, selection
 from cubin.quantize import multibit
 
-with warnings.catch_warnings():
-    # Without ipywidgets a notebook has no bar, which is no reason for a warning.
-    warnings.simplefilter("ignore")
-    from tqdm.auto import tqdm
-
 _POINTS = 1 << 15
 """Magnitudes that the search for scales works on."""
 
@@ -138,10 +133,9 @@ def budget(
         if whole.total in (low * x.size, high * x.size):
             width = low if whole.total == low * x.size else high
             return arrays.library(x).full(x.shape, width, np.int8)
-        approx = arrays.output(None, x)
 
         def error(bits: Array) -> float:
-            multibit(x, bits, channel_axis=channel_axis, group_size=group_size, out=approx)
+            approx = multibit(x, bits, channel_axis=channel_axis, group_size=group_size)
             return whole.squared_error(approx)
 
         return min(progress(whole.maps(), "budget", "map", 7 + _REFITS), key=error)
@@ -149,6 +143,10 @@ def budget(
 
 def progress(steps: Iterable[Any], name: str, unit: str, total: int | None = None) -> Any:
     """The steps, with a bar on stderr where they take more than 5 seconds at a terminal."""
+    with warnings.catch_warnings():
+        # Without ipywidgets a notebook has no bar, which is no reason for a warning.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm  # here, since it takes long to import
     return tqdm(steps, name, total, unit=unit, delay=5, leave=False, disable=None)
 
 

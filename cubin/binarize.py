@@ -192,7 +192,7 @@ def multibit(
         weights = _weights(importance, x, solver)
         x = libraries.apart(x, y)
         weights = None if weights is None else libraries.apart(weights, y)
-        solvers.approximate(x, checked, rows, y, rule, weights)
+        solvers.approximate(x, checked, rows.as_stored(x), y, rule, weights)
     return y if out is None else out
 
 
@@ -311,7 +311,7 @@ def quantize(
         shown = checked.levels > 0 and not checked.mapped and weights is None
         if check_finite and not shown:
             _check_finite(x, rows)
-        scales, signs = solvers.encode(x, checked, rows, rule, weights)
+        scales, signs = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
         if check_finite and not bool(xp.isfinite(scales).all()):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")

@@ -11,8 +11,9 @@ from scipy import stats
 
 import cubin
 from cubin import bitmaps
-from cubin.bitmaps import distortion
+from cubin.bitmaps import allocation, distortion, parts, selection, threshold
 from cubin.core.host import blocks
+from cubin.core.rows import rows_of
 
 FLOATS = ["float16", "float32", "float64"]
 RANKED = [bitmaps.top_down, bitmaps.bottom_up, bitmaps.middle_out]
@@ -289,7 +290,7 @@ def test_budget_meets_its_mean_and_is_never_worse(
     [("float16", {"group_size": 3}), ("float32", {}), ("float64", {"channel_axis": 1})],
 )
 def test_budget_on_either_library(xp, host, rng, monkeypatch, dtype, granularity):
-    monkeypatch.setattr(distortion, "_TRIALS", 4)
+    monkeypatch.setattr(distortion, "_SWEEPS", 1)
     x = rng.standard_normal((4, 9)).astype(dtype)
     bits = bitmaps.budget(xp.asarray(x), 1.7, **granularity)
     assert type(bits) is type(xp.asarray(x))
@@ -401,13 +402,21 @@ def test_hull_is_the_lower_convex_hull(curves):
     assert (np.diff(found, axis=1) <= 0).all()
 
 
+def bits_spent(gains, bits):
+    """How many of the largest gains, (steps, *shape), each element has."""
+    positions = np.arange(float(gains[0].size)).reshape(gains.shape[1:])
+    flat = gains.reshape(len(gains), -1)
+    rows = rows_of(positions.shape)
+    return distortion.spend(lambda own, at: flat[:, at.astype(int)], positions, rows, bits)
+
+
 @given(CURVES, st.floats(0, 1))
 def test_bits_are_spent_at_one_price(curves, share):
     curves = np.array(curves, float)
     gains = distortion.hull(list(curves.T))
     assume(gains.size)
     bits = max(1, round(share * gains.size))
-    counts = distortion.spend(gains, bits)
+    counts = bits_spent(gains, bits)
     assert counts.sum() == bits
     price = np.sort(gains.ravel())[-bits]
     cost = curves + price * np.arange(curves.shape[1])
@@ -417,7 +426,7 @@ def test_bits_are_spent_at_one_price(curves, share):
 
 
 def test_equal_gains_go_by_position():
-    np.testing.assert_array_equal(distortion.spend(np.ones((2, 2, 2)), 5), [[2, 2], [1, 0]])
+    np.testing.assert_array_equal(bits_spent(np.ones((2, 2, 2)), 5), [[2, 2], [1, 0]])
 
 
 # ---------------------------------------------------------------- allocate
@@ -591,3 +600,186 @@ def test_allocation_of_hardly_anything():
 def test_allocation_names_what_is_wrong(arrays, options, error, message):
     with pytest.raises(error, match=message):
         bitmaps.allocate(arrays, **{"mean_bits": 2, **options})
+
+
+# ---------------------------------------------------------------- ternary
+
+
+def ternary_error(x, bits, weights):
+    """With the best scale for the elements that have a bit; `bits` may be many maps."""
+    x, weights = np.abs(x.astype(float)), weights.astype(float)
+    weight, total = bits @ weights, bits @ (weights * x)
+    return (weights * x**2).sum() - total**2 / np.where(weight > 0, weight, 1)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 2).map(lambda n: 3 * n)),
+    dtype=st.sampled_from(FLOATS),
+    kind=KINDS,
+    granularity=st.sampled_from(GRANULARITIES),
+    weigh=st.sampled_from([None, "random", "sparse"]),
+)
+def test_no_map_of_0_and_1_is_better_than_ternary(seed, shape, dtype, kind, granularity, weigh):
+    x = some_array(seed, shape, dtype, kind)
+    rng = np.random.default_rng(seed)
+    weights = {
+        None: np.ones(shape),
+        "random": rng.random(shape),
+        "sparse": rng.random(shape) * (rng.random(shape) < 0.5),
+    }[weigh].astype(dtype)
+    bits = bitmaps.ternary(x, importance=None if weigh is None else weights, **granularity)
+    assert bits.dtype == np.int8
+    assert bits.shape == shape
+    rows = rows_of(shape, **granularity)
+    for own, found, weight in zip(*map(rows.flat, (x, bits, weights)), strict=True):
+        kept = np.abs(own[found == 1])
+        assert kept.size == 0 or np.abs(own[found == 0]).max(initial=-1) < kept.min()
+        every = np.array(list(itertools.product((0, 1), repeat=len(own))))
+        least = ternary_error(own, every, weight).min()
+        power = (weight.astype(float) * own.astype(float) ** 2).sum()
+        assert ternary_error(own, found, weight) <= least + 1e-12 * power
+        if not power:
+            assert not found.any()
+
+
+def test_quantize_has_the_scales_of_a_ternary_map(rng):
+    x = rng.standard_normal((20, 64)) * np.exp(rng.standard_normal((20, 1)))
+    code = cubin.quantize(x, bitmaps.ternary(x, channel_axis=0), channel_axis=0)
+    known = [ternary_error(row, bits, np.ones(64)) for row, bits in zip(x, code.bits, strict=True)]
+    np.testing.assert_allclose(np.square(x - code.dequantize()).sum(axis=1), known, rtol=1e-12)
+    assert code.payload_bits < code.effective_bits <= math.log2(3) + 64 / 64
+
+
+def test_ternary_of_a_gaussian():
+    x = quantiles(stats.norm(), 200_000)
+    bits = bitmaps.ternary(x)
+    # The best threshold of a Gaussian is 0.612, and leaves 0.1902 of the power.
+    assert np.abs(x[bits == 1]).min() == pytest.approx(0.612, abs=1e-3)
+    assert relative_mse(x, bits) == pytest.approx(0.1902, abs=1e-4)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_ternary_on_either_library(xp, host, rng, dtype, granularity):
+    x = rng.standard_normal((4, 9)).astype(dtype)
+    weights = rng.random(9).astype(dtype)
+    for importance in (None, weights):
+        given_ = None if importance is None else xp.asarray(importance)
+        bits = bitmaps.ternary(xp.asarray(x), importance=given_, **granularity)
+        assert type(bits) is type(xp.asarray(x))
+        expected = bitmaps.ternary(x, importance=importance, **granularity)
+        np.testing.assert_array_equal(host(bits), expected)
+
+
+@pytest.mark.parametrize(("dtype", "power"), [("float16", 5), ("float32", 120), ("float64", 1000)])
+def test_ternary_does_not_depend_on_the_unit(rng, dtype, power):
+    x = np.round(rng.standard_normal((3, 50)), 2).astype(dtype)
+    weights = rng.random((3, 50)).astype(dtype)
+    for importance in (None, weights):
+        expected = bitmaps.ternary(x, channel_axis=0, importance=importance)
+        large = bitmaps.ternary(np.ldexp(x, power), channel_axis=0, importance=importance)
+        np.testing.assert_array_equal(large, expected)
+
+
+def test_ternary_in_blocks_is_that_of_the_whole(monkeypatch, rng):
+    x = rng.standard_normal((7, 100)).astype(np.float32)
+    weights = rng.random((7, 100)).astype(np.float32)
+    for options in ({}, {"channel_axis": 0}, {"channel_axis": 0, "importance": weights}):
+        whole = bitmaps.ternary(x, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(threshold, "_BLOCK", 16)
+            np.testing.assert_array_equal(bitmaps.ternary(x, **options), whole)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), ()])
+def test_ternary_of_hardly_anything(shape):
+    bits = bitmaps.ternary(np.ones(shape, np.float32))
+    np.testing.assert_array_equal(bits, np.ones(shape))
+    assert bits.dtype == np.int8
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"x": np.arange(3)}, TypeError, "x must be float16"),
+        ({"x": np.array([1.0, np.nan])}, ValueError, "x must be finite"),
+        ({"importance": np.ones(3, int)}, TypeError, "importance must be float16"),
+        ({"importance": np.ones(2)}, ValueError, r"importance of shape \(2,\) does not broadcast"),
+        ({"importance": -np.ones(3)}, ValueError, "importance must be finite and not negative"),
+        ({"importance": np.full(3, np.inf)}, ValueError, "importance must be finite and not"),
+        ({"channel_axis": 2}, ValueError, "channel_axis 2 is out of range"),
+        ({"channel_axis": 0, "group_size": 3}, ValueError, "exclude each other"),
+    ],
+)
+def test_ternary_names_what_is_wrong(options, error, message):
+    with pytest.raises(error, match=message):
+        bitmaps.ternary(**{"x": np.ones((2, 3)), **options})
+
+
+# ---------------------------------------------------------------- large arrays
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bounds_are_those_of_a_sort(xp, rng, dtype, sign):
+    numbers = sign * np.round(rng.standard_normal(500), 1).astype(dtype)
+    numbers[:40] = -0.0
+    chunks = [xp.asarray(chunk) for chunk in np.split(numbers, 10)]
+
+    def go_over(look):
+        for chunk in chunks:
+            look(chunk)
+
+    ranks = [0, 1, 7, 250, 260, 499, 500]
+    for k, bound in zip(ranks, selection.bounds(go_over, ranks), strict=True):
+        above = np.count_nonzero(numbers > bound.value)
+        assert above + bound.left == k
+        assert bound.left < max(np.count_nonzero(numbers == bound.value), 1)
+
+
+def test_bounds_of_numbers_beyond_float32():
+    numbers = np.array([1e300, -1e300, 2e300, 1e-300, 0.0, -1e-300, 5.0])
+    ranks = range(8)
+    for k, bound in zip(ranks, selection.bounds(lambda look: look(numbers), ranks), strict=True):
+        assert np.count_nonzero(numbers > bound.value) == k
+        assert bound.left == 0
+
+
+@pytest.mark.parametrize("granularity", [{}, {"channel_axis": 0}, {"group_size": 20}])
+@pytest.mark.parametrize("distribution", [stats.norm(), stats.t(3)])
+def test_budget_of_an_array_that_few_magnitudes_stand_for(monkeypatch, distribution, granularity):
+    x = distribution.rvs((40, 500), random_state=0) * np.exp(np.linspace(-2, 2, 40))[:, None]
+    whole = bitmaps.budget(x, 1.6, **granularity)
+    monkeypatch.setattr(distortion, "_POINTS", 1 << 11)
+    few = bitmaps.budget(x, 1.6, **granularity)
+    assert few.sum() == whole.sum() == round(1.6 * x.size)
+    assert squared_error(x, few, **granularity) <= 1.05 * squared_error(x, whole, **granularity)
+
+
+def test_tied_bits_of_a_budget_go_by_position(monkeypatch):
+    x = np.ones((4, 50), np.float32)
+    monkeypatch.setattr(parts, "TILE", 16)
+    bits = bitmaps.budget(x, 1.3, max_bits=2)
+    np.testing.assert_array_equal(bits.ravel(), [2] * 60 + [1] * 140)
+
+
+@pytest.mark.parametrize("ranked", RANKED)
+def test_ranked_maps_do_not_depend_on_the_tiles(monkeypatch, rng, ranked):
+    x = np.asfortranarray(rng.integers(-9, 10, (50, 70)).astype(np.float32))
+    mix = {1: 0.5, 2: 0.3, 4: 0.2}
+    expected = ranked(x, mix)
+    monkeypatch.setattr(parts, "TILE", 100)
+    np.testing.assert_array_equal(ranked(x, mix), expected)
+
+
+def test_allocation_does_not_depend_on_the_tiles(monkeypatch, rng):
+    x = rng.standard_normal((6, 5000)) * np.exp(rng.standard_normal((6, 1)))
+    expected = bitmaps.allocate({"x": x}, 2.5)["x"]
+    monkeypatch.setattr(parts, "TILE", 300)
+    monkeypatch.setattr(blocks, "BLOCK", 1000)
+    np.testing.assert_array_equal(bitmaps.allocate({"x": x}, 2.5)["x"], expected)
+    curves = allocation._curves(x.astype(np.float16), 0, 0, 3)
+    own = [[squared_error(row, width) for row in x.astype(np.float16)] for width in range(4)]
+    np.testing.assert_allclose(curves, own, rtol=1e-9)

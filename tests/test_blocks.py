@@ -46,7 +46,7 @@ def test_threads_from_a_size_on(monkeypatch, size, pays, expected):
     monkeypatch.setattr(blocks, "_workers", lambda: 2)
     monkeypatch.setattr(blocks, "LOOPS_THREADED", 10)
     monkeypatch.setattr(blocks, "THREADED", 100)
-    monkeypatch.setattr(blocks, "pays", lambda _: pays)
+    monkeypatch.setattr(blocks, "is_ready", lambda _: pays)
     names = set()
     together = threading.Barrier(expected)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -433,3 +434,20 @@ def test_peak_memory_is_the_output_and_little_more(granularity, mapped):
     finally:
         tracemalloc.stop()
     assert peak < x.nbytes + 64e6
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, 2, (0, 2)])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_results_keep_the_memory_order(xp, host, rng, axis, mapped):
+    x = rng.normal(size=(5, 4, 6)).astype(np.float32)
+    bits = rng.integers(0, 4, x.shape) if mapped else 2
+    expected = host(cubin.multibit(xp.asarray(x), bits, channel_axis=axis))
+    for order in itertools.permutations(range(3)):
+        stored = xp.asarray(np.ascontiguousarray(x.transpose(order)))
+        view = stored.transpose(np.argsort(order).tolist())
+        y = cubin.multibit(view, bits, channel_axis=axis)
+        assert y.transpose(order).flags.c_contiguous
+        np.testing.assert_allclose(host(y), expected, rtol=2e-6)
+        code = cubin.quantize(view, bits, channel_axis=axis)
+        np.testing.assert_array_equal(host(code.dequantize()), host(y))
+        assert cubin.sign(view).transpose(order).flags.c_contiguous

@@ -13,8 +13,18 @@ from __future__ import annotations
 from cubin.bitmaps.allocation import allocate
 from cubin.bitmaps.distortion import budget
 from cubin.bitmaps.patterns import bottom_up, middle_out, random, top_down, uniform
+from cubin.bitmaps.threshold import ternary
 
-__all__ = ["allocate", "bottom_up", "budget", "middle_out", "random", "top_down", "uniform"]
+__all__ = [
+    "allocate",
+    "bottom_up",
+    "budget",
+    "middle_out",
+    "random",
+    "ternary",
+    "top_down",
+    "uniform",
+]
 
 
 def __dir__() -> list[str]:

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cubin import errors
-from cubin.binarize import multibit
-from cubin.bitmaps import patterns
-from cubin.bitmaps.distortion import hull
+from cubin.bitmaps import parts, patterns
+from cubin.bitmaps.distortion import hull, progress
 from cubin.core import arrays as checked
-from cubin.core import libraries
+from cubin.core import floats, libraries
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 
@@ -105,7 +103,7 @@ def allocate(
         if name not in arrays:
             raise ValueError(f"importance has a weight for {name!r}, which is not in arrays")
     curves, sizes, shapes = [], [], {}
-    for name, array in arrays.items():
+    for name, array in progress(arrays.items(), "allocate", "tensor"):
         try:
             x = checked.as_floats("x", array)
             rows = rows_of(x.shape, channel_axis)
@@ -151,21 +149,48 @@ def _weights(value: Any, rows: Rows) -> np.ndarray:
 def _curves(x: Array, channel_axis: Any, low: int, high: int) -> np.ndarray:
     """The squared errors of the rows with `low` .. `high` bits, (bits, rows)."""
     rows = rows_of(x.shape, channel_axis)
+    curves = np.zeros((high - low + 1, rows.count))
     if not x.size:
-        return np.zeros((high - low + 1, rows.count))
-    kept = rows.order[: len(rows.scale_shape)]
-    summed = tuple(axis for axis in range(x.ndim) if axis not in kept)
-    curves = []
+        return curves
+    # Rows that lie in several tiles have several sums.
+    sums: dict[int, list[np.ndarray]] = {}
     with libraries.current_device(x):
-        y = checked.output(None, x)
-        for width in range(low, high + 1):
-            multibit(x, width, channel_axis=channel_axis, out=y)
-            found = errors.measure(x, y, axis=summed).error
-            curves.append((found.get() if libraries.on_device(found) else found).ravel())
-    result = np.array(curves)
-    if not np.isfinite(result).all():
+        scales = parts.row_scales(x, np.uint8(high), high, rows) if high else []
+
+        def add(own: slice, x: Array) -> None:
+            found = _errors(x, [scale[own] for scale in scales], low)
+            sums.setdefault(own.start, []).append(found)
+
+        parts.over_tiles(add, rows, x)
+    for first, found in sums.items():
+        own = slice(first, first + found[0].shape[1])
+        # The tiles come in any order; this sum does not depend on it.
+        many = len(found) > 1
+        curves[:, own] = [[math.fsum(e)] for e in np.hstack(found)] if many else found[0]
+    if not np.isfinite(curves).all():
         raise ValueError("it has NaN or infinity, or its squares overflow: clean it first")
-    return result
+    # In the order of the map, which may not number the rows as the channel axes do.
+    return np.array([rows.aligned(curve).ravel() for curve in curves])
+
+
+def _errors(x: Array, scales: list[Array], low: int) -> np.ndarray:
+    """The squared errors of rows, (rows, n), with `low` bits and each further one: (bits, rows).
+
+    Levels are added up as `cubin.multibit` does: scales as they are stored, in the work dtype.
+    """
+    xp, work = libraries.library(x), floats.work_dtype(x.dtype)
+    curves = []
+    opposite = xp.subtract(0, x, dtype=work)  # never -0.0: its sign is set exactly where x > 0
+    y = xp.zeros(x.shape, work)
+    for level in range(len(scales) + 1):
+        if level >= low:
+            off = xp.subtract(x, y.astype(x.dtype, copy=False), dtype=np.float64)
+            curves.append(parts.on_host((off * off).sum(axis=1)))
+        if level < len(scales):
+            stored = scales[level].astype(x.dtype).astype(work)
+            y -= xp.copysign(stored, opposite)
+            opposite -= xp.copysign(scales[level], opposite)
+    return np.array(curves)
 
 
 class _Model:

@@ -8,24 +8,40 @@ is searched for over the scales that it is made from, a few numbers, not over th
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cubin import errors
 from cubin.binarize import multibit
-from cubin.bitmaps import patterns
-from cubin.core import arrays, libraries, passes
-from cubin.core.bits import Bits
+from cubin.bitmaps import parts, patterns, selection
+from cubin.core import arrays, conversions, floats, libraries
 from cubin.core.libraries import Array
-from cubin.core.passes import Part
 from cubin.core.rows import Rows, rows_of
-from cubin.solvers import greedy
 
-_TRIALS = 64
+_POINTS = 1 << 15
+"""Magnitudes that the search for scales works on."""
+
+_LEAST = 1 << 5
+"""The fewest of them that stand for a longer row."""
+
+_EACH = 1 << 6
+"""Elements of a large array for each of them."""
+
+_DRAWN = 8
+"""The most elements that are drawn for each of them."""
+
+_REFITS = 2
+"""Maps that are made from the scales of the one before, for the whole array."""
+
+_SHORT_STEPS = (1.25, 1.12, 1.06)
+"""Steps of the search where rows are so many that no more than this can be tried for each."""
+
+_SWEEPS = 12
 _FIRST_STEP = 1.25
 _LAST_STEP = 1.02
 # Share by which a sweep of the search must lower the error for the next to keep its step.
@@ -50,8 +66,10 @@ def budget(
     with one :math:`\\lambda` for the whole array, such that the mean is met: the convex hull of
     every element's error over m gives the gain of each further bit, and the largest gains of the
     array are taken, equal ones by position. The greedy scales of that map are not those which it
-    was made from; a compass search over the latter, one factor per level for all rows, lowers the
-    error of the former. It ends after some 70 trials, each a few passes over `x`.
+    was made from; a search over the latter lowers the error of the former. First one factor per
+    level moves the scales of all rows, then those of each row move on their own at the common
+    :math:`\\lambda`. Of large arrays, some 32,000 magnitudes or a 64th stand for all in the search,
+    drawn with a fixed seed; the map for the scales found is that of the whole array.
 
     The result is never worse than `top_down`, `bottom_up` and `middle_out` at the same mean with
     a mix of the two numbers of bits next to the mean (`uniform` at a whole one), or with the mix
@@ -112,101 +130,310 @@ def budget(
     mean = patterns.as_mean(mean_bits, low, high)
     rows = rows_of(x.shape, channel_axis, group_size)
     with libraries.current_device(x):
-        magnitudes = patterns.magnitudes(x)
-        total = round(mean * x.size)
-        if total in (low * x.size, high * x.size):
-            width = low if total == low * x.size else high
+        whole = _Whole(x, rows, low, high, round(mean * x.size), patterns.exponent(x))
+        if whole.total in (low * x.size, high * x.size):
+            width = low if whole.total == low * x.size else high
             return libraries.library(x).full(x.shape, width, np.int8)
-        starts = list(_starts(magnitudes, total, low, high))
-        found = _search(_Problem(magnitudes, rows, low, high, total), starts)
 
         def error(bits: Array) -> float:
             approx = multibit(x, bits, channel_axis=channel_axis, group_size=group_size)
-            return float(errors.measure(x, approx).error)
+            return whole.squared_error(approx)
 
-        return min([found, *starts], key=error)
+        return min(progress(whole.maps(), "budget", "map", 7 + _REFITS), key=error)
+
+
+def progress(steps: Iterable[Any], name: str, unit: str, total: int | None = None) -> Any:
+    """The steps, with a bar on stderr where they take more than 5 seconds at a terminal."""
+    with warnings.catch_warnings():
+        # Without ipywidgets a notebook has no bar, which is no reason for a warning.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm  # here, since it takes long to import
+    return tqdm(steps, name, total, unit=unit, delay=5, leave=False, disable=None)
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """The magnitudes, the range of bits of an element, and how many bits there are in all."""
+class _Whole:
+    """An array, the range of bits of an element, and how many bits there are in all.
 
-    magnitudes: Array
+    Magnitudes are over the power of two that brings the largest into 0.5 .. 1: no square overflows,
+    and what underflows does not matter.
+    """
+
+    x: Array
     rows: Rows
     low: int
     high: int
     total: int
+    exponent: int
 
-    def fit(self, bits: Array) -> tuple[float, list[Array]]:
-        """The squared error of a map with its greedy scales, and these."""
-        checked = Bits(bits, bits.view(np.uint8), self.high)
-        scales = greedy.row_scales(self.magnitudes, checked, self.rows)
-        squares: list[float] = []
+    def maps(self) -> Iterator[Array]:
+        """The starts, the map that the search finds from the best of them, and its refits."""
+        search, chosen = self.search()
+        tried = []
+        for start in _starts(self.x, self.total, self.low, self.high):
+            yield start
+            scales = self.fit(start)
+            tried.append((search.state([scale[chosen] for scale in scales]), scales))
+            tried = [min(tried, key=lambda pair: pair[0].bound)]
+        state, best = tried[0]
+        state = search.run(state)
+        scales = state.made_from
+        if len(chosen) < self.rows.count:
+            factors = _factors([scale[chosen] for scale in best], scales)
+            scales = self.improved(best, factors, state.price)
+        for _ in range(1 + _REFITS):
+            bits = self.best(scales)
+            yield bits
+            scales = self.fit(bits)
 
-        def measure(part: Part, m: Array, bits: Array) -> None:
-            for level, scale in enumerate(scales):
-                m = abs(m - scale[part.rows] * (bits > level))
-            squares.append(float((m * m).sum(dtype=np.float64)))
+    def improved(self, scales: list[Array], factors: list[float], price: float) -> list[Array]:
+        """Scales for rows that are too many to be in the sample.
 
-        passes.for_each_part(measure, self.rows, self.magnitudes, checked.values)
-        # The parts come in any order; this sum does not depend on it.
-        return math.fsum(squares), scales
+        The price and the factors that all scales change by on average are those found there.
+        """
+        found = [libraries.library(scale).empty_like(scale) for scale in scales]
 
-    def trial(self, scales: list[Array]) -> tuple[float, list[Array], Array]:
-        """The best map for given scales, with its error and its own scales."""
-        bits = spend(self.gains(scales), self.total - self.low * self.magnitudes.size)
+        def improve(own: slice, x: Array) -> None:
+            search = _Search(self.magnitudes(x), 1, self.low, self.high, 0)
+            start = [scale[own] for scale in scales]
+            state = search.at(start, price)
+            moved = [scale * factor for scale, factor in zip(start, factors, strict=True)]
+            state = search.better(state, moved)
+            for step in _SHORT_STEPS:
+                state = search.sweep(state, step)
+            for target, scale in zip(found, state.made_from, strict=True):
+                target[own] = scale
+
+        parts.over_tiles(improve, self.rows, self.x)
+        return found
+
+    def search(self) -> tuple[_Search, Array]:
+        """A search on some magnitudes that stand for all, and the numbers of their rows.
+
+        There are some `_POINTS` of them, or all. Each is the mean of some elements of a row that
+        are next to each other in order of size: the fewer, the more of the row's power they have.
+        """
+        xp, rows, size = libraries.library(self.x), self.rows, self.x.size
+        draw = np.random.default_rng(0).integers
+        points = max(_POINTS, size // _EACH)
+        length = min(rows.length, max(points // rows.count, _LEAST))
+        count = min(rows.count, max(1, points // length))
+        drawn = min(rows.length, _DRAWN * length)
+        chosen = _spread(rows.count, (count,), draw)
+        at = _spread(rows.length, (count, drawn), draw)
+        # Axes of length 1 stand where there are no axes.
+        outer = np.unravel_index(chosen[:, None], (1, *rows.scale_shape))
+        inner = np.unravel_index(at, (*rows.inner_shape, 1))
+        index = tuple(xp.asarray(axis) for axis in (*outer, *inner))
+        m = self.magnitudes(rows.view(self.x)[None, ..., None][index])
+        weights: Array | int = 1
+        if drawn > length:
+            m, weights = _condensed(m, length)
+        return _Search(m, weights, self.low, self.high, self.total / size), xp.asarray(chosen)
+
+    def magnitudes(self, x: Array) -> Array:
+        m = libraries.library(x).ldexp(patterns.magnitudes(x), -self.exponent)
+        return m.astype(floats.work_dtype(x.dtype), copy=False)
+
+    def squared_error(self, approx: Array) -> float:
+        xp, squares = libraries.library(self.x), []
+
+        def add(own: slice, x: Array, approx: Array) -> None:
+            x, approx = conversions.computable(x), conversions.computable(approx)
+            off = xp.subtract(x, approx, dtype=np.float64)
+            off = xp.ldexp(off, -self.exponent)
+            squares.append(float((off * off).sum()))
+
+        parts.over_tiles(add, self.rows, self.x, approx)
+        return math.fsum(squares)  # the same in any order
+
+    def fit(self, bits: Array) -> list[Array]:
+        """The scales of a map."""
+        scales = parts.row_scales(self.x, bits.view(np.uint8), self.high, self.rows)
+        return [libraries.library(scale).ldexp(scale, -self.exponent) for scale in scales]
+
+    def best(self, scales: list[Array]) -> Array:
+        """The best map for given scales."""
+
+        def gains(own: slice, x: Array) -> Array:
+            of_rows = [scale[own] for scale in scales]
+            return gains_of(self.magnitudes(x), of_rows, self.low, self.high)
+
+        bits = spend(gains, self.x, self.rows, self.total - self.low * self.x.size)
         bits += np.int8(self.low)
-        return (*self.fit(bits), bits)
-
-    def gains(self, scales: list[Array]) -> Array:
-        """By how much each bit above the least lowers the error, on its hull: (bits, \\*shape)."""
-        m = self.magnitudes
-        gains = libraries.library(m).empty((self.high - self.low, *m.shape), m.dtype)
-        views = self.rows.view(gains, lead=1)
-
-        def task(part: Part, m: Array) -> None:
-            curve = []
-            for level in range(self.high + 1):
-                if level >= self.low:
-                    curve.append(m * m)
-                if level < self.high:
-                    m = abs(m - scales[level][part.rows])
-            target = views[(slice(None), *part.block)]
-            target[...] = hull(curve).reshape(target.shape)
-
-        passes.for_each_part(task, self.rows, m)
-        return gains
+        return bits
 
 
-def _search(problem: _Problem, starts: list[Array]) -> Array:
-    """The best map found from the best of the starts."""
-    trials = []
-    for start in starts:
-        _, scales = problem.fit(start)
-        trials.append((scales, *problem.trial(scales)))
-    made_from, least, fitted, best = min(trials, key=lambda trial: trial[1])
-    step, left = _FIRST_STEP, _TRIALS
-    while step > _LAST_STEP and left > 0:
-        before = least
-        moves: list[tuple[int | None, float]] = [(None, 1.0)]
-        moves += [
-            (level, f) for level in range(problem.low, problem.high) for f in (step, 1 / step)
-        ]
-        moved = None
+def _spread(size: int, shape: tuple[int, ...], draw: Callable[..., np.ndarray]) -> np.ndarray:
+    """Ascending positions along the last axis, one drawn from each of as many equal parts."""
+    return np.arange(shape[-1]) * size // shape[-1] + draw(0, size // shape[-1], shape)
+
+
+def _factors(before: list[Array], after: list[Array]) -> list[float]:
+    sums = [(float(a.sum()), float(b.sum())) for a, b in zip(before, after, strict=True)]
+    return [b / a if a else 1.0 for a, b in sums]
+
+
+def _condensed(m: Array, length: int) -> tuple[Array, Array]:
+    """`length` magnitudes for each row that stand for more, with the number that each stands for.
+
+    They divide the elements in order of size, and the sum of squares, into about equal shares.
+    """
+    xp = libraries.library(m)
+    m = xp.sort(m, axis=1).astype(np.float64)
+    power = (m * m).cumsum(axis=1)
+    share = power / xp.maximum(power[:, -1:], np.finfo(np.float64).tiny)
+    share += xp.arange(1, m.shape[1] + 1) / m.shape[1]
+    place = xp.minimum((share * (length / 2)).astype(np.int64), length - 1)
+    place += xp.arange(len(m))[:, None] * length
+    shape = (len(m), length)
+    weights = xp.bincount(place.ravel(), minlength=len(m) * length).reshape(shape)
+    sums = xp.bincount(place.ravel(), m.ravel(), minlength=len(m) * length).reshape(shape)
+    return sums / xp.maximum(weights, 1), weights.astype(np.float64)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What each row's bits are made from at a price, and what they cost.
+
+    Attributes
+    ----------
+    made_from, fitted : list of array, shape (rows, 1)
+        The scales that the map is made from, and the greedy scales that it has.
+    price : float
+        What a bit must lower the error by.
+    costs : array, shape (rows, 1)
+        Errors, and the price of the bits.
+    bound : float
+        The error at the mean asked for, if the error went on falling by the price.
+    """
+
+    made_from: list[Array]
+    fitted: list[Array]
+    price: float
+    costs: Array
+    bound: float
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search over the scales that a map is made from, row by row: at a price, rows do not meet.
+
+    Attributes
+    ----------
+    m : array, shape (rows, n)
+        Magnitudes.
+    weights : array, shape (rows, n), or 1
+        How many elements each stands for.
+    low, high : int
+        The range of bits of an element.
+    mean : float
+        The mean of the map.
+    """
+
+    m: Array
+    weights: Any
+    low: int
+    high: int
+    mean: float
+
+    def run(self, state: _State) -> _State:
+        """The best state found from one: by a step of all rows alike, then of each row."""
+        for alike in (True, False):
+            step, left = _FIRST_STEP, _SWEEPS
+            while step > _LAST_STEP and left > 0:
+                found = (
+                    self.alike(state, step)
+                    if alike
+                    else self.state(self.sweep(state, step).made_from)
+                )
+                left -= 1
+                if found.bound >= state.bound * (1 - _WORTHWHILE):
+                    step = math.sqrt(step)
+                state = min(state, found, key=lambda state: state.bound)
+        return state
+
+    def alike(self, state: _State, step: float) -> _State:
+        """All rows move as in `sweep`, where the error falls at the mean."""
+        moves: list[tuple[int, float]] = [(-1, 1.0)]
+        moves += [(level, f) for level in range(self.low, self.high) for f in (step, 1 / step)]
+        moved = -1
         for level, factor in moves:
             # What a step up has improved, a step down would undo.
-            if level is not None and level == moved:
+            if level == moved and level >= 0:
                 continue
-            scales = list(fitted if level is None else made_from)
-            if level is not None:
+            scales = list(state.made_from if level >= 0 else state.fitted)
+            scales[level] = scales[level] * factor
+            found = self.state(scales)
+            if found.bound < state.bound:
+                state, moved = found, level
+        return state
+
+    def sweep(self, state: _State, step: float) -> _State:
+        """Rows move to their own scales, and in the scale of each level, where it costs less."""
+        state = self.better(state, list(state.fitted))
+        for level in range(self.low, self.high):
+            for factor in (step, 1 / step):
+                scales = list(state.made_from)
                 scales[level] = scales[level] * factor
-            error, own, bits = problem.trial(scales)
-            left -= 1
-            if error < least:
-                made_from, least, fitted, best, moved = scales, error, own, bits, level
-        if least >= before * (1 - _WORTHWHILE):
-            step = math.sqrt(step)
-    return best
+                state = self.better(state, scales)
+        return state
+
+    def better(self, state: _State, scales: list[Array]) -> _State:
+        """Each row of a state, or of that of other scales at the same price."""
+        where = libraries.library(self.m).where
+        other = self.at(scales, state.price)
+        less = other.costs < state.costs
+        return _State(
+            [where(less, a, b) for a, b in zip(other.made_from, state.made_from, strict=True)],
+            [where(less, a, b) for a, b in zip(other.fitted, state.fitted, strict=True)],
+            state.price,
+            where(less, other.costs, state.costs),
+            state.bound,
+        )
+
+    def state(self, scales: list[Array]) -> _State:
+        """At the price at which the map for some scales has its mean."""
+        gains = gains_of(self.m, scales, self.low, self.high)
+        more = (self.mean - self.low) * self.size
+        counts, price = _within(gains, more, self.weights)
+        state = self.cost(scales, counts + np.int8(self.low), price)
+        bound = float(state.costs.sum()) - price * self.mean * self.size
+        return dataclasses.replace(state, bound=bound)
+
+    @property
+    def size(self) -> float:
+        """The number of elements that the magnitudes stand for."""
+        return float(libraries.library(self.m).broadcast_to(self.weights, self.m.shape).sum())
+
+    def at(self, scales: list[Array], price: float) -> _State:
+        """The best map for given scales at a price."""
+        gains = gains_of(self.m, scales, self.low, self.high)
+        counts = (gains > price).sum(axis=0, dtype=np.int8)
+        return self.cost(scales, counts + np.int8(self.low), price)
+
+    def cost(self, scales: list[Array], bits: Array, price: float) -> _State:
+        """A map that is made from some scales, with its greedy scales."""
+        xp, m, weights, fitted = libraries.library(self.m), self.m, self.weights, []
+        for level in range(self.high):
+            coded = bits > level
+            number = (weights * coded).sum(axis=1, keepdims=True)
+            total = (m * coded * weights).sum(axis=1, keepdims=True, dtype=np.float64)
+            fitted.append((total / xp.maximum(number, 1)).astype(m.dtype))
+            m = abs(m - fitted[-1] * coded)
+        costs = m.astype(np.float64) ** 2 + price * bits
+        return _State(scales, fitted, price, (weights * costs).sum(axis=1, keepdims=True), math.inf)
+
+
+def gains_of(m: Array, scales: list[Array], low: int, high: int) -> Array:
+    """By how much each bit above the least lowers the error, on its hull: (bits, \\*shape)."""
+    curve = []
+    for level in range(high + 1):
+        if level >= low:
+            curve.append(m * m)
+        if level < high:
+            m = abs(m - scales[level])
+    return hull(curve)
 
 
 def hull(curve: list[Array]) -> Array:
@@ -228,41 +455,82 @@ def hull(curve: list[Array]) -> Array:
     return falls
 
 
-def spend(gains: Array, bits: int) -> Array:
-    """How many of the `bits` largest gains each element has; equal gains go by position.
+def _within(gains: Array, bits: float, weights: Any) -> tuple[Array, float]:
+    """How many of the largest gains each element has that `bits` pay for, and the least of them.
 
-    `gains` has the shape (steps, \\*shape), and an element's gains do not rise.
+    An element stands for as many as its weight says. Equal gains go by position.
     """
-    xp = libraries.library(gains)
-    at = gains.size - bits
-    threshold = xp.partition(gains.ravel(), at)[at]
-    counts = xp.zeros(gains.shape[1:], np.int8)
-    for gain in gains:
-        counts += gain > threshold
-    left = bits - int(counts.sum(dtype=np.int64))
-    tied = (gains == threshold).sum(axis=0, dtype=np.int8).ravel()
-    where = xp.flatnonzero(tied)
-    tied = tied[where].astype(np.int64)
-    counts.ravel()[where] += xp.clip(left - (tied.cumsum() - tied), 0, tied).astype(np.int8)
+    xp, flat = libraries.library(gains), gains.ravel()
+    costs = xp.broadcast_to(xp.asarray(weights, np.float64), gains.shape).ravel()
+    leading = selection.leading_bits(flat)
+    at_least = xp.bincount(leading, costs, minlength=1 << selection.LEADING)[::-1].cumsum()[::-1]
+    # All with more than these leading bits can be paid for, but not all with these.
+    edge = max(int((at_least > bits).sum()) - 1, 0)
+    left = bits - (float(at_least[edge + 1]) if edge + 1 < at_least.size else 0.0)
+    members = xp.flatnonzero(leading == edge)
+    members = members[xp.argsort(-flat[members], kind="stable")]
+    paid = int((costs[members].cumsum() <= left).sum())
+    taken = leading > edge
+    taken[members[:paid]] = True
+    price = float(flat[members[min(paid, members.size - 1)]]) if members.size else 0.0
+    return taken.reshape(gains.shape).sum(axis=0, dtype=np.int8), price
+
+
+def spend(gains: Callable[[slice, Array], Array], x: Array, rows: Rows, bits: int) -> Array:
+    """How many of the `bits` largest gains each element of `x` has; equal gains go by position.
+
+    ``gains(own, x)`` gives those of a tile of `x`, whose rows are the slice `own`: an array of
+    shape (steps, \\*shape of the tile), in which an element's gains do not rise.
+    """
+
+    def go_over(look: Callable[[Array], None]) -> None:
+        parts.over_tiles(lambda own, x: look(gains(own, x)), rows, x)
+
+    (bound,) = selection.bounds(go_over, [bits])
+    counts = libraries.library(x).empty(x.shape, np.int8)
+
+    def above(own: slice, x: Array) -> Array:
+        return (gains(own, x) > bound.value).sum(axis=0, dtype=np.int8)
+
+    def equal(own: slice, x: Array) -> Array:
+        return (gains(own, x) == bound.value).sum(axis=0, dtype=np.int8)
+
+    parts.over_tiles(above, rows, x, out=counts)
+    if bound.left:
+        tied = libraries.library(x).empty(x.shape, np.int8)
+        parts.over_tiles(equal, rows, x, out=tied)
+        _take_first(counts, tied, bound.left)
     return counts
+
+
+def _take_first(counts: Array, tied: Array, left: int) -> None:
+    """Add the first `left` of what is tied to the counts, as (\\*shape)."""
+    flat, start = counts.ravel(), 0
+    for chunk in parts.in_order(tied):
+        where = libraries.library(tied).flatnonzero(chunk)
+        more = chunk[where].astype(np.int64)
+        flat[start + where] += (left - (more.cumsum() - more)).clip(0, more).astype(np.int8)
+        left -= int(more.sum())
+        start += chunk.size
+        if left <= 0:
+            break
 
 
 # ---------------------------------------------------------------- starts
 
 
-def _starts(magnitudes: Array, total: int, low: int, high: int) -> Iterator[Array]:
+def _starts(x: Array, total: int, low: int, high: int) -> Iterator[Array]:
     """The maps by rank of |x| with `total` bits in all, of the two mixes."""
-    m = magnitudes.ravel()
-    mixes = [_adjacent(m.size, total, low), _widest(m.size, total, low, high)]
+    mixes = [_adjacent(x.size, total, low), _widest(x.size, total, low, high)]
     orders = (
         patterns.descending_magnitude,
         patterns.ascending_magnitude,
         patterns.descending_distance_from_mean,
     )
     for order in orders:
-        positions = order(m)
+        key = order(x)
         for counts in mixes:
-            yield patterns.in_order(positions, counts).reshape(magnitudes.shape)
+            yield patterns.ranked(x, key, counts)
 
 
 def _adjacent(size: int, total: int, low: int) -> dict[int, int]:

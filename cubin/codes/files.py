@@ -227,7 +227,9 @@ def _decode(members: dict[str, np.ndarray]) -> dict[str, Any]:
     rows = rows_of(shape, axis, group_size)
     if scales.shape != (levels, *rows.scale_shape):
         raise ValueError(f"scales of shape {scales.shape} do not fit the shape {shape}")
-    limits, _ = as_entries(bits, shape, scales)
+    limits, most = as_entries(bits, shape, scales)
+    if most > levels:
+        raise ValueError(f"bits go up to {most}, but there are {levels} levels")
     positive = np.unpackbits(packed, axis=1, count=size).reshape(levels, *shape)
     signs = positive.view(np.int8)
     np.subtract(np.add(signs, signs, out=signs), 1, out=signs)

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.core.host.loops import loop, map_of, part, read_only, store, target, uncounted
+from cubin.core.host.loops import (
+    in_rows,
+    loop,
+    map_of,
+    part,
+    place,
+    read_only,
+    store,
+    target,
+    uncounted,
+)
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK
 
@@ -39,10 +49,16 @@ def _level_signs(code: Array, bits: Array, level: int, sign: Array) -> None:
             sign[j] = sign[j] if bits[j] > np.uint8(level) else np.int8(0)
 
 
+def _in_rows(signs: Array) -> Array:
+    if signs.flags.c_contiguous:
+        return read_only(signs)
+    return read_only(np.stack([in_rows(of_level) for of_level in signs]))
+
+
 def sum_signs(signs: Array, scales: Array, *, y: Array) -> None:
     """`code.sum_signs`."""
     values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
-    _sum_signs(np.ascontiguousarray(scales[:, :, 0].T), read_only(signs), values)
+    _sum_signs(np.ascontiguousarray(scales[:, :, 0].T), _in_rows(signs), values)
     store(values, y)
 
 
@@ -54,4 +70,4 @@ def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:
         read_only(np.ascontiguousarray(code)).reshape(-1), bits, int(level), given.reshape(-1)
     )
     if given is not sign:
-        sign[...] = given
+        place(given, sign)

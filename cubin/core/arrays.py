@@ -63,7 +63,7 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
     """
     dtype = x.dtype if dtype is None else np.dtype(dtype)
     if out is None:
-        return libraries.result(x.shape, dtype, x)
+        return libraries.result_like(x, dtype)
     if not (libraries.on_device(out) or isinstance(out, np.ndarray)):
         raise TypeError(f"out must be an array, got {type(out).__qualname__}")
     if isinstance(out, np.ma.MaskedArray):

@@ -74,6 +74,17 @@ def result(shape: tuple[int, ...], dtype: Any, x: Array) -> Array:
     return library(x).empty(shape, dtype) if on_device(x) else memory.empty(shape, dtype)
 
 
+def result_like(x: Array, dtype: Any) -> Array:
+    """A new array of arbitrary content, of x's shape and in its memory order."""
+    if x.flags.c_contiguous or x.ndim < 2:
+        return result(x.shape, dtype, x)
+    if on_device(x):
+        return library(x).empty_like(x, dtype)
+    # The axes by their strides, the longest first; as NumPy's order K.
+    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+    return memory.empty(tuple(x.shape[axis] for axis in order), dtype).transpose(np.argsort(order))
+
+
 def apart(given: Array, out: Array) -> Array:
     """`given`, or a copy of it where writing `out` would overwrite elements not read yet.
 

@@ -128,6 +128,12 @@ def whole_rows(
 def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     """Run an elementwise primitive: one launch on a device, blocks over threads on the host."""
     output = next(iter(outputs.values()))
+    if output.flags.f_contiguous and not output.flags.c_contiguous:
+        # The same elements in the order in which they lie.
+        spread = [a.T if np.ndim(a) == output.ndim else a for a in inputs]
+        if all(np.ndim(a) in (0, output.ndim) for a in inputs):
+            elements(primitive, *spread, **{name: a.T for name, a in outputs.items()})
+            return
     shape, size = output.shape, output.size
     arrays = [a for a in (*inputs, *outputs.values()) if np.ndim(a)]
     if libraries.on_device(output) or size < blocks.COMPILED:
@@ -137,15 +143,13 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     # Loops take arrays of one shape whose elements lie in order.
     if all(a.shape == shape and _is_plain(a) for a in arrays):
         on = primitive.on_host(size)
-    compiled = on is not primitive.function
     spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
 
     def run(block: blocks.Block) -> None:
         cut = [a[block] if np.ndim(a) else a for a in spread]
         on(*cut, **{name: a[block] for name, a in outputs.items()})
 
-    block_size = blocks.elements_block(size, compiled)
-    blocks.each(run, list(blocks.tile(shape, block_size)), size, compiled)
+    blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
 
 
 def _is_plain(array: np.ndarray) -> bool:
@@ -320,7 +324,7 @@ def _over(
                 flat.append(view)
                 continue
             cut = view[(slice(None),) * lead + part.block]
-            if cut.dtype == np.uint8 and not device:
+            if cut.dtype == np.uint8 and not (device or blocks.is_ready(rows.count * rows.length)):
                 # The bytes of a map of wider integers lie apart: gathered once for all levels.
                 cut = np.ascontiguousarray(cut)
             flat.append(cut.reshape(cut.shape[:lead] + rows.flat_shape(cut.shape[lead:])))

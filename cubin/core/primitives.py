@@ -141,10 +141,9 @@ class Primitive:
 
     def on_host(self, size: int) -> Callable[..., None]:
         """What computes it in NumPy arrays of `size` elements: its compiled loop, or its body."""
-        if not self.looped:
+        if not self.looped:  # Numba takes long to import, for nothing then
             return self.function
-        pays = blocks.pays(size) if self.loops_from is None else size >= self.loops_from
-        if not pays:
+        if not (blocks.pays(size) if self.loops_from is None else size >= self.loops_from):
             return self.function
         loops = blocks.loops(self.function.__module__)
         return getattr(loops, self.name, self.function)

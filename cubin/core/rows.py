@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,17 @@ class Rows:
         """
         array = array.reshape(array.shape[:lead] + self.split)
         return array.transpose((*range(lead), *(lead + axis for axis in self.order)))
+
+    def as_stored(self, array: Array) -> Rows:
+        """The same rows, with their elements in the order in which `array` holds them.
+
+        A row whose elements lie in order is then one run, whichever axes it has.
+        """
+        count = len(self.scale_shape)
+        if array.flags.c_contiguous or self.split != self.shape:
+            return self
+        inner = sorted(self.order[count:], key=lambda axis: -abs(array.strides[axis]))
+        return dataclasses.replace(self, order=(*self.order[:count], *inner))
 
     def flat_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The shape (rows, elements) of a part of the view that has shape `shape`."""

@@ -17,6 +17,7 @@ from cubin.core.host.loops import (
     magnitude_sum,
     map_of,
     part,
+    place,
     scratch,
     store,
     target,
@@ -362,7 +363,7 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
     given = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
     _encode_rows(wide, map_of(bits, len(x)), found, _rows(wide), *scratch(wide.dtype), given)
     if given is not signs:
-        signs[...] = given
+        place(given, signs)
     scales[...] = found.T[:, :, None]
 
 

@@ -105,19 +105,15 @@ def portion(size: int) -> int:
 # ---------------------------------------------------------------- threads
 
 
-def each(
-    task: Callable[[Any], None], blocks: Sequence[Any], size: int, compiled: bool = True
-) -> None:
+def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     """Run `task` on every block; `size` is the number of elements of all of them.
 
-    Threads share the work from `THREADED` elements on, or `LOOPS_THREADED` where `compiled` loops
-    do it, if they pay. The caller is one of
+    Threads share the work from `THREADED` elements on, or `LOOPS_THREADED`. The caller is one of
     them, so that callers at the same time cannot wait for each other. A task that calls this itself
     has its blocks run on its own thread. What is raised first, in any thread, stops the others
     after the block that they are at, and is raised again.
     """
-    fewest = LOOPS_THREADED if compiled and pays(size) else THREADED
-    threaded = size >= fewest and not _thread.works
+    threaded = size >= (LOOPS_THREADED if is_ready(size) else THREADED) and not _thread.works
     workers = max(1, min(_workers(), len(blocks))) if threaded else 1
     if workers == 1:
         _run(task, blocks)
@@ -238,6 +234,11 @@ def pays(size: int) -> bool:
     return _numba_works()
 
 
+def is_ready(size: int) -> bool:
+    """Whether compiled loops pay for `size` elements, and are loaded already."""
+    return size >= COMPILED and _is_loaded()
+
+
 def loops(module: str) -> Any:
     """The compiled loops beside a module, or None."""
     return _loops(module) if _numba_works() else None
@@ -266,7 +267,7 @@ def _numba_works() -> bool:
 
 def rows_block(size: int, itemsize: int) -> int:
     """Elements of a block of whole rows, of an array of `size` elements."""
-    if not pays(size):
+    if not is_ready(size):
         return WHOLE_ROWS // itemsize
     least, most = COMPILED_ROWS
     return min(max(least, portion(size) * itemsize), most) // itemsize
@@ -278,6 +279,6 @@ def sorted_block(size: int) -> int:
     return min(max(least, portion(size)), most)
 
 
-def elements_block(size: int, compiled: bool) -> int:
+def elements_block(size: int) -> int:
     """Elements of a block of an array of `size` elements that are worked on one by one."""
-    return max(4 * BLOCK, portion(size)) if compiled else BLOCK
+    return max(4 * BLOCK, portion(size)) if is_ready(size) else BLOCK

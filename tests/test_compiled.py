@@ -121,14 +121,14 @@ def test_whole_rows_at_once_equal_the_steps(rng, dtype, mapped, levels, shape):
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("levels", range(10))
 def test_sums_of_a_piece(rng, mapped, levels):
-    x, _ = samples(rng, (1, 9876), np.float32, 0, False)
+    x, _ = samples(rng, (3, 9876), np.float32, 0, False)
     bits = rng.integers(0, 11, x.shape).astype(np.uint8) if mapped else np.uint8(10)
-    scales = [np.full((1, 1), 0.7**level, np.float32) for level in range(levels)]
-    total, count = np.empty((2, 1, 1)), np.empty((2, 1, 1), np.int64)
+    scales = [rng.uniform(0.5, 1, (3, 1)).astype(np.float32) ** level for level in range(levels)]
+    total, count = np.empty((2, 3, 1)), np.empty((2, 3, 1), np.int64)
     for module, at in ((greedy, 0), (greedy_loops, 1)):
         module.level_sums(x, bits, *scales, total=total[at], count=count[at])
-    assert total[0] == total[1]
-    assert count[0] == count[1]
+    np.testing.assert_array_equal(total[0], total[1])
+    np.testing.assert_array_equal(count[0], count[1])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -24,16 +24,19 @@ from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 
 _POINTS = 1 << 15
-"""Magnitudes that the search for scales works on."""
+"""Magnitudes that the search for scales works on, at least, and the most for a row."""
 
-_LEAST = 1 << 5
+_LEAST = 1 << 6
 """The fewest of them that stand for a longer row."""
 
-_EACH = 1 << 6
+_EACH = 1 << 4
 """Elements of a large array for each of them."""
 
-_DRAWN = 8
+_DRAWN = 1 << 5
 """The most elements that are drawn for each of them."""
+
+_BLOCK = 1 << 18
+"""Elements that are drawn at a time, and the most of a row."""
 
 _REFITS = 2
 """Maps that are made from the scales of the one before, for the whole array."""
@@ -68,7 +71,7 @@ def budget(
     array are taken, equal ones by position. The greedy scales of that map are not those which it
     was made from; a search over the latter lowers the error of the former. First one factor per
     level moves the scales of all rows, then those of each row move on their own at the common
-    :math:`\\lambda`. Of large arrays, some 32,000 magnitudes or a 64th stand for all in the search,
+    :math:`\\lambda`. Of large arrays, some 32,000 magnitudes or a 16th stand for all in the search,
     drawn with a fixed seed; the map for the scales found is that of the whole array.
 
     The result is never worse than `top_down`, `bottom_up` and `middle_out` at the same mean with
@@ -216,19 +219,22 @@ class _Whole:
         xp, rows, size = libraries.library(self.x), self.rows, self.x.size
         draw = np.random.default_rng(0).integers
         points = max(_POINTS, size // _EACH)
-        length = min(rows.length, max(points // rows.count, _LEAST))
+        length = min(rows.length, max(points // rows.count, _LEAST), _POINTS)
         count = min(rows.count, max(1, points // length))
-        drawn = min(rows.length, _DRAWN * length)
+        drawn = min(rows.length, _DRAWN * length, _BLOCK)
         chosen = _spread(rows.count, (count,), draw)
-        at = _spread(rows.length, (count, drawn), draw)
         # Axes of length 1 stand where there are no axes.
-        outer = np.unravel_index(chosen[:, None], (1, *rows.scale_shape))
-        inner = np.unravel_index(at, (*rows.inner_shape, 1))
-        index = tuple(xp.asarray(axis) for axis in (*outer, *inner))
-        m = self.magnitudes(rows.view(self.x)[None, ..., None][index])
-        weights: Array | int = 1
-        if drawn > length:
-            m, weights = _condensed(m, length)
+        view = rows.view(self.x)[None, ..., None]
+        found = []
+        step = max(1, _BLOCK // drawn)
+        for start in range(0, count, step):
+            own = chosen[start : start + step, None]
+            at = _spread(rows.length, (len(own), drawn), draw)
+            outer = np.unravel_index(own, (1, *rows.scale_shape))
+            inner = np.unravel_index(at, (*rows.inner_shape, 1))
+            m = self.magnitudes(view[tuple(xp.asarray(axis) for axis in (*outer, *inner))])
+            found.append(_condensed(m, length) if drawn > length else (m, xp.ones(m.shape)))
+        m, weights = map(xp.concatenate, zip(*found, strict=True))
         return _Search(m, weights, self.low, self.high, self.total / size), xp.asarray(chosen)
 
     def magnitudes(self, x: Array) -> Array:
@@ -279,7 +285,7 @@ def _condensed(m: Array, length: int) -> tuple[Array, Array]:
 
     They divide the elements in order of size, and the sum of squares, into about equal shares.
     """
-    xp = libraries.library(m)
+    xp, work = libraries.library(m), m.dtype
     m = xp.sort(m, axis=1).astype(np.float64)
     power = (m * m).cumsum(axis=1)
     share = power / xp.maximum(power[:, -1:], np.finfo(np.float64).tiny)
@@ -289,7 +295,7 @@ def _condensed(m: Array, length: int) -> tuple[Array, Array]:
     shape = (len(m), length)
     weights = xp.bincount(place.ravel(), minlength=len(m) * length).reshape(shape)
     sums = xp.bincount(place.ravel(), m.ravel(), minlength=len(m) * length).reshape(shape)
-    return sums / xp.maximum(weights, 1), weights.astype(np.float64)
+    return (sums / xp.maximum(weights, 1)).astype(work), weights.astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,14 @@ def _level_sum(
     return total, count if bits.size else x.size
 
 
+@loop
+def _level_sums(
+    x: Array, bits: Array, scales: Array, chunk: Array, sums: Array, totals: Array, counts: Array
+) -> None:
+    for row in range(len(x)):
+        totals[row], counts[row] = _level_sum(x[row], bits[row], scales[row], chunk, sums)
+
+
 # ---------------------------------------------------------------- what they approximate
 
 # 0 less the residual, n, is never -0.0: its sign bit is set exactly where the residual is > 0.
@@ -323,11 +331,12 @@ def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
 
 
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
-    """`greedy.level_sums` over a piece of one row."""
+    """`greedy.level_sums`."""
     wide = in_work_dtype(x)
-    total[...], count[...] = _level_sum(
-        wide[0], map_of(bits, 1)[0], _stack(scales, wide)[0], *scratch(wide.dtype)
-    )
+    totals, counts = np.empty(len(x)), np.empty(len(x), np.int64)
+    levels = _stack(scales, wide)
+    _level_sums(wide, map_of(bits, len(x)), levels, *scratch(wide.dtype), totals, counts)
+    total[...], count[...] = totals[:, None], counts[:, None]
 
 
 def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:

@@ -378,7 +378,7 @@ def _takes(x: Array, bits: Any, levels: int) -> bool:
 
 def _sorted(x: Array, bits: Any, levels: int, refit: bool, iterations: int) -> Any:
     solver = Solver("refined" if refit else "alternating", levels, refit, iterations)
-    return sorted_rows_loops.Fit(x, bits, levels, None, solver)
+    return sorted_rows_loops.Lookup(x, bits, levels, None, solver)
 
 
 def _fitted(x: Array, levels: int, refit: bool, iterations: int) -> tuple[Array, Array, Array]:

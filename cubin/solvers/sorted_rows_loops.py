@@ -863,8 +863,8 @@ def give(
 # ---------------------------------------------------------------- as the solvers are called
 
 
-class Fit:
-    """As `cubin.solvers.lookup.Fit`.
+class Lookup:
+    """As `cubin.solvers.lookup.Lookup`.
 
     Parameters
     ----------

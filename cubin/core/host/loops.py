@@ -182,7 +182,7 @@ def keep_in_place(m: Array, taken: float) -> None:
 
 
 @part
-def keep_hot_in_place(m: Array, taken: float, bits: Array, level: int) -> int:
+def keep_coded_in_place(m: Array, taken: float, bits: Array, level: int) -> int:
     """The same where an element has a code at a level, and 0 elsewhere; give the number of them."""
     # In 32 bits: wider than the elements they would halve the lanes.
     number, count, zero = np.int32(level), np.int32(0), m.dtype.type(0)

@@ -210,7 +210,7 @@ def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
 
 
 def row_scales(x: Array, bits: Bits, rows: Rows) -> list[Array]:
-    """The scales of all rows, (rows, 1) for each level, in the work dtype: a pass for each level."""
+    """The scales of all rows, (rows, 1) for each level, in the work dtype: one pass a level."""
     scales: list[Array] = []
     for _ in range(bits.levels):
         totals, counts = passes.partial_results(level_sums, rows, (x, bits.values), scales)

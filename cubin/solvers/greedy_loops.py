@@ -100,7 +100,7 @@ def _level_sum(
 
 # ---------------------------------------------------------------- approximations
 
-# These work on n = 0 - r, the negated residual. It is never -0.0, so that n < 0 exactly where r > 0.
+# These work on the negated residual, n = 0 - r. It is never -0.0: n < 0 exactly where r > 0.
 
 
 @loop

@@ -28,7 +28,7 @@ import numpy as np
 __all__ = ["release", "set_limit"]
 
 LARGE = 1 << 25
-"""Bytes from which on the memory of a result is kept. C libraries keep smaller pieces themselves."""
+"""Bytes from which on a result's memory is kept. C libraries keep what is smaller themselves."""
 
 HEADER = 64
 """The most bytes between the start of a page and memory for which the C library mapped pages."""

@@ -162,7 +162,7 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
     looped=True,
 )
 def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndarray) -> None:
-    """The approximation of whole rows. The scales are found on the way, and not given."""
+    """The approximation of whole rows. The scales are not part of the result."""
     approximation.function(x, bits, *_level_scales(x, bits, levels), y=y)
 
 

@@ -1,4 +1,4 @@
-"""Lookup: what a solver found for some rows, ready to give the code or value of each element."""
+"""Lookup: the result of a solver for some rows, which gives the code or value of each element."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public entry: an array to its sign, its approximation or its binary code."""
+"""sign, ste_mask, multibit, quantize: from an array to its sign, approximation or code."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ def multibit(
         NumPy or CuPy array, or anything that ``numpy.asarray`` takes.
     bits : int or integer array that broadcasts to x's shape
         The number of levels of every element, 0 to 16, or to 8 for the solvers ``alternating``
-        and ``optimal``. The greedy solver does not look at a CuPy map, since this would
-        synchronise: values outside the range count as its nearest end, and all 16 levels are gone
-        through. Give a NumPy map, which is moved once, to have it checked.
+        and ``optimal``. The greedy solver does not check the values of a CuPy map, since that
+        would synchronise: values outside the range count as its nearest end, and the work of all
+        16 levels is done. A NumPy map is checked, and moved once.
     channel_axis : int or tuple of int, optional
         One scale per level for each index of this axis (these axes). Default: one for the tensor.
     group_size : int, optional
@@ -145,8 +145,8 @@ def multibit(
     importance : array that broadcasts to x's shape, optional
         As in `quantize`.
     out : array, optional
-        Where to put the result: x's shape and dtype. It may be `x` itself, or overlap any of the
-        other arrays.
+        Where to put the result: x's shape and dtype. It may be `x` itself, or overlap `x` or
+        any other argument.
 
     Returns
     -------
@@ -268,16 +268,16 @@ def quantize(
       more, the best that alternating finds from several starts, among them those of the other
       solvers: none of them has a lower error.
 
-    The solvers that refit find the codes of magnitudes, and mirror them where x is not positive:
-    the codes of -x are those of x, negated. So does a tie: where a residual is exactly 0, or an
-    element lies halfway between two sums, it takes the sum of smaller magnitude, and the sign of
-    the level that changes between them is -1 where x > 0 and +1 where x < 0. An element that is 0
-    itself has the codes of a small negative one.
+    The solvers that refit find the codes of magnitudes, and negate them where x is not positive:
+    the codes of -x are those of x, negated. This decides ties, too. Where a residual is exactly 0,
+    or an element lies halfway between two sums, the element takes the sum of smaller magnitude: the
+    level that differs has the sign -1 where x > 0 and +1 where x < 0. An element that is 0 has the
+    codes of a small negative one.
 
     On a device, ``refined`` and ``alternating`` with at most 4 bits and no importance take one
-    launch where a block of threads holds a row, and synchronise only to look at a map that is on
-    the device. Otherwise rows are sorted, and whether they have converged is looked at, which
-    synchronises, as looking at the importance does.
+    launch, if a block of threads can hold a row. They synchronise only to check a map that is on
+    the device. In all other cases rows are sorted, and the solver synchronises to see whether they
+    have converged and to check the importance.
 
     References
     ----------
@@ -307,9 +307,10 @@ def quantize(
     with libraries.current_device(x):
         checked = as_bits(bits, x, limit=rule.most_bits, look=True)
         weights = _weights(importance, x, solver)
-        # Where all elements count, the scales of a row show whether it is finite.
-        shown = checked.levels > 0 and not checked.mapped and weights is None
-        if check_finite and not shown:
+        # If every element counts, the scales of a row are finite only if the row is: then the
+        # scales are checked, and x need not be read once more.
+        scales_show = checked.levels > 0 and not checked.mapped and weights is None
+        if check_finite and not scales_show:
             _check_finite(x, rows)
         scales, signs = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
         if check_finite and not bool(xp.isfinite(scales).all()):
@@ -320,28 +321,29 @@ def quantize(
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
-    """The importance as an array of x's shape."""
+    """The importance, checked, as an array of x's shape."""
     if importance is None:
         return None
-    given = arrays.as_floats("importance", importance)
-    xp = libraries.library(x, given)
+    entries = arrays.as_floats("importance", importance)
+    xp = libraries.library(x, entries)
     if solver == "greedy":
         raise ValueError(
             "the greedy solver takes no importance: use refined, alternating or optimal"
         )
     try:
-        weights = xp.broadcast_to(given, x.shape)
+        weights = xp.broadcast_to(entries, x.shape)
     except ValueError:
         raise ValueError(
-            f"importance of shape {given.shape} does not broadcast to x's shape {x.shape}"
+            f"importance of shape {entries.shape} does not broadcast to x's shape {x.shape}"
         ) from None
-    given = conversions.computable(given)
-    if not bool((xp.isfinite(given) & (given >= 0)).all()):
+    entries = conversions.computable(entries)
+    if not bool((xp.isfinite(entries) & (entries >= 0)).all()):
         raise ValueError("importance must be finite and not negative")
     return weights
 
 
 def _check_finite(x: Array, rows: Rows) -> None:
+    """ValueError that names the first row with NaN or infinity, if there is one."""
     xp = libraries.library(x)
     inner = tuple(range(len(rows.scale_shape), len(rows.order)))
     finite = xp.isfinite(rows.view(x)).all(axis=inner)

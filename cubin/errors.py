@@ -1,7 +1,7 @@
 """Errors of an approximation, per tensor or along axes. All sums are taken in float64.
 
-Squares of float64 below 1e-162 vanish, and those above 1e154 overflow: a ratio of sums that lost
-their digits so is NaN rather than 0 or infinite. No float16 or float32 comes near.
+The squares of float64 numbers below 1e-162 vanish, and those above 1e154 overflow. A ratio of such
+sums is NaN, rather than a wrong 0 or infinity. Squares of float16 and float32 do neither.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def moments(
 
 @dataclass(frozen=True)
 class Errors:
-    """What all errors follow from, per tensor (0-d) or for every index of the axes kept."""
+    """Sums from which all errors follow, per tensor (0-d) or for every index of the kept axes."""
 
     error: Array
     power: Array
@@ -110,12 +110,13 @@ class Errors:
             return xp.where(self._lost() | xp.isinf(self.power_of_approx), np.nan, cosine)
 
     def _lost(self) -> Array:
-        """Whether the squares of an error or of an x left the range of float64."""
+        """Whether squares of errors vanished, or squares of x overflowed, in float64."""
         xp = libraries.library(self.error)
         return ((self.error == 0) & (self.worst > 0)) | xp.isinf(self.power)
 
 
 def _ratio(part: Array, whole: Array, lost: Array) -> Array:
+    """part / whole, 0 where both are 0, and NaN where `lost`."""
     xp = libraries.library(part)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = xp.where(part == 0, xp.where(whole == whole, 0.0, whole), part / whole)
@@ -137,7 +138,7 @@ def measure(
     with libraries.current_device(x):
         approx = arrays.like("approx", approx, x)
         sums = passes.partial_results(moments, rows, (x, approx), [])
-        # Rows are numbered by the axes kept, in their order.
+        # The kept axes number the rows, in their order.
         shape = rows.scale_shape
         if keepdims:
             shape = tuple(1 if a in reduced else x.shape[a] for a in every)

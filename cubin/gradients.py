@@ -97,7 +97,7 @@ def multibit_grad(
     gy : array of x's shape
         The gradient with respect to ``multibit(x, bits)``.
     channel_axis, group_size : optional
-        As `multibit` was given. Without effect on ``bits_clip``, which does not look at scales.
+        The same as for `multibit`. Without effect on ``bits_clip``, which does not look at scales.
     surrogate : {"bits_clip", "scaled_clip", "scale_aware"}
         The rule: one of the functions of `cubin.surrogates`, where each has its equation.
     out : array, optional

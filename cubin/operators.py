@@ -1,10 +1,11 @@
 """Forward and backward rules as objects, for any automatic differentiation.
 
-They are the user functions of CNTK's ``netopt.custom_convolution_ops``: `Sign` is its
-``SignWithEstimation`` and ``pySign``, `Multibit` and `MultibitKernel` are its namesakes. Each has
-``forward(x) -> (y, residuals)`` and ``backward(residuals, gy) -> gx``; what the backward rule needs
-travels in the residuals, so one operator may be applied many times before any gradient is asked
-for.
+They are the user functions of CNTK's ``netopt.custom_convolution_ops``. `Sign` is its
+``SignWithEstimation`` and ``pySign``; `Multibit` and `MultibitKernel` have the same names there.
+
+Each operator has ``forward(x) -> (y, residuals)`` and ``backward(residuals, gy) -> gx``. The
+residuals hold what the backward rule needs, and the operator holds nothing. So one operator may be
+applied many times before any gradient is asked for.
 """
 
 from __future__ import annotations
@@ -135,11 +136,11 @@ class Multibit:
         most = solver_of(solver, None).most_bits
         surrogates.multibit_rule(surrogate)
         if not libraries.on_device(bits):
-            # A map may be of any shape until x is known.
+            # The map's values are checked now. Its shape is checked once x is known.
             checked = np.asarray(bits)
             as_bits(checked, np.broadcast_to(np.float32(0), checked.shape), limit=most)
             bits = checked if checked.ndim else int(checked)
-        # Of its own: the pull-back has to have the map that the approximation had.
+        # A copy: the gradient has to see the same map as the approximation.
         self.bits = _copied(bits)
         self.channel_axis = plain_axes(channel_axis)
         self.group_size = (

@@ -1,8 +1,8 @@
-"""Surrogate gradients: what stands in for the derivative of the sign, 0 wherever it exists.
+"""Surrogate gradients, used in place of the derivative of the sign, which is 0 almost everywhere.
 
-A surrogate of the sign is a slope, a function of each element that the incoming gradient is
-multiplied by. `surrogate` makes one of a NumPy expression and the same expression in CUDA, and
-`cubin.sign_grad` finds it by its name::
+A surrogate of the sign is a slope: a function of each element. The incoming gradient is multiplied
+by it. `surrogate` makes one from a NumPy expression and the same expression in CUDA, and
+`cubin.sign_grad` looks it up by its name::
 
     @surrogate("exp(-2 * sharpness * absolute(v)) * 2 * sharpness")
     def laplace(v, sharpness=1.0):
@@ -10,8 +10,8 @@ multiplied by. `surrogate` makes one of a NumPy expression and the same expressi
 
     cubin.sign_grad(x, gy, surrogate="laplace", sharpness=3.0)
 
-A surrogate of the multibit approximation may need the scales of its rows, too: it is a function on
-whole arrays, found by its name in `MULTIBIT`.
+A surrogate of the multibit approximation may need the scales of rows, too. So it is a function on
+whole arrays; `MULTIBIT` has these by name.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def surrogate(slope: str) -> Callable[[Callable[..., Any]], Elementwise]:
 
         def pull_back(x: np.ndarray, gy: np.ndarray, *values: Any, gx: np.ndarray) -> None:
             work = floats.work_dtype(x.dtype)
-            given = (value.astype(work, copy=False) for value in values)
-            slopes = function(x.astype(work, copy=False), *given)
+            rounded = (value.astype(work, copy=False) for value in values)
+            slopes = function(x.astype(work, copy=False), *rounded)
             product = np.empty(gx.shape, work)
             np.multiply(slopes, gy, out=product)
             where(np.abs(slopes) > 0, product, out=product)
@@ -123,8 +123,8 @@ def surrogate(slope: str) -> Callable[[Callable[..., Any]], Elementwise]:
             ", ".join(["T x", "T gy", *(f"float64 {name}" for name in names)]),
             "T gx",
             f"gx = T(pulled(slope(Work<T>::type(x){passed}), Work<T>::type(gy)))",
-            # None that every primitive's test could compare bit by bit: exponentials of NumPy and
-            # CUDA differ in the last place.
+            # No types for the tests that compare every primitive bit by bit: exponentials of NumPy
+            # and CUDA differ in the last place.
             types=(),
             preamble=f"{_CUDA}template<class W> __device__ W slope(W {v.name}{arguments}) "
             f"{{ return {slope}; }}\n",
@@ -272,7 +272,7 @@ def sign_rule(name: str, parameters: Mapping[str, Any]) -> SignRule:
     ValueError
         If there is no such surrogate, or a value is not positive and finite.
     """
-    primitive = _found("surrogate", SIGN, name)
+    primitive = _entry("surrogate", SIGN, name)
     defaults = list(inspect.signature(primitive.function).parameters.values())[2:-1]
     unknown = parameters.keys() - {parameter.name for parameter in defaults}
     if unknown:
@@ -293,7 +293,8 @@ def sign_rule(name: str, parameters: Mapping[str, Any]) -> SignRule:
     return pull_back
 
 
-def _found(what: str, registry: Mapping[str, Any], name: str) -> Any:
+def _entry(what: str, registry: Mapping[str, Any], name: str) -> Any:
+    """The entry of this name, or a ValueError that lists the names there are."""
     if name not in registry:
         raise ValueError(f"{what} must be one of {', '.join(registry)}, got {name!r}")
     return registry[name]
@@ -381,7 +382,7 @@ def scale_aware(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
     """The gradient through the scales, which is exact, and through the signs, straight through.
 
     With :math:`y_j = \\sum_i a_i b_{ij}` and residuals :math:`r_{ij}`, the differential of y has a
-    part with the signs held, and one with the scales held:
+    part in which the signs are constant, and one in which the scales are:
 
     .. math:: g_{x,j} = \\sum_i s_i b_{ij}
         + g_{y,j} \\Bigl(1 - \\prod_i \\bigl(1 - a_i [|r_{ij}| \\le 1]\\bigr)\\Bigr)
@@ -418,12 +419,12 @@ def scale_aware(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
 
     with np.errstate(all="ignore"):
         result = xp.zeros(r.shape, work)
-        left = g
+        remaining = g
         for sign in reversed(signs):
             count = xp.maximum(abs(sign).sum(axis=1, keepdims=True, dtype=np.int64), 1)
-            mean = (left * sign).sum(axis=1, keepdims=True, dtype=np.float64) / count
+            mean = (remaining * sign).sum(axis=1, keepdims=True, dtype=np.float64) / count
             step = mean.astype(work) * sign
-            left = left - step
+            remaining = remaining - step
             result = result + step
         rest = xp.ones(r.shape, work)
         for sign, scale in zip(signs, scales, strict=True):
@@ -451,7 +452,7 @@ def multibit_rule(name: str) -> MultibitRule:
     ValueError
         If there is no such surrogate.
     """
-    return _found("surrogate", MULTIBIT, name)
+    return _entry("surrogate", MULTIBIT, name)
 
 
 def __dir__() -> list[str]:

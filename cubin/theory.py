@@ -37,12 +37,12 @@ _RESOLVED = 1e-14
 _ROUNDING = 1e-15
 _UNTRUSTWORTHY = 1e-6
 _MAX_BISECTIONS = 1000
-# Share of the error by which a search must still lower it to go on.
+# A search goes on while a step lowers the error by more than this share.
 _SETTLED = 1e-12
 # Share by which a round of alternating lowers the error once it is close to its limit.
 _NEARBY = 1e-3
-# How many starts of each kind the search for the best scales settles, how many it extends by a
-# scale, and how many quasi-random ones it looks at.
+# In the search for the best scales: how many starts of each kind are optimized, how many of the
+# results are extended by a scale, and how many quasi-random starts are compared first.
 _TRIED = 12
 _KEPT = 5
 _SPREAD = 256
@@ -264,8 +264,8 @@ def optimal(distribution: Any, bits: int) -> ExpectedScales:
     """
     law, bits = _checked(distribution, bits, _MAX_SEARCHED_BITS)
     from_uniform = _NearestSums(law, _codes(bits), _uniform(law, bits).scales * _halvings(bits))
-    found = (_converged(law, bits), _settled(from_uniform), _searched(law, bits))
-    return min(found, key=_Quantizer.by_error).expected(descending=True)
+    optima = (_converged(law, bits), _settled(from_uniform), _searched(law, bits))
+    return min(optima, key=_Quantizer.by_error).expected(descending=True)
 
 
 def uniform(distribution: Any, bits: int) -> ExpectedScales:
@@ -711,12 +711,12 @@ def _lloyd_max(law: _MagnitudeLaw, bits: int) -> _FreeLevels:
 def _searched(law: _MagnitudeLaw, bits: int) -> _NearestSums:
     """The best scales found from quasi-random ratios, and by adding a scale to the few best."""
     sizes = 2.0 ** np.arange(-6, 0.75, 0.125)
-    found = [_settled(_NearestSums(law, _codes(1), np.ones(1)))]
+    optima = [_settled(_NearestSums(law, _codes(1), np.ones(1)))]
     for n_scales in range(2, bits + 1):
         codes = _codes(n_scales)
         extended = [
             np.append(quantizer.scales, size * np.max(quantizer.scales))
-            for quantizer in found
+            for quantizer in optima
             for size in sizes
         ]
         points = stats.qmc.Halton(n_scales, scramble=False).random(_SPREAD)
@@ -728,8 +728,8 @@ def _searched(law: _MagnitudeLaw, bits: int) -> _NearestSums:
         for family in (extended, spread):
             quantizers = (_NearestSums(law, codes, scales).refitted() for scales in family)
             starts += sorted(quantizers, key=_Quantizer.by_error)[:_TRIED]
-        found = sorted(map(_settled, starts), key=_Quantizer.by_error)[:_KEPT]
-    return found[0]
+        optima = sorted(map(_settled, starts), key=_Quantizer.by_error)[:_KEPT]
+    return optima[0]
 
 
 def _codes(bits: int) -> np.ndarray:

@@ -20,8 +20,8 @@ from cubin.core.floats import as_integers
 from cubin.core.host import blocks
 from cubin.core.rows import rows_of
 from cubin.solvers import greedy, greedy_loops, search, search_rows, search_rows_loops
-from cubin.solvers.lookup import Fit
-from cubin.solvers.sorted_rows import Magnitudes
+from cubin.solvers.lookup import Lookup
+from cubin.solvers.sorted_rows import SortedRows
 from tests import test_multibit, test_signs
 from tests.exhaustive import few
 
@@ -215,8 +215,8 @@ def test_in_place(rng):
 
 def solved(solver, x, levels):
     """Scales and codes by the definition and by the compiled form."""
-    magnitudes = Magnitudes(x, np.uint8(levels), levels, None)
-    expected = Fit(magnitudes, search.cells(magnitudes, levels, solver), levels)
+    magnitudes = SortedRows(x, np.uint8(levels), levels, None)
+    expected = Lookup(magnitudes, search.codebooks(magnitudes, levels, solver), levels)
     y = np.empty(x.shape, x.dtype)
     search_rows_loops.reconstruct_rows(x, np.uint8(levels), levels, *rule(solver), y=y)
     scales = np.empty((levels, len(x), 1), np.float32)

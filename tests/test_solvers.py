@@ -549,7 +549,7 @@ def test_sixteen_refined_levels(rng):
 def test_sums_of_cells(rng, dtype, length):
     x = rng.normal(size=(9, length)).astype(dtype)
     x[2], x[3, 0] = 0, np.inf
-    magnitudes = sorted_rows.Magnitudes(x, np.uint8(3), 3, None)
+    magnitudes = sorted_rows.SortedRows(x, np.uint8(3), 3, None)
     unit = magnitudes.unit.astype(np.float64)
     m = np.where(np.isfinite(x).all(axis=1, keepdims=True), np.abs(x) / unit, 0)
     for rows in (np.arange(9), np.array([0, 3, 8])):

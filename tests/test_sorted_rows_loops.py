@@ -15,8 +15,8 @@ import cubin
 from cubin import solvers
 from cubin.core.host import blocks
 from cubin.solvers import search
-from cubin.solvers.lookup import Fit
-from cubin.solvers.sorted_rows import Magnitudes
+from cubin.solvers.lookup import Lookup
+from cubin.solvers.sorted_rows import SortedRows
 from tests.exhaustive import few
 
 loops = pytest.importorskip("cubin.solvers.sorted_rows_loops")
@@ -57,10 +57,10 @@ def problem(rng, length, dtype, levels, mapped, weighted):
 def both(x, bits, levels, importance, solver):
     """Scales, codes and approximation by the array form, and by the compiled one."""
     with np.errstate(all="ignore"):
-        magnitudes = Magnitudes(x, bits, levels, importance)
-        expected = Fit(magnitudes, search.cells(magnitudes, levels, solver), levels)
+        magnitudes = SortedRows(x, bits, levels, importance)
+        expected = Lookup(magnitudes, search.codebooks(magnitudes, levels, solver), levels)
         yield given_by(expected, x, bits)
-        yield given_by(loops.Fit(x, bits, levels, importance, solver), x, bits)
+        yield given_by(loops.Lookup(x, bits, levels, importance, solver), x, bits)
 
 
 def given_by(fit, x, bits):
@@ -133,7 +133,7 @@ def test_no_negative_zero(solver, levels):
     """Where levels cancel, whatever the sign of the element."""
     x = np.array([[0.0, -0.0, 1.0, -1.0, 0.0, -0.0]])
     y = np.empty_like(x)
-    loops.Fit(x, np.uint8(levels), levels, None, solver).approximate(x, levels, y)
+    loops.Lookup(x, np.uint8(levels), levels, None, solver).approximate(x, levels, y)
     assert not np.signbit(y[y == 0]).any()
 
 
@@ -160,7 +160,7 @@ def test_the_best_of_all_codes(mapped, weighted, seed):
         least = min(least, float((weights * (x - levels @ scales) ** 2).sum()))
     y = np.empty((1, 6))
     own_bits = bits[None] if mapped else np.uint8(2)
-    fit = loops.Fit(x[None], own_bits, 2, weights[None] if weighted else None, SOLVERS[-1])
+    fit = loops.Lookup(x[None], own_bits, 2, weights[None] if weighted else None, SOLVERS[-1])
     fit.approximate(x[None], own_bits, y)
     assert (weights * (x - y[0]) ** 2).sum() <= least + 1e-12 * (weights * x**2).sum()
 
@@ -170,7 +170,7 @@ def test_the_best_of_all_codes(mapped, weighted, seed):
 def test_converged_codes_are_nearest(rng, mapped, levels):
     x = rng.normal(size=(1, 300))
     bits = rng.integers(0, levels + 1, x.shape).astype(np.uint8) if mapped else np.uint8(levels)
-    fit = loops.Fit(x, bits, levels, None, solvers.solver_of("alternating", None))
+    fit = loops.Lookup(x, bits, levels, None, solvers.solver_of("alternating", None))
     y = np.empty_like(x)
     fit.approximate(x, bits, y)
     scales = np.stack(fit.scales)[:, 0, 0]
@@ -183,7 +183,7 @@ def test_a_pair_under_a_map_is_of_its_own_elements(rng):
     """Candidates end with the elements of two bits, although others lie behind them in the row."""
     x = rng.normal(size=(3, 200))
     bits = rng.integers(1, 6, x.shape).astype(np.uint8)
-    magnitudes = Magnitudes(x, bits, 5, None)
+    magnitudes = SortedRows(x, bits, 5, None)
     mass, first = magnitudes.totals(2)
     for number, below in magnitudes.below_each(2):
         assert (number <= mass[:, None]).all()
@@ -199,11 +199,13 @@ def test_rows_do_not_depend_on_each_other(rng, solver, mapped):
     x = rng.normal(size=(6, 200)).astype(np.float32)
     bits = rng.integers(0, 6, x.shape).astype(np.uint8) if mapped else np.uint8(5)
     importance = rng.choice([0.5, 1.0], x.shape)
-    whole = given_by(loops.Fit(x, bits, 5, importance, solver), x, bits)
+    whole = given_by(loops.Lookup(x, bits, 5, importance, solver), x, bits)
     for row in range(len(x)):
         own = slice(row, row + 1)
         own_bits = bits[own] if mapped else bits
-        single = given_by(loops.Fit(x[own], own_bits, 5, importance[own], solver), x[own], own_bits)
+        single = given_by(
+            loops.Lookup(x[own], own_bits, 5, importance[own], solver), x[own], own_bits
+        )
         np.testing.assert_array_equal(single[0], whole[0][:, own])
         np.testing.assert_array_equal(single[1], whole[1][own])
         np.testing.assert_array_equal(single[2], whole[2][own])
@@ -217,13 +219,13 @@ def test_blocks_and_threads_change_nothing(monkeypatch, rng, options, weighted):
     importance = rng.choice([0.5, 1.0, 2.0], x.shape) if weighted else None
     options = {"solver": "alternating", "importance": importance, **options}
     made = []
-    original = loops.Fit.__init__
+    original = loops.Lookup.__init__
 
     def counted(self, x, *rest):
         made.append(x.shape)
         original(self, x, *rest)
 
-    monkeypatch.setattr(loops.Fit, "__init__", counted)
+    monkeypatch.setattr(loops.Lookup, "__init__", counted)
     expected = cubin.quantize(x, bits, **options)
     assert made
     before = len(made)
@@ -250,7 +252,7 @@ x[1] = np.rint(3 * x[1])
 bits = rng.integers(0, 6, x.shape).astype(np.uint8)
 importance = rng.exponential(size=x.shape)
 for solver in (solver_of("refined", 0), solver_of("alternating", 9), solver_of("optimal", None)):
-    fit = sorted_rows_loops.Fit(x, bits, 5, importance, solver)
+    fit = sorted_rows_loops.Lookup(x, bits, 5, importance, solver)
     y = np.empty_like(x)
     fit.approximate(x, bits, y)
     for array in (np.stack(fit.scales), fit.codes(x, bits), y):

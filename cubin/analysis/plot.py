@@ -129,14 +129,14 @@ def draw_limits(axes: Any, bits: Sequence[float]) -> Any:
 def _legend(axes: Any, width: float, height: float, **place: Any) -> Any:
     """A legend of at most this size in pixels, if its smallest print is small enough.
 
-    What the labels of all curves end on is its title.
+    Its title is the ending that the labels of all curves share.
     """
     handles, labels = axes.get_legend_handles_labels()
     names, counts = [], []
     for label in labels:
-        name, found, count = label.rpartition(_KIND)
-        names.append((name, count) if found else (label, ""))
-        counts += [count] if found else []
+        name, separator, count = label.rpartition(_KIND)
+        names.append((name, count) if separator else (label, ""))
+        counts += [count] if separator else []
     kind, same = _KIND.strip(": "), len(set(counts)) == 1
     title = f"{kind} {counts[0]}" if same else kind.removesuffix(" of") if counts else None
     texts = [f"{name} ({count})" if count and not same else name for name, count in names]
@@ -158,7 +158,7 @@ def _hides_a_curve(legend: Any, axes: Any) -> bool:
 
 
 def _make_room_above(axes: Any, legend: Any) -> None:
-    """Have what the legend takes of the axes' height free above the curves."""
+    """Raise the upper limit so that the legend's share of the axes' height is free of curves."""
     share = legend.get_window_extent().height / axes.get_window_extent().height
     share = min(share + 0.05, 0.75)
     values = np.concatenate([line.get_ydata() for line in axes.lines])

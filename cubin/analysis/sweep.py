@@ -168,7 +168,7 @@ def error_per_bit_width(
 
 
 class _UnfitError(Exception):
-    """What `error` says of one array, which the sweep goes on without."""
+    """An array that cannot be swept and is skipped; `error` says why."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -178,15 +178,17 @@ class _UnfitError(Exception):
 # ---------------------------------------------------------------- arguments
 
 
-def _by_label(argument: str, given: Any, check: Callable[[Any], Any]) -> dict[Any, Any]:
-    """The entries of an argument, functions or checked, by the label they have in the table."""
-    if isinstance(given, Mapping):
+def _by_label(argument: str, entries: Any, check: Callable[[Any], Any]) -> dict[Any, Any]:
+    """The entries of an argument by their labels in the table. Entries that are no functions are
+    checked."""
+    if isinstance(entries, Mapping):
         return {
-            str(label): entry if callable(entry) else check(entry) for label, entry in given.items()
+            str(label): entry if callable(entry) else check(entry)
+            for label, entry in entries.items()
         }
-    single = isinstance(given, str) or callable(given) or not isinstance(given, Iterable)
+    single = isinstance(entries, str) or callable(entries) or not isinstance(entries, Iterable)
     labelled: dict[Any, Any] = {}
-    for value in [given] if single else given:
+    for value in [entries] if single else entries:
         entry = value if callable(value) else check(value)
         label = _name_of(entry) if callable(entry) else entry
         if label in labelled:
@@ -360,15 +362,15 @@ def _errors_of(
                     y = checked.like(f"the result of {solver!r}", quantize(x.copy(), bits), x)
                 else:
                     y = multibit(x, bits, solver=quantize, out=approx, **options)
-                found = errors.measure(x, y)
-                if not np.isfinite(float(found.error)):
+                measured = errors.measure(x, y)
+                if not np.isfinite(float(measured.error)):
                     raise _UnfitError(
                         ValueError(f"{solver!r} gives NaN or infinity at {label!r} bits")
                     )
                 payload, effective = costs[label]
                 rows.append(
                     ErrorRow.of(
-                        found,
+                        measured,
                         name=name,
                         shape=x.shape,
                         solver=solver,
@@ -382,18 +384,18 @@ def _errors_of(
 
 
 def _bit_map(bits: Any, x: Array) -> Any:
-    """What a function has made of `x`, if it is a bit map."""
+    """`bits`, which a function made of `x`, checked to be a bit map for it."""
     as_bits(bits, x, look=True)
     return bits
 
 
 def _check_range(x: Array, approx: Array) -> None:
-    """Refuse values that the errors cannot be measured of; `approx` is overwritten."""
+    """Raise where the errors of `x` cannot be measured; `approx` is overwritten."""
     approx.fill(0)
-    found = errors.measure(x, approx)
-    if not np.isfinite(float(found.worst)):
+    measured = errors.measure(x, approx)
+    if not np.isfinite(float(measured.worst)):
         raise _UnfitError(ValueError("it has NaN or infinity: clean it, e.g. with nan_to_num"))
-    if not np.isfinite(float(found.power)) or (found.power == 0 and found.worst > 0):
+    if not np.isfinite(float(measured.power)) or (measured.power == 0 and measured.worst > 0):
         raise _UnfitError(
             ValueError("the squares of its values overflow or vanish in float64: scale it first")
         )

@@ -73,7 +73,7 @@ class ErrorRow:
     @classmethod
     def of(
         cls,
-        found: Errors,
+        measured: Errors,
         *,
         name: str,
         shape: tuple[int, ...],
@@ -92,18 +92,18 @@ class ErrorRow:
             solver=solver,
             bits=bits,
             granularity=granularity,
-            relative_mse=float(found.relative_mse()),
-            sqnr_db=float(found.sqnr_db()),
-            cosine_similarity=float(found.cosine_similarity()),
-            max_abs_error=float(found.worst),
+            relative_mse=float(measured.relative_mse()),
+            sqnr_db=float(measured.sqnr_db()),
+            cosine_similarity=float(measured.cosine_similarity()),
+            max_abs_error=float(measured.worst),
             payload_bits=payload_bits,
             effective_bits=effective_bits,
             compression=32 / effective_bits if effective_bits else math.inf,
             sums=(
-                float(found.error),
-                float(found.power),
-                float(found.power_of_approx),
-                float(found.product),
+                float(measured.error),
+                float(measured.power),
+                float(measured.power_of_approx),
+                float(measured.product),
             ),
         )
 

@@ -145,23 +145,23 @@ class BinaryCode:
             return False
         xp = libraries.library(self.scales)
         with libraries.current_device(self.scales):
-            # Another device's arrays are copied to this one, others are taken as they are.
+            # Arrays on another device are copied to this one.
             bits, scales, signs = map(xp.asarray, (other.bits, other.scales, other.signs))
-            own = conversions.computable(self.scales)
+            wide = conversions.computable(self.scales)
             return (
                 bool((xp.asarray(self.bits) == bits).all())
-                and bool(xp.array_equal(own, conversions.computable(scales), equal_nan=True))
+                and bool(xp.array_equal(wide, conversions.computable(scales), equal_nan=True))
                 and bool(xp.array_equal(self.signs, signs))
             )
 
     def to_host(self) -> BinaryCode:
-        """The code in NumPy arrays: itself where it is in them already."""
+        """The code in NumPy arrays; `self` where it is in NumPy arrays already."""
         if not libraries.on_device(self.scales):
             return self
         return self._moved(libraries.to_host)
 
     def to_device(self) -> BinaryCode:
-        """The code in CuPy arrays on the current device: itself where it is in them already.
+        """The code in CuPy arrays on the current device; `self` where it is in CuPy arrays already.
 
         Raises
         ------
@@ -191,7 +191,7 @@ class BinaryCode:
             ("bits", f"map of shape {self.bits.shape}" if mapped else str(self.bits)),
             ("scales", f"{granularity}, {self._rows.count:,} per level"),
         ]
-        # Looking at a map on a device would wait for it: a display must not.
+        # Reading a map on a device waits for the device, which a display must not do.
         if not (mapped and libraries.on_device(self.bits)):
             facts += [
                 ("payload bits", f"{self.payload_bits:.4g} per element"),
@@ -219,11 +219,13 @@ class BinaryCode:
         packed along the last of two axes, levels by elements in C order), ``bits`` (int or
         uint8 map) and ``layout`` (JSON); nothing in it is pickled.
 
-        A file that exists is replaced only once the new one is complete and on the disk. The new
-        one has its permissions and, as far as the system lets it, its owner and group. Through a
-        symbolic link, what it points to is replaced. Until then the new file lies in the same
-        folder, as ``cubin-*.part``. What a killed process left there goes with the next call that
-        saves to the folder, except on Windows.
+        An existing file is replaced only once the new one is complete and on the disk. Until then
+        the new file lies in the same folder, as ``cubin-*.part``. It takes over the permissions of
+        the old file and, where the system allows it, the owner and group. If `path` is a symbolic
+        link, the file that it points to is replaced.
+
+        Files that a killed process left behind are removed by the next call that saves to that
+        folder, except on Windows.
 
         Parameters
         ----------
@@ -266,7 +268,7 @@ class BinaryCode:
 
 
 def assemble(scales: Array, signs: Array, entries: Any, rows: Rows) -> BinaryCode:
-    """A code of parts that are known to fit: to check them would wait for a device.
+    """A code whose parts are known to fit. They are not checked, which would wait for a device.
 
     `entries` are the bits, a uint8 scalar or a uint8 array that broadcasts to the shape.
     """

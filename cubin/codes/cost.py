@@ -1,4 +1,4 @@
-"""What a code costs: bits of signs, of the bit map and of the scales."""
+"""The cost of a code in bits per element: signs, bit map and scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scales and signs of an array, as the solvers fill them in: in one pass or part by part."""
+"""Encoding: scales and signs of an array while a solver fills them in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cubin.core.rows import Rows
 
 
 class Encoding:
-    """Scales and signs that wait to be filled in.
+    """Scales and signs of an array, filled in by one primitive or part by part.
 
     Parameters
     ----------
@@ -38,12 +38,21 @@ class Encoding:
         self.signs = libraries.result((levels, *x.shape), np.int8, x)
 
     def fill(self, primitive: Raw, inputs: Any, *static: Any) -> None:
-        """Have a primitive on whole rows write everything."""
+        """Run a primitive on whole rows, which writes all scales and signs."""
         passes.whole_rows(primitive, self.rows, inputs, *static, out=self.signs, scales=self.scales)
 
     def store(self, part: Part, code: Array, bits: Any, scales: list[Array]) -> None:
-        """Take the packed codes of some rows, with their bits as (rows, n), and their scales,
-        (rows, 1) for each level."""
+        """Write the signs and scales of a part.
+
+        Parameters
+        ----------
+        part : Part
+        code : array of uint16, shape (rows, n)
+            Packed: bit i is the sign of level i.
+        bits : uint8 scalar or array of shape (rows, n)
+        scales : list of array, shape (rows, 1)
+            For each level.
+        """
         view = self.rows.view(self.signs, lead=1)
         for level, scale in enumerate(scales):
             self.scales[level, part.rows] = scale[:, 0]

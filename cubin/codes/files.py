@@ -1,4 +1,4 @@
-"""Files of codes: what is written, how it takes the place of an older file, how it is checked."""
+"""Files of codes: writing, replacing an older file safely, and checked reading."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ _FORMAT = "cubin.BinaryCode/1"
 _DTYPES = {"layout": "B", "scales": "efd", "bits": "B", "signs": "B"}
 
 _LONGEST_LAYOUT = 1 << 16
-"""Bytes of the longest layout: that of 64 axes takes some thousands."""
+"""Bytes of the longest layout that is read. One of 64 axes has some thousands."""
 
 _MOST_WITHOUT_LEVELS = 1 << 32
-"""Elements of the largest array without levels, of which a file says no more than the shape."""
+"""Elements of the largest array of 0 levels. Its file holds no data, so that a small damaged file
+could otherwise stand for an array of any size."""
 
 
 def write(
@@ -41,7 +42,7 @@ def write(
     channel_axis: int | tuple[int, ...] | None,
     group_size: int | None,
 ) -> None:
-    """Write a code, as `BinaryCode.save` says."""
+    """Write a code to a file: see `BinaryCode.save`."""
     signs, entries = libraries.to_host(signs), libraries.to_host(bits)
     shape = signs.shape[1:]
     if len(signs) > MAX_BITS:
@@ -71,23 +72,23 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The arguments of the code that `write` was given, as NumPy arrays.
+    """The arguments of `BinaryCode` that a file holds, as NumPy arrays.
 
     Raises
     ------
     ValueError
-        If the file is damaged, truncated or none of these.
+        If the file is damaged, truncated or of another format.
     """
     with open(path, "rb") as file:
         try:
             return _decode(_read_members(file))
-        # Damage shows in many ways: tokenize's own errors, MemoryError for a shape, ...
+        # Damage raises many kinds of errors: of tokenize, MemoryError for a shape, ...
         except Exception as error:
             raise ValueError(f"{os.fspath(path)!r} is no intact BinaryCode: {error}") from error
 
 
 def _check_size(levels: int, shape: tuple[int, ...]) -> None:
-    """ValueError where a file of no levels would stand for more elements than it may."""
+    """ValueError where a code of no levels has more elements than a file may stand for."""
     if not levels and math.prod(max(n, 1) for n in shape) > _MOST_WITHOUT_LEVELS:
         raise ValueError(
             f"a file without levels stands for up to {_MOST_WITHOUT_LEVELS} elements, "
@@ -97,7 +98,7 @@ def _check_size(levels: int, shape: tuple[int, ...]) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` once the block ends, and is gone if it raises."""
+    """A new file that replaces `path` when the with block ends, and is removed if that raises."""
     path = os.path.realpath(path)
     folder = os.path.dirname(path)
     try:
@@ -107,7 +108,7 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if old is not None and not stat.S_ISREG(old.st_mode):
         raise ValueError(f"path must be that of a regular file, got {path!r}")
     _remove_abandoned(folder)
-    # While it is written, nobody reads it who might not read the old one.
+    # Until it has the permissions of the old file, only its owner can read it.
     with _new_part(folder, 0o600 if old else 0o666) as file:
         try:
             yield file
@@ -126,7 +127,7 @@ def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _take_over(file: BinaryIO, old: os.stat_result) -> None:
-    """Give `file` the owner, as far as the system lets it, and the permissions of an old one."""
+    """Give `file` the permissions of an old file and, where the system allows it, its owner."""
     if hasattr(os, "fchown"):
         with contextlib.suppress(OSError):
             os.fchown(file.fileno(), old.st_uid, old.st_gid)
@@ -134,7 +135,7 @@ def _take_over(file: BinaryIO, old: os.stat_result) -> None:
 
 
 def _new_part(folder: str, mode: int) -> BinaryIO:
-    """A new file, locked as long as it is open: so others see that its process is alive."""
+    """A new file that is locked while it is open, which shows that its process is alive."""
     while True:
         name = os.path.join(folder, f"cubin-{os.urandom(8).hex()}.part")
         file = open(name, "xb", opener=lambda path, flags: os.open(path, flags, mode))  # noqa: SIM115
@@ -143,11 +144,11 @@ def _new_part(folder: str, mode: int) -> BinaryIO:
                 fcntl.flock(file, fcntl.LOCK_EX)
         if os.path.exists(name):
             return file
-        file.close()  # it was taken for abandoned before it was locked
+        file.close()  # another process removed it before it was locked: try again
 
 
 def _remove_abandoned(folder: str) -> None:
-    """Remove the unfinished files of processes that are gone, and with them their locks."""
+    """Remove the unfinished files of dead processes: their locks are gone."""
     if fcntl is None:
         return
     with contextlib.suppress(OSError), os.scandir(folder) as entries:

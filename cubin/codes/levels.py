@@ -1,4 +1,4 @@
-"""Primitives of levels: packed codes to signs, and signs and scales to what they stand for."""
+"""Primitives of levels: from packed codes to signs, and from signs or codes to approximations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from cubin.core.primitives import C_TYPES, FLOATS, Launch, elementwise, raw, sou
     looped=True,
 )
 def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: np.ndarray) -> None:
-    """The sign at a level of packed codes: bit `level` as -1 or +1, 0 where there is no code."""
+    """The signs at a level of packed codes: +1 where bit `level` is set, else -1.
+
+    They are 0 where the element has no code at that level.
+    """
     bit = np.bitwise_and(code, np.uint16(1) << level)
     np.not_equal(bit, 0, out=sign, casting="unsafe")
     np.add(sign, sign, out=sign)
@@ -42,9 +45,9 @@ def _launch(signs: Array, scales: Array, y: Array) -> Launch:
     "int8 signs, W scales", "T y", code=source(__file__), launch=_launch, types=FLOATS, looped=True
 )
 def sum_signs(signs: np.ndarray, scales: np.ndarray, *, y: np.ndarray) -> None:
-    """The sums over levels of signs, (levels, rows, n), times scales, (levels, rows, 1).
+    """The sum over levels of signs, (levels, rows, n), times scales, (levels, rows, 1).
 
-    Where a sign is 0 the scale, which may be NaN, does not count.
+    Where a sign is 0 the scale does not count, even if it is NaN.
     """
     total = memory.scratch("total", y.shape, scales.dtype)
     step = memory.scratch("step", y.shape, scales.dtype)
@@ -80,7 +83,7 @@ __device__ W decoded(unsigned int code, int bits, Scales... scales) {
     preamble=_CUDA,
 )
 def decode(code: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarray) -> None:
-    """The sum of scale * sign over each element's levels, of the scales as stored in y's dtype."""
+    """The sum of scale * sign over each element's levels, with the scales rounded to y's dtype."""
     work = floats.work_dtype(y.dtype)
     total = np.zeros(code.shape, work)
     step = np.empty(code.shape, work)
@@ -88,7 +91,8 @@ def decode(code: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarra
     highest = 8 * word.itemsize - 1
     top = word.dtype.type(1 << highest)
     for level, scale in enumerate(scales):
-        # The bit of the level becomes the sign bit; where it is 0, scale * sign is negative.
+        # The bit of the level becomes the sign bit, and `| top` below inverts it: where the bit is
+        # 0, the step is negative.
         np.left_shift(code, word.dtype.type(highest - level), out=word)
         np.bitwise_and(word, top, out=word)
         stored = scale.astype(y.dtype, copy=False).astype(work, copy=False)

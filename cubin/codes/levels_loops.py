@@ -33,10 +33,10 @@ def _sum_signs(scales: Array, signs: Array, y: Array) -> None:
     signs, y = uncounted(signs, y)
     for row in range(len(y)):
         for start in range(0, y.shape[1], CHUNK):
-            some = y[row, start : start + CHUNK]
-            some[:] = 0
+            total = y[row, start : start + CHUNK]
+            total[:] = 0
             for level in range(len(signs)):
-                _add_signs(scales[row, level], signs[level, row, start : start + CHUNK], some)
+                _add_signs(scales[row, level], signs[level, row, start : start + CHUNK], total)
 
 
 @loop
@@ -56,18 +56,18 @@ def _in_rows(signs: Array) -> Array:
 
 
 def sum_signs(signs: Array, scales: Array, *, y: Array) -> None:
-    """`code.sum_signs`."""
+    """`levels.sum_signs`."""
     values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
     _sum_signs(np.ascontiguousarray(scales[:, :, 0].T), _in_rows(signs), values)
     store(values, y)
 
 
 def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:
-    """`code.level_signs`, at a level that `bits` has if it is a scalar."""
-    given = sign if sign.flags.c_contiguous else np.empty(sign.shape, np.int8)
+    """`levels.level_signs`. A scalar `bits` must have this level."""
+    plain = sign if sign.flags.c_contiguous else np.empty(sign.shape, np.int8)
     bits = map_of(bits, 0).reshape(-1)
     _level_signs(
-        read_only(np.ascontiguousarray(code)).reshape(-1), bits, int(level), given.reshape(-1)
+        read_only(np.ascontiguousarray(code)).reshape(-1), bits, int(level), plain.reshape(-1)
     )
-    if given is not sign:
-        place(given, sign)
+    if plain is not sign:
+        place(plain, sign)

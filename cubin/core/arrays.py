@@ -1,4 +1,4 @@
-"""Checks of arguments: each gives what the work goes on with, or raises and names the argument."""
+"""Checks of arguments: each returns the argument as the work needs it, or raises and names it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cubin.core.libraries import Array
 
 
 def as_floats(name: str, value: object) -> Array:
-    """`value` as a float16, float32 or float64 array where it is, else a TypeError."""
+    """`value` as a float16, float32 or float64 array of its library; TypeError for other dtypes."""
     array: Array = (
         libraries.aligned(value) if libraries.on_device(value) else as_host_array(name, value)
     )
@@ -25,6 +25,15 @@ def as_floats(name: str, value: object) -> Array:
 
 
 def as_host_array(name: str, value: Any) -> np.ndarray:
+    """`value` as a NumPy array in the native byte order.
+
+    Raises
+    ------
+    TypeError
+        If that would lose or hide something: masks, laziness, a device, a recorded gradient.
+    ValueError
+        If it is no array of numbers, such as lists of different lengths.
+    """
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost: use {name}.filled()")
@@ -58,8 +67,8 @@ def like(name: str, value: object, x: Array, x_name: str = "x") -> Array:
 def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
     """`out` if it can take a result of x's shape, or a new array where `out` is None.
 
-    Of a subclass of NumPy's arrays it is a plain view: its own indexing is none of the work's, and
-    compiled loops would take it for what it is not.
+    Of a subclass of NumPy's arrays it is a plain view, since a subclass may index in its own way
+    and compiled loops have another type for it.
     """
     dtype = x.dtype if dtype is None else np.dtype(dtype)
     if out is None:
@@ -92,7 +101,7 @@ def output(out: Array | None, x: Array, dtype: Any = None) -> Array:
 def _overlaps_itself(array: Array) -> bool:
     """Whether elements share memory, as in broadcast arrays and sliding windows.
 
-    Each axis must step over all that the axes of smaller strides span.
+    They do not if every axis steps over all that the axes of smaller strides span.
     """
     span = array.itemsize
     for stride, length in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
@@ -103,6 +112,7 @@ def _overlaps_itself(array: Array) -> bool:
 
 
 def check_broadcasts(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    """ValueError where `array` does not broadcast to x's shape `shape`."""
     try:
         fits = array.ndim == 0 or np.broadcast_shapes(array.shape, shape) == tuple(shape)
     except ValueError:
@@ -112,10 +122,11 @@ def check_broadcasts(name: str, array: Array, shape: tuple[int, ...]) -> None:
 
 
 def as_bound(value: object, x: Array) -> Array:
-    """A bound on |x|: uint8 where it is an integer map or scalar that fits, else floats.
+    """A bound on |x|, as uint8 or as floats.
 
-    They are float64, or as they come.
-    Python's numbers are rounded to x's dtype, as in NumPy's own comparisons.
+    It is uint8 for uint8 maps and for Python's integers from 0 to 255. Other integers become
+    float64, and float maps keep their dtype. Python's numbers are rounded to x's dtype first, as in
+    NumPy's comparisons.
     """
     if libraries.on_device(value):
         bound: Any = libraries.aligned(value)
@@ -143,7 +154,7 @@ def as_bound(value: object, x: Array) -> Array:
 
 
 def as_integer(name: str, value: object) -> int:
-    """`value` as an int; TypeError for booleans and for what is no integer."""
+    """`value` as an int; TypeError for booleans and everything else that is no integer."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an integer, got a boolean")
     try:
@@ -153,7 +164,7 @@ def as_integer(name: str, value: object) -> int:
 
 
 def as_real(name: str, value: object) -> float:
-    """`value` as a float; TypeError for booleans and for what is no real number."""
+    """`value` as a float; TypeError for booleans and everything else that is no real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a real number, got {type(value).__qualname__}")
     return float(value)

@@ -24,9 +24,9 @@ class Bits:
     entries : uint8 scalar, or uint8 array that broadcasts to x's shape
         The number for all elements, or the map as it was given.
     values : uint8 scalar, or uint8 array of x's shape
-        The same for every element: a view of the entries.
+        The number for each element: a view of the entries, broadcast.
     levels : int
-        How many levels this needs: the largest number.
+        How many levels are needed: the largest number, or an upper bound of it.
     """
 
     entries: Any
@@ -39,7 +39,7 @@ class Bits:
         return not isinstance(self.entries, np.generic)
 
     def apart(self, out: Array) -> Bits:
-        """The same, in a copy where writing `out` would overwrite the map."""
+        """The same bits, with a copy of the map where writing `out` would overwrite it."""
         if not self.mapped:
             return self
         entries = libraries.apart(self.entries, out)
@@ -47,10 +47,17 @@ class Bits:
 
 
 def as_bits(value: object, x: Array, *, limit: int = MAX_BITS, look: bool = False) -> Bits:
-    """The bits of the elements of `x`; a map may be a view of `value`.
+    """`value` as the bits of the elements of `x`. A map may be a view of `value`.
 
-    A map that is on the device already is not looked at unless `look` is true, since this would
-    synchronise: it is clipped to 0 .. `limit`, and all `limit` levels are needed.
+    With `look`, the values of a map on a device are checked, which synchronises. Without, they are
+    not: the map counts as clipped to 0 .. `limit`, and `levels` is `limit`.
+
+    Raises
+    ------
+    TypeError
+        If `value` is not integer, or a CuPy map beside a NumPy array.
+    ValueError
+        If a value lies outside 0 .. `limit`, or the map does not broadcast to x's shape.
     """
     entries, levels = as_entries(value, x.shape, x, limit=limit, look=look)
     return Bits(entries, _spread(entries, x), levels)
@@ -65,9 +72,9 @@ def _spread(entries: Any, x: Array) -> Any:
 def as_entries(
     value: object, shape: tuple[int, ...], x: Array, *, limit: int = MAX_BITS, look: bool = False
 ) -> tuple[Any, int]:
-    """The bits as a uint8 scalar or as an array that broadcasts to `shape`, and the levels.
+    """The entries and levels of `Bits`, for an array of shape `shape` in the library of `x`.
 
-    Otherwise as `as_bits`; of `x` only the library and device count.
+    The other arguments and errors are those of `as_bits`.
     """
     if libraries.on_device(value):
         bits: Any = libraries.aligned(value)

@@ -1,8 +1,8 @@
-"""Conversions between float types that keep every number, on devices too.
+"""Conversions between float types that keep subnormal numbers, on devices too.
 
-CuPy compiles its own functions with ``-ftz=true``: they take a float32 below 2^-126 for 0, and a
-conversion from or to float32 is no exception. These keep it. In float64 there is no such number
-that came from a float32, so that what is widened can be left to CuPy's functions.
+CuPy compiles its own functions with ``-ftz=true``: they take a float32 below 2^-126 for 0, even
+when they only convert it. The conversions here keep it. A float32 that is widened to float64 is
+never subnormal there, so that CuPy's functions can work on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def narrow(x: np.ndarray, *, y: np.ndarray) -> None:
 
 
 def widened(x: Array) -> Array:
-    """A new array: `x` in float64."""
+    """A copy of `x` in float64."""
     if not libraries.on_device(x):
         return x.astype(np.float64)
     y = libraries.library(x).empty(x.shape, np.float64)
@@ -38,7 +38,7 @@ def widened(x: Array) -> Array:
 
 
 def narrowed(x: Array, dtype: Any) -> Array:
-    """`x`, of float64, rounded to float32 or float64; itself where that changes nothing."""
+    """`x`, of float64, rounded to `dtype`, float32 or float64; `x` itself where it has that."""
     if not libraries.on_device(x) or x.dtype == dtype:
         return x.astype(dtype, copy=False)
     y = libraries.library(x).empty(x.shape, dtype)
@@ -47,5 +47,5 @@ def narrowed(x: Array, dtype: Any) -> Array:
 
 
 def computable(x: Array) -> Array:
-    """`x` as the functions of its library compute with it exactly: in float64 on a device."""
+    """`x` in a dtype in which its library's functions keep every number: float64 on a device."""
     return widened(x) if libraries.on_device(x) and x.dtype != np.float64 else x

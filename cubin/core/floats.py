@@ -1,4 +1,4 @@
-"""Bit patterns of floats on the host, and the dtypes that work is done in."""
+"""Bit patterns of floats on the host, and the work dtype."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def as_integers(x: np.ndarray) -> np.ndarray:
 def with_sign_of(r: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
     """`magnitude` where ``r > 0``, else ``-magnitude``; both of one float dtype.
 
-    ``0 - r`` is never -0.0, so its sign bit is set exactly where ``r > 0``: on random signs this
-    is ten times as fast as ``np.where``.
+    ``0 - r`` is never -0.0, so its sign bit is set exactly where ``r > 0``. On random signs,
+    copying that bit is ten times as fast as ``np.where``.
     """
     flipped = np.empty(r.shape, r.dtype)
     np.subtract(0, r, out=flipped)
@@ -36,5 +36,8 @@ def with_sign_of(r: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
 
 
 def where(mask: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
-    """`x` where `mask` is true, else +0, without touching what is not selected (0 * inf is NaN)."""
+    """Write `x` where `mask` is true, else +0.
+
+    The bit patterns are multiplied by the mask, since 0 times a float may be NaN.
+    """
     np.multiply(as_integers(x), mask, out=as_integers(out))

@@ -1,4 +1,4 @@
-"""Which library owns an array, and what is done in that library.
+"""Which library owns an array, and the operations that depend on it.
 
 CuPy is never imported here: an array can only be CuPy's where somebody has imported CuPy already.
 """
@@ -28,7 +28,7 @@ def cupy() -> Any:
 def on_device(value: object) -> bool:
     """Whether `value` is a CuPy array."""
     module = cupy()
-    # While CuPy is being imported, or where importing it failed half-way, it has no ndarray yet.
+    # CuPy has no ndarray yet while it is being imported, or where its import failed half-way.
     return hasattr(module, "ndarray") and isinstance(value, module.ndarray)
 
 
@@ -51,7 +51,7 @@ def current_device(x: Array) -> contextlib.AbstractContextManager[Any]:
 def is_aligned(array: Array) -> bool:
     """Whether all elements of a CuPy array lie at multiples of their size.
 
-    A GPU reads and writes no others, and stops every later call of the process where it should.
+    A GPU cannot access others: a kernel that tried would make every later call fail.
     """
     size = array.itemsize
     steps = (step for length, step in zip(array.shape, array.strides, strict=True) if length > 1)
@@ -59,9 +59,9 @@ def is_aligned(array: Array) -> bool:
 
 
 def aligned(array: Array) -> Array:
-    """A CuPy array, or a copy of it where its elements do not lie at multiples of their size.
+    """A CuPy array, or a copy where its elements do not lie at multiples of their size.
 
-    The copy goes byte by byte, since a kernel could not read the elements.
+    The copy is made byte by byte, since no kernel can read such elements.
     """
     if is_aligned(array):
         return array
@@ -85,21 +85,20 @@ def result_like(x: Array, dtype: Any) -> Array:
     return memory.empty(tuple(x.shape[axis] for axis in order), dtype).transpose(np.argsort(order))
 
 
-def apart(given: Array, out: Array) -> Array:
-    """`given`, or a copy of it where writing `out` would overwrite elements not read yet.
+def apart(source: Array, out: Array) -> Array:
+    """`source`, or a copy where writing `out` would overwrite elements before they are read.
 
-    What is `out` itself is not copied: every element is read before it is written. Scalars are no
-    part of any array.
+    If `source` is `out` itself there is no copy: each element is read before it is written.
     """
-    if isinstance(given, np.generic):
-        return given
+    if isinstance(source, np.generic):  # a scalar shares no memory
+        return source
     same = (
-        given.shape == out.shape
-        and given.strides == out.strides
-        and _address(given) == _address(out)
-        and given.dtype == out.dtype
+        source.shape == out.shape
+        and source.strides == out.strides
+        and _address(source) == _address(out)
+        and source.dtype == out.dtype
     )
-    return given.copy() if not same and library(given).may_share_memory(given, out) else given
+    return source.copy() if not same and library(source).may_share_memory(source, out) else source
 
 
 def _address(array: Array) -> int:
@@ -107,6 +106,7 @@ def _address(array: Array) -> int:
 
 
 def check_same(name: str, array: Array, x: Array, x_name: str = "x") -> None:
+    """TypeError where one of two arrays is NumPy's and the other CuPy's."""
     if on_device(array) != on_device(x):
         owner = "CuPy" if on_device(array) else "NumPy"
         other = "CuPy" if on_device(x) else "NumPy"

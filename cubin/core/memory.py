@@ -1,12 +1,13 @@
-"""Memory of large results on the CPU, used again once they are dropped; and scratch of a thread.
+"""Memory of large results on the CPU, which is used again once they are dropped; and scratch.
 
-The system clears new memory while it is written, which takes longer than most of the work here.
-So what a large result (from 32 MB on) lay in is kept for the next one of as many bytes, as CuPy's
-pool does on a device: calls on arrays of the same size, one after the other, become faster. It is
-offered to the system meanwhile (``MADV_FREE``), which takes it when it runs short; where that
-cannot be said, as on Windows, nothing is kept.
+The system clears new memory when it is first written, which takes longer than most of the work
+here. So the memory of a dropped result of 32 MB or more is kept for the next result of the same
+size, as CuPy's pool does on a device. Repeated calls on arrays of one size become faster.
 
-`set_limit` says how much is kept, 256 MB if nobody calls it; `release` gives all of it back.
+Meanwhile it is offered to the system (``MADV_FREE``), which takes it when it runs short. Where
+there is no such offer, as on Windows, nothing is kept.
+
+`set_limit` says how much is kept at most, 256 MB by default. `release` gives all of it back.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ import numpy as np
 __all__ = ["release", "set_limit"]
 
 LARGE = 1 << 25
-"""Bytes of a result from which on its memory is kept: C libraries keep what is smaller."""
+"""Bytes from which on a result's memory is kept. C libraries keep what is smaller themselves."""
 
 HEADER = 64
-"""The most bytes that C libraries write before memory that they map for itself."""
+"""The most bytes between the start of a page and memory for which the C library mapped pages."""
 
 SCRATCH = 1 << 19
-"""Elements of the largest array that a thread keeps for its next block."""
+"""Elements of the largest scratch array that a thread keeps for its next block."""
 
 LINE = 64
-"""Bytes that processors read memory by."""
+"""Bytes of a cache line."""
 
 _limit = 1 << 28
 
@@ -44,10 +45,10 @@ _kept: deque[np.ndarray] = deque()
 
 
 def release() -> None:
-    """Give the memory that is kept of dropped results back to the system.
+    """Give the memory that is kept from dropped results back to the system.
 
-    It concerns NumPy results alone; what lies on a device is CuPy's to free. Results that are still
-    referred to stay as they are.
+    Results that are still referred to stay as they are. Only NumPy results count: CuPy manages the
+    memory of a device.
 
     Examples
     --------
@@ -58,13 +59,13 @@ def release() -> None:
 
 
 def set_limit(nbytes: int) -> None:
-    """Set how much memory of dropped results is kept for the next ones.
+    """Set how much memory of dropped results is kept for the next results.
 
     Parameters
     ----------
     nbytes : int
-        The most bytes that are kept together, at least 0: with 0 none are. What is kept beyond
-        them is given back at once. 256 MB until this is called.
+        The most bytes that are kept in all, at least 0. With 0 nothing is kept. Memory beyond the
+        limit is given back at once. Until the first call the limit is 256 MB.
 
     Raises
     ------
@@ -92,7 +93,7 @@ def set_limit(nbytes: int) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array of arbitrary content, in the memory of a dropped one where there is one."""
+    """An array of arbitrary content, in the memory of a dropped result of that size if any."""
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < LARGE or not _limit or _madvise() is None:
@@ -101,7 +102,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class _Owner:
-    """What a result and its views hold on to: its memory is kept when the last of them goes."""
+    """The base of a result and its views. When the last of them goes, it keeps their memory."""
 
     def __init__(self, memory: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self._memory = memory
@@ -113,8 +114,11 @@ class _Owner:
 
 
 def _take(nbytes: int) -> np.ndarray:
-    """Memory that was kept, or new memory; others go first, so that no more is held than before."""
-    with contextlib.suppress(IndexError):  # a deque's methods are atomic
+    """Kept memory of exactly this size, or new memory.
+
+    Kept memory of other sizes is given back on the way, so that the process does not grow.
+    """
+    with contextlib.suppress(IndexError):  # another thread may take the last one: pop is atomic
         while True:
             memory = _kept.pop()
             if memory.nbytes == nbytes:
@@ -123,22 +127,24 @@ def _take(nbytes: int) -> np.ndarray:
 
 
 def _keep(memory: np.ndarray) -> None:
+    """Keep the memory of a dropped result, within the limit."""
     if memory.nbytes <= _limit and _offer(memory):
         _kept.append(memory)
         _give_back()
 
 
 def _give_back() -> None:
-    """Let go of what has been kept longest, as far as it is too much."""
+    """Give back the memory that was kept first, until the rest is within the limit."""
     with contextlib.suppress(IndexError):
         while sum(memory.nbytes for memory in tuple(_kept)) > _limit:
             _kept.popleft()
 
 
 def _offer(memory: np.ndarray) -> bool:
-    """Let the system take the whole pages of `memory`, their content with them.
+    """Offer the whole pages of `memory` to the system; False where that is not possible.
 
-    What does not begin on a page of its own was not mapped for itself: the C library keeps it then.
+    Their content may be lost. Memory that does not begin near the start of a page shares pages with
+    other objects of the C library, which keeps it itself.
     """
     madvise = _madvise()
     page, address = mmap.PAGESIZE, memory.ctypes.data
@@ -151,10 +157,10 @@ def _offer(memory: np.ndarray) -> bool:
 
 @functools.cache
 def _madvise() -> Any:
-    """The system's function of that name, where it takes memory once it runs short."""
+    """The C function ``madvise``, or None where the system has no ``MADV_FREE``."""
     try:
         return ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_FREE") else None
-    except (AttributeError, OSError, TypeError):  # the last on Windows
+    except (AttributeError, OSError, TypeError):  # TypeError on Windows
         return None
 
 
@@ -162,13 +168,13 @@ def _madvise() -> Any:
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array of arbitrary content, the same memory whenever this thread asks for `name`.
+    """An array of arbitrary content: the same memory whenever this thread asks for `name`.
 
-    Memory that is new each time costs more than the work on it. What is larger than `SCRATCH` is
-    not kept.
+    New memory for every block would cost more than the work on it. An array of more than `SCRATCH`
+    elements is new each time.
     """
-    kept = _scratch.__dict__
-    last = kept.get(name)
+    by_name = _scratch.__dict__
+    last = by_name.get(name)
     if last is not None and last.shape == shape and last.dtype == dtype:
         return last
     size = math.prod(shape)
@@ -178,9 +184,9 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     memory = None if last is None else last.base
     if memory is None or memory.nbytes < nbytes:
         memory = np.empty(nbytes, np.uint8)
-    # A vector that lies in two lines takes twice as long.
-    kept[name] = np.ndarray(shape, dtype, memory, -memory.ctypes.data % LINE)
-    return kept[name]
+    # Aligned to cache lines: a vector that lies in two of them takes twice as long to read.
+    by_name[name] = np.ndarray(shape, dtype, memory, -memory.ctypes.data % LINE)
+    return by_name[name]
 
 
 def forget_scratch() -> None:

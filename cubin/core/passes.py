@@ -1,10 +1,11 @@
 """Passes over the rows of an array: the one place that chooses a form and a block size.
 
 On a device a pass is one launch. On the host it goes over blocks that fit the cache, on several
-threads, in compiled loops where Numba is there. Rows that are too long for one block (of the cache,
-or of threads) are cut into pieces, each of which a reduction sums up on its own; the caller adds up
-the pieces. How rows are cut into pieces depends on their shape alone, so that results are the same
-every time.
+threads, in compiled loops where Numba is there and pays.
+
+A row that is too long for one block, of the cache or of GPU threads, is cut into pieces. A
+reduction gives a result for each piece, and the caller combines them. The cut depends on the shape
+of the rows alone, so that results are the same every time.
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from cubin.core.primitives import Elementwise, Primitive, Raw, Reduction
 from cubin.core.rows import Rows
 
 DEVICE_PIECE = 1 << 13
-"""Elements of a device row that one thread block reduces."""
+"""Elements of a piece of a row on a device: one thread block reduces it."""
 
 SEARCHED = 1 << 19
-"""Elements, or states of a search, that the host works on at a time."""
+"""Elements, or states of a search, that the host works on at a time. It bounds the memory."""
 
 SEARCHED_ON_DEVICE = 1 << 24
+"""The same on a device."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A block of the rows' view: some whole rows, or a piece of one row.
+    """Some whole rows, or a piece of one long row: a block of the array that `Rows.view` gives.
 
     Attributes
     ----------
@@ -43,7 +45,7 @@ class Part:
     piece : slice
         The number of the piece, as a slice of length 1.
     block : tuple of slice
-        Where it lies in the rows' view: slices, and an ellipsis that keeps even 0-d views arrays.
+        The indices into the view: slices, and an ellipsis, which makes 0-d results arrays.
     """
 
     rows: slice
@@ -55,7 +57,7 @@ _ALL = Part(slice(None), slice(0, 1), (...,))
 
 
 def form(primitive: Primitive, x: Array) -> Callable[..., None]:
-    """What runs a primitive on blocks, (rows, n), of `x`: its kernel, compiled loop or body."""
+    """The form of a primitive for blocks, (rows, n), of `x`: its kernel, compiled loop or body."""
     return primitive if libraries.on_device(x) else primitive.on_host(x.size)
 
 
@@ -65,8 +67,9 @@ def form(primitive: Primitive, x: Array) -> Callable[..., None]:
 def takes_whole_rows(primitive: Raw, rows: Rows, x: Array, bits: Bits) -> bool:
     """Whether `whole_rows` can run a primitive on `x`.
 
-    On a device a team of threads must hold a row, on the host a block of the cache. Where a
-    primitive has loops of its own way, its body is no way for large arrays.
+    On a device a team of threads must hold a row, on the host a block of the cache. On the host a
+    primitive with `loops_from` runs in its loops alone: where they are not used, sorting the rows
+    is the faster way.
     """
     if not x.size or not bits.levels:
         return False
@@ -84,7 +87,7 @@ def whole_rows(
     out: Array,
     scales: Array | None = None,
 ) -> None:
-    """Have a primitive on whole rows write its outputs: every row is read once.
+    """Run a primitive on whole rows, which reads every row once.
 
     Parameters
     ----------
@@ -97,8 +100,8 @@ def whole_rows(
     *static
         The primitive's other parameters.
     out : array
-        Of the rows' shape, perhaps behind an axis of levels. It is an input itself, or overlaps
-        none.
+        Of the rows' shape, perhaps behind an axis of levels. It is an input itself, or does not
+        overlap any.
     scales : array, shape (levels, rows), optional
     """
     device, on = libraries.on_device(out), form(primitive, out)
@@ -140,7 +143,7 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
         primitive(*inputs, **outputs)
         return
     on: Callable[..., None] = primitive.function
-    # Loops take arrays of one shape whose elements lie in order.
+    # Loops take C-contiguous arrays of one shape.
     if all(a.shape == shape and _is_plain(a) for a in arrays):
         on = primitive.on_host(size)
     spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
@@ -153,12 +156,12 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
 
 
 def _is_plain(array: np.ndarray) -> bool:
-    """Whether compiled loops take an array: its elements lie in order, of a type that Numba has."""
+    """Whether compiled loops take an array: C-contiguous, aligned, of a dtype that Numba has."""
     return bool(array.dtype != np.float16 and array.flags.c_contiguous and array.flags.aligned)
 
 
 def _side_by_side(array: Any, rows: Rows) -> Any:
-    """An array as rows with elements side by side, copied where it must be; or a scalar."""
+    """An array as rows whose elements lie side by side, a copy if need be. Scalars stay."""
     if isinstance(array, np.generic):
         return array
     return teams.side_by_side(rows.flat(array, array.ndim - len(rows.shape)))
@@ -167,7 +170,7 @@ def _side_by_side(array: Any, rows: Rows) -> Any:
 def elements_of_rows(
     primitive: Elementwise, rows: Rows, inputs: Sequence[Any], scales: list[Array], *, out: Array
 ) -> None:
-    """Have an elementwise primitive write `out` from elements and the scales of their rows.
+    """Run an elementwise primitive on the elements of rows and the scales of these rows.
 
     Parameters
     ----------
@@ -178,7 +181,7 @@ def elements_of_rows(
         Arrays of the rows' shape, or scalars.
     scales : list of array, shape (rows, 1)
     out : array
-        Of the rows' shape. It is an input itself, or overlaps none.
+        Of the rows' shape. It is an input itself, or does not overlap any.
     """
     on = form(primitive, out)
     name = primitive.outputs[-1][1]
@@ -194,17 +197,17 @@ def elements_of_rows(
 def for_each_part(task: Callable[..., None], rows: Rows, *inputs: Any) -> None:
     """Call ``task(part, *inputs)`` for parts that tile the rows, each input as (rows, n).
 
-    On a device there is one part, on the host there are blocks that fit the cache, and several
-    threads. An input is an array of the rows' shape, or a scalar that is passed on.
+    On a device there is a single part. On the host parts are blocks that fit the cache, and several
+    threads take them. An input is an array of the rows' shape, or a scalar, which is passed on.
     """
     device = any(map(libraries.on_device, inputs))
     _over([_ALL] if device else list(_parts(rows)), task, rows, inputs, device)
 
 
 def search_loops(module: ModuleType, x: Array, states: int) -> Any:
-    """The compiled loops beside a module for a search over `x`, or None.
+    """The compiled loops beside a module for a search over `x`, or None where they do not pay.
 
-    They pay sooner the more states there are.
+    The work of a search is counted as one step for each element and state.
     """
     if libraries.on_device(x) or not blocks.pays(x.size * states):
         return None
@@ -214,23 +217,24 @@ def search_loops(module: ModuleType, x: Array, states: int) -> Any:
 def for_each_searched(
     task: Callable[..., None], rows: Rows, states: int, *inputs: Any, compiled: bool = False
 ) -> None:
-    """Call ``task(part, *inputs)`` for blocks of whole rows, also of long ones.
+    """Call ``task(part, *inputs)`` for blocks of whole rows, however long these are.
 
-    A search keeps several arrays of the size of its rows, or of `states` for each row: blocks are
-    as large as its memory allows. If it is compiled they fit the cache, in which rows are sorted.
+    A search has several arrays with an entry for every element, or for each of `states` states of
+    every row. Blocks are as large as memory allows. If the search is `compiled`, they fit the
+    cache, since rows are sorted there.
     """
     device = any(map(libraries.on_device, inputs))
     block = SEARCHED_ON_DEVICE if device else SEARCHED
     if compiled:
         block = blocks.sorted_block(rows.count * rows.length)
-    # Rows that `for_each_part` cuts into pieces come one by one, as there.
+    # Long rows come one by one, as in `for_each_part`, which cuts them into pieces.
     rows_at_once = 1 if is_long(rows, inputs[0]) else block // max(rows.length, states)
     parts = list(_blocks_of_rows(rows, rows_at_once * rows.length))
     _over(parts, task, rows, inputs, device)
 
 
 def row_slices(x: Array) -> list[slice]:
-    """The rows of `x`, (rows, n), in slices: on the host of those that stay in the cache."""
+    """Slices that tile the rows of `x`, (rows, n): on the host each fits the cache."""
     if libraries.on_device(x):
         return [slice(None)]
     return [rows for (rows,) in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1]))]
@@ -270,7 +274,7 @@ def _partial_results_on_device(
 ) -> list[Array]:
     xp: Any = libraries.library(inputs[0])
     flat = [a if isinstance(a, np.generic) else rows.flat(a) for a in inputs]
-    # Pieces of one length reduce side by side in one launch; what does not fill one comes last.
+    # The full pieces of all rows take one launch, and the shorter last pieces another.
     full_pieces = rows.length // DEVICE_PIECE if rows.length > 2 * DEVICE_PIECE else 0
     full = full_pieces * DEVICE_PIECE
     pieces = full_pieces + (full < rows.length or not full_pieces)
@@ -293,7 +297,10 @@ def _partial_results_on_device(
 
 
 def write(task: Callable[[Array], None], target: Array, shape: tuple[int, ...]) -> None:
-    """Have `task` write `target` as an array of `shape`: itself where its strides allow it."""
+    """Call ``task(y)`` with an array y of `shape` whose content then is that of `target`.
+
+    It is a view of `target` where strides allow one, else a copy that is written back.
+    """
     flat = target.reshape(shape)
     if libraries.on_device(flat) and flat.ndim > 1:
         flat = teams.side_by_side(flat)
@@ -325,7 +332,8 @@ def _over(
                 continue
             cut = view[(slice(None),) * lead + part.block]
             if cut.dtype == np.uint8 and not (device or blocks.is_ready(rows.count * rows.length)):
-                # The bytes of a map of wider integers lie apart: gathered once for all levels.
+                # In a map of wider integers the low bytes lie apart. They are gathered once here,
+                # and not at every level.
                 cut = np.ascontiguousarray(cut)
             flat.append(cut.reshape(cut.shape[:lead] + rows.flat_shape(cut.shape[lead:])))
         task(part, *flat)

@@ -1,20 +1,25 @@
-"""Primitives: a NumPy expression and its CUDA source, side by side, in one registry.
+"""Primitives: functions in up to three forms, in one registry.
 
-A primitive is one function. Its body is the NumPy expression; the decorator right above it holds
-the CUDA source that CuPy compiles for device arrays::
+The body of a primitive is a NumPy expression. The decorator right above it holds the CUDA source
+that CuPy compiles for device arrays. With ``looped=True`` there is a compiled loop of the same name
+in the module ``<stem>_loops.py``::
 
     @elementwise("T x, T a", "T y", "y = x - a", types=FLOATS)
     def difference(x, a, *, y):
         np.subtract(x, a, out=y)
 
-Its positional parameters are the kernel's inputs and its keyword-only parameters the outputs,
-which the caller allocates; the decorator checks that the two agree. Which of the two runs follows
-from the type of the outputs. The last input may be variadic (``*W scales``): one kernel is built
-for each number of arguments, and in the source ``{scales}`` stands for them, each after a comma,
-and ``{count}`` for their number.
+The positional parameters are the kernel's inputs. The keyword-only parameters are its outputs,
+which the caller allocates. The decorator checks that function and kernel agree.
 
-Kernels that share work among threads are written out in a ``.cu`` file, as templates that `raw`
-names and a function of the arguments launches.
+Calling a primitive runs the kernel if the outputs are device arrays, else the body. Only `passes`
+chooses loops.
+
+The last input may be variadic (``*W scales``). Then one kernel is built for each number of
+arguments. In the source ``{scales}`` stands for them, each after a comma, and ``{count}`` for their
+number.
+
+Kernels that share work among threads are templates in a ``.cu`` file. `raw` makes them primitives:
+its argument `launch` is a function that says how a call is launched.
 """
 
 from __future__ import annotations
@@ -40,11 +45,10 @@ FLOATS: tuple[Mapping[str, str], ...] = tuple(
     {"T": dtype, "W": work}
     for dtype, work in (("float16", "float32"), ("float32", "float32"), ("float64", "float64"))
 )
-"""The types T of an array and W of the work on it that the kernels are used with."""
+"""The types that kernels are used with: T of the array, and W, its work dtype."""
 
 PREAMBLE = Path(__file__).with_name("exact.cuh").read_text(encoding="utf-8")
-"""Device functions that every kernel can call; Work<T>::type is W."""
-
+"""Device functions that every kernel can call. ``Work<T>::type`` is W."""
 
 C_TYPES = {"e": "float16", "f": "float", "d": "double"}
 """What CUDA calls the float dtypes, by their characters."""
@@ -60,21 +64,23 @@ def source(module_file: str, name: str | None = None) -> str:
 
 
 class Primitive:
-    """A function on arrays with a NumPy expression and a CUDA kernel.
+    """A function on arrays, with a NumPy body, a CUDA kernel and perhaps a compiled loop.
 
     Attributes
     ----------
     name : str
         The function's name; the kernel is called ``cubin_<name>``.
     inputs, outputs : tuple of (type, name)
-        The kernel's parameters. A type is a dtype's name or a letter that stands for one; it
+        The kernel's parameters. A type is the name of a dtype, or a letter that stands for one. It
         starts with ``raw`` if the kernel indexes the array itself, with ``*`` if it is variadic,
-        with ``static`` if it is a value that decides about the launch.
+        and with ``static`` if it is a number that `launch` deals with.
     types : tuple of mapping
-        The dtypes which the letters take in use: what the tests compile and execute.
+        The dtypes that the letters stand for: what the tests compile and execute.
     looped : bool
-        Whether the module of the function has one of compiled loops beside it, with a loop of the
-        same name.
+        Whether there is a compiled loop of the same name beside the function's module.
+    loops_from : int or None
+        The number of elements from which on the loop is used, where it gives other bits than the
+        body. None if it gives the same bits: then it is used where it is faster.
     """
 
     loops_from: int | None = None
@@ -136,11 +142,11 @@ class Primitive:
         return self._kernels[key]
 
     def _build(self, module: Any, count: int) -> Any:
-        """The kernel; every kind of primitive has its own."""
+        """A new kernel: what subclasses define."""
         raise NotImplementedError
 
     def on_host(self, size: int) -> Callable[..., None]:
-        """What computes it in NumPy arrays of `size` elements: its compiled loop, or its body."""
+        """The form for NumPy arrays of `size` elements: the compiled loop, or the body."""
         if not self.looped:  # Numba takes long to import, for nothing then
             return self.function
         if not (blocks.pays(size) if self.loops_from is None else size >= self.loops_from):
@@ -149,7 +155,7 @@ class Primitive:
         return getattr(loops, self.name, self.function)
 
     def __call__(self, *inputs: Array, **outputs: Array) -> None:
-        """Compute `outputs`, which are overwritten, from `inputs`, in one go."""
+        """Overwrite `outputs` with what the kernel, or else the body, computes from `inputs`."""
         ordered = [outputs[name] for _, name in self.outputs]
         if isinstance(ordered[0], np.ndarray):
             self._run_numpy(inputs, outputs)
@@ -161,7 +167,7 @@ class Primitive:
             self.function(*inputs, **outputs)
 
     def _launch(self, inputs: tuple[Array, ...], outputs: list[Array]) -> None:
-        """Run the kernel; every kind of primitive has its own way."""
+        """Run the kernel: what subclasses define."""
         raise NotImplementedError
 
     def _variadic_count(self, inputs: tuple[Array, ...]) -> int:
@@ -242,7 +248,7 @@ class Reduction(Primitive):
 
 @dataclass(frozen=True)
 class Launch:
-    """How a raw kernel runs.
+    """How a raw kernel is launched.
 
     Attributes
     ----------
@@ -261,10 +267,11 @@ class Launch:
 
 
 class Raw(Primitive):
-    """A primitive whose kernel is a template that says what every thread does.
+    """A primitive whose kernel is a C++ template, written out for every thread.
 
-    Its first parameters are pointers to the declared inputs and outputs, in order and but for the
-    static ones; the rest is up to `launch`, which gets the arguments of a call, outputs last.
+    The first parameters of the template are pointers to the declared inputs and outputs, in order,
+    without the static ones. `launch` gives the rest: it gets all arguments of a call, outputs last,
+    and returns a `Launch`.
     """
 
     def __init__(
@@ -278,16 +285,16 @@ class Raw(Primitive):
 
     @property
     def source(self) -> str:
-        """All that is compiled."""
+        """The whole source that is compiled."""
         return f"#include <cupy/float16.cuh>\n{self.preamble}\n{self.code}"
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        kept = [pair for pair in self.inputs if not pair[0].startswith("static ")]
-        pointers = [f"const {_C_TYPES.get(kind, kind)}* {name}" for kind, name in kept]
+        passed = [pair for pair in self.inputs if not pair[0].startswith("static ")]
+        pointers = [f"const {_C_TYPES.get(kind, kind)}* {name}" for kind, name in passed]
         pointers += [f"{_C_TYPES.get(kind, kind)}* {name}" for kind, name in self.outputs]
-        found = re.search(rf"\b{self.kernel_name}\s*\(([^)]*)\)", self.code)
-        written = found[1].split(",") if found else []
+        match = re.search(rf"\b{self.kernel_name}\s*\(([^)]*)\)", self.code)
+        written = match[1].split(",") if match else []
         if [" ".join(text.split()) for text in written[: len(pointers)]] != pointers:
             raise TypeError(f"the parameters of {self.kernel_name} must start with {pointers}")
 
@@ -368,8 +375,7 @@ def raw(
 ) -> Callable[[Callable[..., None]], Raw]:
     """Make a function a primitive whose kernel is the template ``cubin_<function>`` in `code`.
 
-    Where its compiled loop gives other bits than its body, `loops_from` is the number of elements
-    from which on the loop is used.
+    `launch` and `loops_from` are those of `Raw` and `Primitive`.
     """
 
     def decorate(function: Callable[..., None]) -> Raw:

@@ -24,12 +24,12 @@ class Rows:
     split : tuple of int
         The shape with the last axis split into groups, if there are groups, else `shape`.
     order : tuple of int
-        The axes of `split`, those that number the rows first.
+        The axes of `split`: first those that number the rows, then those within a row.
     scale_shape : tuple of int
         The lengths of the axes that number the rows: one scale per level for each.
     channel_axis : int, tuple of int or None
     group_size : int or None
-        What the layout was asked for by, as plain integers.
+        The arguments that the layout was made from, as plain integers.
     """
 
     shape: tuple[int, ...]
@@ -135,7 +135,7 @@ def rows_of(
 
 
 def plain_axes(channel_axis: Any) -> int | tuple[int, ...] | None:
-    """`channel_axis` as plain integers, whatever stood for them.
+    """`channel_axis` as plain integers: it may hold NumPy's.
 
     Raises
     ------
@@ -149,9 +149,9 @@ def plain_axes(channel_axis: Any) -> int | tuple[int, ...] | None:
 
 def axes_of(name: str, axis: int | tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     """`axis` as a tuple of different axes of an array of shape `shape`, counted from the front."""
-    given = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    listed = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     axes = []
-    for entry in given:
+    for entry in listed:
         number = as_integer(name, entry)
         if not -len(shape) <= number < len(shape):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The primitives of `signs.py` as compiled loops, on arrays whose elements lie in order."""
+"""The primitives of `signs.py` as compiled loops, on C-contiguous arrays."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _clip_to_bits(x: Array, bits: Array, gy: Array, gx: Array) -> None:
 
 def signs(x: Array, *, y: Array) -> None:
     """`signs.signs`."""
-    # A loop on two arrays that might overlap is not vectorized.
+    # LLVM does not vectorize a loop on two arrays that are the same, so there is one on one array.
     if np.may_share_memory(x, y):
         _signs_in_place(y.reshape(-1))
     else:

@@ -1,9 +1,15 @@
 """Sums of magnitudes in an order that depends on their number alone.
 
-A row is added up in chunks. A chunk is cut into 16 columns, which are added in the work dtype, by
-halves: numbers that are equal do not round, so that constant rows are exact. These sums, and what
-does not fill the columns, go to eight lanes of float64 in turn. Then the chunks are added, one
-after the other. The compiled loops do the same, so that both forms give the same bits.
+A row is cut into chunks of 1024 numbers, the last of which may be shorter.
+
+1. A chunk of n numbers is cut into 16 columns of n // 16. The columns are added in the work dtype,
+   the first half to the second, until one is left. Adding equal numbers so does not round, which
+   makes the scales of constant rows exact.
+2. The numbers of this column, and those that fill no column, are added in float64: to eight lanes
+   in turn, and then the lanes in pairs. Chunks of fewer than 128 numbers start here.
+3. The sums of the chunks are added in float64, one after the other.
+
+The compiled loops do the same, operation by operation, so that both forms give the same bits.
 """
 
 from __future__ import annotations
@@ -14,21 +20,23 @@ from cubin.core import memory
 from cubin.core.libraries import Array
 
 CHUNK = 1 << 10
-"""Numbers of a chunk. Where it is longer, 16 columns of it are read from memory more slowly."""
+"""Numbers of a chunk. Sixteen columns of a longer one are read from memory more slowly."""
 
 COLUMNS = 16
+"""Columns of a chunk: numbers that are added in the work dtype."""
 
 LANES = 8
+"""Lanes of float64, which fill the vector registers of processors with 512 bits, or two of 256."""
 
 SHORT = 1 << 7
-"""Fewer numbers are not cut into columns, which would fill no vectors."""
+"""A chunk of fewer numbers is not cut into columns, which would be shorter than a register."""
 
 UNIT = 1 / COLUMNS
-"""In units of 1 / UNIT no column overflows."""
+"""What the numbers of a row are multiplied by where a sum of columns overflows."""
 
 
 def magnitude_sums(m: Array) -> Array:
-    """The sums, (rows, 1) in float64, of numbers, (rows, n), none of which is negative."""
+    """The sums, (rows, 1) in float64, of the numbers of rows, (rows, n), none of them negative."""
     totals = _row_sums(m)
     over = totals == np.inf
     if over.any():
@@ -42,7 +50,7 @@ def _row_sums(m: Array) -> Array:
     parts = [m[:, :full].reshape(rows, full // CHUNK, CHUNK)] if full else []
     if full < length or not length:
         parts.append(m[:, None, full:])
-    # `accumulate` adds one after the other, where `reduce` leaves the order open.
+    # `accumulate` adds one after the other. The order of `reduce` is not specified.
     return np.add.accumulate(np.concatenate(list(map(_chunk_sums, parts)), axis=1), axis=1)[:, -1]
 
 

@@ -1,13 +1,14 @@
-"""Rows in one launch: which threads share a row, and how its elements reach their registers.
+"""Teams: GPU threads that share a row, so that whole rows take one launch.
 
-A row is read once, worked on in registers and written once. The threads that share it are a team:
-lanes of a warp for short rows, a block for long ones. Rows that no block holds take passes.
+A row is read once, worked on in registers and written once. Its team is a group of lanes of a warp
+for short rows, and a thread block for long ones. Rows too long for a block take several passes.
 
-Every distinct set of template arguments is compiled once, which takes from a tenth of a second to
-some seconds, and CuPy keeps the result on disk. So there are few. For a kernel, a dtype, a number
-of levels, with or without a map, at most `MOST_TEMPLATES` serve rows of all lengths and alignments,
-and `MOST_ALIGNED` the usual ones, of a multiple of 16 bytes. Numbers of levels share the kernels of
-`LEVELS`. A map that is on the device already takes those of 16 levels, whatever is in it.
+Each set of template arguments is compiled once, which takes from a tenth of a second to some
+seconds, and CuPy keeps the result on disk. So there are few sets. For one kernel, dtype and number
+of levels, with or without a map, at most `MOST_TEMPLATES` serve rows of all lengths and alignments.
+At most `MOST_ALIGNED` serve the usual rows, which begin and end at multiples of 16 bytes. A kernel
+is compiled for the numbers of levels in `LEVELS`, and the next larger one serves those between. A
+map that was on the device before is not looked at, so that it takes the kernel of 16 levels.
 """
 
 from __future__ import annotations
@@ -26,29 +27,33 @@ from cubin.core.libraries import Array
 from cubin.core.primitives import C_TYPES, Launch
 
 CUDA = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
-"""What kernels on whole rows share: the teams, and how they move elements."""
+"""Device functions of kernels on whole rows: teams, and how they load elements."""
 
 TILE_THREADS = 256
+"""Threads of a block of teams that are lanes of a warp."""
+
 MOST_THREADS = 1024
+"""The most threads of a block that is one team."""
 
 Held = tuple[int, int, int]
-"""How many elements a thread holds at most: in packs of 16 bytes with at most four scales beside
-them, otherwise, and with a map beside them."""
+"""The most elements that a thread holds, in three cases: in packs of 16 bytes with at most four
+levels; in smaller packs or with more levels; with a map."""
 
 Room = tuple[Held, Held, Held]
-"""For items of 2, 4 and 8 bytes. More would spill with 64 registers, which let 1024 threads run on
-a multiprocessor; and so many may a block have."""
+"""The same for items of 2, 4 and 8 bytes. A thread has 64 registers, so that a block of 1024
+threads can run on a multiprocessor. With more elements, registers would spill to memory."""
 
 GREEDY: Room = ((32, 16, 8), (32, 16, 16), (12, 8, 8))
+"""That of the greedy kernels."""
 
 LEVELS = (1, 2, 3, 4, 8, 16)
-"""The numbers of levels that kernels are compiled for: they serve those in between, too."""
+"""The numbers of levels that kernels are compiled for."""
 
 MOST_TEMPLATES = 34
-"""How many templates of one kernel, dtype and number of levels all lengths and alignments take."""
+"""The most templates of one kernel, dtype and number of levels, for all lengths and alignments."""
 
 MOST_ALIGNED = 8
-"""How many of them rows take that begin and end at multiples of 16 bytes."""
+"""The most of them for the rows that begin and end at multiples of 16 bytes."""
 
 _NO_MAP = np.uint64(0)
 
@@ -63,8 +68,10 @@ class Team:
         Its C++ type.
     threads : int
         How many they are.
-    pack, held : int
-        How many neighbouring elements a thread takes at a time, and how many elements in all.
+    pack : int
+        How many neighbouring elements a thread takes at a time.
+    held : int
+        The room for elements that each thread has.
     """
 
     name: str
@@ -77,11 +84,11 @@ class Team:
 def team_of(
     length: int, dtype: np.dtype[Any], levels: int, mapped: bool, room: Room = GREEDY
 ) -> Team | None:
-    """The team for rows of this length, or None if they are empty or too long for all of them.
+    """The team for rows of this length; None if they are empty or too long for any team.
 
-    Eight lanes add up in three shuffles where 32 take five, and still move whole sectors of memory.
-    What threads hold is rounded up to a power of two, and packs are of 16 bytes, of four elements
-    or of one: few templates serve all lengths.
+    Short rows take eight lanes: these add up in three shuffles, where 32 lanes take five, and still
+    read whole sectors of memory. Few templates serve all lengths, since the room of a thread is
+    rounded up to a power of two, and packs have 16 bytes, four elements or one.
     """
     widest = min(16 // dtype.itemsize, 4 if length <= 32 or mapped else 8)
     pack = next(n for n in (widest, min(widest, 4), 1) if length % n == 0)
@@ -112,7 +119,7 @@ class RowLaunch:
         How many elements a thread holds.
     most_levels : int
     passes_levels : bool
-        Whether the kernel takes the number of levels, since it may be compiled for more.
+        Whether the number of levels is an argument of the kernel, which may be compiled for more.
     """
 
     room: Room
@@ -128,10 +135,10 @@ class RowLaunch:
     def __call__(self, x: Array, bits: Any, levels: int, *rest: Any) -> Launch:
         """The launch on rows that have a team.
 
-        `x`, a map `bits` and the last output have the shape (rows, length) and elements side by
-        side. Other outputs are contiguous, as is a last one with such an array for each level. A
-        scalar `bits` equals `levels`. Before the outputs come integers, the kernel's last
-        parameters.
+        `x`, a map `bits` and the last output have the shape (rows, length), and the elements of a
+        row lie side by side. The last output may have an axis of levels before, and is contiguous
+        then, as all other outputs are. A scalar `bits` equals `levels`. `rest` holds integers,
+        which become the kernel's last parameters, and then the outputs.
         """
         outputs = [value for value in rest if np.ndim(value)]
         integers = [levels] if self.passes_levels else rest[: len(rest) - len(outputs)]
@@ -139,7 +146,8 @@ class RowLaunch:
         mapped = np.ndim(bits) > 0
         moved = (x, bits, outputs[-1]) if mapped else (x, outputs[-1])
         aligned = math.gcd(16, *[array.data.ptr // array.itemsize for array in moved])
-        # The stride of an axis of length 1 may be anything, and levels lie `rows` steps apart.
+        # From row to row. In a contiguous array it is not read from the strides: that of an axis
+        # of length 1 may be anything, and the first axis may be that of levels.
         steps = [a.shape[-1] if a.flags.c_contiguous else a.strides[0] // a.itemsize for a in moved]
         template, grid, threads, sizes = _plan(
             x.shape, x.dtype, levels, mapped, self.room, aligned, *steps
@@ -149,7 +157,7 @@ class RowLaunch:
 
 
 def side_by_side(array: Array) -> Array:
-    """An array whose last axis has elements side by side: itself, or a copy."""
+    """`array`, or a copy, in which neighbours on the last axis lie side by side in memory."""
     fine = array.shape[-1] <= 1 or array.strides[-1] == array.itemsize
     return array if fine else libraries.library(array).ascontiguousarray(array)
 
@@ -164,8 +172,10 @@ def _plan(
     aligned: int,
     *steps: int,
 ) -> tuple[tuple[Any, ...], int, int, tuple[Any, ...]]:
-    """Template, grid, block and the parameters after the pointers: kept, since finding them takes
-    longer than launching."""
+    """Template, grid, block and the parameters after the pointers.
+
+    They are cached, since finding them takes longer than launching a kernel.
+    """
     rows, length = shape
     team = team_of(length, dtype, levels, mapped, room)
     if team is None:

@@ -1,4 +1,9 @@
-"""Solvers: from an array to its scales and signs, or to what these stand for."""
+"""Solvers: from an array to its approximation, or to the scales and signs of its code.
+
+A solver runs in one of three ways. Rows that fit a block take one primitive on whole rows. Longer
+rows take greedy level by level. All else is searched: rows are sorted, or gone through by compiled
+loops, and a `Lookup` then gives the code or the value of each element.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,9 @@ from cubin.core.passes import Part
 from cubin.core.primitives import Raw
 from cubin.core.rows import Rows
 from cubin.solvers import greedy, search, search_rows, sorted_rows
-from cubin.solvers.lookup import Fit
+from cubin.solvers.lookup import Lookup
 from cubin.solvers.solver import SOLVERS, Solver, solver_of
-from cubin.solvers.sorted_rows import Magnitudes
+from cubin.solvers.sorted_rows import SortedRows
 
 __all__ = ["SOLVERS", "Solver", "approximate", "encode", "solver_of"]
 
@@ -25,9 +30,9 @@ __all__ = ["SOLVERS", "Solver", "approximate", "encode", "solver_of"]
 def approximate(
     x: Array, bits: Bits, rows: Rows, y: Array, solver: Solver, importance: Array | None = None
 ) -> None:
-    """Write the approximation of `x` to `y`, which is `x` itself or does not overlap it.
+    """Write the approximation of `x` to `y`.
 
-    `importance` has x's shape.
+    `y` is `x` itself, or does not overlap it. `importance` has x's shape.
     """
     solver = _simplest(solver, bits, importance)
     primitives = (greedy.approximate_rows, search_rows.reconstruct_rows)
@@ -40,8 +45,8 @@ def approximate(
     else:
         view = rows.view(y)
 
-        def decode(part: Part, fit: Fit, x: Array, bits: Any) -> None:
-            passes.write(lambda flat: fit.approximate(x, bits, flat), view[part.block], x.shape)
+        def decode(part: Part, lookup: Lookup, x: Array, bits: Any) -> None:
+            passes.write(lambda flat: lookup.approximate(x, bits, flat), view[part.block], x.shape)
 
         _search(x, bits, rows, solver, importance, decode)
 
@@ -69,15 +74,18 @@ def encode(
         passes.for_each_part(pack, rows, x, bits.values)
     else:
 
-        def hand_over(part: Part, fit: Fit, x: Array, bits: Any) -> None:
-            encoding.store(part, fit.codes(x, bits), bits, fit.scales)
+        def hand_over(part: Part, lookup: Lookup, x: Array, bits: Any) -> None:
+            encoding.store(part, lookup.codes(x, bits), bits, lookup.scales)
 
         _search(x, bits, rows, solver, importance, hand_over)
     return encoding.scales.astype(x.dtype, copy=False), encoding.signs
 
 
 def _simplest(solver: Solver, bits: Bits, importance: Array | None) -> Solver:
-    """The greedy solver where it is the best: it has the least squares scale of one level."""
+    """The greedy solver where no other is better, else `solver`.
+
+    For one level without importance, the greedy scale is the one of least squares.
+    """
     best = bits.levels == 0 or (bits.levels == 1 and importance is None)
     return SOLVERS["greedy"] if best else solver
 
@@ -85,7 +93,10 @@ def _simplest(solver: Solver, bits: Bits, importance: Array | None) -> Solver:
 def _on_whole_rows(
     solver: Solver, bits: Bits, importance: Array | None, greedily: Raw, searching: Raw
 ) -> tuple[Raw | None, tuple[int, ...]]:
-    """The primitive on whole rows that does what a solver does, if there is one."""
+    """The primitive on whole rows that does what a solver does, or None, and its static arguments.
+
+    `greedily` is the primitive of the greedy solver, `searching` that of the refitting ones.
+    """
     if solver.name == "greedy":
         return greedily, (bits.levels,)
     if solver.name == "optimal" or importance is not None or bits.levels > search_rows.MAX_LEVELS:
@@ -101,9 +112,12 @@ def _search(
     rows: Rows,
     solver: Solver,
     importance: Array | None,
-    finish: Callable[[Part, Fit, Array, Any], None],
+    finish: Callable[[Part, Lookup, Array, Any], None],
 ) -> None:
-    """Solve all rows, and hand every part of them with its fit, elements and bits to `finish`."""
+    """Solve all rows, and call ``finish(part, lookup, x, bits)`` for parts that tile them.
+
+    A long row is solved by one thread, and finished in pieces by several.
+    """
     if not x.size:
         return
     levels = bits.levels
@@ -112,20 +126,20 @@ def _search(
     if loops is not None and rows.length >= loops.LONGEST:
         loops = None
     states = 1 << levels if loops else search.STARTS << (levels - 1)
-    fits: dict[int, Fit] = {}
+    lookups: dict[int, Lookup] = {}
 
     def solve(part: Part, x: Array, bits: Any, weight: Array | None = None) -> None:
         if loops is not None:
-            fit = loops.Fit(x, bits, levels, weight, solver)
+            lookup = loops.Lookup(x, bits, levels, weight, solver)
         else:
-            magnitudes = Magnitudes(x, bits, levels, weight)
-            fit = Fit(magnitudes, search.cells(magnitudes, levels, solver), levels)
+            magnitudes = SortedRows(x, bits, levels, weight)
+            codebooks = search.codebooks(magnitudes, levels, solver)
+            lookup = Lookup(magnitudes, codebooks, levels)
         if long:
-            fits[part.rows.start] = fit
+            lookups[part.rows.start] = lookup
         else:
-            finish(part, fit, x, bits)
+            finish(part, lookup, x, bits)
 
-    # The elements of a long row are finished by several threads.
     long = passes.is_long(rows, x)
     passes.for_each_searched(
         solve, rows, states, x, bits.values, *weights, compiled=loops is not None
@@ -133,7 +147,7 @@ def _search(
     if long:
 
         def finish_piece(part: Part, x: Array, bits: Any) -> None:
-            finish(part, fits[part.rows.start], x, bits)
+            finish(part, lookups[part.rows.start], x, bits)
 
         passes.for_each_part(finish_piece, rows, x, bits.values)
 

@@ -1,4 +1,7 @@
-"""Cells: which code the elements between two thresholds take, and the scales that fit them best."""
+"""Codebooks: the code of each range of magnitudes, and the scales that fit such codes best.
+
+All magnitudes between two neighbouring thresholds have the same code. Such a range is a cell.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,25 @@ import numpy as np
 
 from cubin.core import libraries
 from cubin.core.libraries import Array
-from cubin.solvers.sorted_rows import Magnitudes
+from cubin.solvers.sorted_rows import SortedRows
 
 DEPENDENT = 2.0**-38
-"""Share of its diagonal below which a pivot is rounding error: the level adds nothing."""
+"""A pivot below this share of its diagonal entry is rounding error.
+
+The signs of that level then depend linearly on those of the levels before it."""
 
 
 @dataclass(frozen=True)
-class Cells:
-    """For elements with some number of bits: the magnitudes in each cell have one code.
+class Codebook:
+    """The cells of all elements with the same number of bits, and the code of each cell.
 
     Attributes
     ----------
     thresholds : array in the work dtype, shape (cells - 1, q)
-        Ascending, for each of q rows; a magnitude equal to one lies in the cell below it.
+        Ascending, for each of q rows. A magnitude equal to a threshold lies in the cell below it.
     codes : array of uint16, shape (cells, q)
-        Bit i is set where level i adds to the magnitude; it is the code of the element itself
-        where that is positive, and its complement elsewhere.
+        Bit i is set where level i adds to the magnitude. A positive element has this code, any
+        other element has its complement.
     """
 
     thresholds: Array
@@ -36,17 +41,18 @@ class Cells:
         return (self.codes >> level & 1) * 2.0 - 1.0
 
     def values(self, scales: Array) -> Array:
-        """The sum in each cell of the levels that have scales, the first ones."""
+        """The sum of scale * sign in each cell, over the first ``len(scales)`` levels."""
         return sum(scale * self.signs(level) for level, scale in enumerate(scales))
 
 
-def nearest(scales: Array, depth: int, dtype: Any) -> Cells:
-    """The cells in which each magnitude takes the nearest sum of the first `depth` levels.
+def nearest(scales: Array, depth: int, dtype: Any) -> Codebook:
+    """The codebook that gives each magnitude the nearest sum of the first `depth` levels.
 
-    `scales`, of shape (levels, q), are not negative.
+    `scales`, of shape (levels, q), must not be negative.
     """
     xp = libraries.library(scales)
-    # Level 0 is taken as +; where the sum is negative then, its mirror image is the one wanted.
+    # Only sums with + at level 0 are made: the others mirror them. A negative sum is replaced by
+    # its mirror image, whose code is the complement.
     sums, codes = scales[:1], xp.ones((1, scales.shape[1]), np.uint16)
     for level in range(1, depth):
         sums = xp.concatenate([sums - scales[level], sums + scales[level]])
@@ -56,30 +62,36 @@ def nearest(scales: Array, depth: int, dtype: Any) -> Cells:
     order = xp.argsort(sums, axis=0, kind="stable")
     sums = xp.take_along_axis(sums, order, 0)
     middle = sums[:-1] / 2 + sums[1:] / 2
-    return Cells(_rounded_down(middle, dtype), xp.take_along_axis(codes, order, 0))
+    return Codebook(_rounded_down(middle, dtype), xp.take_along_axis(codes, order, 0))
 
 
-def split(cells: Cells, scales: Array, level: int) -> Cells:
-    """Every cell cut where the residual after the first levels changes its sign."""
+def split(codebook: Codebook, scales: Array, level: int) -> Codebook:
+    """A codebook with one level more: each cell is cut where the residual changes its sign.
+
+    The residual is that after the first `level` levels.
+    """
     xp = libraries.library(scales)
-    edge = cells.thresholds
-    values = _rounded_down(cells.values(scales[:level]), edge.dtype)
+    edge = codebook.thresholds
+    values = _rounded_down(codebook.values(scales[:level]), edge.dtype)
     values[1:] = xp.maximum(values[1:], edge)
     values[:-1] = xp.minimum(values[:-1], edge)
     thresholds = xp.empty((len(values) + len(edge), values.shape[1]), edge.dtype)
     thresholds[::2], thresholds[1::2] = values, edge
-    codes = xp.repeat(cells.codes, 2, axis=0)
+    codes = xp.repeat(codebook.codes, 2, axis=0)
     codes[1::2] |= np.uint16(1 << level)
-    return Cells(thresholds, codes)
+    return Codebook(thresholds, codes)
 
 
-def whole(q: int, dtype: Any, xp: Any) -> Cells:
-    """One cell, with the sign + at level 0."""
-    return Cells(xp.zeros((0, q), dtype), xp.ones((1, q), np.uint16))
+def whole(q: int, dtype: Any, xp: Any) -> Codebook:
+    """The codebook of one level: a single cell, with the sign +."""
+    return Codebook(xp.zeros((0, q), dtype), xp.ones((1, q), np.uint16))
 
 
 def _rounded_down(values: Array, dtype: Any) -> Array:
-    """The largest numbers of `dtype` not above `values`, which divide its numbers as these do."""
+    """The largest numbers of `dtype` that are not above `values`.
+
+    As thresholds they put every number of `dtype` on the same side as `values` do.
+    """
     xp = libraries.library(values)
     rounded = values.astype(dtype)
     return xp.where(
@@ -88,15 +100,17 @@ def _rounded_down(values: Array, dtype: Any) -> Array:
 
 
 def fitted(
-    magnitudes: Magnitudes, rows: Array, cells: dict[int, Cells], levels: int
+    magnitudes: SortedRows, rows: Array, codebooks: dict[int, Codebook], levels: int
 ) -> tuple[Array, Array]:
-    """The least-squares scales of codes, which may be negative, and what they explain.
+    """The least-squares scales of some codes, and by how much they lower the error.
+
+    The scales may be negative.
 
     Parameters
     ----------
-    magnitudes : Magnitudes
+    magnitudes : SortedRows
     rows : array of int, shape (q,)
-    cells : dict of int to Cells
+    codebooks : dict of int to Codebook
         By the number of bits of the elements.
     levels : int
 
@@ -105,16 +119,16 @@ def fitted(
     scales : array of float64, shape (levels, q)
         0 for a level whose signs depend linearly on those of the levels before it.
     gain : array of float64, shape (q,)
-        By how much they lower the weighted sum of squares.
+        How much the levels take off the weighted sum of squares of the row.
     """
     xp = magnitudes.xp
     zero = xp.zeros(len(rows))
     gram = [[zero] * (level + 1) for level in range(levels)]
     target = [zero] * levels
-    for depth, own in cells.items():
-        mass, first = magnitudes.sums(rows, depth, own.thresholds)
+    for depth, codebook in codebooks.items():
+        mass, first = magnitudes.sums(rows, depth, codebook.thresholds)
         total = mass.sum(axis=0)
-        signs = [own.signs(level) for level in range(min(depth, levels))]
+        signs = [codebook.signs(level) for level in range(min(depth, levels))]
         for i, sign in enumerate(signs):
             target[i] = target[i] + (sign * first).sum(axis=0)
             weighted = sign * mass
@@ -132,9 +146,10 @@ def fitted(
 
 
 def _solved(gram: list[list[Array]], target: list[Array], xp: Any) -> list[Array]:
-    """The solution of small symmetric systems, one for each entry, by elimination in order.
+    """The solutions of many small symmetric systems, one for each entry of the arrays.
 
-    An unknown whose pivot is nothing but rounding error becomes 0. `gram` is the lower triangle.
+    They are found by elimination in the order of the levels. An unknown becomes 0 where its pivot
+    is rounding error (see `DEPENDENT`). `gram` is the lower triangle.
     """
     levels = len(target)
     # The lower triangle of the factor, times the pivots.

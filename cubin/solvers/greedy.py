@@ -1,8 +1,8 @@
-"""The greedy levels: each takes the sign of the residual, times the mean of its magnitude.
+"""The greedy solver: each level takes the sign of the residual and the mean of its magnitude.
 
-Neither residuals nor signs are ever stored: the residual is recomputed from x and the scales found
-so far. Rows that fit a block (of threads, or of the cache) are read once and what is asked for is
-written once. Longer ones are read once for every level, and once more at the end.
+Residuals and signs are never stored for the whole array: they are computed again from x and the
+scales so far. Rows that fit a block of threads or of the cache are read once, and the result is
+written once. Longer rows are read once for every level, and once more for the result.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ _ROWS_CUDA = source(__file__, "greedy_rows.cu")
 def level_sums(
     x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, total: np.ndarray, count: np.ndarray
 ) -> None:
-    """The sum of |residual| after `scales`, and the number of elements with a code at this level.
+    """The sum of |residual| over the elements with a code at the next level, and their number.
 
-    ``total = sum(|r| where bits > len(scales))``, in float64.
+    The residual r is what `scales` leave: ``total = sum(|r| where bits > len(scales))``, in
+    float64.
     """
     m = memory.scratch("magnitude", x.shape, floats.work_dtype(x.dtype))
     np.abs(x, out=m)
@@ -51,9 +52,9 @@ def level_sums(
 
 
 def _sum(m: np.ndarray, bits: np.ndarray, level: int) -> tuple[np.ndarray, Any]:
-    """The sums, (rows, 1), and number of the magnitudes that have a code at a level.
+    """The sums, (rows, 1), of the magnitudes of elements with a code at a level, and their number.
 
-    Those without one are overwritten.
+    With a map the other magnitudes are overwritten.
     """
     count: Any
     if np.ndim(bits):
@@ -79,7 +80,7 @@ def _sum(m: np.ndarray, bits: np.ndarray, level: int) -> tuple[np.ndarray, Any]:
     preamble=_CUDA,
 )
 def level_scale(totals: np.ndarray, counts: np.ndarray, *, scale: np.ndarray) -> None:
-    """The mean over the pieces of a row, or 0 where no element has a code."""
+    """The mean over all pieces of a row, or 0 where no element has a code."""
     count = counts.sum(axis=-1, keepdims=True)
     scale[...] = totals.sum(axis=-1, keepdims=True) / np.maximum(count, 1)
 
@@ -93,7 +94,10 @@ def level_scale(totals: np.ndarray, counts: np.ndarray, *, scale: np.ndarray) ->
     preamble=_CUDA,
 )
 def approximation(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, y: np.ndarray) -> None:
-    """The sum of scale * sign over each element's levels, of the scales as stored in x's dtype."""
+    """The sum of scale * sign over each element's levels, with the scales rounded to x's dtype.
+
+    The signs follow from the scales before rounding.
+    """
     work = floats.work_dtype(x.dtype)
     mapped, rounded = np.ndim(bits) > 0, x.dtype != work
     opposite = _opposite(x)
@@ -158,7 +162,7 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
     looped=True,
 )
 def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndarray) -> None:
-    """The approximation of whole rows, whose scales are not handed out."""
+    """The approximation of whole rows. The scales are not part of the result."""
     approximation.function(x, bits, *_level_scales(x, bits, levels), y=y)
 
 
@@ -186,14 +190,14 @@ def encode_rows(
 def _opposite(x: np.ndarray) -> np.ndarray:
     """0 - x in the work dtype: never -0.0, so that its sign bit is set exactly where x > 0.
 
-    Taking the scale with its sign off it leaves the same of the residual, and it rounds the same.
+    Levels are taken off this negated residual. It rounds as the residual itself does.
     """
     opposite = memory.scratch("opposite", x.shape, floats.work_dtype(x.dtype))
     return np.subtract(0, x, out=opposite)
 
 
 def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
-    """The scales of rows that are in the cache, (rows, 1) for each level."""
+    """The scales of a block of whole rows, (rows, 1) for each level."""
     m = memory.scratch("magnitude", x.shape, floats.work_dtype(x.dtype))
     np.abs(x, out=m)
     scales: list[Array] = []
@@ -206,7 +210,7 @@ def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
 
 
 def row_scales(x: Array, bits: Bits, rows: Rows) -> list[Array]:
-    """The scales of every row, (rows, 1) for each level, in the work dtype."""
+    """The scales of all rows, (rows, 1) for each level, in the work dtype: one pass a level."""
     scales: list[Array] = []
     for _ in range(bits.levels):
         totals, counts = passes.partial_results(level_sums, rows, (x, bits.values), scales)

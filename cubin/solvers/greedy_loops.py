@@ -1,6 +1,6 @@
-"""The greedy primitives as compiled loops, a row at a time: see `greedy.py` for what each does.
+"""The primitives of `greedy.py` as compiled loops, which go row by row and give the same bits.
 
-They give the same bits. Arrays come as (rows, n).
+The arrays of elements are (rows, n).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from cubin.core import floats, memory
 from cubin.core.host.loops import (
     in_work_dtype,
     keep,
-    keep_hot_in_place,
+    keep_coded_in_place,
     keep_in_place,
     loop,
     magnitude_sum,
@@ -27,16 +27,18 @@ from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK
 
 TOGETHER = 1 << 15
-"""Elements of the rows that take turns at each level: memory is read without a pause meanwhile."""
+"""Elements of the rows that take turns at each level, so that one row's memory is read while
+another row is computed."""
 
 # ---------------------------------------------------------------- scales
 
 
 @loop
 def _find_scales(x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array) -> None:
-    """Write the scales of some rows, for which there is room in `m`.
+    """Write the scales of some rows; `m` has room for their magnitudes.
 
-    The rows take turns at each level, since a level of a row waits for the one before it.
+    The rows take turns at each level. A level of a row has to wait for the level before it, and the
+    other rows fill that time.
     """
     x, bits, scales, m = uncounted(x, bits, scales, m)
     chunk, sums = uncounted(chunk, sums)
@@ -51,8 +53,8 @@ def _find_scales(x: Array, bits: Array, scales: Array, m: Array, chunk: Array, s
                 if mapped:
                     if level == 0:
                         keep(x[row, start:stop], zero, left)
-                    count += keep_hot_in_place(left, taken, bits[row, start:stop], level)
-                elif level == 0 or level == last:  # what they leave is not needed
+                    count += keep_coded_in_place(left, taken, bits[row, start:stop], level)
+                elif level == 0 or level == last:  # the magnitudes are not needed again
                     left = chunk[: stop - start]
                     if level < 2:
                         keep(x[row, start:stop], taken, left)
@@ -79,17 +81,20 @@ def _level_scales(
 def _level_sum(
     x: Array, bits: Array, scales: Array, chunk: Array, sums: Array
 ) -> tuple[float, int]:
-    """The sum of what the scales leave of a piece of a row, and the number of its elements."""
+    """The sum of the residuals' magnitudes in a piece of a row, and the number of its elements.
+
+    With a map only the elements with a code at the next level count.
+    """
     zero, total, count = x.dtype.type(0), 0.0, 0
     for start in range(0, x.size, CHUNK):
-        some = x[start : start + CHUNK]
-        left = chunk[: some.size]
-        keep(some, zero, left)
+        elements = x[start : start + CHUNK]
+        left = chunk[: elements.size]
+        keep(elements, zero, left)
         for level in range(scales.size):
             keep_in_place(left, scales[level])
         if bits.size:
-            hot = bits[start : start + CHUNK]
-            count += keep_hot_in_place(left, zero, hot, scales.size)
+            depths = bits[start : start + CHUNK]
+            count += keep_coded_in_place(left, zero, depths, scales.size)
         total += magnitude_sum(left, sums)
     return total, count if bits.size else x.size
 
@@ -102,9 +107,9 @@ def _level_sums(
         totals[row], counts[row] = _level_sum(x[row], bits[row], scales[row], chunk, sums)
 
 
-# ---------------------------------------------------------------- what they approximate
+# ---------------------------------------------------------------- approximations
 
-# 0 less the residual, n, is never -0.0: its sign bit is set exactly where the residual is > 0.
+# These work on the negated residual, n = 0 - r. It is never -0.0: n < 0 exactly where r > 0.
 
 
 @loop
@@ -161,7 +166,7 @@ def _negate(x: Array, n: Array) -> None:
 
 @part
 def _add_four(n: Array, scales: Array, stored: Array, first: int, y: Array) -> None:
-    """Add four levels, of which those that are missing have the scale 0 and change nothing."""
+    """Add four levels to `y`. Levels beyond the last have the scale 0, which changes nothing."""
     a, b, c, d = _four(scales, first)
     p, q, r, s = _four(stored, first)
     for j in range(y.size):
@@ -177,9 +182,10 @@ def _add_four(n: Array, scales: Array, stored: Array, first: int, y: Array) -> N
 
 
 @part
-def _add_hot_four(
+def _add_coded_four(
     n: Array, bits: Array, scales: Array, stored: Array, first: int, y: Array
 ) -> None:
+    """The same where each element has its number of bits."""
     a, b, c, d = _four(scales, first)
     p, q, r, s = _four(stored, first)
     zero, start = y.dtype.type(0), np.int32(first)
@@ -210,10 +216,10 @@ def _four(scales: Array, first: int) -> tuple[float, float, float, float]:
 def _write(
     x: Array, bits: Array, scales: Array, stored: Array, plain: bool, chunk: Array, y: Array
 ) -> None:
-    """Write the sum of the levels of a row, with the scales as stored.
+    """Write the sum of scale * sign over the levels of a row, with the scales as stored.
 
-    It is `plain` without a map, and where they are stored as they are found: up to four levels take
-    one pass then.
+    `plain` says that there is no map and that storing rounds no scale. Then up to four levels take
+    one pass.
     """
     s, levels = scales, scales.size
     if plain and levels == 1:
@@ -226,15 +232,15 @@ def _write(
         _write_four(x, s[0], s[1], s[2], s[3], y)
     else:
         for start in range(0, x.size, CHUNK):
-            some, hot = y[start : start + CHUNK], bits[start : start + CHUNK]
-            n = chunk[: some.size]
+            values, depths = y[start : start + CHUNK], bits[start : start + CHUNK]
+            n = chunk[: values.size]
             _negate(x[start : start + CHUNK], n)
-            some[:] = 0
+            values[:] = 0
             for first in range(0, levels, 4):
                 if bits.size:
-                    _add_hot_four(n, hot, scales, stored, first, some)
+                    _add_coded_four(n, depths, scales, stored, first, values)
                 else:
-                    _add_four(n, scales, stored, first, some)
+                    _add_four(n, scales, stored, first, values)
 
 
 @loop
@@ -254,9 +260,9 @@ def _approximate_rows(
 ) -> None:
     for start in range(0, len(x), len(m)):
         stop = start + len(m)
-        some, own, found = x[start:stop], bits[start:stop], scales[start:stop]
-        _find_scales(some, own, found, m, chunk, sums)
-        _write_rows(some, own, found, found, False, chunk, y[start:stop])
+        group, depths, fitted = x[start:stop], bits[start:stop], scales[start:stop]
+        _find_scales(group, depths, fitted, m, chunk, sums)
+        _write_rows(group, depths, fitted, fitted, False, chunk, y[start:stop])
 
 
 # ---------------------------------------------------------------- codes
@@ -264,7 +270,7 @@ def _approximate_rows(
 
 @part
 def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) -> None:
-    """Write the signs of a level, and take it off what is left."""
+    """Write the signs of a level, and take the level off the negated residual."""
     for j in range(signs.size):
         positive = n[j] < 0
         signs[j] = np.int8(1) if positive else np.int8(-1)
@@ -286,9 +292,9 @@ def _encode_rows(
         _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, chunk, sums)
         for row in range(start, stop):
             for first in range(0, x.shape[1], CHUNK):
-                some = x[row, first : first + CHUNK]
-                n = chunk[: some.size]
-                _negate(some, n)
+                elements = x[row, first : first + CHUNK]
+                n = chunk[: elements.size]
+                _negate(elements, n)
                 for level in range(len(signs)):
                     _set_signs(n, bits[row, first : first + CHUNK], level, scales[row, level],
                                signs[level, row, first : first + CHUNK])  # fmt: skip
@@ -296,6 +302,7 @@ def _encode_rows(
 
 @part
 def _set_bits(n: Array, bits: Array, level: int, scale: float, code: Array) -> None:
+    """The same with the sign as bit `level` of a code."""
     bit, none = np.uint16(1 << level), np.uint16(0)
     for j in range(code.size):
         positive = n[j] < 0
@@ -311,12 +318,12 @@ def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> N
     x, bits, chunk, code = uncounted(x, bits, chunk, code)
     for row in range(len(x)):
         for start in range(0, x.shape[1], CHUNK):
-            some = code[row, start : start + CHUNK]
-            n = chunk[: some.size]
+            packed = code[row, start : start + CHUNK]
+            n = chunk[: packed.size]
             _negate(x[row, start : start + CHUNK], n)
-            some[:] = 0
+            packed[:] = 0
             for level in range(scales.shape[1]):
-                _set_bits(n, bits[row, start : start + CHUNK], level, scales[row, level], some)
+                _set_bits(n, bits[row, start : start + CHUNK], level, scales[row, level], packed)
 
 
 # ---------------------------------------------------------------- as the primitives are called
@@ -348,13 +355,13 @@ def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
 def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     """`greedy.approximate_rows`."""
     wide = in_work_dtype(x)
-    scales, known = np.empty((len(x), levels), wide.dtype), map_of(bits, len(x))
+    scales, depths = np.empty((len(x), levels), wide.dtype), map_of(bits, len(x))
     if y.dtype != wide.dtype:
-        _level_scales(wide, known, scales, _rows(wide), *scratch(wide.dtype))
+        _level_scales(wide, depths, scales, _rows(wide), *scratch(wide.dtype))
         _write_levels(wide, bits, scales, y)
         return
     values = target(y, wide)
-    _approximate_rows(wide, known, scales, _rows(wide), *scratch(wide.dtype), values)
+    _approximate_rows(wide, depths, scales, _rows(wide), *scratch(wide.dtype), values)
     store(values, y)
 
 
@@ -368,12 +375,12 @@ def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
 def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
     """`greedy.encode_rows`."""
     wide = in_work_dtype(x)
-    found = np.empty((len(x), levels), wide.dtype)
-    given = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
-    _encode_rows(wide, map_of(bits, len(x)), found, _rows(wide), *scratch(wide.dtype), given)
-    if given is not signs:
-        place(given, signs)
-    scales[...] = found.T[:, :, None]
+    by_row = np.empty((len(x), levels), wide.dtype)
+    plain = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
+    _encode_rows(wide, map_of(bits, len(x)), by_row, _rows(wide), *scratch(wide.dtype), plain)
+    if plain is not signs:
+        place(plain, signs)
+    scales[...] = by_row.T[:, :, None]
 
 
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
@@ -384,9 +391,9 @@ def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
 
 
 def _rows(x: Array) -> Array:
-    """What magnitudes of rows are kept in, of so many rows as take turns at each level."""
-    rows = max(1, min(len(x), TOGETHER // max(1, x.shape[1])))
-    return memory.scratch("rows", (rows, x.shape[1]), x.dtype)
+    """Scratch for the magnitudes of the rows that take turns at each level."""
+    together = max(1, min(len(x), TOGETHER // max(1, x.shape[1])))
+    return memory.scratch("rows", (together, x.shape[1]), x.dtype)
 
 
 def _stack(scales: tuple[Array, ...], x: Array) -> Array:

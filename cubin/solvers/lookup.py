@@ -1,4 +1,4 @@
-"""What a solver hands out: the scales of some rows, and the codes of their elements."""
+"""Lookup: the result of a solver for some rows, which gives the code or value of each element."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ import numpy as np
 from cubin.codes.levels import decode
 from cubin.core import conversions, passes
 from cubin.core.libraries import Array
-from cubin.solvers.codebook import Cells, fitted
-from cubin.solvers.sorted_rows import Magnitudes
+from cubin.solvers.codebook import Codebook, fitted
+from cubin.solvers.sorted_rows import SortedRows
 
 
-class Fit:
-    """The best scales for the codes of some rows, and where those codes change.
+class Lookup:
+    """The least-squares scales of the codes of some rows, and tables to look up elements by.
+
+    An element's code follows from its magnitude: bisection finds its cell in the codebook.
 
     Parameters
     ----------
-    magnitudes : Magnitudes
-    cells : dict of int to Cells
-        By the number of bits of the elements, for all the rows in their order.
+    magnitudes : SortedRows
+    codebooks : dict of int to Codebook
+        By the number of bits of the elements. Each has all the rows, in their order.
     levels : int
 
     Attributes
     ----------
     scales : list of array in the work dtype, shape (rows, 1)
-        For each level; not negative, NaN in rows that are not finite. They descend unless there
-        is a map, under which levels are nested.
+        For each level. They are not negative, and NaN in rows that are not finite. Without a map
+        they descend. With a map they keep their order, since elements of few bits use the first
+        levels alone.
     """
 
-    def __init__(self, magnitudes: Magnitudes, cells: dict[int, Cells], levels: int) -> None:
+    def __init__(self, magnitudes: SortedRows, codebooks: dict[int, Codebook], levels: int) -> None:
         xp = self._xp = magnitudes.xp
-        scales, _ = fitted(magnitudes, xp.arange(magnitudes.count), cells, levels)
+        scales, _ = fitted(magnitudes, xp.arange(magnitudes.count), codebooks, levels)
         negative = scales < 0
         scales = abs(scales)
         order = xp.arange(levels)[:, None] + xp.zeros_like(negative, np.int64)
@@ -45,26 +48,31 @@ class Fit:
         in_units_of_x = scales[:, :, None] * self._unit
         in_units_of_x[:, ~magnitudes.valid] = np.nan
         self.scales = list(conversions.narrowed(in_units_of_x, magnitudes.work))
-        self._tabulate(cells, negative, order)
+        self._tabulate(codebooks, negative, order)
 
-    def _tabulate(self, cells: dict[int, Cells], negative: Array, order: Array) -> None:
-        """Lay out thresholds and codes by row and, under a map, number of bits, which may be 0."""
+    def _tabulate(self, codebooks: dict[int, Codebook], negative: Array, order: Array) -> None:
+        """Lay out the tables: one for each row, or with a map for each row and number of bits.
+
+        Levels are put in the order of the scales, and the signs of negative scales are flipped.
+        """
         xp, count = self._xp, len(self._unit)
         tables = self._levels + 1 if self._mapped else 1
         self._cells = 1 << max(self._levels - 1, 0)
-        # Nothing lies above the thresholds that a table does not use.
+        # A table with fewer thresholds than there is room for ends on infinities.
         edges = xp.full((count, tables, self._cells - 1), np.inf, self._unit.dtype)
-        # The codes of positive elements, then those of the others, their complements.
+        # First the codes of positive elements, then the complements, which the others have.
         codes = xp.zeros((count, tables, 2, self._cells), np.uint16)
-        for depth, own in cells.items():
+        for depth, codebook in codebooks.items():
             every = np.uint16((1 << depth) - 1)
-            code = xp.zeros_like(own.codes)
+            code = xp.zeros_like(codebook.codes)
             for level in range(depth):
                 source = order[level].astype(np.uint16)
                 flip = xp.take_along_axis(negative, order[level : level + 1], 0)
-                code |= ((own.codes >> source & 1) ^ flip).astype(np.uint16) << np.uint16(level)
+                code |= ((codebook.codes >> source & 1) ^ flip).astype(np.uint16) << np.uint16(
+                    level
+                )
             table = depth if self._mapped else 0
-            edges[:, table, : len(own.thresholds)] = own.thresholds.T
+            edges[:, table, : len(codebook.thresholds)] = codebook.thresholds.T
             codes[:, table, 0, : len(code)] = code.T
             codes[:, table, 1, : len(code)] = (code ^ every).T
         self._edges, self._codes = edges.ravel(), codes.ravel()
@@ -72,7 +80,7 @@ class Fit:
     def codes(self, x: Array, bits: Any) -> Array:
         """The packed codes of elements: bit i is set where level i has the sign +1.
 
-        `x`, (rows, n), and `bits` may be some columns of what was fitted.
+        `x`, (rows, n), and `bits` may be some columns of the rows that were solved.
         """
         codes = self._xp.empty(x.shape, np.uint16)
         for rows in passes.row_slices(x):
@@ -80,7 +88,7 @@ class Fit:
         return codes
 
     def approximate(self, x: Array, bits: Any, y: Array) -> None:
-        """Write what the codes and scales of elements stand for, as `decode` gives it."""
+        """Write the approximation of elements to `y`, to the bit as `decode` gives it."""
         xp, count = self._xp, len(self._unit)
         codes = self._codes.reshape(count, -1)
         depths: Any = np.uint8(self._levels)
@@ -93,18 +101,19 @@ class Fit:
             y[rows] = xp.take(values.ravel(), self._entries(x, bits, rows))
 
     def _entries(self, x: Array, bits: Any, rows: slice) -> Array:
-        """Where the codes of elements of some rows stand among those of all rows."""
+        """The indices into the flat table of codes for the elements of some rows."""
         xp = self._xp
-        own = conversions.computable(x[rows])
-        magnitude = abs(own) / self._unit[rows]
+        elements = conversions.computable(x[rows])
+        magnitude = abs(elements) / self._unit[rows]
         table = xp.arange(len(x))[rows, None]
         if self._mapped:
             table = table * (self._levels + 1) + bits[rows]
         position = self._bisected(magnitude, table)
-        position += (own <= 0) * position.dtype.type(self._cells)
+        position += (elements <= 0) * position.dtype.type(self._cells)
         return position + table * (2 * self._cells)
 
     def _bisected(self, magnitude: Array, table: Array) -> Array:
+        """The number of the cell of each magnitude in its table."""
         xp = self._xp
         first = table * (self._cells - 1) - 1
         position = xp.zeros(magnitude.shape, np.int64)

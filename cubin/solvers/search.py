@@ -1,4 +1,7 @@
-"""The solvers: from the magnitudes of rows to the cells whose codes approximate them."""
+"""The solvers that refit scales: from the magnitudes of rows to their codebooks.
+
+Many rows are solved at a time, by array operations on their sorted magnitudes.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,25 @@ from typing import NamedTuple
 import numpy as np
 
 from cubin.core.libraries import Array
-from cubin.solvers.codebook import DEPENDENT, Cells, fitted, nearest, split, whole
+from cubin.solvers.codebook import DEPENDENT, Codebook, fitted, nearest, split, whole
 from cubin.solvers.solver import Solver
-from cubin.solvers.sorted_rows import Magnitudes
+from cubin.solvers.sorted_rows import SortedRows
 
 MAX_ITERATIONS = 1000
-"""Where alternating to convergence stops at the latest."""
+"""Upper limit of the iterations where alternating goes on until it converges."""
 
-# How often every start of the search alternates, and the best of them, before a level is added.
 SCREENED = 5
+"""Iterations of every start of the search for the optimum, before the best start is chosen."""
+
 SETTLED = 20
+"""Iterations of the best start, before the search adds a level."""
 
-# The sizes of an added scale, relative to the largest there is.
 ADDED = 2.0 ** np.arange(-4, 1, 0.5)
+"""The sizes that the search tries for an added scale, relative to the largest scale so far."""
 
-# The best scales known for normal samples of variance 1, for each number of levels from 4 on. At 5
-# and 6 they come from some 1e4 random starts, elsewhere from cubin.theory.optimal. Adding one scale
-# at a time misses them by 1 to 5 % of the error.
+# The best scales known for normal samples of variance 1, by the number of levels. Those of 5 and 6
+# levels come from some 1e4 random starts, the others from cubin.theory.optimal. The search starts
+# from them, too: adding one scale at a time ends on an error that is 1 to 5 % larger.
 NORMAL = {
     4: (1.1286, 0.7088, 0.5567, 0.2960),
     5: (0.9904, 0.9205, 0.5989, 0.4734, 0.2455),
@@ -34,26 +39,26 @@ NORMAL = {
 NORMAL_MEAN = (2 / np.pi) ** 0.5
 
 STARTS = len(ADDED) + 1
-"""The most scales for a row that a solver alternates at a time."""
+"""The most starts for a row that the search alternates at a time."""
 
 
 class Scales(NamedTuple):
-    """Scales that are not negative, and what they gain.
+    """Scales that are not negative, and their gain. A row may have several starts of the search.
 
     Attributes
     ----------
     values : array of float64, shape (levels, starts * rows)
-        Those of all rows for the first start come first.
+        The first start of all rows comes first, then the second of all rows, and so on.
     gain : array of float64, shape (starts * rows,)
-        By how much they lower the sum of squares; a lower bound of it.
+        By how much the scales lower the sum of squares, or a lower bound of that.
     """
 
     values: Array
     gain: Array
 
 
-def cells(magnitudes: Magnitudes, levels: int, solver: Solver) -> dict[int, Cells]:
-    """The cells that a solver finds."""
+def codebooks(magnitudes: SortedRows, levels: int, solver: Solver) -> dict[int, Codebook]:
+    """The codebooks that a solver finds, by the number of bits of the elements."""
     if solver.name == "optimal":
         return optimal(magnitudes, levels)
     if solver.refit:
@@ -61,23 +66,23 @@ def cells(magnitudes: Magnitudes, levels: int, solver: Solver) -> dict[int, Cell
     return alternating(magnitudes, levels, solver.iterations)
 
 
-def refined(magnitudes: Magnitudes, levels: int) -> dict[int, Cells]:
-    """The cells of successive levels, with the scales refitted after each."""
+def refined(magnitudes: SortedRows, levels: int) -> dict[int, Codebook]:
+    """The codebooks of successive levels, where all scales are refitted after each level."""
     return _successive(magnitudes, levels, refit=True)
 
 
-def alternating(magnitudes: Magnitudes, levels: int, iterations: int | None) -> dict[int, Cells]:
-    """The cells after iterations of nearest codes and least squares, from the greedy codes on."""
-    cells = _successive(magnitudes, levels, refit=False)
+def alternating(magnitudes: SortedRows, levels: int, iterations: int | None) -> dict[int, Codebook]:
+    """The codebooks after the greedy codes and iterations of least squares and nearest codes."""
+    greedy = _successive(magnitudes, levels, refit=False)
     if iterations == 0:
-        return cells
-    start = _fitted(magnitudes, cells, levels)
+        return greedy
+    start = _fitted(magnitudes, greedy, levels)
     before = MAX_ITERATIONS if iterations is None else iterations - 1
     return _nearest(magnitudes, _alternated(magnitudes, start, before).values)
 
 
-def optimal(magnitudes: Magnitudes, levels: int) -> dict[int, Cells]:
-    """The cells of the best scales found: of all there are, for one or two levels."""
+def optimal(magnitudes: SortedRows, levels: int) -> dict[int, Codebook]:
+    """The codebooks of the best scales that are found. For one or two levels they are optimal."""
     xp = magnitudes.xp
     best = _fitted(magnitudes, _successive(magnitudes, 1, refit=False), 1).values
     mean = best[0]
@@ -90,42 +95,45 @@ def optimal(magnitudes: Magnitudes, levels: int) -> dict[int, Cells]:
             starts.append(xp.asarray(NORMAL[count])[:, None] * (mean / NORMAL_MEAN))
         values = xp.concatenate(starts, axis=1)
         unknown = Scales(values, xp.full(values.shape[1], -np.inf))
-        found = [_best(magnitudes, _alternated(magnitudes, unknown, SCREENED))]
-        # From where the other solvers start, so that none of them ends up better.
+        candidates = [_best(magnitudes, _alternated(magnitudes, unknown, SCREENED))]
+        # The results of the other solvers are starts, so that none of them ends up better.
         for refit in (False, True):
-            cells = _successive(magnitudes, count, refit=refit)
-            found.append(_fitted(magnitudes, cells, count))
-        together = Scales(*(xp.concatenate(part, axis=-1) for part in zip(*found, strict=True)))
+            successive = _successive(magnitudes, count, refit=refit)
+            candidates.append(_fitted(magnitudes, successive, count))
+        fields = zip(*candidates, strict=True)
+        together = Scales(*(xp.concatenate(field, axis=-1) for field in fields))
         iterations = MAX_ITERATIONS if count == levels else SETTLED
         best = _best(magnitudes, _alternated(magnitudes, together, iterations)).values
     return _nearest(magnitudes, best)
 
 
-def _fitted(magnitudes: Magnitudes, cells: dict[int, Cells], levels: int) -> Scales:
+def _fitted(magnitudes: SortedRows, codebooks: dict[int, Codebook], levels: int) -> Scales:
+    """The sizes of the least-squares scales of all rows."""
     rows = magnitudes.xp.arange(magnitudes.count)
-    scales, gain = fitted(magnitudes, rows, cells, levels)
+    scales, gain = fitted(magnitudes, rows, codebooks, levels)
     return Scales(abs(scales), gain)
 
 
-def _best(magnitudes: Magnitudes, scales: Scales) -> Scales:
-    """For each row the scales that gain most."""
+def _best(magnitudes: SortedRows, scales: Scales) -> Scales:
+    """For each row the start with the largest gain."""
     xp = magnitudes.xp
     gain = scales.gain.reshape(-1, magnitudes.count)
     chosen = gain.argmax(axis=0) * magnitudes.count + xp.arange(magnitudes.count)
     return Scales(scales.values[:, chosen], scales.gain[chosen])
 
 
-def _nearest(magnitudes: Magnitudes, scales: Array) -> dict[int, Cells]:
+def _nearest(magnitudes: SortedRows, scales: Array) -> dict[int, Codebook]:
+    """The codebooks that give each magnitude the nearest sum of its levels."""
     dtype = magnitudes.unit.dtype
     depths = {depth: min(depth, len(scales)) for depth in magnitudes.depths}
     by_depth = {depth: nearest(scales, depth, dtype) for depth in set(depths.values())}
     return {depth: by_depth[reached] for depth, reached in depths.items()}
 
 
-def _alternated(magnitudes: Magnitudes, start: Scales, iterations: int) -> Scales:
+def _alternated(magnitudes: SortedRows, start: Scales, iterations: int) -> Scales:
     """Scales after iterations of nearest codes and least squares.
 
-    Where an iteration does not raise the gain, the scales stay as they are for good.
+    A row stops at the first iteration that does not raise its gain, and keeps its scales.
     """
     xp = magnitudes.xp
     values, gain = start.values.copy(), start.gain.copy()
@@ -133,8 +141,8 @@ def _alternated(magnitudes: Magnitudes, start: Scales, iterations: int) -> Scale
     for _ in range(iterations):
         if not len(active):
             break
-        cells = _nearest(magnitudes, values[:, active])
-        renewed, raised = fitted(magnitudes, active % magnitudes.count, cells, len(values))
+        codebooks = _nearest(magnitudes, values[:, active])
+        renewed, raised = fitted(magnitudes, active % magnitudes.count, codebooks, len(values))
         better = raised > gain[active]
         active = active[better]
         values[:, active] = abs(renewed[:, better])
@@ -142,48 +150,49 @@ def _alternated(magnitudes: Magnitudes, start: Scales, iterations: int) -> Scale
     return Scales(values, gain)
 
 
-def _successive(magnitudes: Magnitudes, levels: int, *, refit: bool) -> dict[int, Cells]:
-    """One level after the other, each with the signs of the residual.
+def _successive(magnitudes: SortedRows, levels: int, *, refit: bool) -> dict[int, Codebook]:
+    """The codebooks of levels that are added one by one, each with the signs of the residual.
 
-    With `refit`, the scales so far become those of least squares before the next level; without,
+    With `refit`, all scales so far are refitted by least squares before the next level. Without,
     a scale is the mean of the residual's magnitude, as in the greedy algorithm.
     """
     xp, count = magnitudes.xp, magnitudes.count
     rows = xp.arange(count)
     scales = xp.zeros((levels, count))
     current = whole(count, magnitudes.unit.dtype, xp)
-    cells = dict.fromkeys(magnitudes.depths, current)
+    codebooks = dict.fromkeys(magnitudes.depths, current)
     for level in range(levels):
         if level:
             current = split(current, scales, level)
-        hot = [depth for depth in cells if depth > level]
-        cells.update(dict.fromkeys(hot, current))
+        coded = [depth for depth in codebooks if depth > level]
+        codebooks.update(dict.fromkeys(coded, current))
         if refit:
-            scales[: level + 1], _ = fitted(magnitudes, rows, cells, level + 1)
+            scales[: level + 1], _ = fitted(magnitudes, rows, codebooks, level + 1)
         else:
-            scales[level] = _mean_residual(magnitudes, rows, hot, current, scales[:level])
-    return cells
+            scales[level] = _mean_residual(magnitudes, rows, coded, current, scales[:level])
+    return codebooks
 
 
 def _mean_residual(
-    magnitudes: Magnitudes, rows: Array, depths: list[int], cells: Cells, scales: Array
+    magnitudes: SortedRows, rows: Array, depths: list[int], codebook: Codebook, scales: Array
 ) -> Array:
-    """The mean magnitude of what the scales leave of the elements of these numbers of bits."""
+    """The mean magnitude of the residuals after `scales`, over elements of some numbers of bits."""
     xp = magnitudes.xp
-    value, sign = cells.values(scales), cells.signs(len(scales))
+    value, sign = codebook.values(scales), codebook.signs(len(scales))
     total = count = xp.zeros(len(rows))
     for depth in depths:
-        mass, first = magnitudes.sums(rows, depth, cells.thresholds)
+        mass, first = magnitudes.sums(rows, depth, codebook.thresholds)
         total = total + (sign * (first - mass * value)).sum(axis=0)
         count = count + mass.sum(axis=0)
     return total / xp.where(count > 0, count, 1)
 
 
-def _best_pair(magnitudes: Magnitudes) -> Array:
+def _best_pair(magnitudes: SortedRows) -> Array:
     """The two scales, (2, rows), of the least error for elements of 1 or 2 bits.
 
-    With the best scales one level has the sign of the element, and the other that of the
-    residual, which changes at one magnitude: all magnitudes are tried, for either level.
+    With the best scales, one level has the sign of the element. The other has the sign of the
+    residual, which changes at a single magnitude. So all magnitudes are tried as that threshold,
+    for either level.
     """
     xp = magnitudes.xp
     depth = 2 if magnitudes.mapped else magnitudes.depths[0]
@@ -209,8 +218,9 @@ def _best_pair(magnitudes: Magnitudes) -> Array:
             initial = (target - across * second) / xp.where(whole_mass > 0, whole_mass, 1)
             gain = initial * target + second * other
             at = gain.argmax(axis=1)[:, None]
-            found = (xp.take_along_axis(a, at, 1)[:, 0] for a in (initial, second, gain))
-            initial, second, gain = found
+            initial, second, gain = (
+                xp.take_along_axis(a, at, 1)[:, 0] for a in (initial, second, gain)
+            )
             better = gain > best.gain
             best = Scales(
                 xp.where(better, abs(xp.stack([initial, second])), best.values),

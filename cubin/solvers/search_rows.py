@@ -1,8 +1,8 @@
 """The solvers `refined` and `alternating` on whole rows: on a device in one launch.
 
-A team of threads holds the magnitudes of a row, unsorted, as `cubin.core.teams` describes. Each
-least-squares step is one pass over them for every threshold. The compiled loops do the same with a
-row that is in the cache.
+A team of threads holds the magnitudes of a row in registers, as `cubin.core.teams` describes. They
+are not sorted: a least-squares step goes over them once for every threshold. The compiled loops do
+the same with a row in the cache.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from cubin.codes.levels import decode, level_signs
 from cubin.core import teams
 from cubin.core.primitives import FLOATS, raw, source
 from cubin.solvers import search
-from cubin.solvers.lookup import Fit
-from cubin.solvers.sorted_rows import Magnitudes
+from cubin.solvers.lookup import Lookup
+from cubin.solvers.sorted_rows import SortedRows
 
 _CUDA = source(__file__)
 
 MAX_LEVELS = 4
-"""From here on sorting pays: the thresholds double with every level."""
+"""The most levels. Beyond, sorting is faster: the thresholds double with every level."""
 
 LOOPS_FROM = 1 << 16
-"""Elements from which on compiled loops work, whatever is loaded: they round in another way."""
+"""Elements from which on the compiled loops are used, whether Numba is loaded already or not.
+
+They add in another order than the body, so that the choice must depend on the array alone."""
 
 ROOM: teams.Room = ((16, 12, 8), (16, 12, 8), (8, 8, 4))
-"""How many elements a thread holds, beside the state of a solver."""
+"""How many elements a thread holds. It has fewer registers for them than greedy: a solver's state
+takes some."""
 
 
 @raw(
@@ -41,9 +44,9 @@ ROOM: teams.Room = ((16, 12, 8), (16, 12, 8), (8, 8, 4))
 def reconstruct_rows(
     x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int, *, y: np.ndarray
 ) -> None:
-    """What the codes and scales of whole rows stand for."""
-    fit = _fitted(x, bits, levels, refit, iterations)
-    decode.function(fit.codes(x, bits), bits, *fit.scales, y=y)
+    """The approximation of whole rows."""
+    lookup = _solved(x, bits, levels, refit, iterations)
+    decode.function(lookup.codes(x, bits), bits, *lookup.scales, y=y)
 
 
 @raw(
@@ -67,18 +70,18 @@ def solve_rows(
     signs: np.ndarray,
 ) -> None:
     """The scales of whole rows, (levels, rows, 1), and their signs, (levels, rows, length)."""
-    fit = _fitted(x, bits, levels, refit, iterations)
-    code = fit.codes(x, bits)
-    for level, scale in enumerate(fit.scales):
+    lookup = _solved(x, bits, levels, refit, iterations)
+    code = lookup.codes(x, bits)
+    for level, scale in enumerate(lookup.scales):
         scales[level] = scale
         level_signs.function(code, bits, np.uint8(level), sign=signs[level])
 
 
-def _fitted(x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int) -> Fit:
-    magnitudes = Magnitudes(x, bits, levels, None)
-    cells = (
+def _solved(x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int) -> Lookup:
+    magnitudes = SortedRows(x, bits, levels, None)
+    codebooks = (
         search.refined(magnitudes, levels)
         if refit
         else search.alternating(magnitudes, levels, iterations)
     )
-    return Fit(magnitudes, cells, levels)
+    return Lookup(magnitudes, codebooks, levels)

@@ -1,12 +1,13 @@
-"""The solvers `refined` and `alternating` as compiled loops, a row at a time.
+"""The primitives of `search_rows.py` as compiled loops, which go row by row without sorting.
 
-They do what `cubin.solvers.search` does, without sorting: the elements above an edge of cells are
-added up in one pass over the row, while it is in the cache. They take float32, for which no square
-in float64 overflows or vanishes, and elements that all have the same number of bits, up to 4.
+They find what `cubin.solvers.search` finds. The magnitudes above the lower edge of a cell are added
+up in one pass over the row, which is in the cache. The loops take float32, whose squares neither
+overflow nor vanish in float64, and rows without a map and of up to 4 levels. All other rows are
+sorted, by `sorted_rows_loops.py`.
 
-What the cells of a row hold is kept as `number` and `total`: how many magnitudes lie above the
-lower edge of a cell, and their sum. `equations` are the normal equations of least squares: the
-lower triangle, and the right side as one more line.
+`number` and `total` have an entry for each cell of a row: how many magnitudes lie above its lower
+edge, and their sum. `equations` are the normal equations of least squares: the lower triangle, and
+below it the right side as one more row.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from cubin.solvers.codebook import DEPENDENT
 from cubin.solvers.solver import Solver
 
 CHUNK = 1 << 13
-"""Elements that stay in the first cache while they are added up above one edge after the other."""
+"""Elements that stay in the first-level cache while they are compared with all edges in turn."""
 
 LONGEST_KEPT = 1 << 19
-"""Elements of the longest row whose magnitudes are kept; else they are found chunk by chunk."""
+"""Elements of the longest row whose magnitudes are stored. Those of longer rows are computed again
+in every pass, chunk by chunk."""
 
-# What magnitudes are divided by where four of them overflow.
 _UNIT = 4.0
+"""What the magnitudes of a row are divided by where the sum of four of them overflows."""
 
 
 @part
@@ -50,18 +52,20 @@ def _rounded_down(value: float) -> Any:
 
 @part
 def _padded(size: int) -> int:
-    """Elements that fill four columns of whole registers."""
+    """`size` rounded up so that four columns fill whole vector registers."""
     return -(-size // 32) * 32
 
 
 # ---------------------------------------------------------------- sums
 
 
-# Four are added in float32: numbers that are equal do not round. NaN is not below an edge, so that
-# it shows in the sums.
 @part
 def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
-    """Add up what lies above an edge in columns of four, and give its number."""
+    """Write the sums, four magnitudes each, of those above an edge; return their number.
+
+    Four are added in float32, in pairs, so that equal numbers do not round. NaN is not below any
+    edge, so that it shows in the sums.
+    """
     zero, below, n = np.float32(0), np.int32(0), sums.size
     for j in range(n):
         a, b, c, d = m[j], m[j + n], m[j + 2 * n], m[j + 3 * n]
@@ -77,9 +81,10 @@ def _add_up(
     x: Array, unit: float, m: Array, edges: Array, cells: range, number: Array, total: Array,
     sums_of_four: Array,
 ) -> None:  # fmt: skip
-    """Find what lies above the lower edges of cells.
+    """Write the number and total of magnitudes above the lower edges of some cells.
 
-    `m` are the magnitudes of a row, or what they are written to, chunk by chunk, if it is shorter.
+    `m` holds the magnitudes of the row. If it is shorter than the row, it is scratch that they are
+    written to, chunk by chunk.
     """
     x, m, edges, sums_of_four = uncounted(x, m, edges, sums_of_four)
     number, total = uncounted(number, total)
@@ -111,6 +116,7 @@ def _signed(value: float, code: int, level: int) -> float:
 def _set_equations(
     codes: Array, levels: int, number: Array, total: Array, equations: Array
 ) -> None:
+    """Write the normal equations of the first `levels` levels."""
     for j in range(levels):
         equations[levels, j] = 0
         for i in range(j):
@@ -129,7 +135,7 @@ def _set_equations(
 
 @part
 def _mean(equations: Array, level: int, scales: Array) -> float:
-    """The mean of what the levels before leave of the magnitudes, with the signs of a level."""
+    """The greedy scale of a level: the mean of its signs times the residuals of those before."""
     total = equations[level + 1, level]
     for i in range(level):
         total -= equations[level, i] * scales[i]
@@ -138,11 +144,11 @@ def _mean(equations: Array, level: int, scales: Array) -> float:
 
 @loop
 def _solve(equations: Array, levels: int, scales: Array) -> float:
-    """Write the least-squares scales, which overwrites the equations; give what they explain."""
+    """Write the least-squares scales and return their gain; the equations are overwritten."""
     count = equations[0, 0]
     for p in range(levels):
         pivot, right = equations[p, p], equations[levels, p]
-        # A level whose signs depend linearly on those before it adds nothing.
+        # The scale is 0 where a level's signs depend linearly on those of the levels before it.
         inverse = 1 / pivot if pivot > DEPENDENT * count else 0.0
         scales[p] = right * inverse
         for j in range(p + 1, levels):
@@ -163,10 +169,10 @@ def _solve(equations: Array, levels: int, scales: Array) -> float:
 
 @loop
 def _nearest(scales: Array, levels: int, edges: Array, codes: Array, sums: Array) -> None:
-    """The cells in which each magnitude takes the nearest sum of levels."""
+    """Write the edges and codes of the cells in which the nearest sum of levels is the same."""
     cells = 1 << (levels - 1)
     for cell in range(cells):
-        # In the order in which levels are added one by one: the last decides first.
+        # Bit i of the cell's number is the sign of level i + 1; level 0 has the sign +.
         code, value = 1, abs(scales[0])
         for level in range(1, levels):
             plus = cell >> (level - 1) & 1
@@ -187,9 +193,9 @@ def _nearest(scales: Array, levels: int, edges: Array, codes: Array, sums: Array
 def _split(
     scales: Array, level: int, edges: Array, codes: Array, number: Array, total: Array
 ) -> None:
-    """Every cell cut where the residual after the first levels changes its sign.
+    """Cut every cell where the residual after the first `level` levels changes its sign.
 
-    What lies above the edges that there were is known.
+    The number and total above an old edge are known, and move with it.
     """
     cells = 1 << (level - 1)
     for cell in range(cells - 1, -1, -1):
@@ -197,7 +203,7 @@ def _split(
         for i in range(level):
             value += _signed(scales[i], codes[cell], i)
         cut = _rounded_down(value)
-        # The edges above this cell have moved up already.
+        # Cells are cut from the last to the first: the edges above this one have moved already.
         if cell + 1 < cells:
             edges[2 * cell + 1] = edges[cell]
             cut = min(cut, edges[cell])
@@ -211,19 +217,19 @@ def _split(
 
 @part
 def _in_order(
-    found: Array, unit: float, codes: Array, moved: Array, scales: Array, row: int
+    fitted: Array, unit: float, codes: Array, moved: Array, scales: Array, row: int
 ) -> None:
-    """Write scales that are not negative and descend, and change the codes to go with them."""
-    levels = len(found)
+    """Write the scales made positive and sorted to descend, and change the codes accordingly."""
+    levels = len(fitted)
     moved[:] = 0
     for level in range(levels):
-        own, place = abs(found[level]), 0
+        size, place = abs(fitted[level]), 0
         for other in range(levels):
-            more = abs(found[other])
-            place += more > own or (more == own and other < level)
-        scales[place, row] = np.float32(own * unit)
+            other_size = abs(fitted[other])
+            place += other_size > size or (other_size == size and other < level)
+        scales[place, row] = np.float32(size * unit)
         for cell in range(len(codes)):
-            moved[cell] |= (codes[cell] >> level & 1 ^ int(found[level] < 0)) << place
+            moved[cell] |= (codes[cell] >> level & 1 ^ int(fitted[level] < 0)) << place
     codes[:] = moved
 
 
@@ -232,9 +238,9 @@ def _in_order(
 
 @part
 def _magnitudes(x: Array, unit: float, m: Array) -> None:
-    """|x| in a unit that is a power of 2, or 0 if that is NaN, as in rows that are not finite.
+    """Write |x| / unit, or 0 where the unit is NaN, which marks a row that is not finite.
 
-    What is left of `m` lies below all edges.
+    The unit is a power of two. The rest of `m`, which fills its columns, lies below all edges.
     """
     inverse = np.float32(1 / unit)
     if inverse > 0:
@@ -254,7 +260,7 @@ def _is_finite(x: Array) -> bool:
 
 
 @loop
-def fit(
+def _solve_rows(
     x: Array, levels: int, refit: bool, iterations: int, scales: Array, edges: Array, codes: Array
 ) -> None:
     """Solve rows.
@@ -264,65 +270,66 @@ def fit(
     x : array of float32, shape (rows, n)
     levels : int
     refit : bool
-        Whether to stop at the refined cells; else alternate from the greedy ones on.
+        Whether the solver is `refined`; else `alternating`.
     iterations : int
-        Of alternating.
+        The most iterations of `alternating`.
     scales : array of float32, shape (levels, rows)
         Descending; NaN in rows that are not finite.
     edges : array of float32, shape (rows, cells - 1)
     codes : array of uint16, shape (rows, cells)
-        Those of positive elements.
+        The codes of positive elements.
     """
     x, scales, edges, codes = uncounted(x, scales, edges, codes)
     cells = 1 << (levels - 1)
-    kept = x.shape[1] <= LONGEST_KEPT
-    m = np.empty(_padded(x.shape[1]) if kept else CHUNK, np.float32)
+    stored = x.shape[1] <= LONGEST_KEPT
+    m = np.empty(_padded(x.shape[1]) if stored else CHUNK, np.float32)
     four = np.empty(min(m.size, CHUNK) // 4, np.float32)
     moved = np.empty(cells, codes.dtype)
     number, total, sums = np.empty(cells), np.empty(cells), np.empty(cells)
     equations = np.empty((levels + 1, levels))
-    found = np.empty(levels)
+    fitted = np.empty(levels)
     for row in range(len(x)):
-        own, edge, code = x[row], edges[row], codes[row]
+        elements, edge, code = x[row], edges[row], codes[row]
         unit = 1.0
-        if kept:
-            _magnitudes(own, unit, m)
-        _add_up(own, unit, m, edge, range(1), number, total, four)
+        if stored:
+            _magnitudes(elements, unit, m)
+        _add_up(elements, unit, m, edge, range(1), number, total, four)
         if not total[0] < np.inf:
-            unit = _UNIT if _is_finite(own) else np.nan
-            if kept:
-                _magnitudes(own, unit, m)
-            _add_up(own, unit, m, edge, range(1), number, total, four)
+            unit = _UNIT if _is_finite(elements) else np.nan
+            if stored:
+                _magnitudes(elements, unit, m)
+            _add_up(elements, unit, m, edge, range(1), number, total, four)
         code[0] = 1
         for level in range(levels):
             if level:
-                _split(found, level, edge, code, number, total)
-                _add_up(own, unit, m, edge, range(1, 1 << level, 2), number, total, four)
+                _split(fitted, level, edge, code, number, total)
+                _add_up(elements, unit, m, edge, range(1, 1 << level, 2), number, total, four)
             _set_equations(code, level + 1, number, total, equations)
             if refit:
-                _solve(equations, level + 1, found)
+                _solve(equations, level + 1, fitted)
             else:
-                found[level] = _mean(equations, level, found)
+                fitted[level] = _mean(equations, level, fitted)
         if not refit:
-            gain = _solve(equations, levels, found)
+            gain = _solve(equations, levels, fitted)
             for _ in range(iterations):
-                _nearest(found, levels, edge, code, sums)
-                _add_up(own, unit, m, edge, range(1, cells), number, total, four)
+                _nearest(fitted, levels, edge, code, sums)
+                _add_up(elements, unit, m, edge, range(1, cells), number, total, four)
                 _set_equations(code, levels, number, total, equations)
-                raised = _solve(equations, levels, found)
+                raised = _solve(equations, levels, fitted)
                 if not raised > gain:
                     break
                 gain = raised
         if unit > 1:
             edge *= _UNIT
-        _in_order(found, unit, code, moved, scales, row)
+        _in_order(fitted, unit, code, moved, scales, row)
 
 
-# ---------------------------------------------------------------- what they give
+# ---------------------------------------------------------------- codes and values of elements
 
 
 @part
-def _of_four(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
+def _of_four(x: Array, edges: Array, table: Array, mirror: Any, y: Array) -> None:
+    """`_look_up` for a row with up to four cells: edges and entries stay in registers."""
     never = np.float32(np.inf)
     a = edges[0] if edges.size > 0 else never
     b, c = (edges[1], edges[2]) if edges.size > 1 else (never, never)
@@ -331,63 +338,65 @@ def _of_four(x: Array, edges: Array, table: Array, mirror: Any, given: Array) ->
     r, s = (table[2], table[3]) if table.size > 2 else (q, q)
     for j in range(x.size):
         m = abs(x[j])
-        own = q if m > a else p
-        own = r if m > b else own
-        own = s if m > c else own
-        given[j] = mirror - own if x[j] <= 0 else own
+        entry = q if m > a else p
+        entry = r if m > b else entry
+        entry = s if m > c else entry
+        y[j] = mirror - entry if x[j] <= 0 else entry
 
 
 @part
-def _of_eight(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
+def _of_eight(x: Array, edges: Array, table: Array, mirror: Any, y: Array) -> None:
+    """The same with eight cells."""
     a, b, c, d, e, f, g = edges[0], edges[1], edges[2], edges[3], edges[4], edges[5], edges[6]
     p, q, r, s = table[0], table[1], table[2], table[3]
     t, u, v, w = table[4], table[5], table[6], table[7]
     for j in range(x.size):
         m = abs(x[j])
-        own = q if m > a else p
-        own = r if m > b else own
-        own = s if m > c else own
-        own = t if m > d else own
-        own = u if m > e else own
-        own = v if m > f else own
-        own = w if m > g else own
-        given[j] = mirror - own if x[j] <= 0 else own
+        entry = q if m > a else p
+        entry = r if m > b else entry
+        entry = s if m > c else entry
+        entry = t if m > d else entry
+        entry = u if m > e else entry
+        entry = v if m > f else entry
+        entry = w if m > g else entry
+        y[j] = mirror - entry if x[j] <= 0 else entry
 
 
 @loop
-def give(x: Array, edges: Array, table: Array, mirror: Any, given: Array) -> None:
-    """Write for each element, (rows, n), what the table of its row has for its cell.
+def _look_up(x: Array, edges: Array, table: Array, mirror: Any, y: Array) -> None:
+    """Write, for each element of (rows, n), the entry of its cell in the table of its row.
 
-    Elements that are not positive get `mirror` less that.
+    Elements that are not positive get `mirror` minus that entry.
     """
-    x, edges, table, given = uncounted(x, edges, table, given)
+    x, edges, table, y = uncounted(x, edges, table, y)
     for row in range(len(x)):
         if table.shape[1] > 4:
-            _of_eight(x[row], edges[row], table[row], mirror, given[row])
+            _of_eight(x[row], edges[row], table[row], mirror, y[row])
         else:
-            _of_four(x[row], edges[row], table[row], mirror, given[row])
+            _of_four(x[row], edges[row], table[row], mirror, y[row])
 
 
 # ---------------------------------------------------------------- as the primitives are called
 
 
 def _takes(x: Array, bits: Any, levels: int) -> bool:
-    """Whether there are loops for such rows; others are sorted."""
+    """Whether the loops here can solve such rows; others are sorted."""
     return x.dtype != np.float64 and np.ndim(bits) == 0 and levels <= search_rows.MAX_LEVELS
 
 
 def _sorted(x: Array, bits: Any, levels: int, refit: bool, iterations: int) -> Any:
+    """The lookup of rows that are solved by sorting them."""
     solver = Solver("refined" if refit else "alternating", levels, refit, iterations)
-    return sorted_rows_loops.Fit(x, bits, levels, None, solver)
+    return sorted_rows_loops.Lookup(x, bits, levels, None, solver)
 
 
-def _fitted(x: Array, levels: int, refit: bool, iterations: int) -> tuple[Array, Array, Array]:
-    """The scales, (levels, rows), edges of cells and codes of positive elements of rows."""
+def _solved(x: Array, levels: int, refit: bool, iterations: int) -> tuple[Array, Array, Array]:
+    """The scales, (levels, rows), and the edges and codes of the cells of each row."""
     cells = 1 << (levels - 1)
     scales = np.empty((levels, len(x)), np.float32)
     edges = np.empty((len(x), cells - 1), np.float32)
     codes = np.empty((len(x), cells), np.uint16)
-    fit(x, levels, refit, iterations, scales, edges, codes)
+    _solve_rows(x, levels, refit, iterations, scales, edges, codes)
     return scales, edges, codes
 
 
@@ -399,13 +408,13 @@ def reconstruct_rows(
         _sorted(x, bits, levels, refit, iterations).approximate(x, bits, y)
         return
     wide = in_work_dtype(x)
-    scales, edges, codes = _fitted(wide, levels, refit, iterations)
+    scales, edges, codes = _solved(wide, levels, refit, iterations)
     values = np.empty(codes.shape, y.dtype)
     decode(codes, np.uint8(levels), *scales[:, :, None], y=values)
-    given = target(y, wide)
-    # The sums of levels are odd, and +0 where they cancel.
-    give(wide, edges, values.astype(wide.dtype, copy=False), wide.dtype.type(0), given)
-    store(given, y)
+    result = target(y, wide)
+    # The value of -x is that of x, negated: 0 minus it, which is +0 where levels cancel.
+    _look_up(wide, edges, values.astype(wide.dtype, copy=False), wide.dtype.type(0), result)
+    store(result, y)
 
 
 def solve_rows(
@@ -413,16 +422,16 @@ def solve_rows(
 ) -> None:
     """`search_rows.solve_rows`."""
     if not _takes(x, bits, levels):
-        fit = _sorted(x, bits, levels, refit, iterations)
-        scales[...] = fit.scales
-        code = fit.codes(x, bits)
+        lookup = _sorted(x, bits, levels, refit, iterations)
+        scales[...] = lookup.scales
+        code = lookup.codes(x, bits)
         for level in range(levels):
             level_signs(code, bits, np.uint8(level), sign=signs[level])
         return
     wide = in_work_dtype(x)
-    found, edges, codes = _fitted(wide, levels, refit, iterations)
-    scales[...] = found[:, :, None]
+    fitted, edges, codes = _solved(wide, levels, refit, iterations)
+    scales[...] = fitted[:, :, None]
     code = memory.scratch("codes", x.shape, np.uint16)
-    give(wide, edges, codes, np.uint16((1 << levels) - 1), code)
+    _look_up(wide, edges, codes, np.uint16((1 << levels) - 1), code)
     for level in range(levels):
         level_signs(code, bits, np.uint8(level), sign=signs[level])

@@ -1,4 +1,4 @@
-"""Solver: what a solver does, by name."""
+"""Solver: the settings of each solver, by name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Solver:
     ----------
     name : str
     most_bits : int
-        The most levels that it takes.
+        The most levels that the solver takes.
     refit : bool
-        Whether all scales so far are refitted by least squares after each level.
+        Whether all scales so far are refitted by least squares after each level is added.
     iterations : int or None
-        How often codes and scales are renewed in turn after the greedy levels; None goes on until
+        How often codes and scales are renewed in turn after the greedy levels. None goes on until
         the error stops falling.
     """
 
@@ -44,7 +44,7 @@ SOLVERS = {
 
 
 def solver_of(name: str, iterations: int | None) -> Solver:
-    """The solver of this name; `iterations` is for ``alternating`` alone.
+    """The solver of this name. `iterations` has an effect on ``alternating`` alone.
 
     Raises
     ------

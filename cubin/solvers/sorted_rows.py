@@ -1,9 +1,9 @@
-"""Rows as sorted magnitudes with running sums, from which the sums of any cell follow at once.
+"""SortedRows: the sorted magnitudes of rows, with running sums.
 
-The levels of a binary code are symmetric about zero, so a solver need only know the magnitudes
-|x|. Once these are sorted, a cell between two thresholds is a run of them, found by bisection, and
-its number and sum of elements are differences of running sums. An iteration of a solver thus costs
-a few lookups per level and row, whatever the length of the row.
+The levels of a binary code are symmetric about zero, so that a solver needs the magnitudes |x|
+alone. Once they are sorted, the elements of a cell are neighbours: bisection finds where they start
+and stop, and their number and sum are differences of running sums. So an iteration of a solver
+costs some lookups per threshold and row, which hardly depend on the length of the row.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from cubin.core.floats import as_integers
 from cubin.core.libraries import Array
 
 CHUNK = 1 << 17
-"""Running sums that are worked on at a time."""
+"""Running sums that `below_each` gives at a time."""
 
 
-class Magnitudes:
-    """The magnitudes of each row, ascending among the elements with the same number of bits.
+class SortedRows:
+    """The magnitudes of rows, sorted by the number of bits and then by size.
 
     Parameters
     ----------
@@ -32,14 +32,14 @@ class Magnitudes:
     levels : int
         The largest number of bits.
     importance : array of shape (rows, n), optional
-        The weights of the squared errors; a row of which they are all 0 counts as unweighted.
+        The weights of the squared errors. A row whose weights are all 0 counts as unweighted.
 
     Attributes
     ----------
     unit : array, shape (rows, 1)
-        The power of two that x is divided by, so that no square can overflow or vanish. It has the
-        dtype of the magnitudes: the work dtype, but float64 on a device, where CuPy's functions
-        lose small float32 numbers.
+        The power of two that x is divided by, so that no square can overflow or vanish. Its dtype
+        is that of the magnitudes: the work dtype on the host, float64 on a device, since CuPy's
+        functions take small float32 numbers for 0.
     work : dtype
         The work dtype of x.
     valid : array of bool, shape (rows,)
@@ -65,8 +65,8 @@ class Magnitudes:
         magnitude[~self.valid] = 0
         weight = None if importance is None else relative_weights(xp, importance, bits)
         if mapped or weight is not None:
-            # Sums of weights depend on the order of equal magnitudes, which processors have their
-            # own of where a sort is not stable.
+            # The sums of weights depend on the order of equal magnitudes. Only a stable sort has
+            # the same one on every processor.
             kind: Any = None if weight is None else "stable"
             order = xp.argsort(magnitude, axis=1, kind=kind)
             if mapped:
@@ -75,7 +75,7 @@ class Magnitudes:
             magnitude = xp.take_along_axis(magnitude, order, 1)
             weight = None if weight is None else xp.take_along_axis(weight, order, 1)
         elif xp is np:
-            magnitude.sort(axis=1)  # a copy would take as much memory again
+            magnitude.sort(axis=1)  # in place: a sorted copy would double the memory
         else:
             magnitude = xp.sort(magnitude, axis=1)
         self._starts = _starts(xp, bits, self.depths, x.shape)
@@ -84,17 +84,20 @@ class Magnitudes:
         self._first = _running_sums(xp, magnitude if weight is None else magnitude * weight)
 
     def totals(self, depth: int) -> tuple[Array, Array]:
-        """The weight and the weighted magnitudes of all elements with this number of bits."""
+        """The sums of the weights and weighted magnitudes of all elements with so many bits."""
         rows = self.xp.arange(self.count)
         mass, first = self.sums(rows, depth, self.xp.zeros((0, self.count)))
         return mass[0], first[0]
 
     def below_each(self, depth: int) -> Iterator[tuple[Array, Array]]:
-        """Running sums over the elements with this number of bits, (rows, columns) at a time."""
+        """Sums below each position, over the elements with this number of bits.
+
+        Every step gives the sums of weights and of weighted magnitudes, (rows, columns) at a time.
+        """
         xp, columns = self.xp, self.length + 1
         start = self._starts[depth - self.depths[0]]
         at = xp.arange(self.count) * columns + start
-        there = [total[:, None] for total in self.totals(depth)]
+        totals = [total[:, None] for total in self.totals(depth)]
         first = self._first.reshape(self.count, columns)
         step = max(1, CHUNK // self.count)
         for begin in range(0, columns, step):
@@ -106,13 +109,13 @@ class Magnitudes:
             else:
                 mass = self._mass.reshape(self.count, columns)
                 number = mass[:, cut] - xp.take(self._mass, at)[:, None]
-            # Nothing lies below the first of these elements, and all of them below what follows.
-            sums = zip((number, below), there, strict=True)
-            number, below = (xp.minimum(xp.maximum(part, 0), every) for part, every in sums)
+            # Columns before the first of these elements get 0, those after the last the total.
+            sums = zip((number, below), totals, strict=True)
+            number, below = (xp.minimum(xp.maximum(part, 0), total) for part, total in sums)
             yield number, below
 
     def sums(self, rows: Array, depth: int, thresholds: Array) -> tuple[Array, Array]:
-        """The weights, and the weighted magnitudes, added up over the cells of some rows.
+        """The sums of weights and of weighted magnitudes in each cell of some rows.
 
         Parameters
         ----------
@@ -120,7 +123,7 @@ class Magnitudes:
         depth : int
             Only elements with this number of bits count.
         thresholds : array, shape (cells - 1, q)
-            Ascending; a magnitude equal to a threshold lies in the cell below it.
+            Ascending. A magnitude equal to a threshold lies in the cell below it.
 
         Returns
         -------
@@ -137,32 +140,38 @@ class Magnitudes:
         return mass.astype(np.float64, copy=False), first
 
     def _positions(self, rows: Array, start: Array, stop: Array, thresholds: Array) -> Array:
-        """How many elements of a row precede the first one above each threshold, by bisection."""
+        """How many elements of a row come before the first one above each threshold: bisection."""
         xp = self.xp
         base = rows * self.length - 1
-        # The last element that is known not to lie above, and the last there is.
-        found, last = xp.zeros(thresholds.shape, np.int64) + (base + start), base + stop
+        # The last element that is known not to be above its threshold, and the last element.
+        below, last = xp.zeros(thresholds.shape, np.int64) + (base + start), base + stop
         step = 1 << (self.length.bit_length() - 1)
         while step:
-            probe = xp.minimum(found + step, last)
-            found = xp.where(xp.take(self._values, probe) <= thresholds, probe, found)
+            probe = xp.minimum(below + step, last)
+            below = xp.where(xp.take(self._values, probe) <= thresholds, probe, below)
             step >>= 1
-        return found - base
+        return below - base
 
 
 def power_of_two(xp: Any, magnitude: Array) -> tuple[Array, Array]:
-    """A power of two near each row's maximum, 1 where that is not finite; and where it is."""
+    """A power of two near the maximum of each row, and whether that maximum is finite.
+
+    Where it is not, the power is 1.
+    """
     top = magnitude.max(axis=1, keepdims=True)
     valid = xp.isfinite(top)
     limits = np.finfo(top.dtype)
-    # Without its mantissa a number is a power of two, or 0 if it is subnormal.
+    # The exponent bits alone are a power of two, or 0 where the number is subnormal.
     exponent_alone = as_integers(top) & as_integers(np.array(np.inf, top.dtype))[()]
     power = xp.maximum(exponent_alone.view(top.dtype), limits.tiny)
     return xp.where(valid, power, 1), valid[:, 0]
 
 
 def relative_weights(xp: Any, importance: Array, bits: Any) -> Array:
-    """Weights below 2 in float64: 0 for elements without bits, 1 in a row of zeros."""
+    """The importance in float64, divided by a power of two so that all weights are below 2.
+
+    It is 0 for elements without bits, and 1 throughout a row of zeros.
+    """
     weight = conversions.widened(importance)
     if np.ndim(bits):
         weight[bits == 0] = 0
@@ -172,9 +181,10 @@ def relative_weights(xp: Any, importance: Array, bits: Any) -> Array:
 
 
 def _running_sums(xp: Any, values: Array) -> Array:
+    """The sums of the first 0, 1, 2, ... values of each row, all rows in one flat array."""
     sums = xp.zeros((len(values), values.shape[1] + 1), np.float64)
     if xp is np:
-        sums[:, 1:] = values  # which takes a tenth of the time that NumPy's sum takes to convert
+        sums[:, 1:] = values  # converts ten times as fast as cumsum does itself
         np.cumsum(sums, axis=1, out=sums)
     else:
         sums[:, 1:] = xp.cumsum(values, axis=1, dtype=np.float64)
@@ -182,7 +192,7 @@ def _running_sums(xp: Any, values: Array) -> Array:
 
 
 def _starts(xp: Any, bits: Any, depths: tuple[int, ...], shape: tuple[int, int]) -> list[Array]:
-    """Where the elements with each of these numbers of bits start in a row, and where all end."""
+    """Where the elements with each number of bits start in a row, and where the last ones stop."""
     rows, length = shape
     if not np.ndim(bits):
         return [xp.full(rows, at, np.int64) for at in (0, length)]

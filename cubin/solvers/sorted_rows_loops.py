@@ -1,13 +1,14 @@
-"""The solvers on sorted rows as Numba compiles them, a row at a time.
+"""The solvers on sorted rows as compiled loops, which go row by row.
 
-They do what `cubin.solvers.search` does with many rows at once, for any number of levels, bit maps
-and importance: the same operations in the same order. A row is on its own throughout, so that
-neither the number of threads nor the rows beside it change a result. Nothing is reassociated or
-contracted, so that the processor does not either.
+They do what `search.py`, `codebook.py` and `lookup.py` do with many rows at once, by the same
+operations in the same order, for any number of levels, with bit maps and importance.
 
-The cells of elements with r levels are those from 2^(r-1) on, 2^(r-1) of them, in arrays that hold
-the cells of all numbers of levels. `lower` has the edge below each cell; a magnitude equal to it
-lies in the cell before. The first cell of each run has none, and what stands there is not read.
+Each row is solved on its own. So neither the number of threads nor the other rows change a result.
+LLVM may not reassociate or contract operations. So the processor does not change a result either.
+
+The arrays of cells hold those of all numbers of levels. The 2^(r-1) cells of elements with r levels
+start at index 2^(r-1). `lower` has the lower edge of each cell; a magnitude equal to it lies in the
+cell below. The first cell of each number of levels has no edge, and its entry is not read.
 """
 
 from __future__ import annotations
@@ -29,29 +30,29 @@ from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import power_of_two, relative_weights
 
 CHUNK = 1 << 10
-"""Elements that stay in the first cache while they go through the edges."""
+"""Elements that stay in the first-level cache while they are compared with all edges in turn."""
 
 LONGEST = 1 << 32
-"""Elements that a row must be shorter than: half of a sort key holds a position."""
+"""A row must have fewer elements: half of a 64-bit sort key holds the position."""
 
 SELECTED = 8
-"""Up to so many cells, their entries are kept in registers."""
+"""With up to so many cells, edges and entries stay in registers."""
 
 COUNTED = 64
-"""Up to so many, comparing with every edge is faster than bisection."""
+"""With up to so many cells, comparing with every edge is faster than bisection."""
 
 _TABLED = 8
-"""The most levels for which there is a table of the signs of every code."""
+"""The most levels for which the signs of every code are kept in a table."""
 
 _NORMAL = np.array([[0.0] * 8] * 4 + [[*NORMAL[count], *[0.0] * (8 - count)] for count in NORMAL])
-"""By the number of levels the best scales for normal samples, or 0."""
+"""The best scales for normal samples, one line for each number of levels; 0 where unknown."""
 
 
 # ---------------------------------------------------------------- rows in order
 
 
-class Block(NamedTuple):
-    """Rows whose magnitudes ascend among the elements with the same number of bits.
+class SortedBlock(NamedTuple):
+    """The magnitudes of rows, sorted by the number of bits and then by size: see `SortedRows`.
 
     Attributes
     ----------
@@ -61,8 +62,8 @@ class Block(NamedTuple):
     mass : array of float64, shape (rows, n + 1)
         The running sums of the weights; (1, 0) where there are none.
     starts : array of int64, shape (rows, depths + 1)
-        Where the elements with each number of bits start, and where the last ones end. There is
-        one number, or all from 1 on.
+        Where the elements with each number of bits start, and where the last ones stop. With a map
+        the numbers are 1, 2, ...; without one there is a single number.
     """
 
     values: Array
@@ -72,7 +73,7 @@ class Block(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a `Block`."""
+    """A row of a `SortedBlock`."""
 
     values: Array
     first: Array
@@ -93,21 +94,24 @@ def _add_up(values: Array, first: Array) -> None:
 
 @loop
 def _add_up_weighted(values: Array, first: Array, mass: Array) -> None:
-    """Write the running sums of weighted rows; `mass` has the weights, from its column 1 on."""
+    """Write the running sums of weighted magnitudes and of weights.
+
+    At first `mass` holds the weights, from its column 1 on; they are overwritten.
+    """
     for row in range(len(values)):
         total = weight = 0.0
         first[row, 0] = mass[row, 0] = total
         for j in range(values.shape[1]):
-            own = mass[row, j + 1]
-            total += np.float64(values[row, j]) * own
-            weight += own
+            share = mass[row, j + 1]
+            total += np.float64(values[row, j]) * share
+            weight += share
             first[row, j + 1] = total
             mass[row, j + 1] = weight
 
 
 @loop
 def _set_keys(words: Array, keys: Array) -> None:
-    """Numbers in the order of the magnitudes, and of the positions of those that are equal."""
+    """Write sort keys: the bit pattern of a magnitude, followed by its position in the row."""
     for row in range(len(words)):
         for j in range(words.shape[1]):
             keys[row, j] = np.uint64(words[row, j]) << np.uint64(32) | np.uint64(j)
@@ -118,9 +122,9 @@ def _place(
     order: Array, magnitude: Array, bits: Array, weight: Array, starts: Array, values: Array,
     mass: Array,
 ) -> None:  # fmt: skip
-    """Bring magnitudes and weights into order: by the number of bits, then as in `order`.
+    """Write magnitudes and weights in order: by the number of bits, then as in `order`.
 
-    `bits` and `weight` are (0, 0) where there are none.
+    This is a counting sort. `bits` and `weight` have the shape (0, 0) where there are none.
     """
     depths = starts.shape[1] - 1
     following = np.zeros(depths + 2, np.int64)
@@ -138,28 +142,28 @@ def _place(
             starts[row, 0], starts[row, 1] = 0, magnitude.shape[1]
         for j in range(magnitude.shape[1]):
             source = order[row, j]
-            own: Any = bits[row, source] if mapped else np.uint8(0)
-            at = following[own]
-            following[own] = at + 1
+            number: Any = bits[row, source] if mapped else np.uint8(0)
+            at = following[number]
+            following[number] = at + 1
             values[row, at] = magnitude[row, source]
             if weighted:
                 mass[row, at + 1] = weight[row, source]
 
 
-def arrange(magnitude: Array, bits: Array, levels: int, weight: Array) -> Block:
+def arrange(magnitude: Array, bits: Array, levels: int, weight: Array) -> SortedBlock:
     """Sort rows.
 
     Parameters
     ----------
     magnitude : array of float32 or float64, shape (rows, n)
-        It is overwritten.
+        Overwritten.
     bits : array of uint8, shape (rows, n) or (0, 0)
     levels : int
     weight : array of float64, shape (rows, n) or (0, 0)
 
     Returns
     -------
-    Block
+    SortedBlock
     """
     count, length = magnitude.shape
     first = np.empty((count, length + 1))
@@ -168,7 +172,7 @@ def arrange(magnitude: Array, bits: Array, levels: int, weight: Array) -> Block:
         _add_up(magnitude, first)
         starts = np.empty((count, 2), np.int64)
         starts[:] = 0, length
-        return Block(magnitude, first, np.empty((1, 0)), starts)
+        return SortedBlock(magnitude, first, np.empty((1, 0)), starts)
     values = np.empty_like(magnitude)
     starts = np.empty((count, levels + 1 if len(bits) else 2), np.int64)
     mass = np.empty((count, length + 1) if len(weight) else (1, 0))
@@ -178,14 +182,14 @@ def arrange(magnitude: Array, bits: Array, levels: int, weight: Array) -> Block:
         _add_up_weighted(values, first, mass)
     else:
         _add_up(values, first)
-    return Block(values, first, mass, starts)
+    return SortedBlock(values, first, mass, starts)
 
 
 def _order(magnitude: Array, weighted: bool) -> Array:
     """The positions of ascending magnitudes, as uint64.
 
-    The sum of weights depends on the order of equal magnitudes, which only a stable sort has the
-    same on every processor. For float32 there is a faster one: of keys that end on the position.
+    The sums of weights depend on the order of equal magnitudes. Only a stable sort has the same one
+    on every processor. For float32 there is a faster way to it: keys that end on the position.
     """
     if magnitude.dtype == np.float32:
         keys = np.empty(magnitude.shape, np.uint64)
@@ -200,30 +204,30 @@ def _order(magnitude: Array, weighted: bool) -> Array:
 
 
 class Space(NamedTuple):
-    """What the search of a row works with; nothing of it is kept from one row to the next.
+    """Scratch for the search of a row. No content is passed on from one row to the next.
 
     Attributes
     ----------
     lower : array in the dtype of the rows, shape (2^levels,)
     codes : array of uint16, shape (2^levels,)
-        Those of positive elements.
+        The codes of positive elements.
     order : array of int64, shape (2^levels,)
-        The numbers of the sums of levels as they were sorted last, from which the next sort
-        starts: its result does not depend on them.
+        How the sums of levels were sorted last. The next sort starts from this order, which makes
+        it faster and does not change its result.
     sums, sorted_sums : array of float64, shape (cells,)
     positions : array of uint64, shape (cells + 1,)
     signs : array of float64, shape (codes, levels)
-        +-1; of one code, the last, if there are more than `_TABLED` levels.
+        +-1 for every code; with more than `_TABLED` levels, for the code at hand alone.
     products : array of float64, shape (codes, pairs)
         The products of the signs of level i and a level j before it, at i (i - 1) / 2 + j.
     diagonal, gram, target : array of float64
         The normal equations, with pairs as in `products`.
     cell_gram, cell_target : array of float64
-        The part in them of the elements with one number of bits.
+        The share in them of the elements with one number of bits.
     factor : array of float64, shape (levels, levels)
     inverse : array of float64, shape (levels,)
-    found : array of float64, shape (levels,)
-        The scales of least squares, which may be negative.
+    fitted : array of float64, shape (levels,)
+        The least-squares scales, which may be negative.
     """
 
     lower: Array
@@ -241,7 +245,7 @@ class Space(NamedTuple):
     cell_target: Array
     factor: Array
     inverse: Array
-    found: Array
+    fitted: Array
 
 
 @loop
@@ -255,7 +259,7 @@ def _set_signs(code: int, signs: Array, products: Array, at: int, levels: int) -
 
 @loop
 def _space(levels: int, lower: Array) -> Space:
-    """Room for the search of rows; `lower` is a part of it."""
+    """A `Space` for rows of up to `levels` levels, with this `lower`."""
     cells, pairs = 1 << (levels - 1), levels * (levels - 1) // 2
     order = np.empty(2 * cells, np.int64)
     for reached in range(1, levels + 1):
@@ -288,9 +292,10 @@ def _space(levels: int, lower: Array) -> Space:
 
 @loop
 def _find_positions(values: Array, start: int, stop: int, lower: Array, positions: Array) -> None:
-    """Where in the row the elements of each cell start, and where the last ones stop.
+    """Write where in the row the elements of each cell start, and where the last ones stop.
 
-    All edges take a step of the bisection before any takes the next: none waits for itself.
+    This is a bisection for every edge. All edges take a step before any takes the next one, so that
+    the processor works on several at once.
     """
     cells, one = len(lower), np.uint64(1)
     positions[0], positions[cells] = start, stop
@@ -311,7 +316,7 @@ def _find_positions(values: Array, start: int, stop: int, lower: Array, position
 
 @loop
 def _add_cells(row: Row, space: Space, codes: Array, levels: int) -> float:
-    """Add up the signs of the elements in some cells; give the weight of all of these elements."""
+    """Write the share of some cells in the normal equations; return their elements' weight."""
     positions, first, mass = space.positions, row.first, row.mass
     signs, products = space.signs, space.products
     gram, target = space.cell_gram, space.cell_target
@@ -323,35 +328,36 @@ def _add_cells(row: Row, space: Space, codes: Array, levels: int) -> float:
     total = 0.0
     for cell in range(len(codes)):
         start, stop = positions[cell], positions[cell + 1]
-        own_first = first[stop] - first[start]
-        own_mass = mass[stop] - mass[start] if weighted else np.float64(stop - start)
-        total += own_mass
+        cell_first = first[stop] - first[start]
+        cell_mass = mass[stop] - mass[start] if weighted else np.float64(stop - start)
+        total += cell_mass
         at = codes[cell]
         if not tabled:
             _set_signs(at, signs, products, 0, levels)
             at = np.uint16(0)
         for level in range(levels):
-            target[level] += signs[at, level] * own_first
+            target[level] += signs[at, level] * cell_first
         for pair in range(pairs):
-            gram[pair] += products[at, pair] * own_mass
+            gram[pair] += products[at, pair] * cell_mass
     return total
 
 
 @loop
 def _solve(space: Space, levels: int) -> float:
-    """Write the least-squares scales to `found`, and give what they explain.
+    """Write the least-squares scales to `space.fitted`, and return their gain.
 
-    By elimination in order. A scale whose pivot is nothing but rounding error becomes 0.
+    They are found by elimination in the order of the levels. A scale becomes 0 where its pivot is
+    rounding error (see `DEPENDENT`).
     """
     diagonal, gram, target = space.diagonal, space.gram, space.target
-    factor, inverse, found = space.factor, space.inverse, space.found
+    factor, inverse, fitted = space.factor, space.inverse, space.fitted
     for j in range(levels):
         pivot, right = diagonal[j], target[j]
         for p in range(j):
             pivot -= factor[j, p] * factor[j, p] * inverse[p]
-            right -= factor[j, p] * found[p]
+            right -= factor[j, p] * fitted[p]
         inverse[j] = 1 / pivot if pivot > DEPENDENT * diagonal[j] else 0.0
-        found[j] = right * inverse[j]
+        fitted[j] = right * inverse[j]
         for i in range(j + 1, levels):
             entry = gram[i * (i - 1) // 2 + j]
             for p in range(j):
@@ -359,19 +365,19 @@ def _solve(space: Space, levels: int) -> float:
             factor[i, j] = entry
     for j in range(levels - 1, -1, -1):
         for i in range(j + 1, levels):
-            found[j] -= factor[i, j] * inverse[j] * found[i]
+            fitted[j] -= factor[i, j] * inverse[j] * fitted[i]
     gain = 0.0
     for i in range(levels):
-        explained = diagonal[i] * found[i]
+        explained = diagonal[i] * fitted[i]
         for j in range(i):
-            explained += 2 * gram[i * (i - 1) // 2 + j] * found[j]
-        gain += found[i] * (2 * target[i] - explained)
+            explained += 2 * gram[i * (i - 1) // 2 + j] * fitted[j]
+        gain += fitted[i] * (2 * target[i] - explained)
     return gain
 
 
 @loop
 def _fit(row: Row, space: Space, levels: int, highest: int) -> float:
-    """Write the least-squares scales of the cells with up to `levels` levels; give their gain.
+    """Write the least-squares scales of the cells with up to `levels` levels; return their gain.
 
     `highest` is the largest number of bits of an element.
     """
@@ -426,9 +432,10 @@ def _signed(value: float, code: int, level: int) -> float:
 
 @loop
 def _set_nearest(scales: Array, levels: int, space: Space) -> None:
-    """The cells in which each magnitude takes the nearest sum of levels.
+    """Write the cells in which each magnitude takes the nearest sum of `levels` levels.
 
-    Sums are numbered in the order in which levels are added one by one; equal ones keep it.
+    Bit i of the number of a sum is the sign of level i + 1; level 0 has the sign +. Sums of equal
+    size are sorted by their numbers.
     """
     cells = 1 << (levels - 1)
     sums, sizes = space.sums, space.sorted_sums
@@ -441,7 +448,7 @@ def _set_nearest(scales: Array, levels: int, space: Space) -> None:
             sums[half + number] = sums[number] + scale
         for number in range(half):
             sums[number] -= scale
-    # From one iteration to the next little changes places.
+    # An insertion sort: from one iteration to the next few sums change places.
     for cell in range(cells):
         number = order[cell]
         size, at = abs(sums[number]), cell
@@ -453,7 +460,7 @@ def _set_nearest(scales: Array, levels: int, space: Space) -> None:
         sizes[at], order[at] = size, number
     every = (1 << levels) - 1
     for cell in range(cells):
-        # Level 0 is taken as +; where the sum is negative then, its mirror image is wanted.
+        # A negative sum stands for its mirror image, whose code is the complement.
         code = 2 * order[cell] + 1
         codes[cell] = code ^ every if sums[order[cell]] < 0 else code
     for cell in range(1, cells):
@@ -462,7 +469,7 @@ def _set_nearest(scales: Array, levels: int, space: Space) -> None:
 
 @loop
 def _set_all_nearest(scales: Array, levels: int, row: Row, space: Space) -> None:
-    """The same for every number of levels that elements of a row may have."""
+    """The same for every number of levels that the elements of a row may have."""
     mapped = len(row.starts) > 2
     for reached in range(1 if mapped else levels, levels + 1):
         _set_nearest(scales, reached, space)
@@ -470,6 +477,7 @@ def _set_all_nearest(scales: Array, levels: int, row: Row, space: Space) -> None
 
 @loop
 def _value(code: int, scales: Array, levels: int) -> float:
+    """The sum of scale * sign over the first levels of a code."""
     value = 0.0
     for level in range(levels):
         value += _signed(scales[level], code, level)
@@ -478,12 +486,15 @@ def _value(code: int, scales: Array, levels: int) -> float:
 
 @loop
 def _split(level: int, space: Space) -> None:
-    """Every cell of `level` levels cut where the residual after them changes its sign."""
-    cells, codes, found = 1 << (level - 1), space.codes, space.found
+    """Write the cells of ``level + 1`` levels.
+
+    They are the cells of `level` levels, each cut where the residual changes its sign.
+    """
+    cells, codes, fitted = 1 << (level - 1), space.codes, space.fitted
     old, new = space.lower[cells : 2 * cells], space.lower[2 * cells : 4 * cells]
     for cell in range(cells):
         code = codes[cells + cell]
-        cut = new.dtype.type(_rounded_down(_value(code, found, level), new))
+        cut = new.dtype.type(_rounded_down(_value(code, fitted, level), new))
         if cell > 0:
             new[2 * cell] = old[cell]
             cut = max(cut, old[cell])
@@ -496,7 +507,7 @@ def _split(level: int, space: Space) -> None:
 
 @loop
 def _mean_residual(row: Row, space: Space, level: int, highest: int) -> float:
-    """The mean magnitude of what the levels before leave of the elements that have this one."""
+    """The mean magnitude of the residual before `level`, over the elements that have this level."""
     depths, weighted = len(row.starts) - 1, len(row.mass) > 0
     begin, end = 1 << level, 2 << level
     codes, positions = space.codes[begin:end], space.positions
@@ -506,16 +517,16 @@ def _mean_residual(row: Row, space: Space, level: int, highest: int) -> float:
         if start == stop or highest - depths + 1 + number <= level:
             continue
         _find_positions(row.values, start, stop, space.lower[begin:end], positions)
-        own_total = own_count = 0.0
+        depth_total = depth_count = 0.0
         for cell in range(len(codes)):
             a, b = positions[cell], positions[cell + 1]
             first = row.first[b] - row.first[a]
             mass = row.mass[b] - row.mass[a] if weighted else np.float64(b - a)
-            left = first - mass * _value(codes[cell], space.found, level)
-            own_total += _signed(left, codes[cell], level)
-            own_count += mass
-        total += own_total
-        count += own_count
+            left = first - mass * _value(codes[cell], space.fitted, level)
+            depth_total += _signed(left, codes[cell], level)
+            depth_count += mass
+        total += depth_total
+        count += depth_count
     return total / (count if count > 0 else 1.0)
 
 
@@ -524,10 +535,11 @@ def _mean_residual(row: Row, space: Space, level: int, highest: int) -> float:
 
 @loop
 def _successive(row: Row, space: Space, levels: int, highest: int, refit: bool) -> float:
-    """The cells of one level after the other, each with the signs of the residual; fit them.
+    """Write the cells and scales of levels that are added one by one, as `search` does.
 
-    With `refit`, the scales so far become those of least squares before the next level; without,
-    a scale is the mean of the residual's magnitude.
+    Each level has the signs of the residual. With `refit`, all scales so far are refitted by least
+    squares before the next level. Without, a scale is the mean of the residual's magnitude. At the
+    end all scales are fitted, and their gain is returned.
     """
     gain = 0.0
     for level in range(1, levels + 1):
@@ -538,7 +550,7 @@ def _successive(row: Row, space: Space, levels: int, highest: int, refit: bool) 
         if refit or level == levels:
             gain = _fit(row, space, level, highest)
         else:
-            space.found[level - 1] = _mean_residual(row, space, level - 1, highest)
+            space.fitted[level - 1] = _mean_residual(row, space, level - 1, highest)
     return gain
 
 
@@ -550,8 +562,9 @@ def _copy(scales: Array, levels: int, target: Array) -> None:
 
 @loop
 def _take_sizes(space: Space, levels: int, scales: Array) -> None:
+    """Write the sizes of the scales that were fitted last."""
     for level in range(levels):
-        scales[level] = abs(space.found[level])
+        scales[level] = abs(space.fitted[level])
 
 
 @loop
@@ -560,8 +573,8 @@ def _alternate(
 ) -> float:
     """Improve scales by nearest codes and least squares while that raises the gain.
 
-    The last cells, and their fit, are those in which magnitudes take the nearest sum of the scales
-    before: also those that the scales are left at.
+    Returns the gain. At the end `space` holds the cells and least-squares scales of the last
+    iteration, also of one that did not raise the gain.
     """
     for _ in range(iterations):
         _set_all_nearest(scales, levels, row, space)
@@ -577,8 +590,9 @@ def _alternate(
 def _set_best_pair(row: Row, pair: Array) -> None:
     """The two scales of the least error for elements of 1 or 2 bits.
 
-    With the best scales one level has the sign of the element, and the other that of the
-    residual, which changes at one magnitude: all magnitudes are tried, for either level.
+    With the best scales, one level has the sign of the element. The other has the sign of the
+    residual, which changes at a single magnitude. So all magnitudes are tried as that threshold,
+    for either level.
     """
     mapped, weighted = len(row.starts) > 2, len(row.mass) > 0
     sums, weights = row.first, row.mass
@@ -613,53 +627,56 @@ def _set_best_pair(row: Row, pair: Array) -> None:
 
 
 @loop
-def _set_start(row: Row, number: int, levels: int, mean: float, best: Array, own: Array) -> bool:
-    """Write one of the scales that the search starts from; give whether there is one.
+def _set_start(row: Row, number: int, levels: int, mean: float, best: Array, start: Array) -> bool:
+    """Write the start of the search with this number to `start`; return whether there is one.
 
     `mean` is that of the magnitudes, and `best` are the best scales of one level less.
     """
     if number < len(ADDED):
         largest = 0.0
         for level in range(levels - 1):
-            own[level] = best[level]
+            start[level] = best[level]
             largest = max(largest, best[level])
-        own[levels - 1] = ADDED[number] * largest
+        start[levels - 1] = ADDED[number] * largest
         return True
     if levels == 2:
-        _set_best_pair(row, own)
+        _set_best_pair(row, start)
         return True
     for level in range(levels):
-        own[level] = _NORMAL[levels, level] * (mean / NORMAL_MEAN)
+        start[level] = _NORMAL[levels, level] * (mean / NORMAL_MEAN)
     return bool(_NORMAL[levels, 0] > 0)
 
 
 @loop
 def _search(
-    row: Row, space: Space, levels: int, iterations: int, best: Array, own: Array, kept: Array
+    row: Row, space: Space, levels: int, iterations: int, best: Array, trial: Array, leader: Array
 ) -> None:
-    """Write the best scales found to `best`; `own` and `kept` are room for as many."""
+    """Write the best scales that are found to `best`; `trial` and `leader` are scratch.
+
+    `leader` holds the best trial with the current number of levels.
+    """
     mean, starts = 0.0, len(ADDED) + 1
     for count in range(1, levels + 1):
         top, settled = -np.inf, iterations if count == levels else SETTLED
-        # After the starts the best of them, and then those that the other solvers have, so that
-        # none of them ends up better.
+        # First come the starts, then the best of them once more, with more iterations. Last come
+        # the results of the other solvers, so that none of them ends up better.
         for number in range(starts + 3 if count > 1 else 1):
             gain, rounds = -np.inf, settled if count > 1 else 0
             if number > starts or count == 1:
                 gain = _successive(row, space, count, levels, number > starts + 1)
-                _take_sizes(space, count, own)
+                _take_sizes(space, count, trial)
             elif number == starts:
                 gain, top = top, -np.inf
-                _copy(kept, count, own)
-            elif _set_start(row, number, count, mean, best, own):
+                _copy(leader, count, trial)
+            elif _set_start(row, number, count, mean, best, trial):
                 rounds = SCREENED
             else:
                 continue
-            gain = _alternate(row, space, count, levels, rounds, own, gain)
+            gain = _alternate(row, space, count, levels, rounds, trial, gain)
             if gain > top:
                 top = gain
-                _copy(own, count, kept)
-        _copy(kept, count, best)
+                _copy(trial, count, leader)
+        _copy(leader, count, best)
         if count == 1:
             mean = best[0]
 
@@ -668,21 +685,21 @@ def _search(
 def _hand_out(
     space: Space, levels: int, mapped: bool, scales: Array, lower: Array, codes: Array
 ) -> None:
-    """Write scales that are not negative, and change the codes to go with them.
+    """Write the scales made positive, and the cells with codes changed accordingly.
 
-    Without a map the scales descend, and the cells of all levels alone are written.
+    Without a map the scales are sorted to descend, and only the cells of all levels are written.
     """
-    found = space.found
+    fitted = space.fitted
     place = np.empty(levels, np.int64)
     for level in range(levels):
-        own = abs(found[level])
+        size = abs(fitted[level])
         place[level] = level
         if not mapped:
             place[level] = 0
             for other in range(levels):
-                more = abs(found[other])
-                place[level] += more > own or (more == own and other < level)
-        scales[place[level]] = own
+                other_size = abs(fitted[other])
+                place[level] += other_size > size or (other_size == size and other < level)
+        scales[place[level]] = size
     begin = 0 if mapped else 1 << (levels - 1)
     depth = 0 if mapped else levels
     for cell in range(len(codes)):
@@ -690,7 +707,7 @@ def _hand_out(
             depth += 1
         old, new = space.codes[begin + cell], 0
         for level in range(depth):
-            new |= (old >> level & 1 ^ int(found[level] < 0)) << place[level]
+            new |= (old >> level & 1 ^ int(fitted[level] < 0)) << place[level]
         codes[cell] = new
         lower[cell] = space.lower[begin + cell]
 
@@ -701,35 +718,35 @@ METHODS = {"refined": REFINED, "alternating": ALTERNATING, "optimal": OPTIMAL}
 
 @loop
 def solve(
-    block: Block, levels: int, method: int, iterations: int, scales: Array, lower: Array,
+    block: SortedBlock, levels: int, method: int, iterations: int, scales: Array, lower: Array,
     codes: Array,
 ) -> None:  # fmt: skip
     """Solve rows.
 
     Parameters
     ----------
-    block : Block
+    block : SortedBlock
     levels : int
         At least 1.
     method : int
         `REFINED`, `ALTERNATING` or `OPTIMAL`.
     iterations : int
-        Of alternating, 0 for `REFINED`; the most of them at the end of the search for the optimum.
+        Those of `ALTERNATING`; 0 for `REFINED`; for `OPTIMAL` the most at the end of the search.
     scales : array of float64, shape (rows, levels)
-        Not negative; without a map they descend.
+        Written. They are not negative, and without a map they descend.
     lower : array in the dtype of the rows, shape (rows, cells)
     codes : array of uint16, shape (rows, cells)
-        The cells of all levels, or under a map those of every number of levels.
+        Written: the cells of all levels, or with a map those of every number of levels.
     """
     space = _space(levels, np.empty(1 << levels, lower.dtype))
     mapped = lower.shape[1] > 1 << (levels - 1)
-    best, own, kept = np.empty(levels), np.empty(levels), np.empty(levels)
+    best, trial, leader = np.empty(levels), np.empty(levels), np.empty(levels)
     for number in range(len(block.values)):
         mass = block.mass[min(number, len(block.mass) - 1)]
         row = Row(block.values[number], block.first[number], mass, block.starts[number])
         rounds, gain = iterations, -np.inf
         if method == OPTIMAL:
-            _search(row, space, levels, iterations, best, own, kept)
+            _search(row, space, levels, iterations, best, trial, leader)
             rounds = 1
         else:
             gain = _successive(row, space, levels, levels, method == REFINED)
@@ -738,12 +755,12 @@ def solve(
         _hand_out(space, levels, mapped, scales[number], lower[number], codes[number])
 
 
-# ---------------------------------------------------------------- what they give
+# ---------------------------------------------------------------- codes and values of elements
 
 
 @loop
 def _tabulate(codes: Array, scales: Array, mapped: bool, values: Array) -> None:
-    """Write what codes stand for, by scales of shape (levels, rows)."""
+    """Write the values of codes, with scales of shape (levels, rows)."""
     levels = len(scales)
     for row in range(len(codes)):
         depth = 0 if mapped else levels
@@ -757,24 +774,25 @@ def _tabulate(codes: Array, scales: Array, mapped: bool, values: Array) -> None:
 
 
 @loop
-def _of_eight(x: Array, m: Array, lower: Array, table: Array, mirror: Any, given: Array) -> None:
+def _of_eight(x: Array, m: Array, lower: Array, table: Array, mirror: Any, y: Array) -> None:
+    """Look up elements of magnitudes `m` in a table of eight cells, which stays in registers."""
     a, b, c, d, e, f, g = lower[1], lower[2], lower[3], lower[4], lower[5], lower[6], lower[7]
     p, q, r, s = table[0], table[1], table[2], table[3]
     t, u, v, w = table[4], table[5], table[6], table[7]
     for j in range(x.size):
-        own = q if m[j] > a else p
-        own = r if m[j] > b else own
-        own = s if m[j] > c else own
-        own = t if m[j] > d else own
-        own = u if m[j] > e else own
-        own = v if m[j] > f else own
-        own = w if m[j] > g else own
-        given[j] = mirror - own if x[j] <= 0 else own
+        entry = q if m[j] > a else p
+        entry = r if m[j] > b else entry
+        entry = s if m[j] > c else entry
+        entry = t if m[j] > d else entry
+        entry = u if m[j] > e else entry
+        entry = v if m[j] > f else entry
+        entry = w if m[j] > g else entry
+        y[j] = mirror - entry if x[j] <= 0 else entry
 
 
 @loop
 def _find_cells(m: Array, size: int, lower: Array, cells: Array) -> None:
-    """Write the cells of magnitudes: all take a step of the bisection before any the next."""
+    """Write the cells of magnitudes by bisection; all take a step before any takes the next one."""
     step = np.uint32(len(lower) >> 1)
     for j in range(size):
         cells[j] = 0
@@ -787,7 +805,7 @@ def _find_cells(m: Array, size: int, lower: Array, cells: Array) -> None:
 
 @loop
 def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
-    """The same by the number of edges below, four at a time."""
+    """The same by counting the edges below each magnitude, four at a time."""
     for j in range(size):
         cells[j] = 0
     for first in range(0, len(lower), 4):
@@ -795,7 +813,7 @@ def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
         a = lower[first] if first > 0 else lower.dtype.type(np.inf)
         b, c, d = lower[first + 1], lower[first + 2], lower[first + 3]
         for j in range(size):
-            # In 32 bits, or the lanes are halved.
+            # Counters of 32 bits: wider ones than the elements would halve the lanes.
             above = np.int32(np.int32(m[j] > a) + np.int32(m[j] > b))
             above = np.int32(above + np.int32(m[j] > c) + np.int32(m[j] > d))
             cells[j] = np.int32(np.int32(cells[j]) + above)
@@ -803,7 +821,7 @@ def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
 
 @loop
 def _find_cells_by_bits(m: Array, bits: Array, levels: int, lower: Array, cells: Array) -> None:
-    """The same where the cells that are searched depend on the number of bits."""
+    """The same by bisection where each element has its number of bits."""
     for j in range(bits.size):
         cells[j] = np.uint32(1) << bits[j] >> 1
     for number in range(2, levels + 1):
@@ -814,62 +832,64 @@ def _find_cells_by_bits(m: Array, bits: Array, levels: int, lower: Array, cells:
 
 
 @loop
-def give(
+def _look_up(
     x: Array, bits: Array, inverse: Array, lower: Array, table: Array, mirrors: Array, y: Array
 ) -> None:
-    """Write for each element, (rows, n), what the table of its row has for its cell.
+    """Write, for each element of (rows, n), the entry of its cell in the table of its row.
 
-    Elements that are not positive get the mirror of their number of bits less that. `inverse` is
-    what magnitudes are multiplied by. `bits` is (0, 0) where there is no map. `y` may be `x`.
+    Elements that are not positive get ``mirrors[number of bits]`` minus that entry. Magnitudes are
+    multiplied by the `inverse` of their row. `bits` has the shape (0, 0) where there is no map. `y`
+    may be `x`.
     """
     levels, mapped, cells = len(mirrors) - 1, len(bits) > 0, table.shape[1]
-    m, given = np.empty(CHUNK, x.dtype), np.empty(CHUNK, y.dtype)
-    found = np.empty(CHUNK, np.uint32)
+    m, result = np.empty(CHUNK, x.dtype), np.empty(CHUNK, y.dtype)
+    at = np.empty(CHUNK, np.uint32)
     eight_lower, eight = np.empty(SELECTED, lower.dtype), np.empty(SELECTED, table.dtype)
     selected, mirror_of_all = not mapped and cells <= SELECTED, mirrors[levels]
     for row in range(len(x)):
-        own_lower, own_table, factor = lower[row], table[row], inverse[row]
+        row_lower, row_table, factor = lower[row], table[row], inverse[row]
         if selected:
             for cell in range(SELECTED):
-                # Nothing lies above the edges that there are not.
-                eight_lower[cell] = own_lower[cell] if 0 < cell < cells else np.inf
-                eight[cell] = own_table[min(cell, cells - 1)]
+                # Cells that do not exist begin at infinity.
+                eight_lower[cell] = row_lower[cell] if 0 < cell < cells else np.inf
+                eight[cell] = row_table[min(cell, cells - 1)]
         for start in range(0, x.shape[1], CHUNK):
-            own = x[row, start : start + CHUNK]
-            size = own.size
+            elements = x[row, start : start + CHUNK]
+            size = elements.size
             for j in range(size):
-                m[j] = abs(own[j]) * factor
+                m[j] = abs(elements[j]) * factor
             if selected:
-                _of_eight(own, m, eight_lower, eight, mirror_of_all, given)
+                _of_eight(elements, m, eight_lower, eight, mirror_of_all, result)
             elif mapped:
                 depths = bits[row, start : start + size]
-                _find_cells_by_bits(m, depths, levels, own_lower, found)
+                _find_cells_by_bits(m, depths, levels, row_lower, at)
                 for j in range(size):
-                    # Read ahead of the choice, which else would be a jump that is hard to foresee.
-                    value, mirror = own_table[found[j]], mirrors[depths[j]]
-                    given[j] = mirror - value if own[j] <= 0 else value
+                    # Both are read before the choice: a choice between reads would be a branch,
+                    # which processors predict badly on random signs.
+                    value, mirror = row_table[at[j]], mirrors[depths[j]]
+                    result[j] = mirror - value if elements[j] <= 0 else value
             else:
                 if cells <= COUNTED:
-                    _count_edges(m, size, own_lower, found)
+                    _count_edges(m, size, row_lower, at)
                 else:
-                    _find_cells(m, size, own_lower, found)
+                    _find_cells(m, size, row_lower, at)
                 for j in range(size):
-                    value = own_table[found[j]]
-                    given[j] = mirror_of_all - value if own[j] <= 0 else value
+                    value = row_table[at[j]]
+                    result[j] = mirror_of_all - value if elements[j] <= 0 else value
             for j in range(size):
-                y[row, start + j] = given[j]
+                y[row, start + j] = result[j]
 
 
 # ---------------------------------------------------------------- as the solvers are called
 
 
-class Fit:
-    """As `cubin.solvers.lookup.Fit`.
+class Lookup:
+    """Solve rows, and keep what `cubin.solvers.lookup.Lookup` keeps: it has the same methods.
 
     Parameters
     ----------
     x : array of float16, float32 or float64, shape (rows, n)
-        With at least one element in a row, and fewer than `LONGEST`.
+        A row has at least one element, and fewer than `LONGEST`.
     bits : uint8 scalar or array of shape (rows, n)
     levels : int
         At least 1.
@@ -891,7 +911,6 @@ class Fit:
         magnitude[~valid] = 0
         weight = np.empty((0, 0)) if importance is None else relative_weights(np, importance, bits)
         block = arrange(magnitude, self._map(bits), levels, weight)
-        # Looked up when it is needed, as in the other form.
         iterations = search.MAX_ITERATIONS if solver.iterations is None else solver.iterations
         if solver.name == "alternating" and solver.iterations is None:
             iterations += 1
@@ -907,30 +926,30 @@ class Fit:
         self.scales = list(self._scales[:, :, None])
 
     def codes(self, x: Array, bits: Any) -> Array:
-        """The packed codes of elements."""
+        """The packed codes of elements: bit i is set where level i has the sign +1."""
         codes = np.empty(x.shape, np.uint16)
         mirrors = ((1 << np.arange(len(self.scales) + 1)) - 1).astype(np.uint16)
-        self._give(in_work_dtype(x), bits, self._codes, mirrors, codes)
+        self._look_up(in_work_dtype(x), bits, self._codes, mirrors, codes)
         return codes
 
     def approximate(self, x: Array, bits: Any, y: Array) -> None:
-        """Write what the codes and scales of elements stand for."""
-        own = in_work_dtype(x)
-        rounded = y.dtype != own.dtype
-        scales = self._scales.astype(y.dtype).astype(own.dtype) if rounded else self._scales
-        values = np.empty(self._codes.shape, own.dtype)
+        """Write the approximation of elements to `y`."""
+        wide = in_work_dtype(x)
+        rounded = y.dtype != wide.dtype
+        scales = self._scales.astype(y.dtype).astype(wide.dtype) if rounded else self._scales
+        values = np.empty(self._codes.shape, wide.dtype)
         _tabulate(self._codes, scales, self._mapped, values)
         if rounded:
-            values = values.astype(y.dtype).astype(own.dtype)
+            values = values.astype(y.dtype).astype(wide.dtype)
         direct = not rounded and y.flags.carray
-        target = y if direct else np.empty(own.shape, own.dtype)
-        # The sums of levels are odd, and +0 where they cancel.
-        self._give(own, bits, values, np.zeros(len(self.scales) + 1, own.dtype), target)
+        target = y if direct else np.empty(wide.shape, wide.dtype)
+        # The value of -x is that of x, negated: 0 minus it, which is +0 where levels cancel.
+        self._look_up(wide, bits, values, np.zeros(len(self.scales) + 1, wide.dtype), target)
         if not direct:
             store(target, y)
 
-    def _give(self, x: Array, bits: Any, table: Array, mirrors: Array, y: Array) -> None:
-        give(read_only(x), self._map(bits), self._inverse, self._lower, table, mirrors, y)
+    def _look_up(self, x: Array, bits: Any, table: Array, mirrors: Array, y: Array) -> None:
+        _look_up(read_only(x), self._map(bits), self._inverse, self._lower, table, mirrors, y)
 
     def _map(self, bits: Any) -> Array:
         return np.array(bits, np.uint8, order="C") if self._mapped else np.empty((0, 0), np.uint8)

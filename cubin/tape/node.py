@@ -1,4 +1,4 @@
-"""The tape: values that remember what they were computed from, and the walk back through them.
+"""The tape: values that remember what they were computed from, and the backward pass.
 
 This module knows no operation. A node holds pairs of a parent and a pull-back, the function that
 takes the gradient at the node to its share of the gradient at the parent; whoever makes a node
@@ -141,13 +141,13 @@ def gradients(output: Node, wrt: Iterable[Node], *, seed: Array | None = None) -
     order = _parents_first(output)
     wanted = set(wrt)
     leading = _descendants(order, wanted)
-    found: dict[Node, Array] = {}
+    by_node: dict[Node, Array] = {}
     for node in reversed(order):
         if node not in leading:
             continue
         gradient = pending.pop(node).rounded(node.value.dtype)
         if node in wanted:
-            found[node] = gradient
+            by_node[node] = gradient
         for parent, pull_back in node.parents:
             if parent in leading:
                 share = pull_back(gradient)
@@ -155,13 +155,14 @@ def gradients(output: Node, wrt: Iterable[Node], *, seed: Array | None = None) -
                     pending[parent].add(share)
                 else:
                     pending[parent] = _Sum(share)
-    return [found[node] if node in found else np.zeros_like(node.value) for node in wrt]
+    return [by_node[node] if node in by_node else np.zeros_like(node.value) for node in wrt]
 
 
 class _Sum:
-    """A sum of arrays that come one at a time, each addend in log2 of their number additions.
+    """A sum of arrays that come one at a time, added in pairs like a binary counter.
 
-    It holds sums of so many addends that each is a larger power of two than the next.
+    Of n addends each goes through about log2(n) additions. `parts` are sums of 2^i addends, the
+    largest first.
     """
 
     def __init__(self, addend: Array) -> None:
@@ -175,7 +176,7 @@ class _Sum:
         self.parts.append((count, addend))
 
     def rounded(self, dtype: np.dtype) -> Array:
-        """The sum, which is used up."""
+        """The sum, rounded to `dtype`. The parts are used up."""
         _, result = self.parts.pop()
         while self.parts:
             result = _wide_sum(self.parts.pop()[1], result)

@@ -626,8 +626,8 @@ def _overlaps(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    given = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    pair = tuple(as_integer(name, number) for number in given)
+    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    pair = tuple(as_integer(name, number) for number in numbers)
     if len(pair) != 2 or min(pair) < least:
         raise ValueError(f"{name} must be one or two integers of at least {least}, got {value}")
     return pair
@@ -807,12 +807,12 @@ def softmax_cross_entropy(logits: Operand, labels: Array) -> Node:
     shifted = _wide(v) - v.max(axis=1, keepdims=True)
     level = xp.log(total(xp.exp(shifted), (1,)))
     log_softmax = shifted - level.astype(shifted.dtype, copy=False)
-    hot = labels[:, None] == xp.arange(v.shape[1])
-    picked = xp.where(hot, log_softmax, 0).sum(axis=1)
-    losses = -xp.where(hot.any(axis=1), picked, np.nan)
+    one_hot = labels[:, None] == xp.arange(v.shape[1])
+    picked = xp.where(one_hot, log_softmax, 0).sum(axis=1)
+    losses = -xp.where(one_hot.any(axis=1), picked, np.nan)
 
     def pull_back(g: Array) -> Array:
-        return ((xp.exp(log_softmax) - hot) * (_wide(g) / len(v))).astype(v.dtype, copy=False)
+        return ((xp.exp(log_softmax) - one_hot) * (_wide(g) / len(v))).astype(v.dtype, copy=False)
 
     value = (total(losses, (0,)) / len(v)).reshape(()).astype(v.dtype, copy=False)
     return _node(value, (logits, pull_back))

@@ -213,9 +213,9 @@ def _rounded(
     return rounded, masters
 
 
-def _check_names(what: str, given: Arrays, wanted: Set[str]) -> None:
-    if given.keys() != wanted:
+def _check_names(what: str, arrays: Arrays, wanted: Set[str]) -> None:
+    if arrays.keys() != wanted:
         raise ValueError(
             f"{what} must have the names that the parameters call for: "
-            f"missing {sorted(wanted - given.keys())}, unknown {sorted(given.keys() - wanted)}"
+            f"missing {sorted(wanted - arrays.keys())}, unknown {sorted(arrays.keys() - wanted)}"
         )

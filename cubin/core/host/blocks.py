@@ -1,8 +1,8 @@
-"""Work on NumPy arrays in blocks that fit the cache, over threads where it pays.
+"""Blocks of NumPy arrays that fit the cache, shared among threads where that pays.
 
-NumPy releases the GIL inside its loops, and so do the compiled ones. What is added up together
-depends on the shape of an array alone, never on the number of threads, so that results are the same
-on every machine.
+Threads run at the same time since NumPy's own loops and the compiled ones release the GIL. The
+number of threads changes no result: which elements are added up together depends on the shape of
+the array alone.
 """
 
 from __future__ import annotations
@@ -31,28 +31,30 @@ PIECE = 1 << 18
 """Elements of a piece of a row that is longer than a block."""
 
 THREADED = 1 << 22
-"""Elements from which on threads pay: 16 MB of float32."""
+"""Elements from which on NumPy's bodies use threads: 16 MB of float32."""
 
 LOOPS_THREADED = 1 << 20
-"""The same for compiled loops, which need no Python while they work."""
+"""The same for compiled loops. They start sooner: they hardly need the GIL."""
 
 COMPILED = 1 << 12
-"""Elements from which on compiled loops pay once they are loaded."""
+"""Elements from which on compiled loops are faster, once Numba is loaded."""
 
 LOADING = 1 << 20
-"""Elements from which on it pays to load them: importing Numba takes half a second."""
+"""Elements from which on Numba is loaded, which takes half a second."""
 
 WORKERS = 16
-"""The most threads: the memory is saturated then, and what each of them keeps stays small."""
+"""The most threads. With so many, memory is the limit, and the scratch of all stays small."""
 
 LARGEST = 1 << 21
-"""Elements of the largest block, of which there may be a copy."""
+"""Elements of the largest block. A block may be copied, so this bounds the memory."""
 
 WHOLE_ROWS = 1 << 20
-"""Bytes, in the work dtype, of a block of whole rows, which are gone through level by level."""
+"""Bytes, in the work dtype, of a block of whole rows for NumPy's bodies.
+
+They go through the whole block at every level, so it has to stay in the cache."""
 
 COMPILED_ROWS = (1 << 21, 1 << 23)
-"""The fewest and the most bytes for compiled loops, which go through it row by row."""
+"""The fewest and the most bytes of such a block for compiled loops, which go row by row."""
 
 SORTED_BLOCK = (1 << 14, 1 << 17)
 """The fewest and the most elements of a block of rows that compiled loops sort."""
@@ -95,9 +97,9 @@ def extent(block: Block, shape: Sequence[int]) -> int:
 
 
 def portion(size: int) -> int:
-    """Elements of a fourth of what each thread has of `size`, but no more than `LARGEST`.
+    """Elements of a block if each thread is to have four of `size` elements, at most `LARGEST`.
 
-    Smaller blocks mean more steps in Python, larger ones leave threads to wait for one that lags.
+    Smaller blocks mean more steps in Python. With larger ones, threads wait longer for the last.
     """
     return min(size // (4 * _workers()), LARGEST)
 
@@ -108,17 +110,18 @@ def portion(size: int) -> int:
 def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     """Run `task` on every block; `size` is the number of elements of all of them.
 
-    Threads share the work from `THREADED` elements on, or `LOOPS_THREADED`. The caller is one of
-    them, so that callers at the same time cannot wait for each other. A task that calls this itself
-    has its blocks run on its own thread. What is raised first, in any thread, stops the others
-    after the block that they are at, and is raised again.
+    Threads share the work from `THREADED` elements on, or `LOOPS_THREADED`. The calling thread is
+    one of them, so that two callers cannot block each other. A task that calls this function runs
+    the inner blocks on its own thread. The first exception in any thread stops the others after
+    their current block, and is raised here.
     """
     threaded = size >= (LOOPS_THREADED if is_ready(size) else THREADED) and not _thread.works
     workers = max(1, min(_workers(), len(blocks))) if threaded else 1
     if workers == 1:
         _run(task, blocks)
         return
-    # Threads keep apart: side by side in new memory, each would clear the page that they share.
+    # Each thread begins in a range of its own. If neighbouring blocks went to different threads,
+    # both would wait for the system to clear the page of new memory that they share.
     ends = [len(blocks) * number // workers for number in range(workers + 1)]
     shares = [deque(blocks[start:stop]) for start, stop in itertools.pairwise(ends)]
     errors: list[BaseException] = []
@@ -132,7 +135,7 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
             stop()
         finally:
             _thread.works = False
-            memory.forget_scratch()  # of as many threads it is too much to keep
+            memory.forget_scratch()  # that of all threads together would be too much to keep
 
     def stop() -> None:
         for share in shares:
@@ -142,7 +145,7 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     try:
         work(0)
         helpers.wait()
-    except BaseException:  # while waiting
+    except BaseException:  # raised while this thread waited, such as KeyboardInterrupt
         stop()
         helpers.wait()
         raise
@@ -150,7 +153,7 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
         try:
             raise errors[0]
         finally:
-            errors.clear()  # a cycle, which would hold arrays
+            errors.clear()  # the traceback refers to `errors`: a cycle that keeps arrays alive
 
 
 def _run(task: Callable[[Any], None], blocks: Iterable[Any]) -> None:
@@ -161,28 +164,33 @@ def _run(task: Callable[[Any], None], blocks: Iterable[Any]) -> None:
 
 
 def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:
-    """The first share from its start, then what is left of the others from their ends."""
+    """The blocks of the first share from its start, then those left of the others, from their ends.
+
+    Several threads take at the same time: `popleft` and `pop` are atomic.
+    """
     takes = [shares[0].popleft, *(share.pop for share in shares[1:])]
-    for take in takes:  # these are atomic
+    for take in takes:
         with contextlib.suppress(IndexError):
             while True:
                 yield take()
 
 
 class _Helpers:
-    """Threads of the pool that call ``work(number)``, for 1 to `count`, where they can start."""
+    """Calls of ``work(number)`` on threads of the pool, for the numbers from 1 to `count`."""
 
     def __init__(self, work: Callable[[int], None], count: int) -> None:
-        # The pool holds on to what it was handed: to lists that are emptied, and not to arrays.
+        # The pool keeps a reference to the arguments of past jobs. So it gets lists, which are
+        # emptied once they are done, and keeps no array alive.
         self._jobs = [[(work, number)] for number in range(1, count + 1)]
         self._futures: list[Future[None]] = []
-        # A new thread cannot be had at the interpreter's end, or where the system has no more.
+        # No thread can start while the interpreter ends, or where the system has no more. The
+        # caller then does all the work.
         with contextlib.suppress(RuntimeError):
             for job in self._jobs:
                 self._futures.append(_pool().submit(_help, job))
 
     def wait(self) -> None:
-        """Wait for those that have begun; the others, which are not needed any more, never do."""
+        """Wait for the threads that have begun, and cancel the others: no work is left for them."""
         for job in self._jobs:
             job.clear()
         for future in self._futures:
@@ -191,7 +199,7 @@ class _Helpers:
 
 
 def _help(job: list[tuple[Callable[[int], None], int]]) -> None:
-    with contextlib.suppress(IndexError):  # the caller was done before
+    with contextlib.suppress(IndexError):  # the list is empty: the caller was done before
         work, number = job.pop()
         work(number)
         del work
@@ -207,7 +215,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Thread(threading.local):
-    """Whether a thread is one of those that share the work of a call."""
+    """Whether the current thread works on a block now."""
 
     works = False
 
@@ -225,9 +233,9 @@ def _workers() -> int:
 
 
 def pays(size: int) -> bool:
-    """Whether compiled loops pay for `size` elements, and Numba is there.
+    """Whether to use compiled loops for `size` elements; False without Numba.
 
-    They give the same bits as NumPy's expressions, so that the form may depend on what is loaded.
+    This may depend on what the process has loaded: the loops give the same bits as NumPy's bodies.
     """
     if size < COMPILED or (size < LOADING and not _is_loaded()):
         return False
@@ -240,7 +248,7 @@ def is_ready(size: int) -> bool:
 
 
 def loops(module: str) -> Any:
-    """The compiled loops beside a module, or None."""
+    """The module ``<module>_loops``, or None where there is none or Numba is missing."""
     return _loops(module) if _numba_works() else None
 
 

@@ -1,11 +1,13 @@
-"""What compiled loops are made with: the decorator, sums in a fixed order, and float16.
+"""What compiled loops are made with: decorators, sums in a fixed order, and conversions of float16.
 
-A loop is plain Python that Numba compiles. It releases the GIL, and holds no memory of its own:
-what it needs to work with is handed in. Its types are kept few, since each is compiled anew:
-float32 and float64, contiguous, and a missing bit map is one without columns.
+A loop is a plain Python function that Numba compiles. It releases the GIL. Greedy's loops allocate
+nothing: their callers pass scratch memory.
 
-Numba keeps what it has compiled in ``__pycache__`` and looks at the file of a loop alone: after a
-change to this file, delete ``cubin/**/__pycache__/*.nb?``.
+Every combination of argument types is compiled anew, which takes seconds. So there are few: arrays
+are contiguous, and float32 or float64. Where there is no bit map, a map without columns is passed.
+
+Numba keeps compiled loops in ``__pycache__``. To see whether they are up to date it looks at the
+file of the loop alone: after a change to this file, delete ``cubin/**/__pycache__/*.nb?``.
 """
 
 from __future__ import annotations
@@ -27,22 +29,22 @@ from cubin.core.sums import CHUNK, COLUMNS, LANES, SHORT, UNIT
 
 
 class _Cache(FunctionCache):
-    """Compiled loops on disk, without which they are compiled again.
+    """Numba's cache of compiled loops on disk, made safe against damaged entries.
 
-    A killed process, a full disk and processes that save at once leave entries that cannot be
-    read, or that hold a loop for other types. Numba raises for the first, whenever the loop is
-    called, and takes the second as it is.
+    A killed process, a full disk or two processes that save at once leave entries that cannot be
+    read, or that hold a loop for other types. Numba raises for the former at every call of the
+    loop, and runs the latter as it is. Here both are dropped, and the loop is compiled again.
     """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The loop for the types `sig`, or None where there is no sound entry."""
         try:
-            found = super().load_overload(sig, target_context)
-        except Exception:  # unpickling what is damaged may raise anything
-            found = None
+            entry = super().load_overload(sig, target_context)
+        except Exception:  # unpickling a damaged entry may raise anything
+            entry = None
         else:
-            if found is None or found.signature.args == tuple(sig):
-                return found
+            if entry is None or entry.signature.args == tuple(sig):
+                return entry
         with contextlib.suppress(OSError):
             self.flush()
         return None
@@ -69,19 +71,19 @@ def loop(function: Callable[..., Any]) -> Any:
 
 
 def part(function: Callable[..., Any]) -> Any:
-    """Make a function a part of the loops that call it, which are then compiled in one go.
+    """Make a function one that Numba inlines into every loop that calls it.
 
-    That takes half as long as compiling each function and again what it calls.
+    Compiling then takes half as long as with a function of its own.
     """
     return numba.njit(nogil=True, inline="always")(function)
 
 
 @intrinsic
 def uncounted(context: Any, *kinds: Any) -> Any:
-    """The same arrays, as a tuple, whose slices count no references: others must hold them.
+    """The same arrays, as a tuple, but without reference counts: the caller must keep them alive.
 
-    Numba counts the references to whatever is sliced, which takes longer than the work on a short
-    row. This is the only thing that it has no plain name for.
+    Numba counts a reference for every slice of an array, which takes longer than the work on a
+    short row. Numba has no public function that turns this off.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -99,13 +101,15 @@ def uncounted(context: Any, *kinds: Any) -> Any:
 
 # ---------------------------------------------------------------- sums
 
-# As in `cubin.core.sums`, operation by operation. Each loop has numbers of one width alone, so that
-# vectors are filled; and none may be reordered, so that all processors round the same way.
+# These do what `cubin.core.sums` does, operation by operation. Each loop has numbers of one width
+# alone, so that LLVM can fill vector registers. LLVM may not reorder additions (there is no
+# `fastmath`), so that all processors round the same way.
 
 
 @part
 def _add_columns(m: Array, unit: float, n: int, sums: Array) -> None:
-    """Add up magnitudes, times a unit, in `COLUMNS` columns of n, by halves."""
+    """Add up `COLUMNS` columns of n magnitudes, times `unit`: the first half and the second half,
+    then the halves of that, and so on."""
     for j in range(n):
         r = m[j] * unit + m[j + 8 * n] * unit
         s = m[j + 4 * n] * unit + m[j + 12 * n] * unit
@@ -121,7 +125,10 @@ def _add_columns(m: Array, unit: float, n: int, sums: Array) -> None:
 
 @part
 def sum_in_lanes(sums: Array, size: int) -> float:
-    """Add the first `size` numbers to eight lanes in turn; zeros are written after them."""
+    """The sum of the first `size` numbers, in eight lanes that take one number each in turn.
+
+    Zeros are written after them, up to a multiple of eight.
+    """
     end = -(-size // LANES) * LANES
     for j in range(size, end):
         sums[j] = 0
@@ -157,45 +164,45 @@ def _sum_in(unit: float, m: Array, sums: Array) -> float:
 
 @part
 def magnitude_sum(m: Array, sums: Array) -> float:
-    """The sum of magnitudes, of one chunk at most, in float64; `sums` is overwritten."""
+    """The sum, in float64, of the magnitudes of at most one chunk; `sums` is overwritten."""
     total = _sum_in(m.dtype.type(1), m, sums)
-    if total == np.inf:  # perhaps a column overflows: in smaller units none does
+    if total == np.inf:  # a column may have overflowed: sixteenths cannot
         total = _sum_in(m.dtype.type(UNIT), m, sums) / UNIT
     return total
 
 
 @part
 def keep(x: Array, taken: float, m: Array) -> None:
-    """Write what is left of magnitudes once a scale is taken off."""
+    """Write ``||x| - taken|``, the residuals' magnitudes after a level of the scale `taken`."""
     for j in range(m.size):
         m[j] = abs(abs(x[j]) - taken)
 
 
-# A loop on two arrays that are the same is not vectorized: in place there is one.
+# LLVM does not vectorize a loop on two arrays that are the same, so there are forms on one array.
 
 
 @part
 def keep_in_place(m: Array, taken: float) -> None:
-    """The same, where the magnitudes were."""
+    """The same, written over the magnitudes."""
     for j in range(m.size):
         m[j] = abs(m[j] - taken)
 
 
 @part
-def keep_hot_in_place(m: Array, taken: float, bits: Array, level: int) -> int:
-    """The same where an element has a code at a level, and 0 elsewhere; give the number of them."""
-    # In 32 bits: wider than the elements they would halve the lanes.
+def keep_coded_in_place(m: Array, taken: float, bits: Array, level: int) -> int:
+    """The same for elements with a code at a level, else 0. Returns how many have one."""
+    # Counters of 32 bits: wider ones than the elements would halve the lanes of a register.
     number, count, zero = np.int32(level), np.int32(0), m.dtype.type(0)
     for j in range(m.size):
         left = abs(m[j] - taken)
-        hot = np.int32(bits[j]) > number
-        m[j] = left if hot else zero
-        count = np.int32(count + hot)
+        coded = np.int32(bits[j]) > number
+        m[j] = left if coded else zero
+        count = np.int32(count + coded)
     return int(count)
 
 
 def scratch(dtype: Any) -> tuple[Array, Array]:
-    """Room for a chunk, and for what `magnitude_sum` overwrites."""
+    """Scratch for a chunk of magnitudes, and for the sums that `magnitude_sum` overwrites."""
     return (
         memory.scratch("chunk", (CHUNK,), dtype),
         memory.scratch("sums", (CHUNK // COLUMNS + SHORT,), dtype),
@@ -204,7 +211,7 @@ def scratch(dtype: Any) -> tuple[Array, Array]:
 
 # ---------------------------------------------------------------- float16
 
-# Numba does not know it, and NumPy converts it one by one: here it is its bits.
+# Numba has no float16, and NumPy converts it element by element. These loops work on the bits.
 
 _INFINITE_HALF, _INFINITE = 0x7C00, 0x7F800000
 _EXPONENTS_APART = np.float32(2.0**112)
@@ -212,7 +219,7 @@ _EXPONENTS_APART = np.float32(2.0**112)
 
 @loop
 def widen(half: Array, words: Array) -> None:
-    """Write the bits of float32 for bits of float16."""
+    """Convert float16 to float32, both as bit patterns."""
     for j in range(half.size):
         word = np.uint32(half[j])
         moved = np.uint32((word & 0x7FFF) << 13)
@@ -224,13 +231,13 @@ def widen(half: Array, words: Array) -> None:
 
 @loop
 def narrow(words: Array, half: Array) -> None:
-    """Write the bits of float16 for bits of float32, rounded to the nearest, ties to even."""
+    """Convert float32 to float16, both as bit patterns: to the nearest, ties to even."""
     for j in range(half.size):
         word = words[j]
         m = np.uint32(word & 0x7FFFFFFF)
         odd = np.uint32((m >> 13) & 1)
         normal = np.uint32(np.uint32(m - 0x38000000 + 0xFFF + odd) >> 13)
-        # The sum has the steps of the smallest numbers of float16, and is rounded by the processor.
+        # Near 0.5 float32 has the spacing of float16's subnormal numbers: adding 0.5 rounds to it.
         raised = np.uint32(m).view(np.float32) + np.float32(0.5)
         small = np.uint32(np.float32(raised).view(np.uint32) - 0x3F000000)
         payload = np.uint32((m >> 13) & 0x3FF)
@@ -241,18 +248,19 @@ def narrow(words: Array, half: Array) -> None:
         half[j] = np.uint16(value | np.uint32((word >> 16) & 0x8000))
 
 
-# ---------------------------------------------------------------- what loops take and give
+# ---------------------------------------------------------------- arguments and results of loops
 
 
 def read_only(array: Array) -> Array:
-    """A view that cannot be written to, whether the array can or not, which would be two types."""
+    """A read-only view. Numba has two types, for arrays that are writable and those that are not:
+    this way there is one."""
     view = array.view()
     view.flags.writeable = False
     return view
 
 
 def in_work_dtype(x: Array) -> Array:
-    """The same numbers, contiguous and aligned: those of `x` where they are, and read-only."""
+    """`x` in the work dtype, contiguous, aligned and read-only; a view where `x` is so already."""
     x = in_rows(x)
     if x.dtype != np.float16:
         return read_only(x)
@@ -315,7 +323,7 @@ def place(values: Array, y: Array) -> None:
 
 
 def store(values: Array, y: Array) -> None:
-    """Write contiguous numbers in the work dtype to `y`, where they do not lie there already."""
+    """Write `values`, in the work dtype and contiguous, to `y`; nothing if they are `y` itself."""
     if values is y:
         return
     if y.dtype == np.float16 and values.dtype == np.float32:
@@ -327,7 +335,7 @@ def store(values: Array, y: Array) -> None:
 
 
 def target(y: Array, *inputs: Array) -> Array:
-    """Where a loop writes what `store` then brings to `y`: there itself if that is possible."""
+    """Where a loop writes its result: `y` itself where it can, else an array to `store` from."""
     work = floats.work_dtype(y.dtype)
     direct = y.dtype == work and y.flags.carray
     if direct and not any(np.may_share_memory(y, x) for x in inputs):
@@ -336,5 +344,5 @@ def target(y: Array, *inputs: Array) -> Array:
 
 
 def map_of(bits: Array, rows: int) -> Array:
-    """A map as loops take it; of no columns where there is none."""
+    """A bit map as loops take it, (rows, n); of no columns where `bits` is one number."""
     return read_only(in_rows(bits) if np.ndim(bits) else np.empty((rows, 0), np.uint8))

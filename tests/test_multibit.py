@@ -427,6 +427,8 @@ def test_an_unknown_solver():
 def test_peak_memory_is_the_output_and_little_more(granularity, mapped):
     x = np.ones((4000, 4000), np.float32)
     bits = np.full(x.shape, 3, np.uint8) if mapped else 3
+    cubin.multibit(x, bits, **granularity)  # which may compile loops
+    cubin.memory.release()
     tracemalloc.start()
     try:
         cubin.multibit(x, bits, **granularity)
@@ -447,7 +449,8 @@ def test_results_keep_the_memory_order(xp, host, rng, axis, mapped):
         view = stored.transpose(np.argsort(order).tolist())
         y = cubin.multibit(view, bits, channel_axis=axis)
         assert y.transpose(order).flags.c_contiguous
-        np.testing.assert_allclose(host(y), expected, rtol=2e-6)
+        # Where levels cancel, an element is off by the rounding of a scale.
+        np.testing.assert_allclose(host(y), expected, rtol=2e-6, atol=1e-7)
         code = cubin.quantize(view, bits, channel_axis=axis)
         np.testing.assert_array_equal(host(code.dequantize()), host(y))
         assert cubin.sign(view).transpose(order).flags.c_contiguous

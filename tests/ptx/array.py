@@ -358,9 +358,19 @@ class ndarray:
 def allocate(shape: Any, dtype: Any, order: str = "C") -> ndarray:
     """An array that nothing wrote yet: every byte is 0xFB."""
     shape = (shape,) if isinstance(shape, int | np.integer) else tuple(int(n) for n in shape)
-    kind = np.dtype(dtype)
-    allocation = Allocation(int(np.prod(shape, dtype=np.int64)) * kind.itemsize, written=False)
-    return ndarray(np.ndarray(shape, kind, allocation.bytes.data, order=order), allocation)
+    return _unwritten(np.empty(shape, dtype, order=order))
+
+
+def allocate_like(like: ndarray, dtype: Any, shape: Any = None) -> ndarray:
+    """The same of the shape of `like`, or another one, in its memory order."""
+    return _unwritten(np.empty_like(like._host, dtype, order="K", subok=False, shape=shape))
+
+
+def _unwritten(layout: np.ndarray) -> ndarray:
+    allocation = Allocation(layout.nbytes, written=False)
+    strides = layout.strides if layout.size else None
+    host = np.ndarray(layout.shape, layout.dtype, allocation.bytes.data, 0, strides)
+    return ndarray(host, allocation)
 
 
 def upload(values: Any) -> ndarray:

@@ -289,8 +289,8 @@ class Module:
         return array.allocate(shape, dtype, order)
 
     def empty_like(self, like: ndarray, dtype: Any = None, shape: Any = None) -> ndarray:
-        """`empty` of another array's shape and type."""
-        return self.empty(like.shape if shape is None else shape, dtype or like.dtype)
+        """`empty` of another array's shape, type and memory order."""
+        return array.allocate_like(like, dtype, shape)
 
     def full(self, shape: Any, value: Any, dtype: Any = None) -> ndarray:
         """An array of one value."""

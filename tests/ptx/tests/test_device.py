@@ -241,3 +241,12 @@ def test_numpy_functions_on_the_device():
     assert (x > 3).get().tolist() == [[False] * 3, [True] * 3]
     with pytest.raises(AttributeError, match="no 'loadtxt_everything'"):
         _ = xp.loadtxt_everything
+
+
+def test_new_memory_like_another_array_has_its_order():
+    x = xp.asarray(np.arange(24.0).reshape(2, 3, 4)).transpose(1, 2, 0)
+    y = xp.empty_like(x, np.float32)
+    assert (y.shape, y.dtype) == (x.shape, np.float32)
+    assert y.strides == tuple(stride // 2 for stride in x.strides)
+    assert xp.empty_like(x[::2]).transpose(2, 0, 1).flags.c_contiguous
+    assert xp.empty_like(x, shape=(5, 2)).shape == (5, 2)

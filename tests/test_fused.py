@@ -402,9 +402,9 @@ def test_a_team_holds_its_row_and_wastes_little(dtype):
                 continue
             assert length % team.pack == 0
             assert team.pack * dtype.itemsize <= 16
-            slots = team.threads * team.held
+            slots = team.threads * team.capacity
             assert slots >= length
-            assert team.held % max(team.pack, 4) == 0
+            assert team.capacity % max(team.pack, 4) == 0
             assert team.threads <= 1024
             assert length < 16 or length >= slots / 2
     assert teams.team_of(0, dtype, 1, False) is None

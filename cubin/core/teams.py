@@ -35,11 +35,11 @@ TILE_THREADS = 256
 MOST_THREADS = 1024
 """The most threads of a block that is one team."""
 
-Held = tuple[int, int, int]
+Capacity = tuple[int, int, int]
 """The most elements that a thread holds, in three cases: in packs of 16 bytes with at most four
 levels; in smaller packs or with more levels; with a map."""
 
-Room = tuple[Held, Held, Held]
+Room = tuple[Capacity, Capacity, Capacity]
 """The same for items of 2, 4 and 8 bytes. A thread has 64 registers, so that a block of 1024
 threads can run on a multiprocessor. With more elements, registers would spill to memory."""
 
@@ -70,14 +70,14 @@ class Team:
         How many they are.
     pack : int
         How many neighbouring elements a thread takes at a time.
-    held : int
+    capacity : int
         The room for elements that each thread has.
     """
 
     name: str
     threads: int
     pack: int
-    held: int
+    capacity: int
 
 
 @functools.cache
@@ -184,7 +184,7 @@ def _plan(
     access = team.pack if fits else 1
     compiled = next(n for n in LEVELS if n >= levels)
     threads = team.threads if team.name == "Block" else TILE_THREADS
-    template = (team.name, C_TYPES[dtype.char], team.pack, access, team.held, compiled)
+    template = (team.name, C_TYPES[dtype.char], team.pack, access, team.capacity, compiled)
     spread = steps if mapped else (steps[0], 0, steps[1])
     return (
         (*template, str(mapped).lower()),

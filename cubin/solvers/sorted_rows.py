@@ -4,6 +4,9 @@ The levels of a binary code are symmetric about zero, so that a solver needs the
 alone. Once they are sorted, the elements of a cell are neighbours: bisection finds where they start
 and stop, and their number and sum are differences of running sums. So an iteration of a solver
 costs some lookups per threshold and row, which hardly depend on the length of the row.
+
+`mass` stands for sums of weights, which are 1 without importance, and `first` for sums of weighted
+magnitudes: the zeroth and first moments.
 """
 
 from __future__ import annotations

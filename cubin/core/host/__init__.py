@@ -1,1 +1,1 @@
-"""What the loops on the host are made with."""
+"""The host: blocks shared among threads, and what compiled loops are made with."""

@@ -11,7 +11,7 @@ from scipy import stats
 
 import cubin
 from cubin import bitmaps
-from cubin.bitmaps import allocation, distortion, parts, selection, threshold
+from cubin.bitmaps import allocation, budgets, parts, selection, threshold
 from cubin.core.host import blocks
 from cubin.core.rows import rows_of
 
@@ -290,7 +290,7 @@ def test_budget_meets_its_mean_and_is_never_worse(
     [("float16", {"group_size": 3}), ("float32", {}), ("float64", {"channel_axis": 1})],
 )
 def test_budget_on_either_library(xp, host, rng, monkeypatch, dtype, granularity):
-    monkeypatch.setattr(distortion, "_SWEEPS", 1)
+    monkeypatch.setattr(budgets, "_SWEEPS", 1)
     x = rng.standard_normal((4, 9)).astype(dtype)
     bits = bitmaps.budget(xp.asarray(x), 1.7, **granularity)
     assert type(bits) is type(xp.asarray(x))
@@ -397,7 +397,7 @@ def hull_falls(curve):
 
 @given(CURVES)
 def test_hull_is_the_lower_convex_hull(curves):
-    found = distortion.hull(list(np.array(curves, float).T)).T
+    found = budgets.hull(list(np.array(curves, float).T)).T
     np.testing.assert_allclose(found, [hull_falls(curve) for curve in curves], rtol=1e-12)
     assert (np.diff(found, axis=1) <= 0).all()
 
@@ -407,13 +407,13 @@ def bits_spent(gains, bits):
     positions = np.arange(float(gains[0].size)).reshape(gains.shape[1:])
     flat = gains.reshape(len(gains), -1)
     rows = rows_of(positions.shape)
-    return distortion.spend(lambda own, at: flat[:, at.astype(int)], positions, rows, bits)
+    return budgets.spend(lambda own, at: flat[:, at.astype(int)], positions, rows, bits)
 
 
 @given(CURVES, st.floats(0, 1))
 def test_bits_are_spent_at_one_price(curves, share):
     curves = np.array(curves, float)
-    gains = distortion.hull(list(curves.T))
+    gains = budgets.hull(list(curves.T))
     assume(gains.size)
     bits = max(1, round(share * gains.size))
     counts = bits_spent(gains, bits)
@@ -752,7 +752,7 @@ def test_bounds_of_numbers_beyond_float32():
 def test_budget_of_an_array_that_few_magnitudes_stand_for(monkeypatch, distribution, granularity):
     x = distribution.rvs((40, 500), random_state=0) * np.exp(np.linspace(-2, 2, 40))[:, None]
     whole = bitmaps.budget(x, 1.6, **granularity)
-    monkeypatch.setattr(distortion, "_POINTS", 1 << 11)
+    monkeypatch.setattr(budgets, "_POINTS", 1 << 11)
     few = bitmaps.budget(x, 1.6, **granularity)
     assert few.sum() == whole.sum() == round(1.6 * x.size)
     assert squared_error(x, few, **granularity) <= 1.05 * squared_error(x, whole, **granularity)

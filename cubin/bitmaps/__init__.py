@@ -11,7 +11,7 @@ costs next to nothing. ``cubin.quantize(x, bits)`` has both as ``.payload_bits``
 from __future__ import annotations
 
 from cubin.bitmaps.allocation import allocate
-from cubin.bitmaps.distortion import budget
+from cubin.bitmaps.budgets import budget
 from cubin.bitmaps.patterns import bottom_up, middle_out, random, top_down, uniform
 from cubin.bitmaps.threshold import ternary
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cubin.bitmaps import parts, patterns
-from cubin.bitmaps.distortion import hull, progress
+from cubin.bitmaps.budgets import hull, progress
 from cubin.core import arrays as checked
 from cubin.core import floats, libraries
 from cubin.core.libraries import Array

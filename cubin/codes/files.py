@@ -68,7 +68,7 @@ def write(
         else np.zeros((len(signs), -(-math.prod(shape) // 8)), np.uint8),
     }
     with _replacing(path) as file:
-        np.savez(file, allow_pickle=False, **members)
+        np.savez(file, **members)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -166,7 +166,8 @@ def _read_members(file: Any) -> dict[str, np.ndarray]:
     length = os.fstat(file.fileno()).st_size
     members = {}
     with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
+        # NumPy 2.0 wrote an option that it did not know as one more member.
+        entries = [info for info in archive.infolist() if info.filename != "allow_pickle.npy"]
         if sorted(info.filename for info in entries) != sorted(f"{name}.npy" for name in _DTYPES):
             raise ValueError(f"its members are not one each of {', '.join(_DTYPES)}")
         named = {info.filename.removesuffix(".npy"): info for info in entries}

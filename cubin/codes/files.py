@@ -59,7 +59,7 @@ def write(
         "channel_axis": channel_axis,
         "group_size": group_size,
     }
-    members = {
+    members: dict[str, Any] = {
         "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
         "scales": np.asarray(libraries.to_host(scales), order="C"),
         "bits": np.asarray(entries, np.uint8, order="C"),

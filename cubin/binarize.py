@@ -325,21 +325,12 @@ def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
     if importance is None:
         return None
     entries = arrays.as_floats("importance", importance)
-    xp = libraries.library(x, entries)
+    libraries.library(x, entries)  # not a mixture
     if solver == "greedy":
         raise ValueError(
             "the greedy solver takes no importance: use refined, alternating or optimal"
         )
-    try:
-        weights = xp.broadcast_to(entries, x.shape)
-    except ValueError:
-        raise ValueError(
-            f"importance of shape {entries.shape} does not broadcast to x's shape {x.shape}"
-        ) from None
-    entries = conversions.computable(entries)
-    if not bool((xp.isfinite(entries) & (entries >= 0)).all()):
-        raise ValueError("importance must be finite and not negative")
-    return weights
+    return arrays.as_importance(entries, x)
 
 
 def _check_finite(x: Array, rows: Rows) -> None:

@@ -185,7 +185,7 @@ def _errors(x: Array, scales: list[Array], low: int) -> np.ndarray:
     for level in range(len(scales) + 1):
         if level >= low:
             off = xp.subtract(x, y.astype(x.dtype, copy=False), dtype=np.float64)
-            curves.append(parts.on_host((off * off).sum(axis=1)))
+            curves.append(libraries.to_host((off * off).sum(axis=1)))
         if level < len(scales):
             stored = scales[level].astype(x.dtype).astype(work)
             y -= xp.copysign(stored, opposite)

@@ -19,13 +19,6 @@ from cubin.solvers import greedy
 TILE = 1 << 13
 """Elements that several arrays of fit into the second cache."""
 
-library = libraries.library
-
-
-def on_host(array: Array) -> np.ndarray:
-    """`array` as a NumPy array."""
-    return array.get() if libraries.on_device(array) else np.asarray(array)
-
 
 def in_order(x: Array) -> Iterator[Array]:
     """The elements of `x` in C order, as flat arrays that last until the next one."""
@@ -50,7 +43,7 @@ def over_tiles(
     view = None if out is None else rows.view(out)
 
     def run(part: passes.Part, *flat: Array) -> None:
-        found = None if out is None else library(out).empty(flat[0].shape, out.dtype)
+        found = None if out is None else libraries.library(out).empty(flat[0].shape, out.dtype)
         tiles = [(slice(None), slice(None))] if device else _tiles(*flat[0].shape)
         first = part.rows.start or 0
         for tile in tiles:

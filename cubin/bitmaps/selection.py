@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cubin.bitmaps import parts
+from cubin.core import libraries
 from cubin.core.libraries import Array
 
 LEADING = 14
@@ -36,9 +36,9 @@ def bounds(go_over: Callable[[Callable[[Array], None]], None], ranks: Sequence[i
     histogram = np.zeros(1 << LEADING, np.int64)
 
     def count(numbers: Array) -> None:
-        found = parts.library(numbers).bincount(leading_bits(numbers), minlength=1 << LEADING)
+        found = libraries.library(numbers).bincount(leading_bits(numbers), minlength=1 << LEADING)
         with lock:
-            np.add(histogram, parts.on_host(found), out=histogram)
+            np.add(histogram, libraries.to_host(found), out=histogram)
 
     go_over(count)
     at_least = histogram[::-1].cumsum()[::-1]
@@ -53,8 +53,8 @@ def bounds(go_over: Callable[[Callable[[Array], None]], None], ranks: Sequence[i
             chosen = numbers.ravel()[leading == number]
             if chosen.size:
                 # Equal numbers, such as zeros, are kept once.
-                values, counts = parts.library(numbers).unique(chosen, return_counts=True)
-                found.append((parts.on_host(values), parts.on_host(counts)))
+                values, counts = libraries.library(numbers).unique(chosen, return_counts=True)
+                found.append((libraries.to_host(values), libraries.to_host(counts)))
 
     if members:
         go_over(collect)

@@ -90,7 +90,7 @@ def ternary(
     rows = rows_of(x.shape, channel_axis, group_size)
     xp = libraries.library(x)
     with libraries.current_device(x):
-        weights = None if importance is None else _weights(importance, x)
+        weights = None if importance is None else arrays.as_importance(importance, x)
         patterns.exponent(x)  # what is not finite has no place in the order
         bits = xp.zeros(x.shape, np.int8)
         if not x.size:
@@ -146,18 +146,3 @@ def _least_kept(m: Array, w: Array | None) -> Array:
         most = xp.where(better, gain, most)
         sums, weight = totals[:, -1:], weights[:, -1:]
     return least
-
-
-def _weights(importance: Array, x: Array) -> Array:
-    """The importance as an array of x's shape."""
-    weights = arrays.as_floats("importance", importance)
-    xp = libraries.library(x, weights)
-    try:
-        weights = xp.broadcast_to(weights, x.shape)
-    except ValueError:
-        raise ValueError(
-            f"importance of shape {weights.shape} does not broadcast to x's shape {x.shape}"
-        ) from None
-    if not bool((xp.isfinite(weights) & (weights >= 0)).all()):
-        raise ValueError("importance must be finite and not negative")
-    return weights

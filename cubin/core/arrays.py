@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin.core import libraries
+from cubin.core import conversions, libraries
 from cubin.core.libraries import Array
 
 
@@ -62,6 +62,22 @@ def like(name: str, value: object, x: Array, x_name: str = "x") -> Array:
     if array.shape != x.shape:
         raise ValueError(f"{name} has shape {array.shape}, but {x_name} has shape {x.shape}")
     return array.astype(x.dtype, copy=False)
+
+
+def as_importance(value: object, x: Array) -> Array:
+    """Weights of squared errors, finite and not negative, as floats of x's shape in its library."""
+    entries = as_floats("importance", value)
+    xp = libraries.library(x, entries)
+    try:
+        weights = xp.broadcast_to(entries, x.shape)
+    except ValueError:
+        raise ValueError(
+            f"importance of shape {entries.shape} does not broadcast to x's shape {x.shape}"
+        ) from None
+    entries = conversions.computable(entries)
+    if not bool((xp.isfinite(entries) & (entries >= 0)).all()):
+        raise ValueError("importance must be finite and not negative")
+    return weights
 
 
 def output(out: Array | None, x: Array, dtype: Any = None) -> Array:

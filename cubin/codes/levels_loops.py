@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from cubin.core.host.loops import (
+    beside,
     in_rows,
+    lines,
     loop,
+    map_lines,
     map_of,
     part,
     place,
     read_only,
     store,
+    store_lines,
     target,
     uncounted,
 )
@@ -40,13 +44,35 @@ def _sum_signs(scales: Array, signs: Array, y: Array) -> None:
 
 
 @loop
-def _level_signs(code: Array, bits: Array, level: int, sign: Array) -> None:
+def _sum_signs_of_lines(scales: Array, signs: Array, y: Array) -> None:
+    """The same for lines: of scales, (levels, rows), times signs, (levels, n, pitch)."""
+    scales, signs, y = uncounted(scales, signs, y)
+    zero, none = y.dtype.type(0), np.int8(0)
+    for e in range(len(y)):
+        for start in range(0, scales.shape[1], CHUNK):
+            stop = min(start + CHUNK, scales.shape[1])
+            total = y[e, start:stop]
+            total[:] = 0
+            for level in range(len(signs)):
+                scale, sign = scales[level, start:stop], signs[level, e, start:stop]
+                for j in range(total.size):
+                    step = scale[j] if sign[j] > none else -scale[j]
+                    total[j] += step if sign[j] != none else zero
+
+
+@loop
+def _level_signs(code: Array, bits: Array, level: int, width: int, sign: Array) -> None:
+    """Write the signs of lines: of the first `width` elements of each."""
+    code, bits, sign = uncounted(code, bits, sign)
     bit, none = np.uint16(1 << level), np.uint16(0)
-    for j in range(sign.size):
-        sign[j] = np.int8(1) if np.uint16(code[j] & bit) != none else np.int8(-1)
-    if bits.size:
-        for j in range(sign.size):
-            sign[j] = sign[j] if bits[j] > np.uint8(level) else np.int8(0)
+    for e in range(len(code)):
+        source, of_line = code[e, :width], sign[e, :width]
+        for j in range(width):
+            of_line[j] = np.int8(1) if np.uint16(source[j] & bit) != none else np.int8(-1)
+        if bits.shape[1]:
+            depths = bits[e, :width]
+            for j in range(width):
+                of_line[j] = of_line[j] if depths[j] > np.uint8(level) else np.int8(0)
 
 
 def _in_rows(signs: Array) -> Array:
@@ -57,6 +83,14 @@ def _in_rows(signs: Array) -> Array:
 
 def sum_signs(signs: Array, scales: Array, *, y: Array) -> None:
     """`levels.sum_signs`."""
+    if beside(signs, y):
+        direct = y.dtype == scales.dtype
+        found = lines(y) if direct else np.empty(y.shape[::-1], scales.dtype)
+        by_level = np.ascontiguousarray(scales[:, :, 0])
+        _sum_signs_of_lines(by_level, read_only(lines(signs)), found)
+        if not direct:
+            store_lines(found, y)
+        return
     values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
     _sum_signs(np.ascontiguousarray(scales[:, :, 0].T), _in_rows(signs), values)
     store(values, y)
@@ -64,10 +98,13 @@ def sum_signs(signs: Array, scales: Array, *, y: Array) -> None:
 
 def level_signs(code: Array, bits: Array, level: Array, *, sign: Array) -> None:
     """`levels.level_signs`. A scalar `bits` must have this level."""
+    if code.ndim == 2 and beside(code, sign):
+        depths = map_lines(bits, code.shape[1])
+        _level_signs(read_only(lines(code)), depths, int(level), len(code), lines(sign))
+        return
     plain = sign if sign.flags.c_contiguous else np.empty(sign.shape, np.int8)
-    bits = map_of(bits, 0).reshape(-1)
-    _level_signs(
-        read_only(np.ascontiguousarray(code)).reshape(-1), bits, int(level), plain.reshape(-1)
-    )
+    depths = map_of(bits, 1).reshape(1, -1)
+    line = read_only(np.ascontiguousarray(code)).reshape(1, -1)
+    _level_signs(line, depths, int(level), code.size, plain.reshape(1, -1))
     if plain is not sign:
         place(plain, sign)

@@ -122,7 +122,7 @@ def whole_rows(
         return
     itemsize = floats.work_dtype(inputs[0].dtype).itemsize
     block = blocks.rows_block(out.size, itemsize)
-    _over(list(_blocks_of_rows(rows, block)), task, rows, inputs)
+    _over(list(_blocks_of_rows(rows, block, _together(rows, inputs[0]))), task, rows, inputs)
 
 
 # ---------------------------------------------------------------- element by element
@@ -194,14 +194,21 @@ def elements_of_rows(
     for_each_part(task, rows, *inputs)
 
 
-def for_each_part(task: Callable[..., None], rows: Rows, *inputs: Any) -> None:
+def for_each_part(
+    task: Callable[..., None], rows: Rows, *inputs: Any, one_by_one: bool = False
+) -> None:
     """Call ``task(part, *inputs)`` for parts that tile the rows, each input as (rows, n).
 
     On a device there is a single part. On the host parts are blocks that fit the cache, and several
     threads take them. An input is an array of the rows' shape, or a scalar, which is passed on.
+    Pieces of long rows come together with those beside them, or else `one_by_one`.
     """
     device = any(map(libraries.on_device, inputs))
-    _over([_ALL] if device else list(_parts(rows)), task, rows, inputs, device)
+    if device:
+        parts = [_ALL]
+    else:
+        parts = list(_parts(rows, 1 if one_by_one else _together(rows, inputs[0])))
+    _over(parts, task, rows, inputs, device)
 
 
 def search_loops(module: ModuleType, x: Array, states: int) -> Any:
@@ -345,20 +352,37 @@ def _over(
         blocks.each(run, parts, rows.count * rows.length)
 
 
-def _parts(rows: Rows) -> Iterator[Part]:
+def _together(rows: Rows, x: Array) -> int:
+    """The fewest rows of a block: several where they lie side by side, as columns do."""
+    if not rows.scale_shape or rows.length < 2:
+        return 1
+    lead = x.ndim - len(rows.shape)
+    steps = rows.view(x, lead).strides[lead:]
+    side_by_side = steps[len(rows.scale_shape) - 1] == x.itemsize < abs(steps[-1])
+    return blocks.rows_together(rows.count) if side_by_side else 1
+
+
+def _parts(rows: Rows, together: int) -> Iterator[Part]:
     """Blocks of whole rows, or pieces of long ones, that fit the cache of the host."""
     if rows.length <= blocks.BLOCK:
-        yield from _blocks_of_rows(rows, blocks.BLOCK)
+        yield from _blocks_of_rows(rows, blocks.BLOCK, together)
         return
-    for row, head in enumerate(blocks.tile(rows.scale_shape, 1)):
+    for numbers, head in _row_blocks(rows, together):
         for piece, inner in enumerate(blocks.tile(rows.inner_shape, blocks.PIECE)):
-            yield Part(slice(row, row + 1), slice(piece, piece + 1), (*head, *inner, ...))
+            yield Part(numbers, slice(piece, piece + 1), (*head, *inner, ...))
 
 
-def _blocks_of_rows(rows: Rows, size: int) -> Iterator[Part]:
-    """Blocks of whole rows of up to `size` elements, at least one row each."""
+def _blocks_of_rows(rows: Rows, size: int, together: int = 1) -> Iterator[Part]:
+    """Blocks of whole rows of up to `size` elements, but at least `together` rows each."""
+    at_once = max(1, size // max(1, rows.length)) // together * together
+    for numbers, head in _row_blocks(rows, max(together, at_once)):
+        yield Part(numbers, slice(0, 1), (*head, ...))
+
+
+def _row_blocks(rows: Rows, at_once: int) -> Iterator[tuple[slice, blocks.Block]]:
+    """Slices that tile the numbers of the rows, and the indices of these rows in the view."""
     start = 0
-    for cut in blocks.tile(rows.scale_shape, max(1, size // max(1, rows.length))):
+    for cut in blocks.tile(rows.scale_shape, at_once):
         stop = start + blocks.extent(cut, rows.scale_shape)
-        yield Part(slice(start, stop), slice(0, 1), (*cut, ...))
+        yield slice(start, stop), cut
         start = stop

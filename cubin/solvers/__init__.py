@@ -66,7 +66,7 @@ def encode(
         find_codes = passes.form(greedy.codes, x)
 
         def pack(part: Part, x: Array, bits: Any) -> None:
-            code = libraries.library(x).empty(x.shape, np.uint16)
+            code = libraries.result_like(x, np.uint16)
             of_part = [scale[part.rows] for scale in scales]
             find_codes(x, bits, *of_part, code=code)
             encoding.store(part, code, bits, of_part)
@@ -149,7 +149,7 @@ def _search(
         def finish_piece(part: Part, x: Array, bits: Any) -> None:
             finish(part, lookups[part.rows.start], x, bits)
 
-        passes.for_each_part(finish_piece, rows, x, bits.values)
+        passes.for_each_part(finish_piece, rows, x, bits.values, one_by_one=True)
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
+    beside,
     in_work_dtype,
     keep,
     keep_coded_in_place,
@@ -25,6 +26,7 @@ from cubin.core.host.loops import (
 )
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK
+from cubin.solvers import greedy_columns_loops as columns
 
 TOGETHER = 1 << 15
 """Elements of the rows that take turns at each level, so that one row's memory is read while
@@ -339,6 +341,9 @@ def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
 
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
     """`greedy.level_sums`."""
+    if beside(x):
+        columns.level_sums(x, bits, *scales, total=total, count=count)
+        return
     wide = in_work_dtype(x)
     totals, counts = np.empty(len(x)), np.empty(len(x), np.int64)
     levels = _stack(scales, wide)
@@ -348,12 +353,18 @@ def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array
 
 def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
     """`greedy.approximation`."""
+    if beside(x, y):
+        columns.approximation(x, bits, *scales, y=y)
+        return
     wide = in_work_dtype(x)
     _write_levels(wide, bits, _stack(scales, wide), y)
 
 
 def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     """`greedy.approximate_rows`."""
+    if beside(x, y):
+        columns.approximate_rows(x, bits, levels, y=y)
+        return
     wide = in_work_dtype(x)
     scales, depths = np.empty((len(x), levels), wide.dtype), map_of(bits, len(x))
     if y.dtype != wide.dtype:
@@ -374,6 +385,9 @@ def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
 
 def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
     """`greedy.encode_rows`."""
+    if beside(x, signs):
+        columns.encode_rows(x, bits, levels, scales=scales, signs=signs)
+        return
     wide = in_work_dtype(x)
     by_row = np.empty((len(x), levels), wide.dtype)
     plain = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
@@ -385,6 +399,9 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
 
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     """`greedy.codes`."""
+    if beside(x, code):
+        columns.codes(x, bits, *scales, code=code)
+        return
     wide = in_work_dtype(x)
     chunk, _ = scratch(wide.dtype)
     _codes(wide, map_of(bits, len(x)), _stack(scales, wide), chunk, code)

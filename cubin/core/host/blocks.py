@@ -56,6 +56,10 @@ They go through the whole block at every level, so it has to stay in the cache."
 COMPILED_ROWS = (1 << 21, 1 << 23)
 """The fewest and the most bytes of such a block for compiled loops, which go row by row."""
 
+TOGETHER = (16, 64)
+"""The fewest rows of a block where rows lie side by side. Memory is read in lines of the cache, and
+faster where some lines follow each other."""
+
 SORTED_BLOCK = (1 << 14, 1 << 17)
 """The fewest and the most elements of a block of rows that compiled loops sort."""
 
@@ -279,6 +283,15 @@ def rows_block(size: int, itemsize: int) -> int:
         return WHOLE_ROWS // itemsize
     least, most = COMPILED_ROWS
     return min(max(least, portion(size) * itemsize), most) // itemsize
+
+
+def rows_together(count: int) -> int:
+    """How many of `count` rows that lie side by side a block has at least.
+
+    Fewer if there are too few for all threads, but at least a line of the cache of float32.
+    """
+    least, most = TOGETHER
+    return max(least, min(most, count // _workers() // least * least))
 
 
 def sorted_block(size: int) -> int:

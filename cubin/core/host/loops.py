@@ -343,6 +343,80 @@ def target(y: Array, *inputs: Array) -> Array:
     return np.empty(y.shape, work)
 
 
+# ---------------------------------------------------------------- rows side by side
+
+BESIDE = 16
+"""The fewest rows that are worked on side by side: those of a line of the cache, of float32."""
+
+
+def beside(*arrays: Array) -> bool:
+    """Whether the rows of all arrays, (rows, n), lie side by side, as columns of a matrix do.
+
+    There may be an axis of levels before. `lines` then gives the arrays as loops take them.
+    """
+    return all(map(_beside, arrays))
+
+
+def _beside(x: Array) -> bool:
+    rows, n = x.shape[-2:]
+    step, pitch = x.strides[-2:]
+    return (
+        rows >= BESIDE
+        and n > 1
+        and step == x.itemsize
+        and pitch >= rows * step
+        and pitch % step == 0
+        and (x.ndim == 2 or x.strides[0] == n * pitch)
+        and x.flags.aligned
+    )
+
+
+def lines(x: Array) -> Array:
+    """Rows that lie side by side, (rows, n), as a contiguous array of lines, (n, pitch).
+
+    A line begins with an element of each row. What follows, up to the next line, belongs to other
+    rows or to no array: loops must not touch it. Contiguous arrays are of one type for Numba,
+    wherever a line ends.
+    """
+    pitch = x.strides[-1] // x.itemsize
+    shape = (*x.shape[:-2], x.shape[-1], pitch)
+    steps = (*x.strides[:-2], x.strides[-1], x.itemsize)
+    return np.lib.stride_tricks.as_strided(x, shape, steps)
+
+
+def lines_in_work_dtype(x: Array) -> Array:
+    """`lines` in the work dtype, read-only: a copy where `x` is float16."""
+    if x.dtype != np.float16:
+        return read_only(lines(x))
+    wide = np.empty(x.shape[::-1], np.float32)
+    _widen_lines(read_only(lines(x)).view(np.uint16), wide.view(np.uint32))
+    return read_only(wide)
+
+
+@loop
+def _widen_lines(half: Array, words: Array) -> None:
+    for e in range(len(words)):
+        widen(half[e, : words.shape[1]], words[e])
+
+
+@loop
+def _narrow_lines(words: Array, half: Array) -> None:
+    for e in range(len(words)):
+        narrow(words[e], half[e, : words.shape[1]])
+
+
+def store_lines(values: Array, y: Array) -> None:
+    """Write lines in the work dtype, (n, rows), to `y`, (rows, n), of float16."""
+    _narrow_lines(read_only(values).view(np.uint32), lines(y).view(np.uint16))
+
+
+def map_lines(bits: Array, n: int) -> Array:
+    """A bit map, (rows, n), as lines; of no columns where `bits` is one number."""
+    if not np.ndim(bits):
+        return read_only(np.empty((n, 0), np.uint8))
+    return read_only(lines(bits) if beside(bits) else np.ascontiguousarray(bits.T))
+
+
 def map_of(bits: Array, rows: int) -> Array:
     """A bit map as loops take it, (rows, n); of no columns where `bits` is one number."""
     return read_only(in_rows(bits) if np.ndim(bits) else np.empty((rows, 0), np.uint8))

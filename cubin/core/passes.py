@@ -131,21 +131,26 @@ def whole_rows(
 def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     """Run an elementwise primitive: one launch on a device, blocks over threads on the host."""
     output = next(iter(outputs.values()))
+    shape, size, device = output.shape, output.size, libraries.on_device(output)
+    if size < blocks.COMPILED and not device:
+        primitive(*inputs, **outputs)
+        return
     if output.flags.f_contiguous and not output.flags.c_contiguous:
         # The same elements in the order in which they lie.
         spread = [a.T if np.ndim(a) == output.ndim else a for a in inputs]
         if all(np.ndim(a) in (0, output.ndim) for a in inputs):
             elements(primitive, *spread, **{name: a.T for name, a in outputs.items()})
             return
-    shape, size = output.shape, output.size
-    arrays = [a for a in (*inputs, *outputs.values()) if np.ndim(a)]
-    if libraries.on_device(output) or size < blocks.COMPILED:
+    if device:
         primitive(*inputs, **outputs)
         return
     on: Callable[..., None] = primitive.function
     # Loops take C-contiguous arrays of one shape.
-    if all(a.shape == shape and _is_plain(a) for a in arrays):
+    if all([_is_plain(a, shape) for a in (*inputs, *outputs.values())]):
         on = primitive.on_host(size)
+    if size <= blocks.BLOCK:
+        blocks.alone(on, *inputs, **outputs)
+        return
     spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
 
     def run(block: blocks.Block) -> None:
@@ -155,9 +160,17 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
 
 
-def _is_plain(array: np.ndarray) -> bool:
-    """Whether compiled loops take an array: C-contiguous, aligned, of a dtype that Numba has."""
-    return bool(array.dtype != np.float16 and array.flags.c_contiguous and array.flags.aligned)
+def _is_plain(array: Any, shape: tuple[int, ...]) -> bool:
+    """Whether compiled loops take an array of this shape, or a scalar.
+
+    It has to be C-contiguous and aligned, and of a dtype that Numba has.
+    """
+    if not np.ndim(array):
+        return True
+    flags = array.flags
+    return bool(
+        array.shape == shape and array.dtype.char != "e" and flags.c_contiguous and flags.aligned
+    )
 
 
 def _side_by_side(array: Any, rows: Rows) -> Any:
@@ -357,6 +370,9 @@ def _parts(rows: Rows) -> Iterator[Part]:
 
 def _blocks_of_rows(rows: Rows, size: int) -> Iterator[Part]:
     """Blocks of whole rows of up to `size` elements, at least one row each."""
+    if 0 < rows.count * rows.length <= size:
+        yield Part(slice(0, rows.count), slice(0, 1), (...,))
+        return
     start = 0
     for cut in blocks.tile(rows.scale_shape, max(1, size // max(1, rows.length))):
         stop = start + blocks.extent(cut, rows.scale_shape)

@@ -156,6 +156,12 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
             errors.clear()  # the traceback refers to `errors`: a cycle that keeps arrays alive
 
 
+def alone(task: Callable[..., None], *inputs: Any, **outputs: Any) -> None:
+    """Run a task that is a single block, on the calling thread."""
+    with np.errstate(all="ignore"):
+        task(*inputs, **outputs)
+
+
 def _run(task: Callable[[Any], None], blocks: Iterable[Any]) -> None:
     with np.errstate(all="ignore"):
         np.setbufsize(_BUFFER)  # until this errstate ends

@@ -20,7 +20,7 @@ def as_integers(x: np.ndarray) -> np.ndarray:
     return x.view(_UNSIGNED[x.dtype.itemsize])
 
 
-def with_sign_of(r: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+def with_sign_of(r: np.ndarray, magnitude: Any) -> np.ndarray:
     """`magnitude` where ``r > 0``, else ``-magnitude``; both of one float dtype.
 
     ``0 - r`` is never -0.0, so its sign bit is set exactly where ``r > 0``. On random signs,

@@ -11,9 +11,8 @@ of the rows alone, so that results are the same every time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,8 +33,7 @@ SEARCHED_ON_DEVICE = 1 << 24
 """The same on a device."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Some whole rows, or a piece of one long row: a block of the array that `Rows.view` gives.
 
     Attributes
@@ -105,14 +103,15 @@ def whole_rows(
     scales : array, shape (levels, rows), optional
     """
     device, on = libraries.on_device(out), form(primitive, out)
-    *more_outputs, (_, name) = primitive.outputs
+    name = primitive.outputs[-1][1]
+    solves = len(primitive.outputs) > 1  # the scales are an output
     lead = out.ndim - len(rows.shape)
     view = rows.view(out, lead)
 
     def task(part: Part, *flat: Any) -> None:
         of_part = [] if scales is None else [scales[:, part.rows, None]]
-        outputs = dict(zip((name for _, name in more_outputs), of_part, strict=False))
-        read = [*flat, *static] if outputs else [*flat, *of_part, *static]
+        outputs = {primitive.outputs[0][1]: of_part[0]} if solves else {}
+        read = [*flat, *static] if solves else [*flat, *of_part, *static]
         target = view[(slice(None),) * lead + part.block]
         shape = (*out.shape[:lead], *flat[0].shape[-2:])
         write(lambda y: on(*read, **outputs, **{name: y}), target, shape)
@@ -132,8 +131,8 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     """Run an elementwise primitive: one launch on a device, blocks over threads on the host."""
     output = next(iter(outputs.values()))
     shape, size, device = output.shape, output.size, libraries.on_device(output)
-    if size < blocks.COMPILED and not device:
-        primitive(*inputs, **outputs)
+    if not device and size <= blocks.BLOCK and not blocks.pays(size):
+        blocks.alone(primitive.function, *inputs, **outputs)
         return
     if output.flags.f_contiguous and not output.flags.c_contiguous:
         # The same elements in the order in which they lie.
@@ -146,7 +145,7 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
         return
     on: Callable[..., None] = primitive.function
     # Loops take C-contiguous arrays of one shape.
-    if all([_is_plain(a, shape) for a in (*inputs, *outputs.values())]):
+    if all(_is_plain(a, shape) for a in (*inputs, *outputs.values())):
         on = primitive.on_host(size)
     if size <= blocks.BLOCK:
         blocks.alone(on, *inputs, **outputs)
@@ -333,7 +332,20 @@ def _over(
     device: bool = False,
 ) -> None:
     """Call ``task(part, *inputs)`` for all parts, each input as (rows, n)."""
-    leads = [np.ndim(a) - len(rows.shape) for a in inputs]
+    size, axes = rows.count * rows.length, len(rows.shape)
+
+    def gathered(array: Array) -> Array:
+        # In a map of wider integers the low bytes lie apart. They are gathered once here, and not
+        # at every level.
+        apart = array.dtype.char == "B" and not (device or blocks.is_ready(size))
+        return np.ascontiguousarray(array) if apart else array
+
+    if len(parts) == 1 and parts[0].block == (...,):
+        flat = [a if isinstance(a, np.generic) else rows.flat(gathered(a), a.ndim - axes)
+                for a in inputs]  # fmt: skip
+        blocks.alone(task, parts[0], *flat)
+        return
+    leads = [np.ndim(a) - axes for a in inputs]
     views = [a if isinstance(a, np.generic) else rows.view(a, lead)
              for a, lead in zip(inputs, leads, strict=True)]  # fmt: skip
 
@@ -343,19 +355,11 @@ def _over(
             if isinstance(view, np.generic):
                 flat.append(view)
                 continue
-            cut = view[(slice(None),) * lead + part.block]
-            if cut.dtype == np.uint8 and not (device or blocks.is_ready(rows.count * rows.length)):
-                # In a map of wider integers the low bytes lie apart. They are gathered once here,
-                # and not at every level.
-                cut = np.ascontiguousarray(cut)
+            cut = gathered(view[(slice(None),) * lead + part.block])
             flat.append(cut.reshape(cut.shape[:lead] + rows.flat_shape(cut.shape[lead:])))
         task(part, *flat)
 
-    if device:
-        for part in parts:
-            run(part)
-    else:
-        blocks.each(run, parts, rows.count * rows.length)
+    blocks.each(run, parts, size)
 
 
 def _parts(rows: Rows) -> Iterator[Part]:

@@ -39,7 +39,7 @@ def magnitude_sums(m: Array) -> Array:
     """The sums, (rows, 1) in float64, of the numbers of rows, (rows, n), none of them negative."""
     totals = _row_sums(m)
     over = totals == np.inf
-    if over.any():
+    if np.count_nonzero(over):
         totals[over] = _row_sums(m[over] * m.dtype.type(UNIT)) / UNIT
     return totals[:, None]
 
@@ -62,13 +62,14 @@ def _chunk_sums(m: Array) -> Array:
     whole, half = COLUMNS * width, COLUMNS // 2
     numbers = []
     if width:
-        columns = m[..., :whole].reshape(rows, chunks, COLUMNS, width)
-        sums = memory.scratch("columns", (rows, chunks, half, width), m.dtype)
-        np.add(columns[..., :half, :], columns[..., half:, :], out=sums)
+        # The columns come first, so that halves of them lie in one run each.
+        columns = m[..., :whole].reshape(rows, chunks, COLUMNS, width).transpose(2, 0, 1, 3)
+        sums = memory.scratch("columns", (half, rows, chunks, width), m.dtype)
+        np.add(columns[:half], columns[half:], out=sums)
         while half > 1:
             half //= 2
-            np.add(sums[..., :half, :], sums[..., half : 2 * half, :], out=sums[..., :half, :])
-        numbers.append(sums[..., 0, :])
+            np.add(sums[:half], sums[half : 2 * half], out=sums[:half])
+        numbers.append(sums[0])
     if whole < length:
         numbers.append(m[..., whole:])
     size = width + length - whole

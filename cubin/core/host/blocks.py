@@ -17,12 +17,14 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cubin.core import memory
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 BLOCK = 1 << 17
 """Elements of a block: 512 KB of float32."""
@@ -159,6 +161,7 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
 def alone(task: Callable[..., None], *inputs: Any, **outputs: Any) -> None:
     """Run a task that is a single block, on the calling thread."""
     with np.errstate(all="ignore"):
+        np.setbufsize(_BUFFER)  # until this errstate ends
         task(*inputs, **outputs)
 
 
@@ -213,6 +216,8 @@ def _help(job: list[tuple[Callable[[int], None], int]]) -> None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # here, since it takes long to import
+
     return ThreadPoolExecutor(WORKERS - 1, "cubin")
 
 

@@ -80,7 +80,7 @@ def write(
                     stream.write(piece)
 
 
-def _packed(level: int, sign: np.ndarray, entries: np.ndarray) -> Iterator[np.ndarray]:
+def _packed(level: int, sign: np.ndarray, entries: np.ndarray) -> Iterator[bytes]:
     """The signs of a level as bits, some at a time; ValueError where they are not -1 or +1, or 0
     where `entries` has no code."""
     flat = sign.reshape(-1)
@@ -93,7 +93,7 @@ def _packed(level: int, sign: np.ndarray, entries: np.ndarray) -> Iterator[np.nd
             raise ValueError(
                 f"signs of level {level} must be -1 or +1 where bits > {level}, else 0"
             )
-        yield np.packbits(piece > 0)
+        yield np.packbits(piece > 0).tobytes()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cubin.core import floats, libraries, teams
+from cubin.core import floats, libraries, progress, teams
 from cubin.core.bits import Bits
 from cubin.core.host import blocks
 from cubin.core.libraries import Array
@@ -31,6 +31,10 @@ SEARCHED = 1 << 19
 
 SEARCHED_ON_DEVICE = 1 << 24
 """The same on a device."""
+
+LONG_SEARCH = 1 << 28
+"""Steps of a search, as `search_loops` counts them, from which on it may take seconds: then there
+is a progress bar."""
 
 
 class Part(NamedTuple):
@@ -227,13 +231,18 @@ def search_loops(module: ModuleType, x: Array, states: int) -> Any:
 
 
 def for_each_searched(
-    task: Callable[..., None], rows: Rows, states: int, *inputs: Any, compiled: bool = False
+    task: Callable[..., None],
+    rows: Rows,
+    states: int,
+    *inputs: Any,
+    name: str,
+    compiled: bool = False,
 ) -> None:
     """Call ``task(part, *inputs)`` for blocks of whole rows, however long these are.
 
     A search has several arrays with an entry for every element, or for each of `states` states of
     every row. Blocks are as large as memory allows. If the search is `compiled`, they fit the
-    cache, since rows are sorted there.
+    cache, since rows are sorted there. A long search has a progress bar of that name.
     """
     device = any(map(libraries.on_device, inputs))
     block = SEARCHED_ON_DEVICE if device else SEARCHED
@@ -242,7 +251,11 @@ def for_each_searched(
     # Long rows come one by one, as in `for_each_part`, which cuts them into pieces.
     rows_at_once = 1 if is_long(rows, inputs[0]) else block // max(rows.length, states)
     parts = list(_blocks_of_rows(rows, rows_at_once * rows.length))
-    _over(parts, task, rows, inputs, device)
+    if len(parts) > 1 and rows.count * rows.length * states >= LONG_SEARCH:
+        with progress.counted(task, name, "block", len(parts)) as task:
+            _over(parts, task, rows, inputs, device)
+    else:
+        _over(parts, task, rows, inputs, device)
 
 
 def row_slices(x: Array) -> list[slice]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from cubin import bitmaps, errors, operators
 from cubin.binarize import multibit, quantize, sign, ste_mask
 from cubin.codes.binary_code import BinaryCode
 from cubin.core import memory
 from cubin.gradients import multibit_grad, sign_grad
+
+if TYPE_CHECKING:
+    from cubin import bitmaps, errors, operators
 
 __version__ = "0.1.0"
 
@@ -31,11 +34,11 @@ __all__ = [
     "theory",
 ]
 
-_LAZY = ("analysis", "surrogates", "tape", "theory")
+_LAZY = ("analysis", "bitmaps", "errors", "operators", "surrogates", "tape", "theory")
 
 
 def __getattr__(name: str) -> ModuleType:
-    # These bring SciPy or tqdm, or are not needed with arrays alone: they load when first used.
+    # What not every program needs is loaded when it is first used.
     if name in _LAZY:
         return importlib.import_module(f"cubin.{name}")
     raise AttributeError(f"module 'cubin' has no attribute {name!r}")

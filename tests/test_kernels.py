@@ -5,7 +5,8 @@ import zlib
 import numpy as np
 import pytest
 
-import cubin.surrogates  # its kernels are among those of the registry
+import cubin.errors
+import cubin.surrogates  # their kernels are among those of the registry
 from cubin.core import libraries, passes, primitives
 from cubin.core.primitives import FLOATS, Elementwise, Reduction, elementwise, reduction
 from cubin.solvers import greedy

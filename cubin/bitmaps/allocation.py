@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from cubin.bitmaps import parts, patterns
-from cubin.bitmaps.budgets import hull, progress
+from cubin.bitmaps.budgets import hull
 from cubin.core import arrays as checked
-from cubin.core import floats, libraries
+from cubin.core import floats, libraries, progress
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 
@@ -103,7 +103,7 @@ def allocate(
         if name not in arrays:
             raise ValueError(f"importance has a weight for {name!r}, which is not in arrays")
     curves, sizes, shapes = [], [], {}
-    for name, array in progress(arrays.items(), "allocate", "tensor"):
+    for name, array in progress.over(arrays.items(), "allocate", "tensor"):
         try:
             x = checked.as_floats("x", array)
             rows = rows_of(x.shape, channel_axis)

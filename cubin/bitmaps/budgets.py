@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from cubin.binarize import multibit
 from cubin.bitmaps import parts, patterns, selection
-from cubin.core import arrays, conversions, floats, libraries
+from cubin.core import arrays, conversions, floats, libraries, progress
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 
@@ -142,16 +141,8 @@ def budget(
             approx = multibit(x, bits, channel_axis=channel_axis, group_size=group_size)
             return whole.squared_error(approx)
 
-        return min(progress(whole.maps(), "budget", "map", 7 + _REFITS), key=error)
-
-
-def progress(steps: Iterable[Any], name: str, unit: str, total: int | None = None) -> Any:
-    """The steps, with a bar on stderr where they take more than 5 seconds at a terminal."""
-    with warnings.catch_warnings():
-        # Without ipywidgets a notebook has no bar, which is no reason for a warning.
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm  # here, since it takes long to import
-    return tqdm(steps, name, total, unit=unit, delay=5, leave=False, disable=None)
+        maps = progress.over(whole.maps(), "budget", "map", 7 + _REFITS)
+        return min(maps, key=error)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from cubin.codes import files
 from cubin.codes.cost import effective_bits, payload_bits
 from cubin.codes.levels import sum_signs
 from cubin.core import arrays, conversions, floats, libraries, passes
@@ -203,6 +201,8 @@ class BinaryCode:
         return f"BinaryCode({', '.join(f'{name}: {value}' for name, value in self._facts())})"
 
     def _repr_html_(self) -> str:
+        import html
+
         cells = "".join(
             f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
             f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
@@ -238,6 +238,8 @@ class BinaryCode:
             not -1 or +1 exactly where `bits` has a code: one bit per sign could not hold them. If
             `path` is a folder or a device.
         """
+        from cubin.codes import files  # here, since zipfile and json take long to import
+
         with libraries.current_device(self.signs):
             files.write(
                 path, self.scales, self.signs, self.bits, self.channel_axis, self.group_size
@@ -264,6 +266,8 @@ class BinaryCode:
             file's own length before anything is allocated, members of other names or of the same
             name are refused, and nothing is unpickled.
         """
+        from cubin.codes import files
+
         return cls(**files.read(path))
 
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cubin.core import arrays, libraries
+from cubin.core import arrays, libraries, memory
 from cubin.core.bits import MAX_BITS, as_entries
 from cubin.core.rows import rows_of
 
@@ -25,6 +25,14 @@ except ImportError:  # Windows
 
 _FORMAT = "cubin.BinaryCode/1"
 _DTYPES = {"layout": "B", "scales": "efd", "bits": "B", "signs": "B"}
+
+_BLOCK = 1 << 16
+"""Elements that are packed or unpacked at a time: a multiple of 8, and few enough for the cache."""
+
+_EIGHT_SIGNS = (
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).view(np.int8) * 2 - 1
+).view(np.uint64)[:, 0]
+"""The signs that each byte holds, as one number of 64 bits."""
 
 _LONGEST_LAYOUT = 1 << 16
 """Bytes of the longest layout that is read. One of 64 axes has some thousands."""
@@ -48,11 +56,6 @@ def write(
     if len(signs) > MAX_BITS:
         raise ValueError(f"a file holds up to {MAX_BITS} levels, got {len(signs)}")
     _check_size(len(signs), shape)
-    for level, sign in enumerate(signs):
-        if not np.all(np.abs(sign) == np.greater(entries, level)):
-            raise ValueError(
-                f"signs of level {level} must be -1 or +1 where bits > {level}, else 0"
-            )
     layout = {
         "format": _FORMAT,
         "shape": list(shape),
@@ -63,12 +66,34 @@ def write(
         "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
         "scales": np.asarray(libraries.to_host(scales), order="C"),
         "bits": np.asarray(entries, np.uint8, order="C"),
-        "signs": np.packbits(signs.reshape(len(signs), -1) > 0, axis=1)
-        if signs.size
-        else np.zeros((len(signs), -(-math.prod(shape) // 8)), np.uint8),
     }
-    with _replacing(path) as file:
-        np.savez(file, **members)
+    with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, member in members.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, member, version=(1, 0), allow_pickle=False)
+        packed = (len(signs), -(-math.prod(shape) // 8))
+        header = {"descr": "|u1", "fortran_order": False, "shape": packed}
+        with archive.open("signs.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for level, sign in enumerate(signs):
+                for piece in _packed(level, sign, entries):
+                    stream.write(piece)
+
+
+def _packed(level: int, sign: np.ndarray, entries: np.ndarray) -> Iterator[bytes]:
+    """The signs of a level as bits, some at a time; ValueError where they are not -1 or +1, or 0
+    where `entries` has no code."""
+    flat = sign.reshape(-1)
+    coded = entries > level
+    if entries.ndim:
+        coded = np.broadcast_to(coded, sign.shape).reshape(-1)
+    for start in range(0, flat.size, _BLOCK):
+        piece = flat[start : start + _BLOCK]
+        if not (np.abs(piece) == (coded[start : start + _BLOCK] if entries.ndim else coded)).all():
+            raise ValueError(
+                f"signs of level {level} must be -1 or +1 where bits > {level}, else 0"
+            )
+        yield np.packbits(piece > 0).tobytes()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -195,7 +220,7 @@ def _read_members(file: Any) -> dict[str, np.ndarray]:
                 content = member.read()
             if len(content) != expected:
                 raise ValueError(f"{name} is truncated")
-            members[name] = np.frombuffer(content, dtype).reshape(shape).copy()
+            members[name] = np.frombuffer(content, dtype).reshape(shape)
     return members
 
 
@@ -215,8 +240,8 @@ def _decode(members: dict[str, np.ndarray]) -> dict[str, Any]:
     shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
     axis, group_size = layout["channel_axis"], layout["group_size"]
     axis = tuple(axis) if isinstance(axis, list) else axis
-    bits = members["bits"]
-    scales, packed = members["scales"], members["signs"]
+    bits, scales = members["bits"].copy(), members["scales"].copy()  # writable, and aligned
+    packed = members["signs"]
     size = math.prod(shape)
     if len(shape) > 64 or min(shape, default=0) < 0 or scales.ndim == 0:
         raise ValueError(f"shape {shape} is no shape of an array")
@@ -232,11 +257,18 @@ def _decode(members: dict[str, np.ndarray]) -> dict[str, Any]:
     limits, most = as_entries(bits, shape, scales)
     if most > levels:
         raise ValueError(f"bits go up to {most}, but there are {levels} levels")
-    positive = np.unpackbits(packed, axis=1, count=size).reshape(levels, *shape)
-    signs = positive.view(np.int8)
-    np.subtract(np.add(signs, signs, out=signs), 1, out=signs)
+    signs = memory.empty((levels, size), np.int8)
+    for level, sign in enumerate(signs):
+        for start in range(0, size, _BLOCK):
+            piece = sign[start : start + _BLOCK]
+            eights = _EIGHT_SIGNS.take(
+                packed[level, start // 8 : (start + _BLOCK) // 8], mode="clip"
+            )
+            piece[...] = eights.view(np.int8)[: piece.size]
+    signs = signs.reshape(levels, *shape)
     for level in range(levels):
-        np.multiply(signs[level], np.greater(limits, level), out=signs[level, ...])
+        if most <= level or np.ndim(limits):
+            np.multiply(signs[level], np.greater(limits, level), out=signs[level, ...])
     return {
         "scales": scales,
         "signs": signs,

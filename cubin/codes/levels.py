@@ -49,14 +49,17 @@ def sum_signs(signs: np.ndarray, scales: np.ndarray, *, y: np.ndarray) -> None:
 
     Where a sign is 0 the scale does not count, even if it is NaN.
     """
-    total = memory.scratch("total", y.shape, scales.dtype)
+    total = y if y.dtype == scales.dtype else memory.scratch("total", y.shape, scales.dtype)
     step = memory.scratch("step", y.shape, scales.dtype)
+    finite = np.count_nonzero(np.isfinite(scales)) == scales.size
     total[...] = 0
     for scale, sign in zip(scales, signs, strict=True):
         np.multiply(scale, sign, out=step)
-        where(sign != 0, step, out=step)
+        if not finite:
+            where(sign != 0, step, out=step)
         np.add(total, step, out=total)
-    y[...] = total
+    if total is not y:
+        y[...] = total
 
 
 _CUDA = """

@@ -34,6 +34,8 @@ def as_host_array(name: str, value: Any) -> np.ndarray:
     ValueError
         If it is no array of numbers, such as lists of different lengths.
     """
+    if type(value) is np.ndarray and value.dtype.isnative:
+        return value
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost: use {name}.filled()")
@@ -129,8 +131,10 @@ def _overlaps_itself(array: Array) -> bool:
 
 def check_broadcasts(name: str, array: Array, shape: tuple[int, ...]) -> None:
     """ValueError where `array` does not broadcast to x's shape `shape`."""
+    if array.ndim == 0 or array.shape == shape:
+        return
     try:
-        fits = array.ndim == 0 or np.broadcast_shapes(array.shape, shape) == tuple(shape)
+        fits = np.broadcast_shapes(array.shape, shape) == tuple(shape)
     except ValueError:
         fits = False
     if not fits:

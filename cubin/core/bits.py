@@ -76,13 +76,15 @@ def as_entries(
 
     The other arguments and errors are those of `as_bits`.
     """
+    if type(value) is int:
+        if not 0 <= value <= limit:
+            raise ValueError(f"bits must lie in 0 .. {limit}, got {value}")
+        return np.uint8(value), value
     if libraries.on_device(value):
         bits: Any = libraries.aligned(value)
         libraries.check_same("bits", bits, x)
     else:
         bits = arrays.as_host_array("bits", value)
-    if isinstance(value, int) and bits.dtype == object:  # beyond 64 bits
-        raise ValueError(f"bits must lie in 0 .. {limit}, got {value}")
     if bits.dtype.kind not in "iu":
         raise TypeError(f"bits must be an integer or an integer array, got {bits.dtype}")
     arrays.check_broadcasts("bits", bits, shape)

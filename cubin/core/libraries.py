@@ -27,6 +27,8 @@ def cupy() -> Any:
 
 def on_device(value: object) -> bool:
     """Whether `value` is a CuPy array."""
+    if type(value) is np.ndarray:
+        return False
     module = cupy()
     # CuPy has no ndarray yet while it is being imported, or where its import failed half-way.
     return hasattr(module, "ndarray") and isinstance(value, module.ndarray)
@@ -45,7 +47,10 @@ def library(*arrays: object) -> ModuleType | Any:
 
 def current_device(x: Array) -> contextlib.AbstractContextManager[Any]:
     """A context in which x's device is the current one."""
-    return x.device if on_device(x) else contextlib.nullcontext()
+    return x.device if on_device(x) else _HOST
+
+
+_HOST = contextlib.nullcontext()
 
 
 def is_aligned(array: Array) -> bool:
@@ -90,7 +95,8 @@ def apart(source: Array, out: Array) -> Array:
 
     If `source` is `out` itself there is no copy: each element is read before it is written.
     """
-    if isinstance(source, np.generic):  # a scalar shares no memory
+    # A scalar shares no memory.
+    if isinstance(source, np.generic) or not library(source).may_share_memory(source, out):
         return source
     same = (
         source.shape == out.shape
@@ -98,7 +104,7 @@ def apart(source: Array, out: Array) -> Array:
         and _address(source) == _address(out)
         and source.dtype == out.dtype
     )
-    return source.copy() if not same and library(source).may_share_memory(source, out) else source
+    return source if same else source.copy()
 
 
 def _address(array: Array) -> int:

@@ -11,13 +11,12 @@ of the rows alone, so that results are the same every time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cubin.core import floats, libraries, teams
+from cubin.core import floats, libraries, progress, teams
 from cubin.core.bits import Bits
 from cubin.core.host import blocks
 from cubin.core.libraries import Array
@@ -33,9 +32,12 @@ SEARCHED = 1 << 19
 SEARCHED_ON_DEVICE = 1 << 24
 """The same on a device."""
 
+LONG_SEARCH = 1 << 28
+"""Steps of a search, as `search_loops` counts them, from which on it may take seconds: then there
+is a progress bar."""
 
-@dataclass(frozen=True)
-class Part:
+
+class Part(NamedTuple):
     """Some whole rows, or a piece of one long row: a block of the array that `Rows.view` gives.
 
     Attributes
@@ -105,14 +107,15 @@ def whole_rows(
     scales : array, shape (levels, rows), optional
     """
     device, on = libraries.on_device(out), form(primitive, out)
-    *more_outputs, (_, name) = primitive.outputs
+    name = primitive.outputs[-1][1]
+    solves = len(primitive.outputs) > 1  # the scales are an output
     lead = out.ndim - len(rows.shape)
     view = rows.view(out, lead)
 
     def task(part: Part, *flat: Any) -> None:
         of_part = [] if scales is None else [scales[:, part.rows, None]]
-        outputs = dict(zip((name for _, name in more_outputs), of_part, strict=False))
-        read = [*flat, *static] if outputs else [*flat, *of_part, *static]
+        outputs = {primitive.outputs[0][1]: of_part[0]} if solves else {}
+        read = [*flat, *static] if solves else [*flat, *of_part, *static]
         target = view[(slice(None),) * lead + part.block]
         shape = (*out.shape[:lead], *flat[0].shape[-2:])
         write(lambda y: on(*read, **outputs, **{name: y}), target, shape)
@@ -131,21 +134,26 @@ def whole_rows(
 def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     """Run an elementwise primitive: one launch on a device, blocks over threads on the host."""
     output = next(iter(outputs.values()))
+    shape, size, device = output.shape, output.size, libraries.on_device(output)
+    if not device and size <= blocks.BLOCK and not blocks.pays(size):
+        blocks.alone(primitive.function, *inputs, **outputs)
+        return
     if output.flags.f_contiguous and not output.flags.c_contiguous:
         # The same elements in the order in which they lie.
         spread = [a.T if np.ndim(a) == output.ndim else a for a in inputs]
         if all(np.ndim(a) in (0, output.ndim) for a in inputs):
             elements(primitive, *spread, **{name: a.T for name, a in outputs.items()})
             return
-    shape, size = output.shape, output.size
-    arrays = [a for a in (*inputs, *outputs.values()) if np.ndim(a)]
-    if libraries.on_device(output) or size < blocks.COMPILED:
+    if device:
         primitive(*inputs, **outputs)
         return
     on: Callable[..., None] = primitive.function
     # Loops take C-contiguous arrays of one shape.
-    if all(a.shape == shape and _is_plain(a) for a in arrays):
+    if all(_is_plain(a, shape) for a in (*inputs, *outputs.values())):
         on = primitive.on_host(size)
+    if size <= blocks.BLOCK:
+        blocks.alone(on, *inputs, **outputs)
+        return
     spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
 
     def run(block: blocks.Block) -> None:
@@ -155,9 +163,17 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
 
 
-def _is_plain(array: np.ndarray) -> bool:
-    """Whether compiled loops take an array: C-contiguous, aligned, of a dtype that Numba has."""
-    return bool(array.dtype != np.float16 and array.flags.c_contiguous and array.flags.aligned)
+def _is_plain(array: Any, shape: tuple[int, ...]) -> bool:
+    """Whether compiled loops take an array of this shape, or a scalar.
+
+    It has to be C-contiguous and aligned, and of a dtype that Numba has.
+    """
+    if not np.ndim(array):
+        return True
+    flags = array.flags
+    return bool(
+        array.shape == shape and array.dtype.char != "e" and flags.c_contiguous and flags.aligned
+    )
 
 
 def _side_by_side(array: Any, rows: Rows) -> Any:
@@ -222,13 +238,18 @@ def search_loops(module: ModuleType, x: Array, states: int) -> Any:
 
 
 def for_each_searched(
-    task: Callable[..., None], rows: Rows, states: int, *inputs: Any, compiled: bool = False
+    task: Callable[..., None],
+    rows: Rows,
+    states: int,
+    *inputs: Any,
+    name: str,
+    compiled: bool = False,
 ) -> None:
     """Call ``task(part, *inputs)`` for blocks of whole rows, however long these are.
 
     A search has several arrays with an entry for every element, or for each of `states` states of
     every row. Blocks are as large as memory allows. If the search is `compiled`, they fit the
-    cache, since rows are sorted there.
+    cache, since rows are sorted there. A long search has a progress bar of that name.
     """
     device = any(map(libraries.on_device, inputs))
     block = SEARCHED_ON_DEVICE if device else SEARCHED
@@ -237,7 +258,11 @@ def for_each_searched(
     # Long rows come one by one, as in `for_each_part`, which cuts them into pieces.
     rows_at_once = 1 if is_long(rows, inputs[0]) else block // max(rows.length, states)
     parts = list(_blocks_of_rows(rows, rows_at_once * rows.length))
-    _over(parts, task, rows, inputs, device)
+    if len(parts) > 1 and rows.count * rows.length * states >= LONG_SEARCH:
+        with progress.counted(task, name, "block", len(parts)) as task:
+            _over(parts, task, rows, inputs, device)
+    else:
+        _over(parts, task, rows, inputs, device)
 
 
 def row_slices(x: Array) -> list[slice]:
@@ -327,7 +352,20 @@ def _over(
     device: bool = False,
 ) -> None:
     """Call ``task(part, *inputs)`` for all parts, each input as (rows, n)."""
-    leads = [np.ndim(a) - len(rows.shape) for a in inputs]
+    size, axes = rows.count * rows.length, len(rows.shape)
+
+    def gathered(array: Array) -> Array:
+        # In a map of wider integers the low bytes lie apart. They are gathered once here, and not
+        # at every level.
+        apart = array.dtype.char == "B" and not (device or blocks.is_ready(size))
+        return np.ascontiguousarray(array) if apart else array
+
+    if len(parts) == 1 and parts[0].block == (...,):
+        flat = [a if isinstance(a, np.generic) else rows.flat(gathered(a), a.ndim - axes)
+                for a in inputs]  # fmt: skip
+        blocks.alone(task, parts[0], *flat)
+        return
+    leads = [np.ndim(a) - axes for a in inputs]
     views = [a if isinstance(a, np.generic) else rows.view(a, lead)
              for a, lead in zip(inputs, leads, strict=True)]  # fmt: skip
 
@@ -337,19 +375,11 @@ def _over(
             if isinstance(view, np.generic):
                 flat.append(view)
                 continue
-            cut = view[(slice(None),) * lead + part.block]
-            if cut.dtype == np.uint8 and not (device or blocks.is_ready(rows.count * rows.length)):
-                # In a map of wider integers the low bytes lie apart. They are gathered once here,
-                # and not at every level.
-                cut = np.ascontiguousarray(cut)
+            cut = gathered(view[(slice(None),) * lead + part.block])
             flat.append(cut.reshape(cut.shape[:lead] + rows.flat_shape(cut.shape[lead:])))
         task(part, *flat)
 
-    if device:
-        for part in parts:
-            run(part)
-    else:
-        blocks.each(run, parts, rows.count * rows.length)
+    blocks.each(run, parts, size)
 
 
 def _together(rows: Rows, x: Array) -> int:
@@ -374,6 +404,9 @@ def _parts(rows: Rows, together: int) -> Iterator[Part]:
 
 def _blocks_of_rows(rows: Rows, size: int, together: int = 1) -> Iterator[Part]:
     """Blocks of whole rows of up to `size` elements, but at least `together` rows each."""
+    if 0 < rows.count * rows.length <= size:
+        yield Part(slice(0, rows.count), slice(0, 1), (...,))
+        return
     at_once = max(1, size // max(1, rows.length)) // together * together
     for numbers, head in _row_blocks(rows, max(together, at_once)):
         yield Part(numbers, slice(0, 1), (*head, ...))

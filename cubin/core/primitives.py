@@ -25,11 +25,11 @@ its argument `launch` is a function that says how a call is launched.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,20 +47,22 @@ FLOATS: tuple[Mapping[str, str], ...] = tuple(
 )
 """The types that kernels are used with: T of the array, and W, its work dtype."""
 
-PREAMBLE = Path(__file__).with_name("exact.cuh").read_text(encoding="utf-8")
+
+def source(module_file: str, name: str | None = None) -> str:
+    """The CUDA source beside a module: the file `name`, or the ``.cu`` file of the same stem."""
+    if name is None:
+        name = os.path.splitext(os.path.basename(module_file))[0] + ".cu"
+    with open(os.path.join(os.path.dirname(module_file), name), encoding="utf-8") as file:
+        return file.read()
+
+
+PREAMBLE = source(__file__, "exact.cuh")
 """Device functions that every kernel can call. ``Work<T>::type`` is W."""
 
 C_TYPES = {"e": "float16", "f": "float", "d": "double"}
 """What CUDA calls the float dtypes, by their characters."""
 
 _C_TYPES = {"int8": "signed char", "uint8": "unsigned char", "uint16": "unsigned short"}
-
-
-def source(module_file: str, name: str | None = None) -> str:
-    """The CUDA source beside a module: the file `name`, or the ``.cu`` file of the same stem."""
-    path = Path(module_file)
-    path = path.with_suffix(".cu") if name is None else path.with_name(name)
-    return path.read_text(encoding="utf-8")
 
 
 class Primitive:
@@ -158,13 +160,9 @@ class Primitive:
         """Overwrite `outputs` with what the kernel, or else the body, computes from `inputs`."""
         ordered = [outputs[name] for _, name in self.outputs]
         if isinstance(ordered[0], np.ndarray):
-            self._run_numpy(inputs, outputs)
+            blocks.alone(self.function, *inputs, **outputs)
         else:
             self._launch(inputs, ordered)
-
-    def _run_numpy(self, inputs: tuple[Array, ...], outputs: dict[str, Array]) -> None:
-        with np.errstate(all="ignore"):
-            self.function(*inputs, **outputs)
 
     def _launch(self, inputs: tuple[Array, ...], outputs: list[Array]) -> None:
         """Run the kernel: what subclasses define."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,17 +40,17 @@ class Rows:
     channel_axis: int | tuple[int, ...] | None = field(default=None, compare=False)
     group_size: int | None = field(default=None, compare=False)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """The number of rows."""
         return math.prod(self.scale_shape)
 
-    @property
+    @cached_property
     def length(self) -> int:
         """The number of elements of a row."""
         return math.prod(self.inner_shape)
 
-    @property
+    @cached_property
     def inner_shape(self) -> tuple[int, ...]:
         """The lengths of the axes within a row."""
         return tuple(self.split[axis] for axis in self.order[len(self.scale_shape) :])
@@ -59,8 +60,15 @@ class Rows:
 
         The first `lead` axes of `array` are not part of the layout and stay in front.
         """
-        array = array.reshape(array.shape[:lead] + self.split)
+        if self.split != self.shape:
+            array = array.reshape(array.shape[:lead] + self.split)
+        if self._in_order:
+            return array
         return array.transpose((*range(lead), *(lead + axis for axis in self.order)))
+
+    @cached_property
+    def _in_order(self) -> bool:
+        return self.order == tuple(range(len(self.order)))
 
     def as_stored(self, array: Array) -> Rows:
         """The same rows, with their elements in the order in which `array` holds them.
@@ -107,7 +115,14 @@ def rows_of(
         If both are given, an axis is out of range or repeated, or `group_size` does not divide
         the length of the last axis.
     """
-    shape = tuple(shape)
+    size = None if group_size is None else as_integer("group_size", group_size)
+    return _rows_of(tuple(shape), plain_axes(channel_axis), size)
+
+
+@lru_cache(maxsize=1 << 10)
+def _rows_of(
+    shape: tuple[int, ...], channel_axis: int | tuple[int, ...] | None, group_size: int | None
+) -> Rows:
     ndim = len(shape)
     if group_size is not None:
         if channel_axis is not None:
@@ -115,23 +130,22 @@ def rows_of(
                 f"channel_axis={channel_axis} and group_size={group_size} exclude each other: "
                 "with groups every run of group_size elements of the last axis has its own scales"
             )
-        size = as_integer("group_size", group_size)
-        if size < 1:
-            raise ValueError(f"group_size must be at least 1, got {size}")
+        if group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {group_size}")
         if ndim == 0:
             raise ValueError("group_size needs an array with at least one axis, got a 0-d array")
-        if shape[-1] % size:
+        if shape[-1] % group_size:
             raise ValueError(
-                f"group_size {size} does not divide the length {shape[-1]} of the last axis "
+                f"group_size {group_size} does not divide the length {shape[-1]} of the last axis "
                 f"of x, whose shape is {shape}"
             )
-        scale_shape = (*shape[:-1], shape[-1] // size)
-        split, order = (*scale_shape, size), tuple(range(ndim + 1))
-        return Rows(shape, split, order, scale_shape, group_size=size)
+        scale_shape = (*shape[:-1], shape[-1] // group_size)
+        split, order = (*scale_shape, group_size), tuple(range(ndim + 1))
+        return Rows(shape, split, order, scale_shape, group_size=group_size)
     axes = () if channel_axis is None else axes_of("channel_axis", channel_axis, shape)
     rest = tuple(axis for axis in range(ndim) if axis not in axes)
     scale_shape = tuple(shape[axis] for axis in axes)
-    return Rows(shape, shape, axes + rest, scale_shape, channel_axis=plain_axes(channel_axis))
+    return Rows(shape, shape, axes + rest, scale_shape, channel_axis=channel_axis)
 
 
 def plain_axes(channel_axis: Any) -> int | tuple[int, ...] | None:

@@ -17,7 +17,7 @@ from cubin.core.primitives import FLOATS, elementwise
 )
 def signs(x: np.ndarray, *, y: np.ndarray) -> None:
     """+1 where x > 0, NaN where x is NaN, else -1."""
-    result = with_sign_of(x, np.ones((), x.dtype))
+    result = with_sign_of(x, x.dtype.type(1))
     np.copyto(result, x, where=np.isnan(x))
     y[...] = result
 

@@ -39,7 +39,7 @@ def magnitude_sums(m: Array) -> Array:
     """The sums, (rows, 1) in float64, of the numbers of rows, (rows, n), none of them negative."""
     totals = _row_sums(m)
     over = totals == np.inf
-    if over.any():
+    if np.count_nonzero(over):
         totals[over] = _row_sums(m[over] * m.dtype.type(UNIT)) / UNIT
     return totals[:, None]
 
@@ -50,8 +50,9 @@ def _row_sums(m: Array) -> Array:
     parts = [m[:, :full].reshape(rows, full // CHUNK, CHUNK)] if full else []
     if full < length or not length:
         parts.append(m[:, None, full:])
-    # `accumulate` adds one after the other. The order of `reduce` is not specified.
-    return np.add.accumulate(np.concatenate(list(map(_chunk_sums, parts)), axis=1), axis=1)[:, -1]
+    sums = _joined([_chunk_sums(part) for part in parts], axis=1)
+    # `accumulate` adds one after the other. The order of `reduce` along a row is not specified.
+    return np.add.accumulate(sums, axis=1)[:, -1]
 
 
 def _chunk_sums(m: Array) -> Array:
@@ -59,17 +60,32 @@ def _chunk_sums(m: Array) -> Array:
     rows, chunks, length = m.shape
     width = length // COLUMNS if length >= SHORT else 0
     whole, half = COLUMNS * width, COLUMNS // 2
-    columns = m[..., :whole].reshape(rows, chunks, COLUMNS, width)
-    sums = memory.scratch("columns", (rows, chunks, half, width), m.dtype)
-    np.add(columns[..., :half, :], columns[..., half:, :], out=sums)
-    while half > 1:
-        half //= 2
-        np.add(sums[..., :half, :], sums[..., half : 2 * half, :], out=sums[..., :half, :])
+    numbers = []
+    if width:
+        # The columns come first, so that halves of them lie in one run each.
+        columns = m[..., :whole].reshape(rows, chunks, COLUMNS, width).transpose(2, 0, 1, 3)
+        sums = memory.scratch("columns", (half, rows, chunks, width), m.dtype)
+        np.add(columns[:half], columns[half:], out=sums)
+        while half > 1:
+            half //= 2
+            np.add(sums[:half], sums[half : 2 * half], out=sums[:half])
+        numbers.append(sums[0])
+    if whole < length:
+        numbers.append(m[..., whole:])
     size = width + length - whole
     turns = max(1, -(-size // LANES))
-    wide = memory.scratch("lanes", (rows, chunks, turns * LANES), np.float64)
-    wide[..., :width], wide[..., width:size] = sums[..., 0, :], m[..., whole:]
-    wide[..., size:] = 0
-    lanes = np.add.accumulate(wide.reshape(rows, chunks, turns, LANES), axis=2)[..., -1, :]
+    if size < turns * LANES:
+        numbers.append(np.zeros((rows, chunks, turns * LANES - size), m.dtype))
+    # Along the first axis, which is not that of neighbours in memory, `reduce` adds one after the
+    # other, all lanes of all rows at a time.
+    wide = memory.scratch("lanes", (turns, rows, chunks, LANES), np.float64)
+    in_turns = _joined(numbers, axis=2).reshape(rows, chunks, turns, LANES)
+    np.copyto(wide, in_turns.transpose(2, 0, 1, 3))
+    lanes = np.add.reduce(wide, axis=0)
     pairs = lanes[..., ::2] + lanes[..., 1::2]
-    return (pairs[..., 0] + pairs[..., 1]) + (pairs[..., 2] + pairs[..., 3])
+    pairs = pairs[..., ::2] + pairs[..., 1::2]
+    return pairs[..., 0] + pairs[..., 1]
+
+
+def _joined(parts: list[Array], axis: int) -> Array:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)

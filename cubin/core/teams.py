@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,9 @@ import numpy as np
 from cubin.core import libraries
 from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
-from cubin.core.primitives import C_TYPES, Launch
+from cubin.core.primitives import C_TYPES, Launch, source
 
-CUDA = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
+CUDA = source(__file__, "teams.cuh")
 """Device functions of kernels on whole rows: teams, and how they load elements."""
 
 TILE_THREADS = 256

@@ -142,8 +142,9 @@ def _search(
 
     long = passes.is_long(rows, x)
     passes.for_each_searched(
-        solve, rows, states, x, bits.values, *weights, compiled=loops is not None
-    )
+        solve, rows, states, x, bits.values, *weights,
+        name=solver.name, compiled=loops is not None,
+    )  # fmt: skip
     if long:
 
         def finish_piece(part: Part, x: Array, bits: Any) -> None:

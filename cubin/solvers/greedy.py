@@ -205,7 +205,8 @@ def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
         if scales:
             np.abs(np.subtract(m, scales[-1], out=m), out=m)
         total, count = _sum(m, bits, level)
-        scales.append((total / np.maximum(count, 1)).astype(m.dtype))
+        count = np.maximum(count, 1) if np.ndim(bits) else max(count, 1)
+        scales.append((total / count).astype(m.dtype))
     return scales
 
 

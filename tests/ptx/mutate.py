@@ -23,7 +23,8 @@ from pathlib import Path
 import pytest
 from tqdm.auto import tqdm
 
-import cubin.surrogates  # its kernels are among those of the registry
+import cubin.errors
+import cubin.surrogates  # their kernels are among those of the registry
 from cubin.core import primitives
 from tests.ptx import compiler, device, equivalent, machine
 

@@ -17,12 +17,14 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cubin.core import memory
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 BLOCK = 1 << 17
 """Elements of a block: 512 KB of float32."""
@@ -160,6 +162,13 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
             errors.clear()  # the traceback refers to `errors`: a cycle that keeps arrays alive
 
 
+def alone(task: Callable[..., None], *inputs: Any, **outputs: Any) -> None:
+    """Run a task that is a single block, on the calling thread."""
+    with np.errstate(all="ignore"):
+        np.setbufsize(_BUFFER)  # until this errstate ends
+        task(*inputs, **outputs)
+
+
 def _run(task: Callable[[Any], None], blocks: Iterable[Any]) -> None:
     with np.errstate(all="ignore"):
         np.setbufsize(_BUFFER)  # until this errstate ends
@@ -211,6 +220,8 @@ def _help(job: list[tuple[Callable[[int], None], int]]) -> None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # here, since it takes long to import
+
     return ThreadPoolExecutor(WORKERS - 1, "cubin")
 
 

@@ -125,7 +125,7 @@ class BinaryCode:
         rows, work = self._rows, floats.work_dtype(self.dtype)
         with libraries.current_device(self.scales):
             y = libraries.result(self.shape, self.dtype, self.scales)
-            scales = self.scales.astype(work, copy=False).reshape(len(self.scales), rows.count)
+            scales = conversions.rounded(self.scales, work).reshape(len(self.scales), rows.count)
             if y.size:
                 passes.whole_rows(sum_signs, rows, (self.signs,), out=y, scales=scales)
         return y

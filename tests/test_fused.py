@@ -448,6 +448,7 @@ HEAVIEST = [
     (greedy.approximate_rows, ("Tile<32>", "float", 4, 4, 32, 4, "false")),
     (greedy.approximate_rows, ("Block", "float", 4, 4, 32, 4, "false")),
     (greedy.approximate_rows, ("Block", "float16", 8, 8, 32, 4, "false")),
+    (greedy.approximate_rows, ("Block", "bfloat16", 8, 8, 32, 4, "false")),
     (greedy.approximate_rows, ("Block", "float", 1, 1, 16, 8, "true")),
     (greedy.approximate_rows, ("Block", "double", 2, 2, 12, 4, "false")),
     (greedy.approximate_rows, ("Tile<32>", "double", 1, 1, 8, 8, "false")),

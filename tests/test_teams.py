@@ -316,6 +316,7 @@ HEAVIEST = [
     ("Block", "float", 1, 1, 12, 4, "false"),
     ("Block", "float", 1, 1, 8, 4, "true"),
     ("Block", "float16", 8, 8, 16, 4, "false"),
+    ("Block", "bfloat16", 8, 8, 16, 4, "false"),
     ("Block", "double", 2, 2, 8, 4, "false"),
     ("Tile<32>", "double", 1, 1, 4, 4, "true"),
 ]

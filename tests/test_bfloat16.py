@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import cubin
-from cubin.core import floats
+from cubin.core import conversions, floats, signs
 from cubin.core.host import blocks
 from cubin.solvers import greedy, search_rows
 from tests.exhaustive import few
@@ -18,6 +18,7 @@ from tests.test_surrogates import PARAMETERS, SLOPES
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)
 EVERY = PATTERNS.view(ml_dtypes.bfloat16)
 DTYPE = EVERY.dtype
+OUTPUTS = {"signs": "y", "gradient_inside": "gx"}
 
 
 def value(patterns):
@@ -71,8 +72,6 @@ def test_float64_is_rounded_once(number, steps):
 
 
 def test_half_way_and_beside(xp, host):
-    from cubin.core import conversions
-
     middles = (MAGNITUDES[:-1] + MAGNITUDES[1:]) / 2
     beside = [np.nextafter(middles, limit) for limit in (0, np.inf)]
     x = np.concatenate([middles, *beside])
@@ -81,8 +80,6 @@ def test_half_way_and_beside(xp, host):
 
 
 def test_every_number_is_widened(xp, host):
-    from cubin.core import conversions
-
     np.testing.assert_array_equal(host(conversions.widened(xp.asarray(EVERY))), NUMBERS)
 
 
@@ -236,6 +233,27 @@ def test_rows_that_are_not_finite_leave_others_alone(xp, host, rng, solver, mapp
 
 
 # ---------------------------------------------------------------- forms
+
+
+@pytest.mark.parametrize("dtype", [np.float16, DTYPE])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_loops_of_elements_give_the_bits_of_the_body(rng, dtype, in_place):
+    loops = pytest.importorskip("cubin.core.signs_loops")
+    x, gy = PATTERNS.view(dtype), rng.permutation(PATTERNS).view(dtype)
+    bits = rng.integers(0, 5, x.size).astype(np.uint8)
+    with np.errstate(all="ignore"):
+        for name, inputs in (
+            ("signs", (x,)),
+            ("gradient_inside", (x, np.uint8(2), gy)),
+            ("gradient_inside", (x, bits, gy)),
+        ):
+            expected = np.empty_like(x)
+            getattr(signs, name).function(*inputs, **{OUTPUTS[name]: expected})
+            for place in (0, len(inputs) - 1):
+                given = [value.copy() for value in inputs]
+                out = given[place] if in_place else np.empty_like(x)
+                getattr(loops, name)(*given, **{OUTPUTS[name]: out})
+                np.testing.assert_array_equal(out.view(np.uint16), expected.view(np.uint16))
 
 
 @pytest.mark.parametrize("mapped", [False, True])

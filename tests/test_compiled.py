@@ -361,7 +361,7 @@ def test_elementwise_loops_on_special_values(rng, monkeypatch, dtype, view):
         np.testing.assert_array_equal(as_integers(found), as_integers(expected))
     in_order = x.flags.c_contiguous or x.flags.f_contiguous
     in_loops = {"signs", "gradient_inside"} if in_order else {"signs"}  # the copy
-    assert used == (set() if dtype in ("float16", "bfloat16") else in_loops)
+    assert used == in_loops
 
 
 HOST = "cubin.core.host.loops"

@@ -217,7 +217,9 @@ class BinaryCode:
 
         The file is an uncompressed ``.npz`` archive of the arrays ``scales``, ``signs`` (bits
         packed along the last of two axes, levels by elements in C order), ``bits`` (int or
-        uint8 map) and ``layout`` (JSON); nothing in it is pickled.
+        uint8 map) and ``layout`` (JSON); nothing in it is pickled. Scales of bfloat16, which such
+        archives do not have, are their bit patterns in uint16, and the layout says ``"scales":
+        "bfloat16"``.
 
         An existing file is replaced only once the new one is complete and on the disk. Until then
         the new file lies in the same folder, as ``cubin-*.part``. It takes over the permissions of

@@ -156,10 +156,8 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
 
 
 def _is_plain(array: np.ndarray) -> bool:
-    """Whether compiled loops take an array: C-contiguous, aligned, of a dtype that Numba has."""
-    return bool(
-        not floats.is_narrow(array.dtype) and array.flags.c_contiguous and array.flags.aligned
-    )
+    """Whether compiled loops take an array: C-contiguous and aligned."""
+    return bool(array.flags.c_contiguous and array.flags.aligned)
 
 
 def _side_by_side(array: Any, rows: Rows) -> Any:

@@ -24,7 +24,7 @@ def sign(x: Array, *, out: Array | None = None) -> Array:
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
         NumPy or CuPy array, or anything that ``numpy.asarray`` takes.
     out : array, optional
         Where to put the result: x's shape and dtype. It may be `x` itself, or overlap it.
@@ -67,7 +67,7 @@ def ste_mask(x: Array, bound: Array = 1) -> Array:
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
     bound : real number or array that broadcasts to x's shape
         1 for the sign, a bit map for the multibit approximation.
 
@@ -129,7 +129,7 @@ def multibit(
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
         NumPy or CuPy array, or anything that ``numpy.asarray`` takes.
     bits : int or integer array that broadcasts to x's shape
         The number of levels of every element, 0 to 16, or to 8 for the solvers ``alternating``
@@ -211,7 +211,7 @@ def quantize(
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
         NumPy or CuPy array, or anything that ``numpy.asarray`` takes.
     bits : int or integer array that broadcasts to x's shape
         The number of levels of every element, 0 to 16, or to 8 for the solvers ``alternating``
@@ -225,7 +225,7 @@ def quantize(
     iterations : int or None
         How often ``alternating`` renews the codes. 0 refits the scales of the greedy codes alone,
         None goes on until the error stops falling, at most 1000 times. No other solver uses it.
-    importance : array of float16, float32 or float64 that broadcasts to x's shape, optional
+    importance : array of floats that broadcasts to x's shape, optional
         Weights of the squared errors, finite and not negative, such as the diagonal of a Hessian
         or mean squares of activations. In a row of zeros all elements count the same. Not for the
         greedy solver.

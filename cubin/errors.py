@@ -1,7 +1,7 @@
 """Errors of an approximation, per tensor or along axes. All sums are taken in float64.
 
 The squares of float64 numbers below 1e-162 vanish, and those above 1e154 overflow. A ratio of such
-sums is NaN, rather than a wrong 0 or infinity. Squares of float16 and float32 do neither.
+sums is NaN, rather than a wrong 0 or infinity. Squares of other floats do neither.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def relative_mse(
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -202,7 +202,7 @@ def sqnr_db(
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -242,7 +242,7 @@ def cosine_similarity(
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -280,7 +280,7 @@ def max_abs_error(
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional

@@ -20,7 +20,7 @@ def sign_grad(
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
         What `sign` was applied to.
     gy : array of x's shape
         The gradient with respect to ``sign(x)``.
@@ -90,7 +90,7 @@ def multibit_grad(
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
         What `multibit` was applied to.
     bits : int or integer array that broadcasts to x's shape
         The bits of each element, 0 to 16.

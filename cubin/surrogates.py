@@ -72,7 +72,7 @@ def surrogate(slope: str) -> Callable[[Callable[..., Any]], Elementwise]:
     ----------
     slope : str
         The slope as a CUDA expression in ``v`` and the function's other parameters, all of the
-        type ``W``: float for float16 and float32, double for float64. `absolute` is |v|.
+        type ``W``: double for float64, else float. `absolute` is |v|.
 
     Returns
     -------
@@ -97,9 +97,9 @@ def surrogate(slope: str) -> Callable[[Callable[..., Any]], Elementwise]:
         def pull_back(x: np.ndarray, gy: np.ndarray, *values: Any, gx: np.ndarray) -> None:
             work = floats.work_dtype(x.dtype)
             rounded = (value.astype(work, copy=False) for value in values)
-            slopes = function(x.astype(work, copy=False), *rounded)
+            slopes = function(floats.in_work_dtype(x), *rounded)
             product = np.empty(gx.shape, work)
-            np.multiply(slopes, gy, out=product)
+            np.multiply(slopes, floats.in_work_dtype(gy), out=product)
             where(np.abs(slopes) > 0, product, out=product)
             gx[...] = product
 
@@ -286,8 +286,7 @@ def sign_rule(name: str, parameters: Mapping[str, Any]) -> SignRule:
     ]
 
     def pull_back(x: Array, gy: Array, gx: Array) -> None:
-        with np.errstate(over="ignore"):
-            rounded = [np.float64(x.dtype.type(value)) for value in values]
+        rounded = [floats.nearest(value, x.dtype) for value in values]
         passes.elements(primitive, x, gy, *rounded, gx=gx)
 
     return pull_back
@@ -357,7 +356,7 @@ def gradient_inside_scales(
     total = np.zeros(x.shape, floats.work_dtype(x.dtype))
     for level, scale in enumerate(scales):
         np.add(total, scale, out=total, where=np.greater(bits, level))
-    where(np.abs(x) <= total, gy, out=gx)
+    where(np.abs(floats.in_work_dtype(x)) <= total, gy, out=gx)
 
 
 def scaled_clip(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:

@@ -7,6 +7,7 @@ variable CUBIN_TEST_ENGINE says: ``ptx`` (the default) executes the CUDA kernels
 
 from __future__ import annotations
 
+import ml_dtypes  # noqa: F401 (NumPy knows bfloat16 by its name from here on)
 import numpy as np
 import pytest
 from hypothesis import settings

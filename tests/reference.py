@@ -8,6 +8,12 @@ import math
 import numpy as np
 
 
+def plain(array):
+    """A NumPy array for comparisons: NumPy's testing takes no NaN of bfloat16."""
+    array = np.asarray(array)
+    return array.astype(np.float32) if array.dtype == "bfloat16" else array
+
+
 def sign(value: float) -> float:
     if math.isnan(value):
         return math.nan

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -267,12 +268,11 @@ class Tensor:
 
 
 def test_entries_that_are_no_floats_are_skipped_and_counted(weights):
-    ml_dtypes = pytest.importorskip("ml_dtypes")
     state = {
         "conv.weight": Tensor(weights["conv"], requires_grad=True),
         "bn.num_batches_tracked": np.array(7),
         "bn2.num_batches_tracked": np.array(7),
-        "half": np.ones((2, 3), ml_dtypes.bfloat16),
+        "quarter": np.ones((2, 3), ml_dtypes.float8_e4m3fn),
         "extra": None,
     }
     table = error_per_bit_width(state, bits=[1, 2])
@@ -282,7 +282,7 @@ def test_entries_that_are_no_floats_are_skipped_and_counted(weights):
     reasons = dict(table.skipped)
     assert list(reasons) == [*state][1:]
     assert "int64" in reasons["bn.num_batches_tracked"]
-    assert "bfloat16" in reasons["half"]
+    assert "float8_e4m3fn" in reasons["quarter"]
     for text in (str(table), repr(table), table._repr_html_()):
         assert "Skipped 4 arrays:" in text
         assert "bn.num_batches_tracked, bn2.num_batches_tracked: x must be" in text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,8 +42,8 @@ def test_other_frameworks_come_through_asarray():
         (np.ma.masked_less([1.0, 2.0], 1.5), r"x\.filled\(\)"),
         (np.ones(3, int), r"x\.astype"),
         (np.ones(3, np.longdouble), r"x\.astype"),
-        ([None], "float16, float32 or float64"),
-        (object(), "float16, float32 or float64"),
+        ([None], "float16, bfloat16, float32 or float64"),
+        (object(), "float16, bfloat16, float32 or float64"),
     ],
 )
 def test_what_is_refused_says_what_to_do(value, advice):
@@ -59,10 +60,11 @@ def test_tensors_that_numpy_cannot_read():
         arrays.as_floats("x", Strange())
 
 
-def test_bfloat16_is_refused():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    with pytest.raises(TypeError, match="bfloat16"):
-        arrays.as_floats("x", np.ones(3, ml_dtypes.bfloat16))
+@pytest.mark.parametrize("name", ["int1", "uint1", "int4", "float8_e4m3fn", "float8_e5m2"])
+def test_other_dtypes_of_ml_dtypes_are_refused(name):
+    """Some have the letters of float16 and bfloat16."""
+    with pytest.raises(TypeError, match=f"got {name}"):
+        arrays.as_floats("x", np.ones(3, getattr(ml_dtypes, name)))
 
 
 def test_ragged_lists_are_refused():
@@ -181,7 +183,7 @@ PLACES = [(1, 8), (4, 9), (2, 16), (8, 16)]
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("offset", "step"), PLACES)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_device_arrays_at_any_address_are_read(offset, step, dtype, device, rng):
     """Without a copy, each of these calls stops at an address that the GPU refuses."""
     x = rng.normal(size=(3, 24)).astype(dtype)
@@ -199,7 +201,7 @@ def test_device_arrays_at_any_address_are_read(offset, step, dtype, device, rng)
         (cubin.errors.relative_mse, (x, gy), (held, gradient), {}),
     ]
     for function, host, on_device, options in calls:
-        close = 1e-14 if dtype == np.float64 else 1e-2 if dtype == np.float16 else 1e-5
+        close = 1e-14 if dtype == np.float64 else 1e-5 if dtype == np.float32 else 1e-2
         found, wanted = function(*on_device, **options), function(*host, **options)
         np.testing.assert_allclose(found.get(), wanted, rtol=close, atol=close)
     code = cubin.quantize(held, map_, channel_axis=0, solver="refined")

@@ -15,7 +15,7 @@ from cubin.bitmaps import allocation, budgets, parts, selection, threshold
 from cubin.core.host import blocks
 from cubin.core.rows import rows_of
 
-FLOATS = ["float16", "float32", "float64"]
+FLOATS = ["float16", "bfloat16", "float32", "float64"]
 RANKED = [bitmaps.top_down, bitmaps.bottom_up, bitmaps.middle_out]
 GRANULARITIES = [{}, {"channel_axis": 0}, {"channel_axis": 1}, {"group_size": 3}]
 
@@ -199,9 +199,9 @@ def test_what_is_not_finite_has_no_rank(bad):
 
 def test_integers_have_to_be_cast():
     for ranked in RANKED:
-        with pytest.raises(TypeError, match=r"x must be float16, float32 or float64, got int64"):
+        with pytest.raises(TypeError, match=r"x must be float16, .* or float64, got int64"):
             ranked(np.arange(3), {1: 1.0})
-    with pytest.raises(TypeError, match=r"x must be float16, float32 or float64, got int64"):
+    with pytest.raises(TypeError, match=r"x must be float16, .* or float64, got int64"):
         bitmaps.budget(np.arange(3), 1.0)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ml_dtypes import bfloat16
 
 import cubin
 from cubin import BinaryCode
@@ -37,6 +38,8 @@ def codes(rng):
         cubin.quantize(x, bits.astype(np.uint8).T.copy().T, group_size=np.int8(3)),
         BinaryCode(np.ones((3, 2)).T, np.ones((5, 3, 2), np.int8).T, 2, channel_axis=[0]),
         cubin.quantize(x.astype(np.float16), bits[:, :1, :1], channel_axis=0),
+        cubin.quantize(x.astype(bfloat16), bits, channel_axis=0),
+        cubin.quantize(x.astype(bfloat16), 2),
         cubin.quantize(x.astype(np.float64), 16, channel_axis=0),
         cubin.quantize(x, 0),
         cubin.quantize(1.5, 2),
@@ -382,6 +385,14 @@ def test_the_archive_of_these_tests_is_sound(tmp_path):
         {"scales": np.ones(3)},
         {"scales": np.ones((1, 2))},
         {"scales": np.ones(1, int)},
+        {"scales": np.ones(1, np.uint16)},
+        {"scales": np.ones(1, np.uint16), "layout": {"scales": "float16"}},
+        {"scales": np.ones(1, np.uint8), "layout": {"scales": "bfloat16"}},
+        {"scales": np.ones(1, np.float16), "layout": {"scales": "bfloat16"}},
+        {"scales": np.ones((1, 2), np.uint16), "layout": {"scales": "bfloat16"}},
+        {"scales": np.ones(1, bfloat16), "layout": {"scales": "bfloat16"}},
+        {"layout": {"scales": ["bfloat16"]}},
+        {"layout": {"scales": False}},
         {"scales": np.ones(40), "signs": np.zeros((40, 1), np.uint8)},
         {"bits": np.uint8(7)},
         {"bits": np.ones(3, np.uint8)},
@@ -446,6 +457,25 @@ def test_the_archive_of_these_tests_is_sound(tmp_path):
 def test_hostile_files(tmp_path, hostile):
     with pytest.raises(ValueError, match="no intact BinaryCode"):
         BinaryCode.load(archive(tmp_path / "hostile", **hostile))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_bfloat16_is_read_by_its_patterns(tmp_path, order):
+    scales = np.array([0x4049]).astype(f"{order}u2")
+    code = BinaryCode.load(archive(tmp_path / "a", scales=scales, layout={"scales": "bfloat16"}))
+    assert code.dtype == bfloat16
+    assert code.scales.tolist() == [3.140625]
+
+
+def test_a_process_that_has_no_bfloat16_yet_loads_a_file_of_it(tmp_path):
+    cubin.quantize(np.ones(3, bfloat16), 1).save(tmp_path / "code")
+    source = (
+        "import sys, cubin; assert 'ml_dtypes' not in sys.modules; "
+        "print(cubin.BinaryCode.load(sys.argv[1]).dtype)"
+    )
+    command = [sys.executable, "-c", source, str(tmp_path / "code")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "bfloat16"
 
 
 def test_compressed_members_are_refused(tmp_path):
@@ -572,7 +602,8 @@ def test_payload_and_effective_bits():
     assert cubin.quantize(x, 2).payload_bits == 2
     assert cubin.quantize(x, 2).effective_bits == 2 + 2 * 32 / (64 * 32)
     assert cubin.quantize(x, 2, channel_axis=0).effective_bits == 2 + 2 * 32 / 32
-    assert cubin.quantize(x.astype(np.float16), 1, group_size=8).effective_bits == 1 + 16 / 8
+    for narrow in (np.float16, bfloat16):
+        assert cubin.quantize(x.astype(narrow), 1, group_size=8).effective_bits == 1 + 16 / 8
     # A map of one entry per element costs its entropy for every element ...
     halves = np.tile([1, 3], (64, 16))
     code = cubin.quantize(x, halves)

@@ -25,7 +25,7 @@ def expected(x, y, axis):
     }
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("axis", [None, 0, -1, (0, 2), (1,), ()])
 def test_against_numpy_in_float64(xp, host, rng, dtype, axis):
     x = rng.normal(size=(5, 6, 7)).astype(dtype)

@@ -280,7 +280,7 @@ TENSORS = str(
 COMPARED = only(table(COMPARISON), data="pretrained weights", solver="greedy", bits=1)["tensors"]
 
 
-FLOATS = ("float32", "float64", "float16")
+FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 
 @functools.cache
@@ -354,7 +354,7 @@ def sentences():
         ],
         "docs/conventions.md": [
             (
-                "to {} for float32 arrays, {} for float64 arrays and {} for float16 arrays",
+                "to {} for float32 arrays, {} for float64, {} for float16 and {} for bfloat16",
                 [f"{TOLERANCE[name]:.0e}".replace("e-0", "e-") for name in FLOATS],
             ),
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16, finfo
 
 import cubin
 from cubin import solvers
@@ -18,7 +19,7 @@ from tests.registers import assert_registers_suffice
 
 SHORT = [1, 7, 27, 31, 32, 33, 127, 128, 129]
 LONG = [1000, 1023, 1024, 1025, 4096, 8191, 8192, 8193, 16383, 16384]
-DTYPES = [np.float16, np.float32, np.float64]
+DTYPES = [np.float16, bfloat16, np.float32, np.float64]
 ARCHITECTURES = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 
 
@@ -102,7 +103,7 @@ def test_rows_of_every_length(length, mapped, device, rng):
 @pytest.mark.kernels
 @pytest.mark.parametrize("mapped", [False, True], ids=["bits", "map"])
 @pytest.mark.parametrize("length", few([27, 32, 250, 1024, 4099, 8192], 27, 1024, 4099))
-@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float64])
 def test_rows_of_other_types(dtype, length, mapped, device, rng):
     x, bits = sample(rng, (3, length), dtype, 2, mapped)
     check(device, x, bits, 2)
@@ -198,7 +199,7 @@ def test_nan_and_infinity_stay_in_their_row(length, mapped, device, rng):
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zeros_subnormals_and_the_largest(dtype, device):
-    limits = np.finfo(dtype)
+    limits = finfo(dtype)
     tiny, large = limits.smallest_subnormal, limits.max
     rows = [
         [0.0, -0.0] * 4,
@@ -447,6 +448,7 @@ HEAVIEST = [
     (greedy.approximate_rows, ("Tile<32>", "float", 4, 4, 32, 4, "false")),
     (greedy.approximate_rows, ("Block", "float", 4, 4, 32, 4, "false")),
     (greedy.approximate_rows, ("Block", "float16", 8, 8, 32, 4, "false")),
+    (greedy.approximate_rows, ("Block", "bfloat16", 8, 8, 32, 4, "false")),
     (greedy.approximate_rows, ("Block", "float", 1, 1, 16, 8, "true")),
     (greedy.approximate_rows, ("Block", "double", 2, 2, 12, 4, "false")),
     (greedy.approximate_rows, ("Tile<32>", "double", 1, 1, 8, 8, "false")),

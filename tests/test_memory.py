@@ -40,7 +40,7 @@ def address(array: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("shape", [(N,), (2, 0, N), (256, 256), (1, 1, N), ()])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "bool"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "int8", "bool"])
 def test_a_new_array(shape, dtype):
     array = memory.empty(shape, dtype)
     assert array.shape == shape

@@ -14,8 +14,8 @@ from cubin.core.host import blocks
 from cubin.solvers import SOLVERS
 from tests import reference
 
-FLOATS = ["float16", "float32", "float64"]
-TOLERANCE = {"float16": 2e-3, "float32": 1e-6, "float64": 1e-12}
+FLOATS = ["float16", "bfloat16", "float32", "float64"]
+TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-6, "float64": 1e-12}
 """Relative tolerance of scales and approximations, the latter in units of the largest |x|."""
 
 

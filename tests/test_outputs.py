@@ -73,6 +73,7 @@ CASES = [
     ("multibit", {"bits": "int64"}),
     ("multibit", {"importance": "float32"}),
     ("multibit", {"importance": "float16"}),
+    ("multibit", {"importance": "bfloat16"}),
     ("multibit", {"x": "float32", "bits": "uint8", "importance": "float32"}),
 ]
 
@@ -90,7 +91,7 @@ def check(xp, host, rng, name, placed, kind, shape, options):
         array = in_memory_of(base, shape, dtype, kind)
         if dtype in ("uint8", "int64"):
             array[...] = xp.asarray(rng.integers(0, 4, array.shape).astype(dtype))
-        elif dtype == "float16":
+        elif dtype in ("float16", "bfloat16"):
             array[...] = xp.asarray(rng.uniform(1, 2, array.shape).astype(dtype))
         given[argument] = xp.broadcast_to(array, shape) if argument in ("x", "gy") else array
     out = base[:size].reshape(shape)

@@ -5,19 +5,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from ml_dtypes import finfo
 
 import cubin
 from tests import reference
+from tests.reference import plain
 
-FLOATS = ["float16", "float32", "float64"]
+FLOATS = ["float16", "bfloat16", "float32", "float64"]
 TRICKY = [0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -3.0, np.inf, -np.inf, np.nan]
 
 
 def tricky(dtype):
     """Every special value, the neighbours of 1 and the subnormals of a dtype."""
-    info = np.finfo(dtype)
+    info = finfo(dtype)
     one = np.dtype(dtype).type(1)
-    edges = [np.nextafter(one, 0, dtype=dtype), np.nextafter(one, one * 2, dtype=dtype)]
+    edges = [np.nextafter(one, one * 0), np.nextafter(one, one * 2)]
     small = [info.smallest_subnormal, info.tiny, info.max]
     values = np.array([*TRICKY, *edges, *small], dtype)
     # The NaN next to infinity, whose bits are the smallest of all NaN.
@@ -31,7 +33,7 @@ def test_sign_of_special_values(xp, host, dtype):
     x = tricky(dtype)
     y = cubin.sign(xp.asarray(x))
     assert y.dtype == dtype
-    np.testing.assert_array_equal(host(y), [reference.sign(float(v)) for v in x])
+    np.testing.assert_array_equal(plain(host(y)), [reference.sign(float(v)) for v in x])
 
 
 # NumPy's own comparisons warn of signalling NaN.
@@ -71,11 +73,11 @@ def test_gradients_of_special_values(xp, host, dtype):
     gy = np.where(np.abs(x) <= 1, np.arange(1, x.size + 1), np.nan).astype(dtype)
     gx = cubin.sign_grad(xp.asarray(x), xp.asarray(gy))
     assert gx.dtype == dtype
-    np.testing.assert_array_equal(host(gx), reference.gradient(x, 1, gy))
+    np.testing.assert_array_equal(plain(host(gx)), reference.gradient(x, 1, gy))
     bits = np.arange(x.size) % 5
     gy = np.full(x.shape, np.inf, dtype)
     gx = cubin.multibit_grad(xp.asarray(x), bits, xp.asarray(gy))
-    np.testing.assert_array_equal(host(gx), reference.gradient(x, bits, gy))
+    np.testing.assert_array_equal(plain(host(gx)), reference.gradient(x, bits, gy))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (257,), (2, 3, 4, 5, 6, 7)])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from ml_dtypes import finfo
 from scipy import stats
 
 import cubin
@@ -19,7 +20,7 @@ from tests import reference
 from tests.exhaustive import few
 
 SOLVERS = ["refined", "alternating", "optimal"]
-FLOATS = ["float16", "float32", "float64"]
+FLOATS = ["float16", "bfloat16", "float32", "float64"]
 SAMPLE = 100_000
 BEST_KNOWN = {
     "norm": (0.36338, 0.11748, 0.03527, 0.00989, 0.00266, 0.00072),
@@ -274,7 +275,7 @@ def test_powers_of_two_scale_through(rng, solver, dtype, mapped):
     x = np.ldexp(np.rint(np.ldexp(x, 6)), -6).astype(dtype)
     bits = a_map(rng, x.shape, 4) if mapped else 4
     code = cubin.quantize(x, bits, channel_axis=0, solver=solver)
-    limits = np.finfo(dtype)
+    limits = finfo(dtype)
     for exponent in (-7, 5, limits.minexp + 6, limits.maxexp - 4):
         scaled = cubin.quantize(np.ldexp(x, exponent), bits, channel_axis=0, solver=solver)
         np.testing.assert_array_equal(scaled.signs, code.signs)
@@ -398,7 +399,7 @@ def test_rows_with_few_values(xp, host, solver, dtype, bits, row):
     assert set(np.unique(host(code.signs))) <= {-1, 1}
     if len(set(map(abs, row))) <= 2 ** (bits - 1):
         np.testing.assert_allclose(
-            host(code.dequantize()), x, rtol=4 * np.finfo(dtype).eps, atol=np.max(x) * 1e-15
+            host(code.dequantize()), x, rtol=4 * finfo(dtype).eps, atol=np.max(x) * 1e-15
         )
 
 

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from ml_dtypes import finfo
 
 import cubin
 from cubin import solvers
@@ -24,13 +25,13 @@ loops = pytest.importorskip("cubin.solvers.sorted_rows_loops")
 ALTERNATING = [solvers.solver_of("alternating", n) for n in (0, 1, 2, None)]
 SOLVERS = [solvers.SOLVERS["refined"], *ALTERNATING, solvers.SOLVERS["optimal"]]
 NAMES = ["refined", *(f"alternating-{n}" for n in (0, 1, 2, None)), "optimal"]
-FLOATS = ["float16", "float32", "float64"]
+FLOATS = ["float16", "bfloat16", "float32", "float64"]
 
 
 def rows_of_all_kinds(rng, length, dtype):
     """Rows of ties, zeros, constants, extremes and subnormals beside common ones, all finite."""
     x = rng.normal(size=(9, length))
-    limits = np.finfo(dtype)
+    limits = finfo(dtype)
     x[1] = 0
     x[2] = rng.integers(-3, 4, length)
     x[3] = -0.5

@@ -125,13 +125,13 @@ def test_what_is_not_finite_shows_in_the_sum(at, bad):
 def test_every_float16_is_widened_as_numpy_does():
     half = np.arange(1 << 16, dtype=np.uint16)
     words = np.empty(half.size, np.uint32)
-    loops.widen(half, words)
+    loops.widen_float16(half, words)
     np.testing.assert_array_equal(words, half.view(np.float16).astype(np.float32).view(np.uint32))
 
 
 def narrowed(words):
     half = np.empty(words.size, np.uint16)
-    loops.narrow(words, half)
+    loops.narrow_to_float16(words, half)
     return half
 
 

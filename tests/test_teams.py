@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16, finfo
 
 import cubin
 from cubin.core import floats
@@ -20,7 +21,7 @@ RULES = {
     "twice": (False, 2),
     "converged": (False, 1001),
 }
-TYPES = [np.float16, np.float32, np.float64]
+TYPES = [np.float16, bfloat16, np.float32, np.float64]
 ARCHITECTURES = ["sm_70", "sm_80", "sm_90", "sm_100", "sm_120"]
 
 
@@ -59,7 +60,7 @@ def check(device, x, bits, levels, rule, differing=0):
     assert (~close).sum() <= differing
     np.testing.assert_array_equal(signs[:, close], expected[1][:, close])
     error = np.abs(y[close].astype(np.float64) - expected[2][close])
-    stored = 64 * np.finfo(x.dtype).eps
+    stored = 64 * finfo(x.dtype).eps
     assert (error <= stored * top[close, None]).all()
     return scales, signs, y
 
@@ -152,7 +153,7 @@ def test_rows_of_other_types(dtype, length, mapped, device, rng):
 @pytest.mark.parametrize("rule", [(True, 0), (False, 2)])
 def test_degenerate_rows(rule, dtype, device):
     """Fewer magnitudes than levels: exact where a code can be, never NaN."""
-    limits = np.finfo(dtype)
+    limits = finfo(dtype)
     tiny, large = limits.smallest_subnormal, limits.max
     pairs = [[0.0, -0.0], [0.3, -0.3], [tiny, -tiny], [large, -large], [1, 3]]
     x = np.tile(np.array(pairs, dtype), 4)
@@ -315,6 +316,7 @@ HEAVIEST = [
     ("Block", "float", 1, 1, 12, 4, "false"),
     ("Block", "float", 1, 1, 8, 4, "true"),
     ("Block", "float16", 8, 8, 16, 4, "false"),
+    ("Block", "bfloat16", 8, 8, 16, 4, "false"),
     ("Block", "double", 2, 2, 8, 4, "false"),
     ("Tile<32>", "double", 1, 1, 4, 4, "true"),
 ]

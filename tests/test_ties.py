@@ -9,7 +9,7 @@ import cubin
 from cubin.core.host import blocks
 from tests.exhaustive import few
 
-DTYPES = ["float16", "float32", "float64"]
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 # Their residuals are 0 at the levels 1, 2 and 3, and the scales up to then have few digits.
 TIED = [

@@ -46,7 +46,7 @@ def error_per_bit_width(
     """The error of every array at every bit width with every solver.
 
     What cannot be measured is skipped, and named with the reason in the table's ``skipped``: an
-    entry that is no float16, float32 or float64 array (an integer buffer, bfloat16), an empty
+    entry that is no array of float16, bfloat16, float32 or float64 (an integer buffer), an empty
     array, one with NaN or infinity or with squares that float64 cannot hold, one that the channel
     axis or the group size does not fit, and one for which a solver gives NaN or infinity.
 

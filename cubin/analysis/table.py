@@ -123,7 +123,7 @@ class ErrorRow:
 
         Parameters
         ----------
-        x, approx : array of float16, float32 or float64, of one shape
+        x, approx : array of float16, bfloat16, float32 or float64, of one shape
         name : str
             That of the array.
         solver : str

@@ -46,7 +46,7 @@ def allocate(
 
     Parameters
     ----------
-    arrays : mapping of str to array of float16, float32 or float64
+    arrays : mapping of str to array of float16, bfloat16, float32 or float64
         NumPy or CuPy arrays, finite.
     mean_bits : float
         The budget: bits per element over all arrays, `min_bits` to `max_bits`.
@@ -131,7 +131,7 @@ def allocate(
 def _weights(value: Any, rows: Rows) -> np.ndarray:
     """The weights of the rows, in the shape of the map."""
     weight = np.asarray(value)
-    if weight.dtype.kind not in "iuf":
+    if weight.dtype.kind not in "iu" and not floats.is_float(weight.dtype):
         raise TypeError(f"its importance must be real numbers, got {weight.dtype}")
     if not (np.isfinite(weight).all() and (weight >= 0).all()):
         raise ValueError("its importance must be non-negative and finite")

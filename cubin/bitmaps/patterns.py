@@ -10,7 +10,7 @@ import numpy as np
 
 from cubin.bitmaps import parts, selection
 from cubin.core import arrays, conversions, floats, libraries
-from cubin.core.arrays import as_integer
+from cubin.core.arrays import as_integer, is_real
 from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
 
@@ -108,7 +108,7 @@ def top_down(x: Array, mix: Mapping[int, float]) -> Array:
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
         NumPy or CuPy array, finite.
     mix : mapping of int to float
         The share of the elements that each number of bits (0 to 16) gets, such as
@@ -155,7 +155,7 @@ def bottom_up(x: Array, mix: Mapping[int, float]) -> Array:
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
         NumPy or CuPy array, finite.
     mix : mapping of int to float
         As in `top_down`.
@@ -199,7 +199,7 @@ def middle_out(x: Array, mix: Mapping[int, float]) -> Array:
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
         NumPy or CuPy array, finite.
     mix : mapping of int to float
         As in `top_down`.
@@ -322,7 +322,7 @@ def _shares(mix: Mapping[int, float]) -> dict[int, float]:
         )
     shares = {}
     for width, share in mix.items():
-        if not _is_real(share):
+        if not is_real(share):
             raise TypeError(f"a share in mix must be a real number, got {type(share).__qualname__}")
         if not 0 <= share <= 1:
             raise ValueError(f"a share in mix must lie in 0 .. 1, got {share}")
@@ -364,12 +364,8 @@ def as_range(min_bits: object, max_bits: object) -> tuple[int, int]:
 
 def as_mean(value: Any, low: int, high: int) -> float:
     """`value` as a mean number of bits between `low` and `high`."""
-    if not _is_real(value):
+    if not is_real(value):
         raise TypeError(f"mean_bits must be a real number, got {type(value).__qualname__}")
     if not low <= value <= high:
         raise ValueError(f"mean_bits must lie in {low} .. {high}, got {value}")
     return float(value)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

@@ -40,14 +40,14 @@ def ternary(
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
         NumPy or CuPy array, finite.
     channel_axis : int or tuple of int, optional
         One scale for each index of this axis (these axes), as in `cubin.quantize`. Default: one
         for the tensor.
     group_size : int, optional
         One scale for every run of this many elements of the last axis.
-    importance : array of float16, float32 or float64 that broadcasts to x's shape, optional
+    importance : array of floats that broadcasts to x's shape, optional
         The weights w of the squared errors, finite and not negative. Default: 1. Elements of
         weight 0 follow their magnitude. Use a solver that takes the importance, such as
         ``solver="refined"``, for the scales.

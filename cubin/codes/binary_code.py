@@ -123,7 +123,7 @@ class BinaryCode:
         rows, work = self._rows, floats.work_dtype(self.dtype)
         with libraries.current_device(self.scales):
             y = libraries.result(self.shape, self.dtype, self.scales)
-            scales = self.scales.astype(work, copy=False).reshape(len(self.scales), rows.count)
+            scales = conversions.rounded(self.scales, work).reshape(len(self.scales), rows.count)
             if y.size:
                 passes.whole_rows(sum_signs, rows, (self.signs,), out=y, scales=scales)
         return y
@@ -217,7 +217,9 @@ class BinaryCode:
 
         The file is an uncompressed ``.npz`` archive of the arrays ``scales``, ``signs`` (bits
         packed along the last of two axes, levels by elements in C order), ``bits`` (int or
-        uint8 map) and ``layout`` (JSON); nothing in it is pickled.
+        uint8 map) and ``layout`` (JSON); nothing in it is pickled. Scales of bfloat16, which such
+        archives do not have, are their bit patterns in uint16, and the layout says ``"scales":
+        "bfloat16"``.
 
         An existing file is replaced only once the new one is complete and on the disk. Until then
         the new file lies in the same folder, as ``cubin-*.part``. It takes over the permissions of

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cubin.core import arrays, libraries, memory
+from cubin.core import arrays, floats, libraries, memory
 from cubin.core.bits import MAX_BITS, as_entries
 from cubin.core.rows import rows_of
 
@@ -24,7 +24,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _FORMAT = "cubin.BinaryCode/1"
-_DTYPES = {"layout": "B", "scales": "efd", "bits": "B", "signs": "B"}
+_DTYPES = {"layout": "B", "scales": "efdH", "bits": "B", "signs": "B"}
+"""The members and the characters of their dtypes. Scales of bfloat16, which the format of NumPy's
+arrays does not have, are written as their bit patterns, and the layout says so."""
+
+_PATTERNS = "bfloat16"
 
 _BLOCK = 1 << 16
 """Elements that are packed or unpacked at a time: a multiple of 8, and few enough for the cache."""
@@ -62,9 +66,12 @@ def write(
         "channel_axis": channel_axis,
         "group_size": group_size,
     }
+    scales = np.asarray(libraries.to_host(scales), order="C")
+    if scales.dtype.name == _PATTERNS:
+        layout["scales"], scales = _PATTERNS, floats.as_integers(scales)
     members: dict[str, Any] = {
         "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
-        "scales": np.asarray(libraries.to_host(scales), order="C"),
+        "scales": scales,
         "bits": np.asarray(entries, np.uint8, order="C"),
     }
     with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -231,6 +238,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _scales(stored: np.ndarray, layout: dict[str, Any]) -> np.ndarray:
+    """The scales of a file: what it holds, or bfloat16 of these patterns."""
+    patterns = stored.dtype.kind == "u"
+    if layout.get("scales") != (_PATTERNS if patterns else None):
+        raise ValueError(
+            f"its layout says that scales are {layout.get('scales')!r}, but they are {stored.dtype}"
+        )
+    return stored.astype(np.uint16).view(floats.bfloat16()) if patterns else stored
+
+
 def _decode(members: dict[str, np.ndarray]) -> dict[str, Any]:
     if members["layout"].nbytes > _LONGEST_LAYOUT:
         raise ValueError(f"its layout has {members['layout'].nbytes} bytes")
@@ -240,8 +257,8 @@ def _decode(members: dict[str, np.ndarray]) -> dict[str, Any]:
     shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
     axis, group_size = layout["channel_axis"], layout["group_size"]
     axis = tuple(axis) if isinstance(axis, list) else axis
-    bits, scales = members["bits"].copy(), members["scales"].copy()  # writable, and aligned
-    packed = members["signs"]
+    bits = members["bits"].copy()  # writable, and aligned
+    scales, packed = _scales(members["scales"], layout).copy(), members["signs"]
     size = math.prod(shape)
     if len(shape) > 64 or min(shape, default=0) < 0 or scales.ndim == 0:
         raise ValueError(f"shape {shape} is no shape of an array")

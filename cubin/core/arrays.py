@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from cubin.core import conversions, libraries
+from cubin.core import conversions, floats, libraries
 from cubin.core.libraries import Array
 
 
 def as_floats(name: str, value: object) -> Array:
-    """`value` as a float16, float32 or float64 array of its library; TypeError for other dtypes."""
+    """`value` as an array of floats of its library; TypeError for other dtypes."""
     array: Array = (
         libraries.aligned(value) if libraries.on_device(value) else as_host_array(name, value)
     )
-    if array.dtype.char not in "efd":
+    if not floats.is_float(array.dtype):
         raise TypeError(
-            f"{name} must be float16, float32 or float64, got {array.dtype}: "
+            f"{name} must be float16, bfloat16, float32 or float64, got {array.dtype}: "
             f"cast it first, e.g. {name}.astype('float32')"
         )
     return array
@@ -63,7 +63,7 @@ def like(name: str, value: object, x: Array, x_name: str = "x") -> Array:
     libraries.check_same(name, array, x, x_name)
     if array.shape != x.shape:
         raise ValueError(f"{name} has shape {array.shape}, but {x_name} has shape {x.shape}")
-    return array.astype(x.dtype, copy=False)
+    return conversions.rounded(array, x.dtype)
 
 
 def as_importance(value: object, x: Array) -> Array:
@@ -153,7 +153,8 @@ def as_bound(value: object, x: Array) -> Array:
         libraries.check_same("bound", bound, x)
     else:
         bound = as_host_array("bound", value)
-    if bound.dtype.kind not in "iuf" or bound.dtype.itemsize > 8:
+    real = bound.dtype.kind in "iuf" or floats.is_float(bound.dtype)
+    if not real or bound.dtype.itemsize > 8:
         raise TypeError(f"bound must be a real number or an array of them, got {bound.dtype}")
     check_broadcasts("bound", bound, x.shape)
     if bound.dtype == np.uint8:
@@ -165,12 +166,13 @@ def as_bound(value: object, x: Array) -> Array:
     if isinstance(value, int) and 0 <= value <= 255:
         return np.uint8(value)
     if isinstance(value, (int, float)) and not isinstance(value, np.generic):
-        with np.errstate(over="ignore"):
-            return np.float64(x.dtype.type(value))
+        return floats.nearest(value, x.dtype)
     if bound.ndim == 0 and not libraries.on_device(bound):
         return np.float64(bound)
     bound = libraries.library(x).asarray(bound)
-    return bound if bound.dtype.kind == "f" else bound.astype(np.float64)
+    if bound.dtype.kind == "f":
+        return bound
+    return conversions.widened(bound) if floats.is_float(bound.dtype) else bound.astype(np.float64)
 
 
 def as_integer(name: str, value: object) -> int:
@@ -185,9 +187,16 @@ def as_integer(name: str, value: object) -> int:
 
 def as_real(name: str, value: object) -> float:
     """`value` as a float; TypeError for booleans and everything else that is no real number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+    if not is_real(value):
         raise TypeError(f"{name} must be a real number, got {type(value).__qualname__}")
-    return float(value)
+    return float(value)  # type: ignore[arg-type]
+
+
+def is_real(value: object) -> bool:
+    """Whether `value` is a real number: Python's or NumPy's, and no boolean."""
+    if isinstance(value, np.generic):
+        return isinstance(value, np.integer) or floats.is_float(value.dtype)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def as_real_below(name: str, value: object, bound: float) -> float:

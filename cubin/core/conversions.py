@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cubin.core import libraries
+from cubin.core import floats, libraries
 from cubin.core.libraries import Array
 from cubin.core.primitives import FLOATS, elementwise
 
@@ -22,30 +22,45 @@ def widen(x: np.ndarray, *, y: np.ndarray) -> None:
     y[...] = x
 
 
-@elementwise("float64 x", "W y", "y = from_double<W>(x)", types=FLOATS[1:])
+@elementwise("float64 x", "T y", "y = from_double<T>(x)", types=FLOATS)
 def narrow(x: np.ndarray, *, y: np.ndarray) -> None:
-    """x rounded to float32 or float64."""
-    y[...] = x
+    """x rounded to a float dtype."""
+    y[...] = floats.rounded(x, y.dtype)
 
 
 def widened(x: Array) -> Array:
     """A copy of `x` in float64."""
     if not libraries.on_device(x):
-        return x.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # NumPy warns of signalling NaN
+            return x.astype(np.float64)
     y = libraries.library(x).empty(x.shape, np.float64)
     widen(x, y=y)
     return y
 
 
+def rounded(x: Array, dtype: Any) -> Array:
+    """Floats in another float dtype, rounded once; `x` itself where it has that."""
+    if x.dtype == dtype:
+        return x
+    if not libraries.on_device(x):
+        return floats.rounded(x, dtype)
+    return narrowed(widened(x), dtype)
+
+
 def narrowed(x: Array, dtype: Any) -> Array:
-    """`x`, of float64, rounded to `dtype`, float32 or float64; `x` itself where it has that."""
+    """`x`, of float64, rounded to a float dtype; `x` itself where it has that."""
     if not libraries.on_device(x) or x.dtype == dtype:
-        return x.astype(dtype, copy=False)
+        return floats.rounded(x, dtype)
     y = libraries.library(x).empty(x.shape, dtype)
     narrow(x, y=y)
     return y
 
 
 def computable(x: Array) -> Array:
-    """`x` in a dtype in which its library's functions keep every number: float64 on a device."""
-    return widened(x) if libraries.on_device(x) and x.dtype != np.float64 else x
+    """`x` in a dtype in which its library's functions keep every number, and NumPy is fast.
+
+    That is float64 on a device, and the work dtype on the host.
+    """
+    if not libraries.on_device(x):
+        return floats.in_work_dtype(x)
+    return widened(x) if x.dtype != np.float64 else x

@@ -5,6 +5,7 @@
 
 template<class T> struct Work { typedef T type; };
 template<> struct Work<float16> { typedef float type; };
+template<> struct Work<bfloat16> { typedef float type; };
 
 __device__ __forceinline__ float plus(float a, float b) {
   float sum;
@@ -54,8 +55,15 @@ __device__ __forceinline__ bool inside(float a, unsigned char bits) {
 }
 __device__ __forceinline__ bool inside(double a, unsigned char bits) { return fabs(a) <= bits; }
 
-// Rounds a double to W.
-template<class W> __device__ __forceinline__ W from_double(double a) { return a; }
+// Rounds a double to T. Those of two bytes are made of a float that is rounded to odd, which does
+// not show in them: an inexact one has its lowest bit set.
+template<class T> __device__ __forceinline__ T from_double(double a) {
+  float odd;
+  asm("cvt.rz.f32.f64 %0, %1;" : "=f"(odd) : "d"(a));
+  if (to_double(odd) != a) odd = __uint_as_float(__float_as_uint(odd) | 1u);
+  return T(odd);
+}
+template<> __device__ __forceinline__ double from_double<double>(double a) { return a; }
 template<> __device__ __forceinline__ float from_double<float>(double a) {
   float narrow;
   asm("cvt.rn.f32.f64 %0, %1;" : "=f"(narrow) : "d"(a));

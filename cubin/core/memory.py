@@ -98,7 +98,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < LARGE or not _limit or _madvise() is None:
         return np.empty(shape, dtype)
-    return np.asarray(_Owner(_take(nbytes), shape, dtype))
+    # NumPy's interface of arrays has no bfloat16: there it is two bytes of anything.
+    return np.asarray(_Owner(_take(nbytes), shape, dtype)).view(dtype)
 
 
 class _Owner:

@@ -166,14 +166,12 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
 def _is_plain(array: Any, shape: tuple[int, ...]) -> bool:
     """Whether compiled loops take an array of this shape, or a scalar.
 
-    It has to be C-contiguous and aligned, and of a dtype that Numba has.
+    It has to be C-contiguous and aligned.
     """
     if not np.ndim(array):
         return True
     flags = array.flags
-    return bool(
-        array.shape == shape and array.dtype.char != "e" and flags.c_contiguous and flags.aligned
-    )
+    return bool(array.shape == shape and flags.c_contiguous and flags.aligned)
 
 
 def _side_by_side(array: Any, rows: Rows) -> Any:

@@ -43,7 +43,12 @@ REGISTRY: dict[str, Primitive] = {}
 
 FLOATS: tuple[Mapping[str, str], ...] = tuple(
     {"T": dtype, "W": work}
-    for dtype, work in (("float16", "float32"), ("float32", "float32"), ("float64", "float64"))
+    for dtype, work in (
+        ("float16", "float32"),
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+        ("float64", "float64"),
+    )
 )
 """The types that kernels are used with: T of the array, and W, its work dtype."""
 
@@ -59,8 +64,8 @@ def source(module_file: str, name: str | None = None) -> str:
 PREAMBLE = source(__file__, "exact.cuh")
 """Device functions that every kernel can call. ``Work<T>::type`` is W."""
 
-C_TYPES = {"e": "float16", "f": "float", "d": "double"}
-"""What CUDA calls the float dtypes, by their characters."""
+C_TYPES = {"e": "float16", "E": "bfloat16", "f": "float", "d": "double"}
+"""What CUDA calls the float dtypes, by their characters, which no two of them share."""
 
 _C_TYPES = {"int8": "signed char", "uint8": "unsigned char", "uint16": "unsigned short"}
 
@@ -284,7 +289,8 @@ class Raw(Primitive):
     @property
     def source(self) -> str:
         """The whole source that is compiled."""
-        return f"#include <cupy/float16.cuh>\n{self.preamble}\n{self.code}"
+        headers = "#include <cupy/float16.cuh>\n#include <cupy/bfloat16.cuh>"
+        return f"{headers}\n{self.preamble}\n{self.code}"
 
     def _check_parameters(self) -> None:
         super()._check_parameters()

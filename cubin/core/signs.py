@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.core.floats import where, with_sign_of
+from cubin.core.floats import as_integers, in_work_dtype, is_nan, where, with_sign_of
 from cubin.core.primitives import FLOATS, elementwise
 
 
@@ -17,8 +17,8 @@ from cubin.core.primitives import FLOATS, elementwise
 )
 def signs(x: np.ndarray, *, y: np.ndarray) -> None:
     """+1 where x > 0, NaN where x is NaN, else -1."""
-    result = with_sign_of(x, x.dtype.type(1))
-    np.copyto(result, x, where=np.isnan(x))
+    result = with_sign_of(x, np.ones((), x.dtype))
+    np.copyto(as_integers(result), as_integers(x), where=is_nan(x))
     y[...] = result
 
 
@@ -30,7 +30,7 @@ def signs(x: np.ndarray, *, y: np.ndarray) -> None:
 )
 def inside_bits(x: np.ndarray, bits: np.ndarray, *, mask: np.ndarray) -> None:
     """|x| <= bits, compared exactly."""
-    np.less_equal(np.abs(x), bits, out=mask)
+    np.less_equal(np.abs(in_work_dtype(x)), bits, out=mask)
 
 
 @elementwise(
@@ -41,7 +41,7 @@ def inside_bits(x: np.ndarray, bits: np.ndarray, *, mask: np.ndarray) -> None:
 )
 def inside(x: np.ndarray, bound: np.ndarray, *, mask: np.ndarray) -> None:
     """|x| <= bound, compared in float64."""
-    np.less_equal(np.abs(x), bound, out=mask)
+    np.less_equal(np.abs(in_work_dtype(x)), bound, out=mask)
 
 
 @elementwise(
@@ -53,4 +53,4 @@ def inside(x: np.ndarray, bound: np.ndarray, *, mask: np.ndarray) -> None:
 )
 def gradient_inside(x: np.ndarray, bits: np.ndarray, gy: np.ndarray, *, gx: np.ndarray) -> None:
     """The gradient gy where |x| <= bits, else +0."""
-    where(np.abs(x) <= bits, gy, out=gx)
+    where(np.abs(in_work_dtype(x)) <= bits, gy, out=gx)

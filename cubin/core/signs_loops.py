@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.core.host.loops import loop, part, read_only
+from cubin.core import floats
+from cubin.core.floats import as_integers
+from cubin.core.host.loops import in_work_dtype, loop, part, read_only
 from cubin.core.libraries import Array
 
 
@@ -26,6 +28,16 @@ def _signs_in_place(y: Array) -> None:
 
 
 @loop
+def _signs_of_patterns(y: Array, infinity: int, one: int) -> None:
+    """The same on the bit patterns of float16 or bfloat16, which Numba does not have."""
+    for j in range(y.size):
+        word = y[j]
+        positive = np.uint16(word - np.uint16(1)) < infinity
+        sign = one if positive else np.uint16(one | np.uint16(0x8000))
+        y[j] = word if np.uint16(word & np.uint16(0x7FFF)) > infinity else sign
+
+
+@loop
 def _clip(x: Array, bound: float, gy: Array, gx: Array) -> None:
     for j in range(x.size):
         gx[j] = gy[j] if abs(x[j]) <= bound else gx.dtype.type(0)
@@ -41,7 +53,11 @@ def _clip_to_bits(x: Array, bits: Array, gy: Array, gx: Array) -> None:
 def signs(x: Array, *, y: Array) -> None:
     """`signs.signs`."""
     # LLVM does not vectorize a loop on two arrays that are the same, so there is one on one array.
-    if np.may_share_memory(x, y):
+    if floats.is_narrow(x.dtype):
+        np.copyto(y, x)
+        one, infinity = as_integers(np.array([1, np.inf], x.dtype))
+        _signs_of_patterns(as_integers(y).reshape(-1), infinity, one)
+    elif np.may_share_memory(x, y):
         _signs_in_place(y.reshape(-1))
     else:
         _signs(read_only(x).reshape(-1), y.reshape(-1))
@@ -49,6 +65,8 @@ def signs(x: Array, *, y: Array) -> None:
 
 def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
     """`signs.gradient_inside`."""
+    if floats.is_narrow(x.dtype):  # only x is computed with
+        x, gy, gx = in_work_dtype(x), as_integers(gy), as_integers(gx)
     x, gy = (read_only(a).reshape(-1) for a in (x, gy))
     if np.ndim(bits):
         _clip_to_bits(x, read_only(bits).reshape(-1), gy, gx.reshape(-1))

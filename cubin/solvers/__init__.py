@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cubin.codes.encoding import Encoding
-from cubin.core import libraries, passes
+from cubin.core import conversions, libraries, passes
 from cubin.core.bits import Bits
 from cubin.core.libraries import Array
 from cubin.core.passes import Part
@@ -78,7 +78,7 @@ def encode(
             encoding.store(part, lookup.codes(x, bits), bits, lookup.scales)
 
         _search(x, bits, rows, solver, importance, hand_over)
-    return encoding.scales.astype(x.dtype, copy=False), encoding.signs
+    return conversions.rounded(encoding.scales, x.dtype), encoding.signs
 
 
 def _simplest(solver: Solver, bits: Bits, importance: Array | None) -> Solver:

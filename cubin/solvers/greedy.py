@@ -14,7 +14,7 @@ import numpy as np
 from cubin.codes.levels import level_signs
 from cubin.core import floats, libraries, memory, passes, teams
 from cubin.core.bits import Bits
-from cubin.core.floats import as_integers, where
+from cubin.core.floats import as_integers, in_work_dtype, where
 from cubin.core.libraries import Array
 from cubin.core.primitives import FLOATS, elementwise, raw, reduction, source
 from cubin.core.rows import Rows
@@ -45,7 +45,7 @@ def level_sums(
     float64.
     """
     m = memory.scratch("magnitude", x.shape, floats.work_dtype(x.dtype))
-    np.abs(x, out=m)
+    np.abs(in_work_dtype(x), out=m)
     for scale in scales:
         np.abs(np.subtract(m, scale, out=m), out=m)
     total[...], count[...] = _sum(m, bits, len(scales))
@@ -76,7 +76,7 @@ def _sum(m: np.ndarray, bits: np.ndarray, level: int) -> tuple[np.ndarray, Any]:
     post_map="scale = a.count ? from_double<W>(a.total / a.count) : W(0)",
     identity="Sum()",
     reduce_type="Sum",
-    types=FLOATS[1:],
+    types=({"W": "float32"}, {"W": "float64"}),
     preamble=_CUDA,
 )
 def level_scale(totals: np.ndarray, counts: np.ndarray, *, scale: np.ndarray) -> None:
@@ -193,13 +193,13 @@ def _opposite(x: np.ndarray) -> np.ndarray:
     Levels are taken off this negated residual. It rounds as the residual itself does.
     """
     opposite = memory.scratch("opposite", x.shape, floats.work_dtype(x.dtype))
-    return np.subtract(0, x, out=opposite)
+    return np.subtract(0, in_work_dtype(x), out=opposite)
 
 
 def _level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of a block of whole rows, (rows, 1) for each level."""
     m = memory.scratch("magnitude", x.shape, floats.work_dtype(x.dtype))
-    np.abs(x, out=m)
+    np.abs(in_work_dtype(x), out=m)
     scales: list[Array] = []
     for level in range(levels):
         if scales:

@@ -888,7 +888,7 @@ class Lookup:
 
     Parameters
     ----------
-    x : array of float16, float32 or float64, shape (rows, n)
+    x : array of float16, bfloat16, float32 or float64, shape (rows, n)
         A row has at least one element, and fewer than `LONGEST`.
     bits : uint8 scalar or array of shape (rows, n)
     levels : int

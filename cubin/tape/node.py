@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cubin.core.floats import is_float
+
 Array = Any
 PullBack = Callable[[Array], Array]
 
@@ -71,7 +73,7 @@ class Node:
 
     def __post_init__(self) -> None:
         dtype = getattr(self.value, "dtype", None)
-        if dtype is None or dtype.kind != "f":
+        if dtype is None or not (dtype.kind == "f" or is_float(dtype)):
             got = type(self.value).__qualname__ if dtype is None else dtype
             raise TypeError(f"value must be an array of floats, got {got}")
 
@@ -133,8 +135,8 @@ def gradients(output: Node, wrt: Iterable[Node], *, seed: Array | None = None) -
     gradient at a node is complete once all nodes behind it are done. Nothing is stored in the
     nodes, so a graph can be walked any number of times. The gradient at a node is dropped as soon
     as it is passed on, and no pull-back is called that leads to none of `wrt`. What comes to a node
-    on many paths is added in pairs, float16 in float32, so that no share is lost beside the sum of
-    the others.
+    on many paths is added in pairs, float16 and bfloat16 in float32, so that no share is lost
+    beside the sum of the others.
     """
     wrt = _nodes(output, wrt)
     pending = {output: _Sum(_start(output.value, seed))}

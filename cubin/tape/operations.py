@@ -6,10 +6,11 @@ broadcast, its gradient is summed over the axes along which it was repeated.
 
 An operand may also be a plain array or a number. It is a constant: it has no gradient, and takes
 on the dtype of the nodes that it meets, so that float32 stays float32. A number may lie outside the
-range of float16: x / 70000 is not 0. Nodes of different dtypes
-promote as in NumPy, and each gradient has the dtype of its own node. Sums of float16, and products
-that are summed, are taken in float32, longer sums in float64 as `cubin.tape.sums` says: along every
-axis, in every memory order and in both libraries. The sum is rounded to its dtype at the end.
+range of float16: x / 70000 is not 0. Nodes of different dtypes promote as in NumPy, where float16
+and bfloat16 have no common dtype, and each gradient has the dtype of its own node. Sums of float16
+or bfloat16, and products that are summed, are taken in float32, longer sums in float64 as
+`cubin.tape.sums` says: along every axis, in every memory order and in both libraries. The sum is
+rounded to its dtype at the end.
 
 References
 ----------
@@ -27,11 +28,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cubin.core.arrays import as_floats, as_integer, as_real, as_real_below
-from cubin.core.floats import work_dtype
+from cubin.core.floats import is_float, work_dtype
 from cubin.core.libraries import Array, library, on_device
 from cubin.core.rows import axes_of
 from cubin.tape.node import Node, PullBack
-from cubin.tape.sums import sum_dtype, total
+from cubin.tape.sums import rounded, sum_dtype, total
 
 Operand: TypeAlias = Node | Array
 """A node, or a constant: an array or a number."""
@@ -58,7 +59,7 @@ def _value(name: str, operand: Operand, dtype: np.dtype | None) -> Any:
     if isinstance(operand, (int, float)):
         return operand
     if isinstance(operand, np.ndarray) or on_device(operand):
-        if operand.dtype.kind not in "biuf":
+        if operand.dtype.kind not in "biuf" and not is_float(operand.dtype):
             raise TypeError(f"{name} must hold real numbers, got {operand.dtype}")
         return operand if dtype is None else operand.astype(dtype, copy=False)
     raise TypeError(
@@ -82,11 +83,11 @@ def _summed(g: Array, operand: Array) -> Array:
     axes = (*range(lead), *stretched)
     if axes:
         g = total(g, axes).reshape(operand.shape)
-    return g.astype(operand.dtype, copy=False)
+    return rounded(g, operand.dtype)
 
 
 def _wide(g: Array) -> Array:
-    """`g` in float32 where it is float16, so that products with it neither overflow nor vanish."""
+    """`g` in float32 where it is narrower, so that products with it neither overflow nor vanish."""
     return g.astype(work_dtype(g.dtype), copy=False)
 
 
@@ -94,7 +95,7 @@ def _wide(g: Array) -> Array:
 
 
 def _arithmetic(function: Callable[[Any, Any], Any], x: Any, y: Any) -> Any:
-    """`function` of two arrays, or of one and a number, which float16 meets in float32."""
+    """`function` of two arrays, or of one and a number, which narrow floats meet in float32."""
     if not hasattr(y, "dtype") and hasattr(x, "dtype"):
         return function(_wide(x), y).astype(x.dtype, copy=False)
     if not hasattr(x, "dtype") and hasattr(y, "dtype"):
@@ -185,10 +186,10 @@ def matmul(a: Operand, b: Operand) -> Node:
 
 
 def _product(xp: Any, a: Array, b: Array, out: Array | None = None) -> Array:
-    """a @ b. Both libraries add float16 in float32, but NumPy without BLAS, one by one."""
+    """a @ b. Both libraries add narrow floats in float32, but NumPy without BLAS, one by one."""
+    dtype = np.result_type(a.dtype, b.dtype)
     if xp is not np:
-        return xp.matmul(a, b, out=out)
-    dtype = np.result_type(a, b)
+        return xp.matmul(a, b, out=out).astype(dtype, copy=False)
     return np.matmul(a, b, out=out, dtype=work_dtype(dtype)).astype(dtype, copy=False)
 
 
@@ -199,7 +200,7 @@ def sum(x: Operand, axis: Axes = None, *, keepdims: bool = False) -> Node:
     """The sum over `axis` (an int, a tuple, or None for all); the gradient repeats g along it."""
     _, v = _values(x=x)
     axes = _axes("axis", axis, v.shape)
-    value = _reduced(total(v, axes), axes, keepdims).astype(v.dtype, copy=False)
+    value = rounded(_reduced(total(v, axes), axes, keepdims), v.dtype)
     return _node(value, (x, lambda g: _repeated(g, axes, v)))
 
 
@@ -208,7 +209,7 @@ def mean(x: Operand, axis: Axes = None, *, keepdims: bool = False) -> Node:
     _, v = _values(x=x)
     axes = _axes("axis", axis, v.shape)
     count = math.prod(v.shape[number] for number in axes)
-    value = _reduced(total(v, axes) / count, axes, keepdims).astype(v.dtype, copy=False)
+    value = rounded(_reduced(total(v, axes) / count, axes, keepdims), v.dtype)
     return _node(value, (x, lambda g: _repeated(_wide(g) / count, axes, v)))
 
 
@@ -263,7 +264,7 @@ def index(x: Operand, key: Any) -> Node:
             return whole
         whole = xp.zeros(v.shape, sum_dtype(v.dtype, g.size))
         xp.add.at(whole, key, g.astype(whole.dtype, copy=False))
-        return whole.astype(v.dtype, copy=False)
+        return rounded(whole, v.dtype)
 
     return _node(v[key], (x, pull_back))
 
@@ -304,7 +305,8 @@ def maximum(a: Operand, b: Operand) -> Node:
         g = _wide(g)
         return _summed(g * (mine > other) + 0.5 * g * (mine == other), mine)
 
-    return _node(xp.maximum(x, y), (a, lambda g: share(g, x, y)), (b, lambda g: share(g, y, x)))
+    value = _arithmetic(xp.maximum, x, y)
+    return _node(value, (a, lambda g: share(g, x, y)), (b, lambda g: share(g, y, x)))
 
 
 def relu(x: Operand) -> Node:
@@ -440,7 +442,7 @@ def conv2d(
     rows, per_row = _window_counts(padded_shape, size, stride)
     inside = tuple(slice(p, p + length) for p, length in zip(padding, (height, width), strict=True))
     dtype = np.result_type(images.dtype, kernels.dtype)
-    # CuPy multiplies float16 as it is and adds in float32.
+    # CuPy multiplies narrow floats as they are and adds in float32.
     work = work_dtype(dtype) if xp is np else dtype
     matrix = kernels.reshape(groups, len(kernels) // groups, math.prod(kernels.shape[1:]))
     matrix = matrix.astype(work, copy=False)
@@ -481,14 +483,14 @@ def conv2d(
             below = whole[:, block.start * stride[0] :]
             for (i, j), window in _taps(size, counts, stride):
                 below[:, *window] += taps[:, i, j]
-        return whole[:, *inside].transpose(3, 0, 1, 2).astype(images.dtype, copy=False)
+        return rounded(whole[:, *inside].transpose(3, 0, 1, 2), images.dtype)
 
     def to_kernels(g: Array) -> Array:
         whole = xp.zeros(matrix.shape, sum_dtype(work, len(blocks)))
         parts = split(_images_last(xp, g.astype(work, copy=False)))
         for part, windows in zip(parts, columns(), strict=True):
             whole += _product(xp, part, windows.swapaxes(1, 2))
-        return whole.reshape(kernels.shape).astype(kernels.dtype, copy=False)
+        return rounded(whole.reshape(kernels.shape), kernels.dtype)
 
     value = xp.empty((len(kernels), rows, per_row, n), work)
     for part, windows in zip(split(value), columns(), strict=True):
@@ -573,7 +575,7 @@ def max_pool(
             else:
                 whole[:, :, *window] += g * first
             free ^= first
-        return whole.astype(v.dtype, copy=False)
+        return rounded(whole, v.dtype)
 
     return _node(value, (x, pull_back))
 
@@ -600,9 +602,9 @@ def mean_pool(
         share = (_wide(g) / len(windows)).astype(whole.dtype, copy=False)
         for window in windows:
             whole[:, :, *window] += share
-        return whole.astype(v.dtype, copy=False)
+        return rounded(whole, v.dtype)
 
-    return _node(value.astype(v.dtype, copy=False), (x, pull_back))
+    return _node(rounded(value, v.dtype), (x, pull_back))
 
 
 def _pooling(
@@ -686,7 +688,8 @@ def batch_norm(
     gamma, beta : Node or array, shape (channels,)
     running : (mean, variance), two arrays of floats, shape (channels,)
         The running statistics so far. They are not changed. Let them be float32 beside x of
-        float16: in float16 a variance overflows, and a small momentum moves nothing.
+        float16 or bfloat16: in float16 a variance overflows, in both a small momentum moves
+        nothing.
     train : bool
         Whether to normalise by the batch.
     momentum : float
@@ -775,7 +778,7 @@ def batch_norm(
 
 def _moved(old: Array, new: Array, weight: float) -> Array:
     """``(1 - weight) * old + weight * new``, for `new` in float64, in old's dtype."""
-    return ((1 - weight) * old.astype(new.dtype, copy=False) + weight * new).astype(old.dtype)
+    return rounded((1 - weight) * old.astype(new.dtype, copy=False) + weight * new, old.dtype)
 
 
 def softmax_cross_entropy(logits: Operand, labels: Array) -> Node:
@@ -814,7 +817,7 @@ def softmax_cross_entropy(logits: Operand, labels: Array) -> Node:
     def pull_back(g: Array) -> Array:
         return ((xp.exp(log_softmax) - one_hot) * (_wide(g) / len(v))).astype(v.dtype, copy=False)
 
-    value = (total(losses, (0,)) / len(v)).reshape(()).astype(v.dtype, copy=False)
+    value = rounded((total(losses, (0,)) / len(v)).reshape(()), v.dtype)
     return _node(value, (logits, pull_back))
 
 

@@ -3,9 +3,10 @@
 Parameters, gradients and state are dicts of arrays by name. No argument is changed. The state is
 empty before the first step; saved as arrays and loaded again, it resumes the run bit for bit.
 
-A parameter of float16 takes its steps in float32, since in float16 most steps are too small to move
-it, squares of gradients overflow or vanish, and an epsilon of 1e-8 is 0. Its moments are float32,
-and the state holds its value in float32 as ``master.<name>``; the parameter is this value rounded.
+A parameter of float16 or bfloat16 takes its steps in float32: in either most steps are too small to
+move it, and in float16 squares of gradients overflow or vanish, and an epsilon of 1e-8 is 0. Its
+moments are float32, and the state holds its value in float32 as ``master.<name>``; the parameter is
+this value rounded.
 Where somebody changed an element of the parameter between two steps, by clipping it for example,
 the next step starts from the element as it is, else from the master's.
 """
@@ -57,7 +58,8 @@ def sgd(
     -------
     parameters : dict of array
     state : dict of array
-        ``velocity.<name>`` for each parameter, and ``master.<name>`` for one of float16.
+        ``velocity.<name>`` for each parameter, and ``master.<name>`` for one of float16 or
+        bfloat16.
 
     Raises
     ------
@@ -118,8 +120,8 @@ def adam(
     parameters : dict of array
     state : dict of array
         ``first.<name>`` and ``second.<name>`` for each parameter, ``master.<name>`` for one of
-        float16, and ``step``, a NumPy integer array of shape (), on CuPy too, so that reading it
-        does not wait for the GPU.
+        float16 or bfloat16, and ``step``, a NumPy integer array of shape (), on CuPy too, so that
+        reading it does not wait for the GPU.
 
     Raises
     ------

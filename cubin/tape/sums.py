@@ -1,11 +1,11 @@
 """Sums on the tape: how many addends meet in which dtype.
 
 The rounding error of a sum taken one addend after the other grows with their number, until the
-addends no longer move it: at 2^11 equal ones in float16, at 2^24 in float32. NumPy takes sums in
-this way along every axis but the innermost in memory. Here float16 is added in float32, and at most
-`BLOCK` addends meet in float32, in pairs, so that equal ones do not round: what comes of each such
-block is added in float64, and so is what has no partner. No float64 copy of an array is made. CuPy
-adds in float64 right away.
+addends no longer move it: at 2^8 equal ones in bfloat16, 2^11 in float16 and 2^24 in float32. NumPy
+takes sums in this way along every axis but the innermost in memory. Here float16 and bfloat16 are
+added in float32, and at most `BLOCK` addends meet in float32, in pairs, so that equal ones do not
+round: what comes of each such block is added in float64, and so is what has no partner. No float64
+copy of an array is made. CuPy adds in float64 right away.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 
 import numpy as np
 
+from cubin.core import conversions
 from cubin.core.floats import work_dtype
 from cubin.core.libraries import Array, on_device
 
@@ -26,6 +27,12 @@ def sum_dtype(dtype: np.dtype, count: int) -> np.dtype:
     if count <= 1:
         return np.dtype(dtype)
     return work_dtype(dtype) if count <= BLOCK else np.dtype(np.float64)
+
+
+def rounded(x: Array, dtype: np.dtype) -> Array:
+    """What comes of sums, in `dtype`: rounded once, bfloat16 too."""
+    once = x.dtype != np.float64 or dtype in (np.float16, np.float32)
+    return x.astype(dtype, copy=False) if once else conversions.rounded(x, dtype)
 
 
 def total(x: Array, axes: tuple[int, ...]) -> Array:

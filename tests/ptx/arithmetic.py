@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,13 +25,14 @@ TYPES: dict[str, type[np.generic]] = {
     **{f"b{bits}": getattr(np, f"uint{bits}") for bits in (8, 16, 32, 64)},
     **{f"s{bits}": getattr(np, f"int{bits}") for bits in (8, 16, 32, 64)},
     "f16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
     "f32": np.float32,
     "f64": np.float64,
     "pred": np.bool_,
 }
 
 _NAN_32 = np.array([0x7FFFFFFF], np.uint32).view(np.float32)
-_NAN_16 = np.array([0x7FFF], np.uint16).view(np.float16)
+_NAN_16 = np.array([0x7FFF], np.uint16)
 
 
 def flush(x: Array) -> Array:
@@ -47,7 +49,8 @@ def canonical(x: Array) -> Array:
     if x.dtype == np.float64:
         return x
     nan = np.isnan(x)
-    return np.where(nan, _NAN_32 if x.dtype == np.float32 else _NAN_16, x) if nan.any() else x
+    value = _NAN_32 if x.dtype == np.float32 else _NAN_16.view(x.dtype)
+    return np.where(nan, value, x) if nan.any() else x
 
 
 def _to_odd(high: NDArray[np.float64], low: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -542,7 +545,7 @@ _INTEGRAL: dict[str, Callable[[Array], Array]] = {
 
 def convert(a: Array, target: str, source: str, flags: set[str]) -> Array:
     """``cvt``: a value of type `source` as one of type `target`."""
-    to, floating = np.dtype(TYPES[target]), {"f16", "f32", "f64"}
+    to, floating = np.dtype(TYPES[target]), {"f16", "bf16", "f32", "f64"}
     if flags - {"ftz", "sat", "rn", "rz", "rm", "rp", *_INTEGRAL}:
         raise UnsupportedInstruction(f"cvt.{'.'.join(sorted(flags))}.{target}.{source}")
     if source == "f32" and "ftz" in flags:

@@ -13,7 +13,7 @@ def pulled(output: Node, x: Node, seed):
     return gx
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_sign_is_the_operator(xp, host, rng, dtype):
     values = np.append(rng.normal(0, 2, 50), [0.0, -0.0, 1.0, -1.0]).astype(dtype)
     gy = rng.normal(size=values.shape).astype(dtype)
@@ -115,7 +115,7 @@ def test_refusals_come_before_any_gradient():
         tape.multibit(x, 17)
     with pytest.raises(ValueError, match="group_size 2 does not divide"):
         tape.multibit(x, 1, group_size=2)
-    with pytest.raises(TypeError, match="x must be float16, float32 or float64"):
+    with pytest.raises(TypeError, match="x must be float16, bfloat16, float32 or float64"):
         tape.sign(np.ones(3, int))
 
 

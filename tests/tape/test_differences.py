@@ -93,7 +93,9 @@ def test_empty_input():
 
 
 def test_bad_types_are_refused():
-    with pytest.raises(TypeError, match=r"inputs\[1\] must be float16, float32 or float64"):
+    with pytest.raises(
+        TypeError, match=r"inputs\[1\] must be float16, bfloat16, float32 or float64"
+    ):
         check_gradient(product, X, np.arange(12).reshape(3, 4))
     with pytest.raises(TypeError, match="f must return a Node, got ndarray"):
         check_gradient(lambda x: x.value, X)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
+from ml_dtypes import bfloat16, finfo
 
 from cubin import tape
 from cubin.core.libraries import library
@@ -206,14 +207,29 @@ def test_float32_stays_float32(name, xp, host):
         assert gradient.shape == x.value.shape
 
 
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
 @pytest.mark.parametrize("name", CASES)
-def test_float16_stays_float16(name, xp):
+def test_narrow_floats_stay_as_they_are(name, dtype, xp, host):
     f, *inputs = CASES[name]
-    nodes = [Node(xp.asarray(x.astype(np.float16))) for x in inputs]
+    nodes = [Node(xp.asarray(x.astype(dtype))) for x in inputs]
     output = f(*nodes)
-    assert output.value.dtype == np.float16
+    assert output.value.dtype == dtype
     seed = np.ones_like(output.value)
-    assert {g.dtype for g in gradients(output, nodes, seed=seed)} == {np.dtype(np.float16)}
+    assert {g.dtype for g in gradients(output, nodes, seed=seed)} == {np.dtype(dtype)}
+    exact = host(f(*(Node(x.value.astype(np.float64)) for x in nodes)).value)
+    found = host(output.value).astype(np.float64)
+    close = 8 * float(finfo(dtype).eps)
+    np.testing.assert_allclose(found, exact, rtol=close, atol=close * np.abs(exact).max())
+
+
+def test_sums_of_bfloat16_are_rounded_once(xp, host):
+    """1 + 2^-8 + 2^-40 is just above half-way from 1 to the next: float32 takes it for half-way."""
+    x = np.array([1, 2.0**-8, 2.0**-40] + [0] * 93).astype(bfloat16)
+    assert float(host(operations.sum(Node(xp.asarray(x))).value)) == 1 + 2.0**-7
+    (g,) = gradients(
+        operations.sum(Node(xp.asarray(x)) * (one := Node(xp.ones((), bfloat16)))), [one]
+    )
+    assert float(host(g)) == 1 + 2.0**-7
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -684,7 +700,7 @@ def test_bad_values_are_refused(call, message):
         (lambda: tape.dropout(IMAGES, 0.5, None), "rng must be .* seed, got NoneType"),
         (
             lambda: tape.batch_norm(IMAGES, *PAIR, (PAIR[0], np.ones(4, int)), train=True),
-            "running variance must be float16, float32 or float64, got int64",
+            "running variance must be float16, bfloat16, float32 or float64, got int64",
         ),
         (
             lambda: tape.batch_norm(IMAGES, *PAIR, None, train=True),

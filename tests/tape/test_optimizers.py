@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16, finfo
 
 from cubin.tape import Node, adam, gradients, sgd, sum
 
@@ -102,14 +103,14 @@ def test_steps_are_the_same_on_both_libraries(xp, host, optimizer, options):
         np.testing.assert_allclose(host(parameters[name]), value, rtol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float32])
 @pytest.mark.parametrize("optimizer", [sgd, adam])
 def test_parameters_and_moments_keep_their_dtype(optimizer, dtype):
     parameters = {name: p.astype(dtype) for name, p in PARAMETERS.items()}
     parameters, state = run(optimizer, 3, parameters, learning_rate=np.float64(0.1))
     assert {p.dtype for p in parameters.values()} == {np.dtype(dtype)}
     assert {v.dtype for name, v in state.items() if name != "step"} == {np.dtype(np.float32)}
-    masters = {"master.w", "master.b"} if dtype == np.float16 else set()
+    masters = {"master.w", "master.b"} if dtype != np.float32 else set()
     assert {name for name in state if name.startswith("master.")} == masters
 
 
@@ -133,17 +134,20 @@ def test_gradient_of_float32_is_not_rounded_to_a_parameter_of_float16():
     np.testing.assert_allclose(moved["w"], 0.9, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
 @pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
-def test_steps_too_small_for_float16_add_up(optimizer, options):
-    """A hundredth of the spacing of float16 at 1, a thousand times."""
-    rate = 2.0**-10 / 100 * (1 - options.get("momentum", 0))
-    parameters, state = {"w": np.ones(3, np.float16)}, {}
+def test_steps_too_small_for_the_dtype_add_up(optimizer, options, dtype):
+    """A hundredth of the spacing of numbers from 1 on, a thousand times."""
+    spacing = float(finfo(dtype).eps)
+    rate = spacing / 100 * (1 - options.get("momentum", 0))
+    parameters, state = {"w": np.ones(3, dtype)}, {}
     for _ in range(1000):
-        gradient = {"w": np.ones(3, np.float16)}
+        gradient = {"w": np.ones(3, dtype)}
         parameters, state = optimizer(
             parameters, gradient, state, **{**options, "learning_rate": rate}
         )
-    np.testing.assert_allclose(parameters["w"], 1 - 10 * 2.0**-10, atol=2.0**-10)
+    found = parameters["w"].astype(float)
+    np.testing.assert_allclose(found, 1 - 10 * spacing, atol=spacing)
 
 
 @pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS)
@@ -158,9 +162,10 @@ def test_float16_that_was_changed_between_steps_is_taken_as_it_is(xp, host, opti
     np.testing.assert_allclose(host(state["master.w"]), [1 + 1e-5, 2 + 1e-5, 2.5], rtol=2e-7)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, bfloat16])
 @pytest.mark.parametrize("optimizer", [sgd, adam])
-def test_float16_resumes_bit_for_bit(optimizer):
-    start = {name: p.astype(np.float16) for name, p in PARAMETERS.items()}
+def test_narrow_floats_resume_bit_for_bit(optimizer, dtype):
+    start = {name: p.astype(dtype) for name, p in PARAMETERS.items()}
     straight, straight_state = run(optimizer, 7, start, learning_rate=1e-3)
     parameters, state = run(optimizer, 3, start, learning_rate=1e-3)
     parameters, state = run(optimizer, 4, parameters, state, first=3, learning_rate=1e-3)
@@ -208,7 +213,9 @@ def test_what_does_not_agree_is_refused(optimizer, options):
     halves = {name: p.astype(np.float16) for name, p in PARAMETERS.items()}
     with pytest.raises(ValueError, match=r"missing \['master.b', 'master.w'\]"):
         step(parameters=halves)
-    with pytest.raises(TypeError, match=r"parameters\['w'\] must be float16, float32 or float64"):
+    with pytest.raises(
+        TypeError, match=r"parameters\['w'\] must be float16, bfloat16, float32 or float64"
+    ):
         step(parameters={**PARAMETERS, "w": np.arange(4).reshape(2, 2)})
 
 

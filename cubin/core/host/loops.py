@@ -1,4 +1,4 @@
-"""What compiled loops are made with: decorators, sums in a fixed order, and conversions of float16.
+"""What compiled loops are made with: decorators, sums in a fixed order, and conversions.
 
 A loop is a plain Python function that Numba compiles. It releases the GIL. Greedy's loops allocate
 nothing: their callers pass scratch memory.
@@ -209,16 +209,16 @@ def scratch(dtype: Any) -> tuple[Array, Array]:
     )
 
 
-# ---------------------------------------------------------------- float16
+# ---------------------------------------------------------------- float16 and bfloat16
 
-# Numba has no float16, and NumPy converts it element by element. These loops work on the bits.
+# Numba has neither, and NumPy converts them element by element. These loops work on the bits.
 
 _INFINITE_HALF, _INFINITE = 0x7C00, 0x7F800000
 _EXPONENTS_APART = np.float32(2.0**112)
 
 
 @loop
-def widen(half: Array, words: Array) -> None:
+def widen_float16(half: Array, words: Array) -> None:
     """Convert float16 to float32, both as bit patterns."""
     for j in range(half.size):
         word = np.uint32(half[j])
@@ -230,7 +230,7 @@ def widen(half: Array, words: Array) -> None:
 
 
 @loop
-def narrow(words: Array, half: Array) -> None:
+def narrow_to_float16(words: Array, half: Array) -> None:
     """Convert float32 to float16, both as bit patterns: to the nearest, ties to even."""
     for j in range(half.size):
         word = words[j]
@@ -248,6 +248,25 @@ def narrow(words: Array, half: Array) -> None:
         half[j] = np.uint16(value | np.uint32((word >> 16) & 0x8000))
 
 
+@loop
+def widen_bfloat16(half: Array, words: Array) -> None:
+    """Convert bfloat16 to float32, both as bit patterns: it is the upper half of one."""
+    for j in range(half.size):
+        words[j] = np.uint32(np.uint32(half[j]) << 16)
+
+
+@loop
+def narrow_to_bfloat16(words: Array, half: Array) -> None:
+    """Convert float32 to bfloat16, both as bit patterns: to the nearest, ties to even."""
+    for j in range(half.size):
+        word = words[j]
+        odd = np.uint32((word >> 16) & 1)
+        value = np.uint32(np.uint32(word + 0x7FFF + odd) >> 16)
+        nan = np.uint32((word >> 16) & 0x8000 | 0x7FC0)
+        value = nan if np.uint32(word & 0x7FFFFFFF) > np.uint32(_INFINITE) else value
+        half[j] = np.uint16(value)
+
+
 # ---------------------------------------------------------------- arguments and results of loops
 
 
@@ -262,9 +281,10 @@ def read_only(array: Array) -> Array:
 def in_work_dtype(x: Array) -> Array:
     """`x` in the work dtype, contiguous, aligned and read-only; a view where `x` is so already."""
     x = in_rows(x)
-    if x.dtype != np.float16:
+    if not floats.is_narrow(x.dtype):
         return read_only(x)
     wide = np.empty(x.shape, np.float32)
+    widen = widen_float16 if x.dtype == np.float16 else widen_bfloat16
     half = read_only(x).view(np.uint16)
     widen(half.reshape(-1), wide.view(np.uint32).reshape(-1))
     return read_only(wide)
@@ -326,8 +346,9 @@ def store(values: Array, y: Array) -> None:
     """Write `values`, in the work dtype and contiguous, to `y`; nothing if they are `y` itself."""
     if values is y:
         return
-    if y.dtype == np.float16 and values.dtype == np.float32:
-        half = y if y.flags.carray else np.empty(y.shape, np.float16)
+    if floats.is_narrow(y.dtype) and values.dtype == np.float32:
+        half = y if y.flags.carray else np.empty(y.shape, y.dtype)
+        narrow = narrow_to_float16 if y.dtype == np.float16 else narrow_to_bfloat16
         narrow(read_only(values).view(np.uint32).reshape(-1), half.view(np.uint16).reshape(-1))
         values = half
     if values is not y:

@@ -512,6 +512,24 @@ def test_half_precision(rng):
         np.testing.assert_array_equal(bits(got), bits(q * q))
 
 
+@pytest.mark.parametrize("part", range(4))
+def test_bfloat16(part):
+    """Widened by a shift, and rounded to the nearest of the two neighbours that a shift gives."""
+    header = "#include <cuda_bf16.h>"
+    raw = np.arange(part << 14, part + 1 << 14).astype(np.uint16)
+    wide = (raw.astype(np.uint32) << 16).view(np.float32)
+    got = evaluate("__bfloat162float(__ushort_as_bfloat16(a))", np.float32, raw, preamble=header)
+    number = ~np.isnan(wide)
+    np.testing.assert_array_equal(bits(got)[number], bits(wide)[number])
+    assert np.isnan(got[~number]).all()
+    for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        x = (wide.view(np.uint32) | np.uint32(low)).view(np.float32)
+        up = (low > 0x8000) | ((low == 0x8000) & (raw & 1 == 1))
+        expected = np.where(np.isnan(x), 0x7FFF, raw + up)
+        got = evaluate("__bfloat16_as_ushort(__float2bfloat16(a))", np.uint16, x, preamble=header)
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_saturation_masks_and_products_of_parts():
     a, b = pairs(INT32)
     x, y = a.view(np.uint32), b.view(np.uint32)

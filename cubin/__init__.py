@@ -31,7 +31,7 @@ __all__ = [
     "theory",
 ]
 
-_LAZY = ("analysis", "surrogates", "tape", "theory")
+_LAZY = ("analysis", "jax", "surrogates", "tape", "theory", "torch")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -10,7 +10,10 @@ import importlib
 import os
 from typing import Any
 
+import numpy as np
 import pytest
+
+import cubin
 
 REQUIRED = os.environ.get("CUBIN_TEST_REQUIRE", "").split(",")
 
@@ -20,3 +23,13 @@ def optional(name: str) -> Any:
     if name in REQUIRED:
         return importlib.import_module(name)
     return pytest.importorskip(name)
+
+
+def bfloat16() -> Any:
+    """NumPy's dtype of bfloat16, or a skip where cubin does not take it."""
+    dtype = pytest.importorskip("ml_dtypes").bfloat16
+    try:
+        cubin.sign(np.zeros(1, dtype))
+    except TypeError:
+        pytest.skip("cubin takes no bfloat16")
+    return dtype

@@ -151,7 +151,7 @@ def to_device(array: np.ndarray) -> Array:
 def imported_cupy() -> Any:
     """The CuPy module, imported now if need be; RuntimeError where it is not installed."""
     try:
-        return importlib.import_module("cupy")
+        return cupy() or importlib.import_module("cupy")
     except ImportError as error:
         raise RuntimeError(
             f"CuPy cannot be imported ({error}): install cubin with the extra cuda12 or cuda13"

@@ -34,7 +34,7 @@ __all__ = [
     "theory",
 ]
 
-_LAZY = ("analysis", "bitmaps", "errors", "operators", "surrogates", "tape", "theory")
+_LAZY = ("analysis", "bitmaps", "errors", "jax", "operators", "surrogates", "tape", "theory", "torch")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from cubin import solvers
@@ -11,9 +13,19 @@ from cubin.core.bits import as_bits
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 from cubin.core.signs import inside, inside_bits, signs
+from cubin.gradients import multibit_grad, sign_grad
 from cubin.solvers.solver import solver_of
 
 
+def _sign_gradient(gy: Array, x: Array, **_: Any) -> Array:
+    return sign_grad(x, gy)
+
+
+def _multibit_gradient(gy: Array, x: Array, bits: Array, **_: Any) -> Array:
+    return multibit_grad(x, bits, gy)
+
+
+@libraries.border(gradient=_sign_gradient)
 def sign(x: Array, *, out: Array | None = None) -> Array:
     """The sign of each element, with sign(0) = -1.
 
@@ -62,6 +74,7 @@ def sign(x: Array, *, out: Array | None = None) -> Array:
     return y if out is None else out
 
 
+@libraries.border()
 def ste_mask(x: Array, bound: Array = 1) -> Array:
     """Where the straight-through estimator lets the gradient pass: ``|x| <= bound``.
 
@@ -105,6 +118,7 @@ def ste_mask(x: Array, bound: Array = 1) -> Array:
     return mask
 
 
+@libraries.border(gradient=_multibit_gradient)
 def multibit(
     x: Array,
     bits: Array,
@@ -196,6 +210,7 @@ def multibit(
     return y if out is None else out
 
 
+@libraries.border()
 def quantize(
     x: Array,
     bits: Array,

@@ -90,29 +90,52 @@ class Errors:
 
     def relative_mse(self) -> Array:
         """The squared error over the power; 0 where both are 0."""
-        with libraries.current_device(self.error):
-            return _ratio(self.error, self.power, self._lost())
+        return _relative_mse(self.error, self.power, self.worst)
 
     def sqnr_db(self) -> Array:
         """-10 log10 of the relative MSE, in dB."""
-        xp = libraries.library(self.error)
-        with libraries.current_device(self.error), np.errstate(divide="ignore"):
-            return 0 - 10 * xp.log10(self.relative_mse())
+        return _decibels(self.relative_mse())
 
     def cosine_similarity(self) -> Array:
         """The cosine; 1 where both are 0, 0 where one is."""
-        xp = libraries.library(self.error)
-        with libraries.current_device(self.error), np.errstate(invalid="ignore"):
-            both = xp.sqrt(self.power) * xp.sqrt(self.power_of_approx)
-            same = (self.power == 0) & (self.power_of_approx == 0)
-            cosine = self.product / xp.where(both == 0, 1.0, both)
-            cosine = xp.where(same, 1.0, xp.clip(cosine, -1.0, 1.0))
-            return xp.where(self._lost() | xp.isinf(self.power_of_approx), np.nan, cosine)
+        return _cosine(self.error, self.power, self.power_of_approx, self.product, self.worst)
 
-    def _lost(self) -> Array:
-        """Whether squares of errors vanished, or squares of x overflowed, in float64."""
-        xp = libraries.library(self.error)
-        return ((self.error == 0) & (self.worst > 0)) | xp.isinf(self.power)
+    def given_to(self, library: libraries.Library) -> Errors:
+        """The same sums as arrays of another library."""
+        sums = (self.error, self.power, self.power_of_approx, self.product, self.worst)
+        return Errors(*(library.give(a) for a in sums))
+
+
+@libraries.border()
+def _relative_mse(error: Array, power: Array, worst: Array) -> Array:
+    with libraries.current_device(error):
+        return _ratio(error, power, _lost(error, power, worst))
+
+
+@libraries.border()
+def _decibels(relative_mse: Array) -> Array:
+    xp = libraries.library(relative_mse)
+    with libraries.current_device(relative_mse), np.errstate(divide="ignore"):
+        return 0 - 10 * xp.log10(relative_mse)
+
+
+@libraries.border()
+def _cosine(
+    error: Array, power: Array, power_of_approx: Array, product: Array, worst: Array
+) -> Array:
+    xp = libraries.library(error)
+    with libraries.current_device(error), np.errstate(invalid="ignore"):
+        both = xp.sqrt(power) * xp.sqrt(power_of_approx)
+        same = (power == 0) & (power_of_approx == 0)
+        cosine = product / xp.where(both == 0, 1.0, both)
+        cosine = xp.where(same, 1.0, xp.clip(cosine, -1.0, 1.0))
+        return xp.where(_lost(error, power, worst) | xp.isinf(power_of_approx), np.nan, cosine)
+
+
+def _lost(error: Array, power: Array, worst: Array) -> Array:
+    """Whether squares of errors vanished, or squares of x overflowed, in float64."""
+    xp = libraries.library(error)
+    return ((error == 0) & (worst > 0)) | xp.isinf(power)
 
 
 def _ratio(part: Array, whole: Array, lost: Array) -> Array:
@@ -123,6 +146,7 @@ def _ratio(part: Array, whole: Array, lost: Array) -> Array:
     return xp.where(lost, np.nan, ratio)
 
 
+@libraries.border()
 def measure(
     x: Array,
     approx: Array,
@@ -147,6 +171,7 @@ def measure(
         return Errors(*(a.reshape(shape)[()] for a in (*totals, largest.max(axis=-1))))
 
 
+@libraries.border()
 def relative_mse(
     x: Array,
     approx: Array,
@@ -189,6 +214,7 @@ def relative_mse(
     return measure(x, approx, axis=axis, keepdims=keepdims).relative_mse()
 
 
+@libraries.border()
 def sqnr_db(
     x: Array,
     approx: Array,
@@ -229,6 +255,7 @@ def sqnr_db(
     return measure(x, approx, axis=axis, keepdims=keepdims).sqnr_db()
 
 
+@libraries.border()
 def cosine_similarity(
     x: Array,
     approx: Array,
@@ -269,6 +296,7 @@ def cosine_similarity(
     return measure(x, approx, axis=axis, keepdims=keepdims).cosine_similarity()
 
 
+@libraries.border()
 def max_abs_error(
     x: Array,
     approx: Array,

@@ -11,6 +11,7 @@ from cubin.core.libraries import Array
 from cubin.core.rows import rows_of
 
 
+@libraries.border()
 def sign_grad(
     x: Array, gy: Array, *, surrogate: str = "ste", out: Array | None = None, **parameters: Any
 ) -> Array:
@@ -71,6 +72,7 @@ def sign_grad(
     return gx if out is None else out
 
 
+@libraries.border()
 def multibit_grad(
     x: Array,
     bits: Array,

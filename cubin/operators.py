@@ -51,7 +51,7 @@ class Sign:
 
     def forward(self, x: Array) -> tuple[Array, Array]:
         """The sign of `x`, and what `backward` needs: `x` itself."""
-        x = arrays.as_floats("x", x)
+        x = _floats(x)
         return sign(x), x
 
     def backward(self, residuals: Array, gy: Array) -> Array:
@@ -135,6 +135,7 @@ class Multibit:
     ) -> None:
         most = solver_of(solver, None).most_bits
         surrogates.multibit_rule(surrogate)
+        _, bits = libraries.viewed("bits", bits)
         if not libraries.on_device(bits):
             # The map's values are checked now. Its shape is checked once x is known.
             checked = np.asarray(bits)
@@ -153,7 +154,7 @@ class Multibit:
 
     def forward(self, x: Array) -> tuple[Array, Array]:
         """The approximation of `x`, and what `backward` needs: `x` itself."""
-        x = arrays.as_floats("x", x)
+        x = _floats(x)
         return multibit(x, self.bits, solver=self.solver, **self._layout()), x
 
     def backward(self, residuals: Array, gy: Array) -> Array:
@@ -226,6 +227,13 @@ class MultibitKernel(Multibit):
 
     def __repr__(self) -> str:
         return super().__repr__().replace(", channel_axis=0", "")
+
+
+def _floats(x: Any) -> Any:
+    """`x` as an array of floats in its library."""
+    library, view = libraries.viewed("x", x)
+    floats = arrays.as_floats("x", view)
+    return floats if library is None else x
 
 
 def _copied(bits: Any) -> Any:

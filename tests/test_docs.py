@@ -15,6 +15,7 @@ import pytest
 
 from cubin import surrogates
 from cubin.core import primitives
+from tests.optional import optional
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,7 +93,7 @@ def test_code_runs_and_prints_what_it_says(page, request, tmp_path, monkeypatch,
     names = {"__name__": "__main__"}
     for block in blocks(page):
         if "import torch" in block:
-            pytest.importorskip("torch", reason="a block imports it")
+            optional("torch")
         if "import cupy" in block:
             monkeypatch.setitem(sys.modules, "cupy", request.getfixturevalue("device"))
         execute(block, names)

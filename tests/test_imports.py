@@ -65,6 +65,8 @@ def test_imports_point_toward_the_core():
         ("cubin.core.host", r"cubin\.core\.(primitives|passes|host.*)|.*_loops"),
         ("numba", r"cubin\.core\.host.*|.*_loops"),
         ("cupy", r"cubin\.core\.(libraries|arrays)"),
+        ("torch", r"cubin\.torch"),
+        ("jax", r"cubin\.jax"),
     ],
 )
 def test_only_few_know(what, allowed):

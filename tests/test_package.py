@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cubin
+from tests.optional import optional
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = ["analysis", "bitmaps", "errors", "memory", "operators", "surrogates", "tape", "theory"]
@@ -24,7 +25,7 @@ def run(code):
 
 
 def test_importing_cubin_imports_no_heavy_module():
-    heavy = {"cupy", "matplotlib", "pandas", "numba", "torch", "scipy", "tqdm"}
+    heavy = {"cupy", "matplotlib", "pandas", "numba", "torch", "jax", "scipy", "tqdm"}
     loaded = run("import sys, cubin; print(*{m.partition('.')[0] for m in sys.modules})")
     assert not heavy & set(loaded)
 
@@ -47,6 +48,8 @@ def test_cupy_without_a_gpu_is_no_obstacle():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
+    if name in ("cubin.torch", "cubin.jax"):
+        optional(name.removeprefix("cubin."))
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
 

@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,9 +57,9 @@ def error_per_bit_width(
         iterable of ``(name, array)`` or ``(name, array, channel_axis)``. A mapping or a list of
         arrays in the place of an array stands for all of them, under names joined by dots. An
         iterable is consumed one array at a time, so that a generator can read weights that do not
-        fit in memory together. Arrays are NumPy's or CuPy's, of any shape, or what
-        ``numpy.asarray`` takes; tensors that require grad are detached. Arrays that share their
-        memory, as tied weights in a ``state_dict``, count as often as they are given.
+        fit in memory together. Arrays are of any shape and library, or what ``numpy.asarray``
+        takes; functions get them in their library. Arrays that share their memory, as tied weights
+        in a ``state_dict``, count as often as they are given.
     bits : int, function, iterable of them, or mapping
         The bit widths, 0 to 16. A function makes a bit map: it is called once for each array x, and
         returns bits for `cubin.multibit`. Its name stands in the table's ``bits``. A mapping gives
@@ -138,9 +138,10 @@ def error_per_bit_width(
             bar.set_postfix_str(name[-40:], refresh=False)
             axis, granularity = _granularity(own_axis, channel_axis, group_size)
             try:
-                x = _floats(array, min_ndim)
+                library, x = _floats(array, min_ndim)
                 rows += _errors_of(
                     x,
+                    _Home(library, array),
                     _layout(x, axis, group_size),
                     widths,
                     quantizers,
@@ -149,7 +150,7 @@ def error_per_bit_width(
                     channel_axis=axis,
                     group_size=group_size,
                     iterations=iterations,
-                    importance=importance.get(name),
+                    importance=libraries.viewed("importance", importance.get(name))[1],
                 )
             except _UnfitError as unfit:
                 skipped.append((name, unfit.error))
@@ -312,18 +313,30 @@ def _granularity(
     return axis, f"ax{'e' if len(axes) > 1 else 'i'}s {', '.join(map(str, axes))}"
 
 
-def _floats(array: Any, min_ndim: int) -> Array:
+class _Home(NamedTuple):
+    """Where functions of the user get arrays: in the library, and on the device, of an array."""
+
+    library: libraries.Library | None
+    array: Any
+
+    def given(self, values: Array) -> Any:
+        """NumPy's or CuPy's values, in that library."""
+        return libraries.given_back(values, self.library, self.array)
+
+
+def _floats(array: Any, min_ndim: int) -> tuple[libraries.Library | None, Array]:
     if getattr(array, "requires_grad", False) is True:
         array = array.detach()
     try:
-        x = checked.as_floats("x", array)
+        library, view = libraries.viewed("x", array)
+        x = checked.as_floats("x", view)
     except (TypeError, ValueError) as error:
         raise _UnfitError(error) from error
     if x.ndim < min_ndim:
         raise _UnfitError(ValueError(f"it has fewer axes than min_ndim={min_ndim}"))
     if not x.size:
         raise _UnfitError(ValueError("it has no elements"))
-    return x
+    return library, x
 
 
 def _layout(x: Array, axis: Axis, group_size: int | None) -> Rows:
@@ -335,6 +348,7 @@ def _layout(x: Array, axis: Axis, group_size: int | None) -> Rows:
 
 def _errors_of(
     x: Array,
+    home: _Home,
     layout: Rows,
     widths: Mapping[Any, Any],
     quantizers: Mapping[str, Any],
@@ -344,11 +358,11 @@ def _errors_of(
     **options: Any,
 ) -> list[ErrorRow]:
     """The rows of an array; `options` are those of `multibit`."""
-    with libraries.current_device(x):
+    with libraries.current_device(x, home.library):
         approx = checked.output(None, x)
         _check_range(x, approx)
         maps = {
-            label: _bit_map(bits(x.copy()), x) if callable(bits) else bits
+            label: _bit_map(bits(home.given(x.copy())), x) if callable(bits) else bits
             for label, bits in widths.items()
         }
         costs = {
@@ -359,7 +373,9 @@ def _errors_of(
         for solver, quantize in quantizers.items():
             for label, bits in maps.items():
                 if callable(quantize):
-                    y = checked.like(f"the result of {solver!r}", quantize(x.copy(), bits), x)
+                    result = f"the result of {solver!r}"
+                    found = quantize(home.given(x.copy()), home.given(bits))
+                    y = checked.like(result, libraries.viewed(result, found)[1], x)
                 else:
                     y = multibit(x, bits, solver=quantize, out=approx, **options)
                 measured = errors.measure(x, y)
@@ -385,8 +401,9 @@ def _errors_of(
 
 def _bit_map(bits: Any, x: Array) -> Any:
     """`bits`, which a function made of `x`, checked to be a bit map for it."""
-    as_bits(bits, x, look=True)
-    return bits
+    _, view = libraries.viewed("bits", bits)
+    as_bits(view, x, look=True)
+    return view
 
 
 def _check_range(x: Array, approx: Array) -> None:

@@ -47,7 +47,7 @@ def allocate(
     Parameters
     ----------
     arrays : mapping of str to array of float16, bfloat16, float32 or float64
-        NumPy or CuPy arrays, finite.
+        Arrays of any library, finite.
     mean_bits : float
         The budget: bits per element over all arrays, `min_bits` to `max_bits`.
     channel_axis : int, tuple of int or None
@@ -105,10 +105,12 @@ def allocate(
     curves, sizes, shapes = [], [], {}
     for name, array in progress.over(arrays.items(), "allocate", "tensor"):
         try:
-            x = checked.as_floats("x", array)
+            library, view = libraries.viewed("x", array)
+            x = checked.as_floats("x", view)
             rows = rows_of(x.shape, channel_axis)
             weight = _weights(weights.get(name, 1.0), rows)
-            curves.append(_curves(x, channel_axis, low, high) * weight.ravel())
+            with libraries.current_device(x, library):
+                curves.append(_curves(x, channel_axis, low, high) * weight.ravel())
         except (TypeError, ValueError) as error:
             raise type(error)(f"array {name!r}: {error}") from error
         sizes.append(np.full(rows.count, rows.length, np.int64))
@@ -121,9 +123,10 @@ def allocate(
     for name, shape in shapes.items():
         stop = start + math.prod(shape)
         map_of_rows = bits[start:stop].astype(np.int8).reshape(shape)
-        xp = libraries.library(arrays[name])
-        with libraries.current_device(arrays[name]):
-            maps[name] = xp.asarray(map_of_rows)
+        library, x = libraries.viewed("x", arrays[name])
+        with libraries.current_device(x, library):
+            bits_of_rows = libraries.library(x).asarray(map_of_rows)
+            maps[name] = libraries.given_back(bits_of_rows, library, arrays[name])
         start = stop
     return maps
 

@@ -50,6 +50,7 @@ _LAST_STEP = 1.02
 _WORTHWHILE = 1e-3
 
 
+@libraries.border()
 def budget(
     x: Array,
     mean_bits: float,

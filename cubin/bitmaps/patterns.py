@@ -95,6 +95,7 @@ def random(
     return np.clip(np.rint(drawn), 1, MAX_BITS).astype(np.int8)
 
 
+@libraries.border()
 def top_down(x: Array, mix: Mapping[int, float]) -> Array:
     """A map that gives the most bits to the elements of largest magnitude.
 
@@ -144,6 +145,7 @@ def top_down(x: Array, mix: Mapping[int, float]) -> Array:
     return _mixed(x, mix, descending_magnitude)
 
 
+@libraries.border()
 def bottom_up(x: Array, mix: Mapping[int, float]) -> Array:
     """A map that gives the most bits to the elements of smallest magnitude.
 
@@ -185,6 +187,7 @@ def bottom_up(x: Array, mix: Mapping[int, float]) -> Array:
     return _mixed(x, mix, ascending_magnitude)
 
 
+@libraries.border()
 def middle_out(x: Array, mix: Mapping[int, float]) -> Array:
     """A map that gives the fewest bits to the elements whose magnitude is nearest the mean.
 

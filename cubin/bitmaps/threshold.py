@@ -15,6 +15,7 @@ _BLOCK = 1 << 18
 """Elements whose sums are looked at together."""
 
 
+@libraries.border()
 def ternary(
     x: Array,
     *,

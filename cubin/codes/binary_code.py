@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +68,8 @@ class BinaryCode:
         channel_axis: int | tuple[int, ...] | None = None,
         group_size: int | None = None,
     ) -> None:
+        parts = {"scales": scales, "signs": signs, "bits": bits}
+        self._library, (scales, signs, bits) = libraries.all_viewed(parts)
         scales = arrays.as_floats("scales", scales)
         libraries.library(scales, signs)  # not a mixture
         signs = signs if libraries.on_device(signs) else np.asarray(signs)
@@ -90,13 +93,37 @@ class BinaryCode:
                 raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
             self._fill(scales, signs, entries, rows)
 
+    _library: libraries.Library | None = None
+    """The library that the arrays are given in: all work is on NumPy's or CuPy's."""
+
     def _fill(self, scales: Array, signs: Array, entries: Any, rows: Rows) -> None:
         self._rows = rows
-        self.scales = scales
-        self.signs = signs
-        self.bits: Any = int(entries) if isinstance(entries, np.generic) else entries.copy()
+        self._scales = scales
+        self._signs = signs
+        self._bits: Any = int(entries) if isinstance(entries, np.generic) else entries.copy()
         self.channel_axis = rows.channel_axis
         self.group_size = rows.group_size
+
+    def given_to(self, library: libraries.Library) -> BinaryCode:
+        """The same code, with its arrays in another library; it shares the memory."""
+        code = copy.copy(self)
+        code._library = library
+        return code
+
+    @property
+    def scales(self) -> Array:
+        """The scales, shape (k, \\*scale shape)."""
+        return libraries.given_back(self._scales, self._library)
+
+    @property
+    def signs(self) -> Array:
+        """The signs, int8 of shape (k, \\*x.shape)."""
+        return libraries.given_back(self._signs, self._library)
+
+    @property
+    def bits(self) -> Any:
+        """The number of levels of each element: an int or a map."""
+        return libraries.given_back(self._bits, self._library)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,57 +131,59 @@ class BinaryCode:
         return self._rows.shape
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """The dtype of the scales and of the array."""
+    def dtype(self) -> Any:
+        """The dtype of the scales and of the array, in their library."""
         return self.scales.dtype
 
     @property
     def payload_bits(self) -> float:
         """The mean of the bit map: bits per element of the codes alone."""
-        return payload_bits(self.bits, self.shape)
+        return payload_bits(self._bits, self.shape)
 
     @property
     def effective_bits(self) -> float:
         """Bits per element in all: the codes, the entropy of the bit map and the scales."""
-        return effective_bits(self.bits, self._rows, self.dtype)
+        return effective_bits(self._bits, self._rows, self._scales.dtype)
 
     def dequantize(self) -> Array:
         """The approximation ``sum_i scales[i] * signs[i]``, in the shape and dtype of x."""
-        rows, work = self._rows, floats.work_dtype(self.dtype)
-        with libraries.current_device(self.scales):
-            y = libraries.result(self.shape, self.dtype, self.scales)
-            scales = conversions.rounded(self.scales, work).reshape(len(self.scales), rows.count)
+        rows, dtype = self._rows, self._scales.dtype
+        work = floats.work_dtype(dtype)
+        with libraries.current_device(self._scales, self._library):
+            y = libraries.result(self.shape, dtype, self._scales)
+            scales = conversions.rounded(self._scales, work)
+            scales = scales.reshape(len(self._scales), rows.count)
             if y.size:
-                passes.whole_rows(sum_signs, rows, (self.signs,), out=y, scales=scales)
-        return y
+                passes.whole_rows(sum_signs, rows, (self._signs,), out=y, scales=scales)
+            return libraries.given_back(y, self._library)
 
     def __eq__(self, other: object) -> bool:
         """Whether all of shape, dtype, granularity, bits, scales and signs are the same."""
         if not isinstance(other, BinaryCode):
             return NotImplemented
-        if libraries.on_device(self.scales) != libraries.on_device(other.scales):
+        if libraries.on_device(self._scales) != libraries.on_device(other._scales):
             return False
         if not (
-            self.dtype == other.dtype
+            self._scales.dtype == other._scales.dtype
             and self._rows == other._rows
-            and np.shape(self.bits) == np.shape(other.bits)
-            and self.scales.shape == other.scales.shape
+            and np.shape(self._bits) == np.shape(other._bits)
+            and self._scales.shape == other._scales.shape
         ):
             return False
-        xp = libraries.library(self.scales)
-        with libraries.current_device(self.scales):
+        xp = libraries.library(self._scales)
+        with libraries.current_device(self._scales):
             # Arrays on another device are copied to this one.
-            bits, scales, signs = map(xp.asarray, (other.bits, other.scales, other.signs))
-            wide = conversions.computable(self.scales)
+            bits, scales, signs = map(xp.asarray, (other._bits, other._scales, other._signs))
+            wide = conversions.computable(self._scales)
             return (
-                bool((xp.asarray(self.bits) == bits).all())
+                bool((xp.asarray(self._bits) == bits).all())
                 and bool(xp.array_equal(wide, conversions.computable(scales), equal_nan=True))
-                and bool(xp.array_equal(self.signs, signs))
+                and bool(xp.array_equal(self._signs, signs))
             )
 
     def to_host(self) -> BinaryCode:
         """The code in NumPy arrays; `self` where it is in NumPy arrays already."""
-        if not libraries.on_device(self.scales):
+        if self._library is None and not libraries.on_device(self._scales):
             return self
         return self._moved(libraries.to_host)
 
@@ -166,14 +195,14 @@ class BinaryCode:
         RuntimeError
             If CuPy is not installed.
         """
-        if libraries.on_device(self.scales):
+        if self._library is None and libraries.on_device(self._scales):
             return self
         return self._moved(libraries.to_device)
 
     def _moved(self, move: Callable[[Array], Array]) -> BinaryCode:
-        bits = self.bits if np.ndim(self.bits) == 0 else move(self.bits)
+        bits = self._bits if np.ndim(self._bits) == 0 else move(self._bits)
         entries = np.uint8(bits) if np.ndim(bits) == 0 else bits
-        return assemble(move(self.scales), move(self.signs), entries, self._rows)
+        return assemble(move(self._scales), move(self._signs), entries, self._rows)
 
     def _facts(self) -> list[tuple[str, str]]:
         granularity = "per tensor"
@@ -181,16 +210,16 @@ class BinaryCode:
             granularity = f"per channel, axis {self.channel_axis}"
         elif self.group_size is not None:
             granularity = f"per group of {self.group_size}"
-        mapped = np.ndim(self.bits) > 0
+        mapped = np.ndim(self._bits) > 0
         facts = [
             ("shape", str(self.shape)),
-            ("dtype", str(self.dtype)),
-            ("levels", str(len(self.scales))),
-            ("bits", f"map of shape {self.bits.shape}" if mapped else str(self.bits)),
+            ("dtype", str(self._scales.dtype)),
+            ("levels", str(len(self._scales))),
+            ("bits", f"map of shape {self._bits.shape}" if mapped else str(self._bits)),
             ("scales", f"{granularity}, {self._rows.count:,} per level"),
         ]
         # Reading a map on a device waits for the device, which a display must not do.
-        if not (mapped and libraries.on_device(self.bits)):
+        if not (mapped and libraries.on_device(self._bits)):
             facts += [
                 ("payload bits", f"{self.payload_bits:.4g} per element"),
                 ("effective bits", f"{self.effective_bits:.4g} per element"),
@@ -242,9 +271,9 @@ class BinaryCode:
         """
         from cubin.codes import files  # here, since zipfile and json take long to import
 
-        with libraries.current_device(self.signs):
+        with libraries.current_device(self._signs, self._library):
             files.write(
-                path, self.scales, self.signs, self.bits, self.channel_axis, self.group_size
+                path, self._scales, self._signs, self._bits, self.channel_axis, self.group_size
             )
 
     @classmethod

@@ -1,23 +1,35 @@
 """Which library owns an array, and the operations that depend on it.
 
-CuPy is never imported here: an array can only be CuPy's where somebody has imported CuPy already.
+All work is done on NumPy and CuPy arrays. A PyTorch tensor, a JAX array or any other object with
+``__dlpack__`` is viewed as one of these where it comes in, without a copy. `border` makes a public
+function do so, and gives the result back in the library that the arguments are from.
+
+None of these libraries is imported here for its own sake: an array can only be a library's where
+somebody has imported it already. CuPy alone is imported where an array of another library lies on
+a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import inspect
 import math
 import sys
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from cubin.core import memory
 
 Array = Any
-"""A NumPy or CuPy array: the two share no base class."""
+"""A NumPy or CuPy array: the two share no base class. At the border, any library's."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def cupy() -> Any:
@@ -45,9 +57,13 @@ def library(*arrays: object) -> ModuleType | Any:
     return cupy() if True in owners else np
 
 
-def current_device(x: Array) -> contextlib.AbstractContextManager[Any]:
-    """A context in which x's device is the current one."""
-    return x.device if on_device(x) else _HOST
+def current_device(
+    x: Array, library: Library | None = None
+) -> contextlib.AbstractContextManager[Any]:
+    """A context in which x's device is the current one, and the stream that of another library."""
+    if not on_device(x):
+        return _HOST
+    return x.device if library is None else library.stream(x.device.id)
 
 
 _HOST = contextlib.nullcontext()
@@ -135,10 +151,480 @@ def to_device(array: np.ndarray) -> Array:
     RuntimeError
         If CuPy is not installed.
     """
+    return imported_cupy().asarray(array)
+
+
+def imported_cupy() -> Any:
+    """The CuPy module, imported now if need be; RuntimeError where it is not installed."""
     try:
-        module = importlib.import_module("cupy")
+        return cupy() or importlib.import_module("cupy")
     except ImportError as error:
         raise RuntimeError(
             f"CuPy cannot be imported ({error}): install cubin with the extra cuda12 or cuda13"
         ) from error
-    return module.asarray(array)
+
+
+# ---------------------------------------------------------------- other libraries
+
+
+class Library:
+    """A library whose arrays are viewed as NumPy's or CuPy's, and given back.
+
+    Attributes
+    ----------
+    array : str
+        What messages call one of its arrays.
+    cast : str
+        How its users cast an array to floats.
+    constant : str
+        The name of the only instance in this module.
+    """
+
+    array = ""
+    cast = ""
+    constant = ""
+
+    def __reduce__(self) -> str:
+        return self.constant
+
+    def check(self, name: str, value: Any) -> None:
+        """TypeError where an array is none whose values can be read."""
+        raise NotImplementedError
+
+    def index(self, value: Any) -> int | None:
+        """The number of the GPU that an array lies on, or None on the host."""
+        raise NotImplementedError
+
+    def is_floating(self, value: Any) -> bool:
+        """Whether an array holds floats: these have to lie on one device."""
+        raise NotImplementedError
+
+    def stream(self, index: int | None) -> contextlib.AbstractContextManager[Any]:
+        """A context in which CuPy works on that GPU, on the stream that the library works on."""
+        if index is None:
+            return contextlib.nullcontext()
+        device: contextlib.AbstractContextManager[Any] = imported_cupy().cuda.Device(index)
+        return device
+
+    def view(self, name: str, value: Any) -> Array:
+        """An array as a NumPy or CuPy array of the same memory; TypeError where there is none."""
+        raise NotImplementedError
+
+    def give(self, array: Array, like: Any = None) -> Any:
+        """A result of NumPy or CuPy as an array of this library, on the device of `like`."""
+        raise NotImplementedError
+
+    def empty_like(self, x: Any) -> Any:
+        """A new array for a result, or None where its arrays cannot be written."""
+        return None
+
+    def check_output(self, out: Any) -> None:
+        """TypeError where an array cannot be written."""
+        raise TypeError(f"out cannot be a {self.array}, which cannot be written: leave it out")
+
+    def written(self, out: Any) -> None:
+        """Tell the library that an array was written."""
+
+    def records(self, x: Any) -> bool:
+        """Whether the library records operations on `x` for its gradient."""
+        return False
+
+    def record(
+        self, forward: Callable[[], Any], backward: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
+        """The result of `forward`, recorded as made from the arguments.
+
+        ``backward(gy, **arguments)`` is the gradient for the argument ``x``.
+        """
+        raise NotImplementedError
+
+
+class _Torch(Library):
+    """PyTorch: its results are allocated by PyTorch and written as CuPy or NumPy arrays."""
+
+    array = "PyTorch tensor"
+    cast = "x.float()"
+    constant = "TORCH"
+
+    def check(self, name: str, value: Any) -> None:
+        torch: Any = sys.modules["torch"]
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+            raise TypeError(_refused(torch, name, value))
+
+    def index(self, value: Any) -> int | None:
+        device: int | None = value.device.index if value.is_cuda else None
+        return device
+
+    def is_floating(self, value: Any) -> bool:
+        return bool(value.is_floating_point())
+
+    def stream(self, index: int | None) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if index is None else self._current_stream(index)
+
+    @contextlib.contextmanager
+    def _current_stream(self, index: int) -> Any:
+        module = imported_cupy()
+        stream = sys.modules["torch"].cuda.current_stream(index)
+        with module.cuda.Device(index), module.cuda.Stream.from_external(stream):
+            yield
+
+    def view(self, name: str, value: Any) -> Array:
+        torch: Any = sys.modules["torch"]
+        plain = value.detach()
+        halves = plain.dtype is torch.bfloat16  # which neither NumPy nor DLPack's readers all know
+        try:
+            if halves:
+                plain = plain.view(torch.int16)
+            array = imported_cupy().from_dlpack(plain) if plain.is_cuda else plain.numpy()
+        except (TypeError, RuntimeError, BufferError) as error:
+            raise TypeError(f"{_refused(torch, name, value)} ({error})") from error
+        return array.view(_bfloat16()) if halves else array
+
+    def give(self, array: Array, like: Any = None) -> Any:
+        torch: Any = sys.modules["torch"]
+        halves = array.dtype.name == "bfloat16"
+        if halves:
+            array = array.view(np.int16)
+        if on_device(array):
+            tensor = torch.from_dlpack(array)
+        else:
+            plain = np.asarray(array)
+            tensor = torch.from_numpy(plain if plain.flags.writeable else plain.copy())
+        return tensor.view(torch.bfloat16) if halves else tensor
+
+    def empty_like(self, x: Any) -> Any:
+        return sys.modules["torch"].empty_like(x, requires_grad=False)
+
+    def check_output(self, out: Any) -> None:
+        if out.requires_grad:
+            raise TypeError("out requires grad, and writing it is not recorded: pass out.detach()")
+
+    def written(self, out: Any) -> None:
+        sys.modules["torch"].autograd.graph.increment_version(out)
+
+    def records(self, x: Any) -> bool:
+        return bool(x.requires_grad and sys.modules["torch"].is_grad_enabled())
+
+    def record(
+        self, forward: Callable[[], Any], backward: Callable[..., Any], arguments: dict[str, Any]
+    ) -> Any:
+        names = tuple(n for n, v in arguments.items() if LIBRARY_OF[type(v)] is self)
+        tensors = [arguments[name] for name in names]
+        return _recorded().apply(forward, backward, arguments, names, *tensors)
+
+
+def _refused(torch: Any, name: str, tensor: Any) -> str:
+    """Why a tensor has no view, and what to do."""
+    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    if torch.compiler.is_compiling():
+        return f"{name} is traced by torch.compile or torch.export: use cubin.torch there"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return f"{name} is a tensor within torch.func: apply cubin outside of it"
+    if tensor.device.type == "meta" or hasattr(tensor, "fake_mode"):
+        return f"{name} is a {kind} without data: give it data, or use cubin.torch to trace"
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return (
+            f"{name} is a {kind}, a kind of tensor whose values cubin cannot read: "
+            "pass a torch.Tensor of them"
+        )
+    if tensor.is_quantized:
+        return f"{name} is a quantized tensor: pass {name}.dequantize()"
+    if tensor.layout is not torch.strided:
+        return f"{name} is a tensor of layout {tensor.layout}: pass {name}.to_dense()"
+    if tensor.is_neg():
+        return f"{name} is negated lazily: pass {name}.resolve_neg()"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"{name} lies on {tensor.device}: pass {name}.cpu()"
+    return f"{name}, a tensor of {tensor.dtype}, cannot be read: cast it, e.g. {name}.float()"
+
+
+@functools.cache
+def _recorded() -> Any:
+    """The autograd function that runs any forward with any rule as its gradient."""
+    torch: Any = sys.modules["torch"]
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, forward: Any, backward: Any, arguments: Any, names: Any,
+                    *tensors: Any) -> Any:  # fmt: skip
+            ctx.save_for_backward(*tensors)
+            # The tensors are those that are saved: PyTorch sees whether they were changed since.
+            ctx.rest = {n: v for n, v in arguments.items() if n not in names}
+            ctx.rule, ctx.names = backward, names
+            return forward()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, gy: Any) -> Any:
+            saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+            gx = ctx.rule(gy, **{**ctx.rest, **saved})
+            return (None,) * 4 + tuple(gx if name == "x" else None for name in ctx.names)
+
+    return Recorded
+
+
+class _Jax(Library):
+    """JAX: its arrays are read and made, never written."""
+
+    array = "JAX array"
+    cast = "x.astype('float32')"
+    constant = "JAX"
+
+    def check(self, name: str, value: Any) -> None:
+        if isinstance(value, sys.modules["jax"].core.Tracer):
+            raise TypeError(
+                f"{name} is traced by JAX (jit, grad, vmap): "
+                "use cubin.jax.sign or cubin.jax.multibit there"
+            )
+        if len(value.devices()) > 1:
+            raise TypeError(f"{name} lies on several devices: move it to one with jax.device_put")
+        if _jax_device(value).platform not in ("cpu", "gpu"):
+            raise TypeError(f"{name} lies on {value.device}: move it with jax.device_put")
+
+    def index(self, value: Any) -> int | None:
+        device = _jax_device(value)
+        return device.local_hardware_id if device.platform == "gpu" else None
+
+    def is_floating(self, value: Any) -> bool:
+        return bool(sys.modules["jax"].numpy.issubdtype(value.dtype, np.floating))
+
+    def view(self, name: str, value: Any) -> Array:
+        if _jax_device(value).platform == "gpu":
+            return imported_cupy().from_dlpack(value)
+        return np.asarray(value)
+
+    def give(self, array: Array, like: Any = None) -> Any:
+        jax: Any = sys.modules["jax"]
+        if on_device(array):
+            return jax.dlpack.from_dlpack(array)
+        (device,) = jax.local_devices(backend="cpu")[:1] if like is None else like.devices()
+        return jax.device_put(np.asarray(array), device)
+
+
+def _jax_device(value: Any) -> Any:
+    """The only device of an array."""
+    (device,) = value.devices()
+    return device
+
+
+class _Dlpack(Library):
+    """Any other library: its arrays are read, and results are NumPy's or CuPy's."""
+
+    array = "DLPack array"
+    constant = "DLPACK"
+
+    def view(self, name: str, value: Any) -> Array:
+        kind, _ = value.__dlpack_device__()
+        module = np if int(kind) in _HOST_MEMORY else imported_cupy()
+        try:
+            return module.from_dlpack(value)
+        except (TypeError, RuntimeError, BufferError) as error:
+            raise TypeError(
+                f"{name} is a {type(value).__module__}.{type(value).__qualname__} that cannot be "
+                f"read through DLPack: {error}"
+            ) from error
+
+
+_HOST_MEMORY = (1, 3, 11)
+"""DLPack's numbers of the host's memory: plain, and what CUDA or ROCm have pinned."""
+
+TORCH, JAX, DLPACK = _Torch(), _Jax(), _Dlpack()
+
+
+def _bfloat16() -> Any:
+    return importlib.import_module("ml_dtypes").bfloat16
+
+
+def _is_cupy(kind: type) -> bool:
+    module = cupy()
+    return hasattr(module, "ndarray") and issubclass(kind, module.ndarray)
+
+
+class _ByType(dict[type, "Library | None"]):
+    """The library that arrays of a type are from; None for NumPy, CuPy and what is no array.
+
+    A type is looked at once: every call of a public function asks about all its arguments.
+    """
+
+    def __missing__(self, kind: type) -> Library | None:
+        self[kind] = _library_of(kind)
+        return self[kind]
+
+
+LIBRARY_OF = _ByType()
+
+
+def _library_of(kind: type) -> Library | None:
+    modules = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    torch: Any = sys.modules.get("torch")
+    jax: Any = sys.modules.get("jax")
+    if "torch" in modules and hasattr(torch, "Tensor") and issubclass(kind, torch.Tensor):
+        return TORCH
+    if modules & {"jax", "jaxlib"} and hasattr(jax, "Array"):
+        return JAX if issubclass(kind, jax.Array | jax.core.Tracer) else None
+    if issubclass(kind, np.ndarray) or _is_cupy(kind) or not hasattr(kind, "__dlpack__"):
+        return None
+    return DLPACK
+
+
+def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, Any, dict[str, Any]]:
+    """The library that the arguments are from, its first array, and the arguments to work on.
+
+    Arrays of that library stay as they are, for `Library.view`; those of DLPack are views.
+
+    Raises
+    ------
+    TypeError
+        If arrays are of several libraries, or floats of one lie on several devices. Maps of
+        integers may be NumPy's or CuPy's.
+    """
+    home, library = "", None
+    first: Any = None
+    given = dict(arguments)
+    for name, value in arguments.items():
+        owner = LIBRARY_OF[type(value)]
+        if owner is DLPACK:
+            given[name] = DLPACK.view(name, value)
+        elif owner is not None and library is None:
+            home, library, first = name, owner, value
+    if library is None:
+        return None, None, given
+    for name, value in given.items():
+        owner = LIBRARY_OF[type(value)]
+        if owner is library:
+            library.check(name, value)
+            floats = library.is_floating(value) and library.is_floating(first)
+            if value is not first and floats and value.device != first.device:
+                raise TypeError(
+                    f"{name} lies on {value.device}, but {home} on {first.device}: move one of them"
+                )
+        elif owner is not None or (_is_plain(value) and value.dtype.kind not in "iu"):
+            plain = "CuPy array" if on_device(value) else "NumPy array"
+            raise TypeError(
+                f"{name} is a {plain if owner is None else owner.array}, but {home} is a "
+                f"{library.array}: bring both to one library"
+            )
+    return library, first, given
+
+
+def viewed(name: str, value: Any) -> tuple[Library | None, Any]:
+    """The library of an array, and the array as NumPy's or CuPy's: for arrays in a mapping."""
+    owner, (view,) = all_viewed({name: value})
+    return owner, view
+
+
+def all_viewed(arguments: Mapping[str, Any]) -> tuple[Library | None, list[Any]]:
+    """The library that arguments are from, and all of them, its arrays as NumPy's or CuPy's."""
+    owner, first, given = enter(arguments)
+    if owner is None:
+        return None, list(given.values())
+    with owner.stream(owner.index(first)):
+        return owner, [
+            owner.view(name, value) if _is_of(owner, value) else value
+            for name, value in given.items()
+        ]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an array of NumPy or CuPy."""
+    return hasattr(value, "dtype") and (isinstance(value, np.ndarray) or on_device(value))
+
+
+def border(
+    gradient: Callable[..., Any] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function on NumPy and CuPy arrays take and give arrays of any library.
+
+    Arguments are viewed, and results are given back in the library that they are from. Where a
+    function takes ``out=``, PyTorch allocates the result. A result that holds arrays itself says
+    how it is given back, in a method ``given_to(library)``.
+
+    Parameters
+    ----------
+    gradient : callable, optional
+        ``gradient(gy, **arguments)`` is the gradient for the argument ``x``. A library that
+        records operations, as PyTorch does where x requires grad, is told so.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = inspect.signature(function).parameters.values()
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        takes_out = any(p.name == "out" for p in parameters)
+
+        @functools.wraps(function)
+        def call(*values: P.args, **options: P.kwargs) -> R:
+            for value in values:
+                if LIBRARY_OF[type(value)] is not None:
+                    break
+            else:
+                for value in options.values():
+                    if LIBRARY_OF[type(value)] is not None:
+                        break
+                else:
+                    return function(*values, **options)
+            arguments = dict(zip(positional, values, strict=False))
+            if len(values) > len(positional) or arguments.keys() & options.keys():
+                return function(*values, **options)  # which raises
+            result: R = _across(function, takes_out, gradient, {**arguments, **options})
+            return result
+
+        return call
+
+    return decorate
+
+
+def _across(
+    function: Callable[..., Any],
+    takes_out: bool,
+    gradient: Callable[..., Any] | None,
+    arguments: dict[str, Any],
+) -> Any:
+    """The result of a function where an argument is of another library."""
+    library, first, given = enter(arguments)
+    if library is None:
+        return function(**given)
+    work = (function, takes_out, library, first, given)
+    x: Any = given.get("x")
+    ours = _is_of(library, x)
+    if ours and not library.is_floating(x):
+        raise TypeError(
+            f"x must be floating point, got {x.dtype}: cast it first, e.g. {library.cast}"
+        )
+    if gradient is not None and ours and library.records(x):
+        if given.get("out") is not None:
+            raise TypeError("x requires grad, and writing out is not recorded: use torch.no_grad()")
+        return library.record(functools.partial(_worked, *work), gradient, arguments)
+    return _worked(*work)
+
+
+def _worked(
+    function: Callable[..., Any], takes_out: bool, library: Library, first: Any, given: Any
+) -> Any:
+    """The result of a function whose arguments are of this library."""
+    x, out = given.get("x"), given.get("out")
+    target = out
+    if out is not None and _is_of(library, out):
+        library.check_output(out)
+    elif takes_out and _is_of(library, x):
+        given["out"] = target = library.empty_like(x)
+    with library.stream(library.index(first)):
+        for name, value in given.items():
+            if _is_of(library, value):
+                given[name] = library.view(name, value)
+        result = function(**given)
+        if out is not None:
+            library.written(out)
+        return given_back(result, library, first) if target is None else target
+
+
+def _is_of(library: Library, value: Any) -> bool:
+    return LIBRARY_OF[type(value)] is library
+
+
+def given_back(result: Any, library: Library | None, like: Any = None) -> Any:
+    """A result of NumPy or CuPy in the library that its arguments are from."""
+    if library is None:
+        return result
+    if isinstance(result, np.ndarray | np.generic) or on_device(result):
+        return library.give(result, like)
+    return result.given_to(library) if hasattr(result, "given_to") else result

@@ -406,29 +406,37 @@ def lines(x: Array) -> Array:
 
 
 def lines_in_work_dtype(x: Array) -> Array:
-    """`lines` in the work dtype, read-only: a copy where `x` is float16."""
-    if x.dtype != np.float16:
+    """`lines` in the work dtype, read-only: a copy where `x` is float16 or bfloat16."""
+    if not floats.is_narrow(x.dtype):
         return read_only(lines(x))
     wide = np.empty(x.shape[::-1], np.float32)
-    _widen_lines(read_only(lines(x)).view(np.uint16), wide.view(np.uint32))
+    half = read_only(lines(x).view(np.uint16))
+    _widen_lines(half, wide.view(np.uint32), x.dtype == np.float16)
     return read_only(wide)
 
 
 @loop
-def _widen_lines(half: Array, words: Array) -> None:
+def _widen_lines(half: Array, words: Array, ieee: bool) -> None:
     for e in range(len(words)):
-        widen(half[e, : words.shape[1]], words[e])
+        if ieee:
+            widen_float16(half[e, : words.shape[1]], words[e])
+        else:
+            widen_bfloat16(half[e, : words.shape[1]], words[e])
 
 
 @loop
-def _narrow_lines(words: Array, half: Array) -> None:
+def _narrow_lines(words: Array, half: Array, ieee: bool) -> None:
     for e in range(len(words)):
-        narrow(words[e], half[e, : words.shape[1]])
+        if ieee:
+            narrow_to_float16(words[e], half[e, : words.shape[1]])
+        else:
+            narrow_to_bfloat16(words[e], half[e, : words.shape[1]])
 
 
 def store_lines(values: Array, y: Array) -> None:
-    """Write lines in the work dtype, (n, rows), to `y`, (rows, n), of float16."""
-    _narrow_lines(read_only(values).view(np.uint32), lines(y).view(np.uint16))
+    """Write lines in the work dtype, (n, rows), to `y`, (rows, n), of float16 or bfloat16."""
+    words = read_only(values).view(np.uint32)
+    _narrow_lines(words, lines(y).view(np.uint16), y.dtype == np.float16)
 
 
 def map_lines(bits: Array, n: int) -> Array:

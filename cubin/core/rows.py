@@ -54,13 +54,9 @@ class Rows:
         """The lengths of the axes within a row."""
         return tuple(self.split[axis] for axis in self.order[len(self.scale_shape) :])
 
-    def view(self, array: Array, lead: int = 0) -> Array:
-        """A view of `array` with the axes that number the rows first.
-
-        The first `lead` axes of `array` are not part of the layout and stay in front.
-        """
-        array = array.reshape(array.shape[:lead] + self.split)
-        return array.transpose((*range(lead), *(lead + axis for axis in self.order)))
+    def view(self, array: Array) -> Array:
+        """A view of `array` with the axes that number the rows first."""
+        return array.reshape(self.split).transpose(self.order)
 
     def as_stored(self, array: Array) -> Rows:
         """The same rows, with their elements in the order in which `array` holds them.
@@ -78,13 +74,9 @@ class Rows:
         leading = len(self.scale_shape)
         return math.prod(shape[:leading]), math.prod(shape[leading:])
 
-    def flat(self, array: Array, lead: int = 0) -> Array:
-        """`array` as (rows, length): a view where its strides allow one, else a copy.
-
-        The first `lead` axes stay in front.
-        """
-        view = self.view(array, lead)
-        return view.reshape(*array.shape[:lead], self.count, self.length)
+    def flat(self, array: Array) -> Array:
+        """`array` as (rows, length): a view where its strides allow one, else a copy."""
+        return self.view(array).reshape(self.count, self.length)
 
     def aligned(self, scale: Array) -> Array:
         """Scales of shape `scale_shape` so that they broadcast to an array of shape `split`."""

@@ -34,7 +34,9 @@ __all__ = [
     "theory",
 ]
 
-_LAZY = ("analysis", "bitmaps", "errors", "jax", "operators", "surrogates", "tape", "theory", "torch")
+_LAZY = (
+    "analysis", "bitmaps", "errors", "jax", "operators", "surrogates", "tape", "theory", "torch"
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> ModuleType:

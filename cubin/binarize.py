@@ -327,12 +327,12 @@ def quantize(
         scales_show = checked.levels > 0 and not checked.mapped and weights is None
         if check_finite and not scales_show:
             _check_finite(x, rows)
-        scales, signs = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
+        scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
         if check_finite and not bool(xp.isfinite(scales).all()):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
         scales = scales.reshape(checked.levels, *rows.scale_shape)
-        return assemble(scales, signs, checked.entries, rows)
+        return assemble(scales, planes, checked.entries, rows)
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:

@@ -36,7 +36,9 @@ def codes(rng):
         cubin.quantize(x, bits, group_size=3),
         cubin.quantize(np.asfortranarray(x), np.asfortranarray(bits), channel_axis=np.int64(1)),
         cubin.quantize(x, bits.astype(np.uint8).T.copy().T, group_size=np.int8(3)),
-        BinaryCode(np.ones((3, 2)).T, np.ones((5, 3, 2), np.int8).T, 2, channel_axis=[0]),
+        BinaryCode.from_signs(
+            np.ones((3, 2)).T, np.ones((5, 3, 2), np.int8).T, 2, channel_axis=[0]
+        ),
         cubin.quantize(x.astype(np.float16), bits[:, :1, :1], channel_axis=0),
         cubin.quantize(x.astype(bfloat16), bits, channel_axis=0),
         cubin.quantize(x.astype(bfloat16), 2),
@@ -57,6 +59,123 @@ def test_files_hold_the_whole_code(codes, tmp_path):
         assert (loaded.channel_axis, loaded.group_size) == (code.channel_axis, code.group_size)
         assert loaded.effective_bits == code.effective_bits
     assert [p.name for p in tmp_path.iterdir()] == ["code.npz"]
+
+
+def test_tensor_files_hold_whole_codes(codes, tmp_path):
+    named = {f"layer.{number}": code for number, code in enumerate(codes)}
+    path = tmp_path / "codes.safetensors"
+    BinaryCode.save_all(path, named)
+    loaded = BinaryCode.load_all(path)
+    assert list(loaded) == list(named)
+    for name, code in named.items():
+        assert loaded[name] == code
+        assert loaded[name].effective_bits == code.effective_bits
+        np.testing.assert_array_equal(loaded[name].dequantize(), code.dequantize())
+        code.save(path)
+        assert BinaryCode.load(path) == code
+    assert [p.name for p in tmp_path.iterdir()] == ["codes.safetensors"]
+
+
+def test_tensor_files_are_read_by_others_and_mapped(rng, tmp_path):
+    others = pytest.importorskip("safetensors.numpy")
+    code = cubin.quantize(rng.normal(size=(16, 33)).astype(np.float16), 2, channel_axis=0)
+    code.save(tmp_path / "code.safetensors")
+    tensors = others.load_file(tmp_path / "code.safetensors")
+    assert sorted(tensors) == ["bits", "planes", "scales"]
+    np.testing.assert_array_equal(tensors["planes"], code.planes)
+    np.testing.assert_array_equal(tensors["scales"], code.scales)
+    loaded = BinaryCode.load(tmp_path / "code.safetensors")
+    assert not loaded.planes.flags.writeable
+    assert not loaded.planes.flags.owndata
+
+
+def test_arguments_of_save_all(codes, tmp_path):
+    with pytest.raises(ValueError, match=r"end on \.safetensors"):
+        BinaryCode.save_all(tmp_path / "codes.npz", {"a": codes[0]})
+    for wrong in ({1: codes[0]}, {"a": codes[0].scales}):
+        with pytest.raises(TypeError, match="names to codes"):
+            BinaryCode.save_all(tmp_path / "a.safetensors", wrong)
+    BinaryCode.save_all(tmp_path / "none.safetensors", {})
+    assert BinaryCode.load_all(tmp_path / "none.safetensors") == {}
+    with pytest.raises(ValueError, match="holds 0 codes"):
+        BinaryCode.load(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("kind", ["elements", "few", "rows", "columns", "groups"])
+def test_files_take_what_effective_bits_promise(kind, suffix, rng, tmp_path):
+    shape = (500, 1000)
+    bits = {
+        "elements": rng.choice(4, shape, p=[0.1, 0.5, 0.3, 0.1]),
+        "few": 1 + (rng.random(shape) < 0.1),
+        "rows": rng.integers(1, 4, (500, 1)),
+        "columns": rng.integers(0, 3, 1000),
+        "groups": rng.integers(0, 3, (500, 10)).repeat(100, axis=1),
+    }[kind]
+    code = cubin.quantize(rng.normal(size=shape).astype(np.float32), bits, channel_axis=0)
+    path = tmp_path / f"code.{suffix}"
+    code.save(path)
+    assert 8 * path.stat().st_size < 1.05 * code.effective_bits * math.prod(shape)
+    loaded = BinaryCode.load(path)
+    assert loaded == code
+    assert loaded.bits.shape == code.bits.shape
+
+
+def test_scales_of_levels_that_no_element_has(tmp_path):
+    """They are left out of a file only where they are 0."""
+    planes = np.zeros((2, 1, 2), np.uint8)
+    for unused in (0, 3, np.nan):
+        scales = np.array([[1.0, 2], [3, unused]])
+        code = BinaryCode(scales, planes, [[2], [1]], shape=(2, 3), channel_axis=0)
+        code.save(tmp_path / "code.npz")
+        assert BinaryCode.load(tmp_path / "code.npz") == code
+
+
+def test_the_first_levels(codes, host):
+    for code in codes:
+        for levels in range(len(code.planes) + 1):
+            cut = code.truncate(levels)
+            assert np.shares_memory(cut.planes, code.planes) or not cut.planes.size
+            bits = np.minimum(code.bits, levels)
+            expected = BinaryCode.from_signs(
+                code.scales[:levels], code.signs[:levels], bits,
+                channel_axis=code.channel_axis, group_size=code.group_size,
+            )  # fmt: skip
+            assert cut == expected
+            np.testing.assert_array_equal(cut.dequantize(), expected.dequantize())
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=r"levels must lie in 0 \.\. 3"):
+            codes[0].truncate(wrong)
+    with pytest.raises(TypeError, match="levels"):
+        codes[0].truncate(1.0)
+
+
+def test_lines_of_a_code(codes, tmp_path):
+    for code in codes:
+        if len(code.shape) < 2:
+            with pytest.raises(ValueError, match="one line"):
+                code[:]
+            continue
+        for lines in (slice(1, 3), slice(None), slice(-1, None), slice(2, 1)):
+            part = code[lines]
+            assert part.shape == (len(range(code.shape[0])[lines]), *code.shape[1:])
+            assert np.shares_memory(part.planes, code.planes) or not part.planes.size
+            np.testing.assert_array_equal(part.dequantize(), code.dequantize()[lines])
+            np.testing.assert_array_equal(part.signs, code.signs[:, lines])
+            part.save(tmp_path / "part.npz")
+            assert BinaryCode.load(tmp_path / "part.npz") == part
+        with pytest.raises(ValueError, match="without a step"):
+            code[::2]
+        for wrong in (0, (slice(1), slice(1)), None, [0]):
+            with pytest.raises(TypeError, match="a slice of its first axis"):
+                code[wrong]
+
+
+def test_lines_of_a_device_code(xp, host, rng):
+    x = rng.normal(size=(70, 13))
+    code = cubin.quantize(xp.asarray(x), rng.integers(0, 3, x.shape), channel_axis=0)
+    np.testing.assert_array_equal(host(code[3:68].dequantize()), host(code.dequantize())[3:68])
+    np.testing.assert_array_equal(host(code.truncate(1).signs), host(code.signs)[:1])
 
 
 def test_files_are_as_readable_as_others(codes, tmp_path):
@@ -286,11 +405,15 @@ def test_file_systems_without_locks(codes, tmp_path, monkeypatch):
         (np.zeros((1, 4)), 1),
         (np.full((1, 4), 3), 1),
         (np.ones((2, 2)), [1, 2]),
-        (np.ones((17, 4)), 1),
     ],
 )
-def test_signs_that_a_file_cannot_hold(tmp_path, signs, bits):
-    code = BinaryCode(np.ones(len(signs)), signs.astype(np.int8), bits)
+def test_signs_that_are_not_those_of_the_map(signs, bits):
+    with pytest.raises(ValueError, match="level"):
+        BinaryCode.from_signs(np.ones(len(signs)), signs.astype(np.int8), bits)
+
+
+def test_levels_that_a_file_cannot_hold(tmp_path):
+    code = BinaryCode(np.ones(17), np.zeros((17, 1, 1), np.uint8), 1, shape=(4,))
     with pytest.raises(ValueError, match="level"):
         code.save(tmp_path / "code.npz")
     assert not list(tmp_path.iterdir())
@@ -478,6 +601,128 @@ def test_a_process_that_has_no_bfloat16_yet_loads_a_file_of_it(tmp_path):
     assert found.stdout.strip() == "bfloat16"
 
 
+def tensor_file(path, **replaced):
+    """A ``.safetensors`` file that is consistent but for what is replaced."""
+    layout = {"shape": [4], "channel_axis": None, "group_size": None, "levels": 1}
+    layout |= replaced.pop("layout", {})
+    metadata = {"format": "cubin.BinaryCode/2", "codes": json.dumps({"": layout})}
+    entries = {
+        "__metadata__": metadata | replaced.pop("metadata", {}),
+        "scales": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]},
+        "bits": {"dtype": "U8", "shape": [], "data_offsets": [8, 9]},
+        "planes": {"dtype": "U8", "shape": [1, 1, 1], "data_offsets": [9, 10]},
+    }
+    data = replaced.pop("data", np.ones(1).tobytes() + b"\1\0")
+    for name, entry in replaced.items():
+        entries[name] = entries.get(name, {}) | entry if isinstance(entry, dict) else entry
+    text = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def test_the_tensor_file_of_these_tests_is_sound(tmp_path):
+    loaded = BinaryCode.load(tensor_file(tmp_path / "a.safetensors"))
+    np.testing.assert_array_equal(loaded.dequantize(), [-1, -1, -1, -1])
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"metadata": {"format": "cubin.BinaryCode/3"}},
+        {"metadata": {"format": None}},
+        {"metadata": {"codes": "[]"}},
+        {"metadata": {"codes": "{"}},
+        {"metadata": {"codes": '{"": {}, "": {}}'}},
+        {"layout": {"shape": [10**15]}},
+        {"layout": {"shape": [-4]}},
+        {"layout": {"shape": [4.0]}},
+        {"layout": {"shape": [1] * 70 + [4]}},
+        {"layout": {"shape": [9]}},
+        {"layout": {"levels": 2}},
+        {"layout": {"levels": 17}},
+        {"layout": {"levels": -1}},
+        {"layout": {"levels": True}},
+        {"layout": {"channel_axis": 3}},
+        {"layout": {"group_size": 3}},
+        {"layout": {"map": [2**40], "shape": [2**40], "used": True}},
+        {"layout": {"map": [-4], "used": True}},
+        {"layout": {"map": [4], "used": True}},
+        {"layout": {"map": [1, 1, 4], "used": True}},
+        {"scales": {"dtype": "I64"}},
+        {"scales": {"dtype": "U8"}},
+        {"scales": {"shape": [-1]}},
+        {"scales": {"shape": [2]}},
+        {"scales": {"data_offsets": [0, 16]}},
+        {"planes": {"data_offsets": [9, 11]}},
+        {"planes": {"data_offsets": [8, 9]}},
+        {"planes": {"data_offsets": [10, 9]}},
+        {"planes": {"shape": [1, 1]}},
+        {"planes": {"shape": [2**40, 1, 1]}},
+        {"bits": {"shape": [1]}},
+        {"bits": 7},
+        {"extra": {"dtype": "U8", "shape": [0], "data_offsets": [10, 10]}},
+        {"data": b""},
+        {"data": np.ones(1).tobytes() + b"\1\0\0"},
+        {"data": np.ones(1).tobytes() + b"\2\0"},
+        {"data": np.ones(1).tobytes() + b"\1\20"},
+    ],
+)
+def test_hostile_tensor_files(tmp_path, hostile):
+    path = tensor_file(tmp_path / "hostile.safetensors", **hostile)
+    with memory_below(2e6), pytest.raises(ValueError, match="no intact BinaryCode"):
+        BinaryCode.load(path)
+
+
+def test_headers_of_tensor_files(tmp_path):
+    path = tmp_path / "a.safetensors"
+    sound = tensor_file(path).read_bytes()
+    for content in (
+        b"",
+        sound[:7],
+        struct.pack("<Q", 2**63) + sound[8:],
+        struct.pack("<Q", len(sound)) + sound[8:],
+        sound.replace(b'"bits"', b'"scales"', 1),
+        sound[:-1],
+    ):
+        path.write_bytes(content)
+        with memory_below(2e6), pytest.raises(ValueError, match="no intact BinaryCode"):
+            BinaryCode.load(path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(data=st.data())
+def test_damaged_maps_give_a_code_or_a_value_error(data, tmp_path):
+    """There are no checksums in tensor files: damage may pass, but nothing else is raised."""
+    path = tmp_path / "code.safetensors"
+    x, bits = np.linspace(-1, 1, 60).reshape(6, 10), np.arange(60).reshape(6, 10) % 4
+    cubin.quantize(x, bits, channel_axis=0).save(path)
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        BinaryCode.load(path)
+
+
+def test_a_map_that_its_bytes_cannot_hold(tmp_path):
+    """A kilobyte stands for half a million entries, and no more."""
+    layout = {"shape": [2**30], "map": [2**30], "levels": 1, "used": True}
+    path = tensor_file(
+        tmp_path / "bomb.safetensors",
+        layout=layout,
+        scales={"shape": [0], "data_offsets": [0, 0]},
+        bits={"shape": [1000], "data_offsets": [0, 1000]},
+        planes={"shape": [0], "data_offsets": [1000, 1000]},
+        data=bytes(1000),
+    )
+    with memory_below(2e6), pytest.raises(ValueError, match="stands for up to"):
+        BinaryCode.load(path)
+    code = cubin.quantize(np.ones(1 << 20), np.zeros(1 << 20, int) + (np.arange(1 << 20) == 9))
+    code.save(tmp_path / "code.safetensors")
+    assert (tmp_path / "code.safetensors").stat().st_size < 4000
+    assert BinaryCode.load(tmp_path / "code.safetensors") == code
+
+
 def test_compressed_members_are_refused(tmp_path):
     path = archive(tmp_path / "stored")
     with zipfile.ZipFile(path) as stored:
@@ -560,10 +805,10 @@ def test_shapes_of_which_a_file_holds_nothing(tmp_path, shape, axis):
 def test_codes_without_levels_take_no_memory(tmp_path):
     signs = np.empty((0, 1 << 16, 1 << 16), np.int8)
     with memory_below(2e6):
-        code = BinaryCode(np.ones((0, 1 << 16), np.float32), signs, 0, channel_axis=0)
+        code = BinaryCode.from_signs(np.ones((0, 1 << 16), np.float32), signs, 0, channel_axis=0)
         code.save(tmp_path / "code")
         assert BinaryCode.load(tmp_path / "code").shape == code.shape
-    larger = BinaryCode(np.ones(0, np.float32), np.empty((0, (1 << 32) + 1), np.int8), 0)
+    larger = BinaryCode.from_signs(np.ones(0, np.float32), np.empty((0, (1 << 32) + 1), np.int8), 0)
     with pytest.raises(ValueError, match="without levels"):
         larger.save(tmp_path / "larger")
 
@@ -658,17 +903,99 @@ def test_device_codes(xp, host, rng, tmp_path):
 
 
 def test_arguments_of_the_constructor():
-    scales, signs = np.ones(1), np.ones((1, 3), np.int8)
-    BinaryCode(scales, signs, 1)
-    with pytest.raises(TypeError, match="signs must be int8"):
-        BinaryCode(scales, signs.astype(int), 1)
+    scales, planes = np.ones(1), np.ones((1, 1, 1), np.uint8)
+    BinaryCode(scales, planes, 1, shape=(3,))
+    with pytest.raises(TypeError, match="planes must be uint8"):
+        BinaryCode(scales, planes.astype(int), 1, shape=(3,))
     with pytest.raises(TypeError, match="scales"):
-        BinaryCode(np.ones(1, int), signs, 1)
-    with pytest.raises(ValueError, match="first axis"):
-        BinaryCode(np.ones(2), signs, 1)
+        BinaryCode(np.ones(1, int), planes, 1, shape=(3,))
+    with pytest.raises(TypeError, match="shape"):
+        BinaryCode(scales, planes, 1, shape=(3.0,))
+    with pytest.raises(ValueError, match="negative"):
+        BinaryCode(scales, planes, 1, shape=(-3,))
+    for shape in [(9,), (3, 2), (1, 9)]:
+        with pytest.raises(ValueError, match=r"\(k, \d, \d\), got \(1, 1, 1\)"):
+            BinaryCode(scales, planes, 1, shape=shape)
+    with pytest.raises(ValueError, match=r"scales have shape \(2,\)"):
+        BinaryCode(np.ones(2), planes, 1, shape=(3,))
     with pytest.raises(ValueError, match=r"\(1, 3\)"):
-        BinaryCode(scales, signs, 1, channel_axis=0)
+        BinaryCode(scales, planes, 1, shape=(3,), channel_axis=0)
     with pytest.raises(ValueError, match="go up to 2"):
-        BinaryCode(scales, signs, 2)
+        BinaryCode(scales, planes, 2, shape=(3,))
     with pytest.raises(ValueError, match="broadcast"):
-        BinaryCode(scales, signs, [1, 1])
+        BinaryCode(scales, planes, [1, 1], shape=(3,))
+
+
+def test_bits_that_stand_for_no_sign(xp):
+    planes = xp.asarray(np.full((2, 1, 1), 9, np.uint8))
+    scales = xp.ones(2)
+    BinaryCode(scales, planes, 2, shape=(4,))
+    BinaryCode(scales, planes, xp.asarray(np.array([2, 0, 1, 2])), shape=(4,))
+    with pytest.raises(ValueError, match="beyond the end of a line"):
+        BinaryCode(scales, planes, 2, shape=(3,))
+    with pytest.raises(ValueError, match="level 1 where bits are not more than 1"):
+        BinaryCode(scales, planes, 1, shape=(4,))
+    with pytest.raises(ValueError, match="level 1 where bits are not more than 1"):
+        BinaryCode(scales, planes, xp.asarray(np.array([2, 0, 1, 1])), shape=(4,))
+
+
+def test_arguments_of_from_signs(xp):
+    scales, signs = xp.ones(1), xp.ones((1, 3), np.int8)
+    assert BinaryCode.from_signs(scales, signs, 1).shape == (3,)
+    with pytest.raises(TypeError, match="signs must be int8"):
+        BinaryCode.from_signs(scales, signs.astype(int), 1)
+    with pytest.raises(ValueError, match="0-d"):
+        BinaryCode.from_signs(scales, xp.asarray(np.int8(1)), 1)
+    with pytest.raises(ValueError, match=r"scales have shape \(2,\)"):
+        BinaryCode.from_signs(xp.ones(2), signs, 1)
+    with pytest.raises(ValueError, match="go up to 2"):
+        BinaryCode.from_signs(scales, signs, 2)
+
+
+def test_memory_of_a_code(rng):
+    x = rng.normal(size=(64, 1001)).astype(np.float32)
+    code = cubin.quantize(x, 3, channel_axis=0)
+    assert code.planes.shape == (3, 126, 64)
+    assert code.nbytes == 3 * 126 * 64 + 3 * 64 * 4
+    mapped = cubin.quantize(x, np.full((64, 1), 3), channel_axis=0)
+    assert mapped.nbytes == code.nbytes + 64
+
+
+def test_where_signs_lie_in_planes():
+    """Byte j of line i is planes[level, j, i]; the first element is its lowest bit."""
+    x = -np.ones((3, 2, 5))
+    x[2, 0, 0] = x[2, 1, 3] = x[0, 1, 4] = 1
+    code = cubin.quantize(x, 1)
+    expected = np.zeros((1, 2, 3), np.uint8)
+    expected[0, 0, 2], expected[0, 1, 2], expected[0, 1, 0] = 1, 1, 2
+    np.testing.assert_array_equal(code.planes, expected)
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_planes_of_every_shape_and_granularity(data):
+    """Planes are the signs packed by the definition, and what dequantize adds up."""
+    shape = tuple(data.draw(st.lists(st.integers(0, 9), min_size=0, max_size=4), "shape"))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99), "seed"))
+    x = rng.normal(size=shape)
+    axes = data.draw(st.permutations(range(len(shape))), "axes")
+    group_sizes = [g for g in range(1, 10) if shape and shape[-1] % g == 0]
+    given = data.draw(
+        st.sampled_from(
+            [{}, *({"channel_axis": tuple(axes[:n])} for n in range(len(shape) + 1))]
+            + [{"group_size": g} for g in group_sizes]
+        ),
+        "granularity",
+    )
+    bits = data.draw(st.sampled_from([0, 1, 3, rng.integers(0, 4, shape)]), "bits")
+    solver = data.draw(st.sampled_from(["greedy", "refined"]), "solver")
+    code = cubin.quantize(x, bits, solver=solver, **given)
+    np.testing.assert_array_equal(
+        code.dequantize(), cubin.multibit(x, bits, solver=solver, **given)
+    )
+    if code.signs.size:
+        lines = code.signs.reshape(len(code.scales), len(x) if x.ndim > 1 else 1, -1)
+        packed = np.packbits(lines > 0, axis=2, bitorder="little").transpose(0, 2, 1)
+        np.testing.assert_array_equal(code.planes, packed)
+    assert BinaryCode.from_signs(code.scales, code.signs, bits, **given) == code
+    assert BinaryCode(code.scales, code.planes, bits, shape=shape, **given) == code

@@ -13,8 +13,9 @@ from ml_dtypes import finfo
 
 import cubin
 from cubin import solvers
-from cubin.codes import levels_loops
-from cubin.codes.levels import decode, level_signs, sum_signs
+from cubin.codes import planes_loops
+from cubin.codes.levels import decode, level_signs
+from cubin.codes.planes import pack_signs, sum_planes
 from cubin.core import floats, signs_loops
 from cubin.core.bits import as_bits
 from cubin.core.floats import as_integers
@@ -192,15 +193,15 @@ def test_whole_arrays(rng, without_loops, lay_out, axis):
     def run(bits):
         y = np.empty_like(x)
         solvers.approximate(x, bits, rows, y, GREEDY)
-        _, signs = solvers.encode(x, bits, rows, GREEDY)
-        return y, signs
+        _, planes = solvers.encode(x, bits, rows, GREEDY)
+        return y, planes
 
     for given in (as_bits(5, x), as_bits(bits, x)):
-        y, signs = run(given)
+        y, planes = run(given)
         with without_loops():
-            expected, expected_signs = run(given)
+            expected, expected_planes = run(given)
         np.testing.assert_array_equal(y, expected)
-        np.testing.assert_array_equal(signs, expected_signs)
+        np.testing.assert_array_equal(planes, expected_planes)
 
 
 def test_in_place(rng):
@@ -490,7 +491,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
 # Of these even an instruction set of 2013 has vectors, of eight numbers.
 VECTORS = {
     greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
-    levels_loops._sum_signs: {"vaddps"},
+    planes_loops._sum_planes: {"vaddps"},
     signs_loops._signs: {"vmovups"},
     signs_loops._clip: {"vmovups"},
 }
@@ -501,7 +502,7 @@ VECTORS = {
 def test_loops_are_in_vectors(tmp_path):
     program = """
 import numpy as np
-from cubin.codes import levels_loops
+from cubin.codes import planes_loops
 from cubin.core import signs_loops
 from cubin.core.host.loops import read_only, scratch
 from cubin.solvers import greedy_loops
@@ -510,8 +511,9 @@ x, bits = read_only(np.ones((2, 9), f)), read_only(np.ones((2, 9), np.uint8))
 loops = {
     greedy_loops._approximate_rows: (
         x, bits, np.ones((2, 2), f), np.ones((2, 9), f), *scratch(f), np.ones((2, 9), f)),
-    levels_loops._sum_signs: (
-        np.ones((2, 2), f), read_only(np.ones((2, 2, 9), np.int8)), np.ones((2, 9), f)),
+    planes_loops._sum_planes: (
+        read_only(np.ones((2, 2, 2), np.uint8)), bits, read_only(np.ones((2, 2, 1), f)),
+        planes_loops._WORDS, np.ones(128, np.uint64), np.ones(1024, np.int8), np.ones((2, 9), f)),
     signs_loops._signs: (x[0], np.ones(9, f)),
     signs_loops._clip: (x[0], f(1), x[0], np.ones(9, f)),
 }
@@ -545,26 +547,33 @@ def test_a_row_that_is_not_aligned(rng):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", *WORK])
 @pytest.mark.parametrize("levels", [0, 1, 2, 5])
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (50, 27), (9, 300), (2, 2500)])
-def test_sums_of_signs(rng, dtype, levels, shape):
+@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (50, 27), (9, 300), (2, 2502), (3, 6144)])
+def test_sums_of_planes(rng, dtype, levels, runs, shape):
+    """Both forms give the sums by the definition, to the bit, with and without a map."""
     work = floats.work_dtype(np.dtype(dtype))
-    scales = rng.normal(size=(levels, shape[0], 1)).astype(dtype).astype(work)
-    scales[:, 1:2] = np.nan  # which does not count where the sign is 0
-    signs = rng.integers(-1, 2, (levels, *shape)).astype(np.int8)
-    expected = np.zeros(shape)
-    for level in range(levels):
-        step = scales[level].astype(float) * signs[level]
-        expected += np.where(signs[level] == 0, 0, step)
-    tolerance = levels * float(finfo(dtype).eps) * 5
-    for add_up in (sum_signs, levels_loops.sum_signs):
-        for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
-            add_up(signs, scales, y=y)
-            np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
-    aligned = np.empty((levels, shape[0], shape[1] + 3), np.int8)[:, :, 3:]
-    aligned[...] = signs
-    again = np.empty(shape, dtype)
-    levels_loops.sum_signs(aligned, scales, y=again)
-    np.testing.assert_array_equal(plain(again), plain(y))
+    scales = rng.normal(size=(levels, shape[0], runs)).astype(dtype).astype(work)
+    scales[-1:, 1:2] = np.nan  # which does not count where no element has a code
+    bits = rng.integers(0, levels + 1, shape).astype(np.uint8)
+    bits[1:2] = max(levels - 1, 0)
+    for depth in (bits, np.uint8(levels)):
+        signs = rng.choice(np.array([-1, 1], np.int8), (levels, *shape))
+        signs *= np.greater(depth, np.arange(levels)[:, None, None])
+        held = {}
+        for pack in (pack_signs, planes_loops.pack_signs):
+            planes = np.full((levels, -(-shape[1] // 8), shape[0]), 7, np.uint8)
+            pack(signs, planes=planes)
+            held[pack] = planes
+        np.testing.assert_array_equal(*held.values())
+        total = np.zeros(shape, work)
+        for level in range(levels):
+            step = np.repeat(scales[level], shape[1] // runs, axis=1)
+            signed = np.where(signs[level] > 0, step, -step)
+            total = np.where(signs[level] != 0, total + signed, total)
+        for add_up in (sum_planes, planes_loops.sum_planes):
+            for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
+                add_up(planes, depth, scales, y=y)
+                np.testing.assert_array_equal(plain(y), plain(total.astype(dtype)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

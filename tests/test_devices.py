@@ -109,7 +109,7 @@ def test_a_code_of_another_device(x, bits, there, tmp_path):
     assert code.payload_bits == bits.get().mean()
     assert code.effective_bits > code.payload_bits
     code.save(tmp_path / "code.npz")
-    same = cubin.BinaryCode(code.scales, code.signs, bits, channel_axis=0)
+    same = cubin.BinaryCode(code.scales, code.planes, bits, shape=x.shape, channel_axis=0)
     assert same == code
     assert same != cubin.quantize(x, 3, channel_axis=0)
 
@@ -117,7 +117,7 @@ def test_a_code_of_another_device(x, bits, there, tmp_path):
 def test_codes_of_two_devices_may_be_equal(device, x, bits):
     code = cubin.quantize(x, bits, channel_axis=0)
     here = cubin.quantize(device.asarray(x), device.asarray(bits), channel_axis=0)
-    assert here.signs.device != code.signs.device
+    assert here.planes.device != code.planes.device
     assert here == code
     assert code == here
 
@@ -147,7 +147,7 @@ def test_a_map_is_not_allocated_for_its_shape(x, bits, monkeypatch):
         plain(self, size, **options)
 
     monkeypatch.setattr(memory.Allocation, "__init__", record)
-    cubin.BinaryCode(code.scales, code.signs, 3)
+    cubin.BinaryCode(code.scales, code.planes, 3, shape=x.shape)
     assert max(sizes, default=0) < x.size
 
 

@@ -325,8 +325,8 @@ def test_nothing_to_do(shape, levels, device):
     greedily(x, np.uint8(levels), levels, rows, y)
     assert not y.get().any()
     bits = Bits(np.uint8(levels), np.uint8(levels), levels)
-    scales, signs = solvers.encode(x, bits, rows, solvers.SOLVERS["greedy"])
-    assert signs.size == 0
+    scales, planes = solvers.encode(x, bits, rows, solvers.SOLVERS["greedy"])
+    assert planes.size == 0
     assert scales.shape == (levels, shape[0])
     assert not scales.get().any()
 
@@ -357,11 +357,14 @@ def test_one_launch_reads_x_once_and_writes_the_result_once(shape, dtype, mapped
     assert launch.written == launch.written_unique == x.nbytes
 
     with ptx.launches() as launches:
-        scales, signs = solvers.encode(held, Bits(map_, map_, 2), rows, solvers.SOLVERS["greedy"])
-    (launch,) = launches
+        scales, planes = solvers.encode(held, Bits(map_, map_, 2), rows, solvers.SOLVERS["greedy"])
+    launch, packing = launches
     assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
     written = 4 * scales.size if dtype == np.float16 else scales.nbytes
-    assert launch.written == launch.written_unique == signs.nbytes + written
+    assert launch.written == launch.written_unique == 2 * x.size + written
+    assert packing.kernel.startswith("cubin_pack_signs<")
+    assert packing.read == packing.read_unique == 2 * x.size
+    assert packing.written == packing.written_unique == planes.nbytes
 
 
 @pytest.mark.kernels

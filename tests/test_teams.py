@@ -284,7 +284,7 @@ def test_one_launch_reads_x_once_and_writes_the_result_once(
         code = cubin.quantize(held, bits if mapped else int(bits), channel_axis=0, solver=solver)
     (launch,) = (one for one in launches if "solve_rows" in one.kernel)
     assert launch.read == launch.read_unique == x.nbytes + (x.size if mapped else 0)
-    assert launch.written == launch.written_unique == code.signs.nbytes + code.scales.nbytes
+    assert launch.written == launch.written_unique == levels * x.size + code.scales.nbytes
     np.testing.assert_array_equal(code.dequantize().get(), y.get())
 
 

@@ -4,41 +4,47 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cubin.codes.cost import effective_bits, payload_bits
-from cubin.codes.levels import sum_signs
-from cubin.core import arrays, conversions, floats, libraries, passes
+from cubin.codes.decoding import Decoding, coded, packed, unpacked
+from cubin.core import arrays, conversions, libraries
 from cubin.core.bits import as_entries
 from cubin.core.libraries import Array
+from cubin.core.lines import lines_of
 from cubin.core.rows import Rows, rows_of
 
 
 class BinaryCode:
     """An array as levels of scales and signs: ``x ~ sum_i scales[i] * signs[i]``.
 
-    `cubin.quantize` makes them.
+    The signs are packed, one bit each, in planes. An array has a line for each index of its first
+    axis (one line if its rank is 0 or 1). Byte j of line i, ``planes[level, j, i]``, has the signs
+    of the elements 8j to 8j + 7 of the line in C order, the first in its lowest bit, 1 for +1.
+
+    `cubin.quantize` makes codes.
 
     Parameters
     ----------
     scales : float array, shape (k, \\*scale shape)
         The scale shape is () per tensor, the lengths of the channel axes in the order given per
         channel, and ``x.shape[:-1] + (n_groups,)`` per group.
-    signs : int8 array, shape (k, \\*x.shape)
-        -1 or +1, and 0 where an element has no code at that level. Where a residual is exactly 0,
-        the greedy solver gives -1, and those that refit the opposite of the sign of x: their codes
-        of -x are those of x, negated (`cubin.quantize`).
+    planes : uint8 array, shape (k, w, m)
+        For m lines of w bytes. Bits beyond the end of a line, and those of elements without a code
+        at the level, are 0.
     bits : int or integer array that broadcasts to x's shape
         The number of levels of each element; at most k.
+    shape : tuple of int
+        The shape of x.
     channel_axis : int or tuple of int, optional
     group_size : int, optional
 
     Attributes
     ----------
-    scales, signs, bits, channel_axis, group_size
+    scales, planes, bits, shape, channel_axis, group_size
         As above.
 
     Raises
@@ -46,14 +52,14 @@ class BinaryCode:
     TypeError
         If an argument has the wrong type, or NumPy and CuPy arrays are mixed.
     ValueError
-        If the shapes do not fit together.
+        If the shapes do not fit together, or a bit is set that stands for no sign.
 
     Examples
     --------
     >>> import numpy as np, cubin
     >>> code = cubin.quantize(np.array([-1.0, 3.0]), 2)
-    >>> code.scales, code.signs.tolist()
-    (array([2., 1.]), [[-1, 1], [1, 1]])
+    >>> code.scales, code.planes.tolist(), code.signs.tolist()
+    (array([2., 1.]), [[[2]], [[3]]], [[-1, 1], [1, 1]])
     >>> code.dequantize()
     array([-1.,  3.])
     """
@@ -63,48 +69,99 @@ class BinaryCode:
     def __init__(
         self,
         scales: Array,
-        signs: Array,
+        planes: Array,
         bits: Array,
+        *,
+        shape: Sequence[int],
         channel_axis: int | tuple[int, ...] | None = None,
         group_size: int | None = None,
     ) -> None:
+        parts = {"scales": scales, "planes": planes, "bits": bits}
+        self._library, (scales, planes, bits) = libraries.all_viewed(parts)
+        scales = arrays.as_floats("scales", scales)
+        libraries.library(scales, planes)  # not a mixture
+        planes = planes if libraries.on_device(planes) else np.asarray(planes)
+        if planes.dtype != np.uint8:
+            raise TypeError(f"planes must be uint8, got {planes.dtype}")
+        rows = rows_of(_shape_of(shape), channel_axis, group_size)
+        lines = lines_of(rows.shape)
+        if planes.ndim != 3 or planes.shape[1:] != (lines.width, lines.count):
+            raise ValueError(
+                f"planes of an array of shape {rows.shape} must have the shape "
+                f"(k, {lines.width}, {lines.count}), got {planes.shape}"
+            )
+        _check_scales(scales, len(planes), rows)
+        with libraries.current_device(scales):
+            entries, levels = as_entries(bits, rows.shape, scales, look=True)
+            if levels > len(planes):
+                raise ValueError(f"bits go up to {levels}, but there are {len(planes)} levels")
+            planes = libraries.library(planes).ascontiguousarray(planes)
+            _check_bits(planes, entries, rows)
+            self._fill(scales, planes, entries, rows)
+
+    @classmethod
+    def from_signs(
+        cls,
+        scales: Array,
+        signs: Array,
+        bits: Array,
+        *,
+        channel_axis: int | tuple[int, ...] | None = None,
+        group_size: int | None = None,
+    ) -> BinaryCode:
+        """The code of signs that are not packed.
+
+        Parameters
+        ----------
+        scales : float array, shape (k, \\*scale shape)
+        signs : int8 array, shape (k, \\*x.shape)
+            -1 or +1 where an element has a code at the level, else 0.
+        bits : int or integer array that broadcasts to x's shape
+        channel_axis : int or tuple of int, optional
+        group_size : int, optional
+
+        Raises
+        ------
+        TypeError, ValueError
+            As from the constructor; and if a sign is not what `bits` says.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> signs = np.array([[1, -1, 1], [1, 0, 0]], np.int8)
+        >>> code = cubin.BinaryCode.from_signs(np.array([2.0, 1.0]), signs, [2, 1, 1])
+        >>> code.dequantize()
+        array([ 3., -2.,  2.])
+        """
         parts = {"scales": scales, "signs": signs, "bits": bits}
-        self._library, (scales, signs, bits) = libraries.all_viewed(parts)
+        library, (scales, signs, bits) = libraries.all_viewed(parts)
         scales = arrays.as_floats("scales", scales)
         libraries.library(scales, signs)  # not a mixture
         signs = signs if libraries.on_device(signs) else np.asarray(signs)
         if signs.dtype != np.int8:
             raise TypeError(f"signs must be int8, got {signs.dtype}")
-        if signs.ndim == 0 or scales.ndim == 0 or len(signs) != len(scales):
-            raise ValueError(
-                f"scales of shape {scales.shape} and signs of shape {signs.shape} must both have "
-                "the levels as their first axis"
-            )
+        if signs.ndim == 0:
+            raise ValueError("signs must have the levels as their first axis, got a 0-d array")
         rows = rows_of(signs.shape[1:], channel_axis, group_size)
-        if scales.shape[1:] != rows.scale_shape:
-            raise ValueError(
-                f"scales have shape {scales.shape}, but signs of shape {signs.shape} with "
-                f"channel_axis={channel_axis} and group_size={group_size} need "
-                f"{(len(signs), *rows.scale_shape)}"
-            )
+        _check_scales(scales, len(signs), rows)
         with libraries.current_device(scales):
             entries, levels = as_entries(bits, rows.shape, scales, look=True)
             if levels > len(signs):
                 raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
-            self._fill(scales, signs, entries, rows)
+            return assemble(scales, packed(signs, entries), entries, rows).given_to(library)
 
     _library: libraries.Library | None = None
     """The library that the arrays are given in: all work is on NumPy's or CuPy's."""
 
-    def _fill(self, scales: Array, signs: Array, entries: Any, rows: Rows) -> None:
+    def _fill(self, scales: Array, planes: Array, entries: Any, rows: Rows) -> None:
         self._rows = rows
         self._scales = scales
-        self._signs = signs
+        self._planes = planes
         self._bits: Any = int(entries) if isinstance(entries, np.generic) else entries.copy()
         self.channel_axis = rows.channel_axis
         self.group_size = rows.group_size
 
-    def given_to(self, library: libraries.Library) -> BinaryCode:
+    def given_to(self, library: libraries.Library | None) -> BinaryCode:
         """The same code, with its arrays in another library; it shares the memory."""
         code = copy.copy(self)
         code._library = library
@@ -116,14 +173,38 @@ class BinaryCode:
         return libraries.given_back(self._scales, self._library)
 
     @property
-    def signs(self) -> Array:
-        """The signs, int8 of shape (k, \\*x.shape)."""
-        return libraries.given_back(self._signs, self._library)
+    def planes(self) -> Array:
+        """The packed signs, uint8 of shape (k, w, m)."""
+        return libraries.given_back(self._planes, self._library)
 
     @property
     def bits(self) -> Any:
         """The number of levels of each element: an int or a map."""
         return libraries.given_back(self._bits, self._library)
+
+    @property
+    def _entries(self) -> Any:
+        return self._bits if np.ndim(self._bits) else np.uint8(self._bits)
+
+    @property
+    def signs(self) -> Array:
+        """The signs, int8 of shape (k, \\*x.shape): unpacked each time they are asked for.
+
+        They are -1 or +1, and 0 where an element has no code at that level. Where a residual is
+        exactly 0, the greedy solver gives -1, and those that refit the opposite of the sign of x:
+        their codes of -x are those of x, negated (`cubin.quantize`).
+        """
+        signs = unpacked(self._planes, self._entries, self.shape)
+        return libraries.given_back(signs, self._library)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that planes, scales and a bit map take."""
+        return int(
+            self._planes.nbytes
+            + self._scales.nbytes
+            + (self._entries.nbytes if np.ndim(self._bits) else 0)
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -147,14 +228,11 @@ class BinaryCode:
 
     def dequantize(self) -> Array:
         """The approximation ``sum_i scales[i] * signs[i]``, in the shape and dtype of x."""
-        rows, dtype = self._rows, self._scales.dtype
-        work = floats.work_dtype(dtype)
         with libraries.current_device(self._scales, self._library):
-            y = libraries.result(self.shape, dtype, self._scales)
-            scales = conversions.rounded(self._scales, work)
-            scales = scales.reshape(len(self._scales), rows.count)
+            y = libraries.result(self.shape, self._scales.dtype, self._scales)
             if y.size:
-                passes.whole_rows(sum_signs, rows, (self._signs,), out=y, scales=scales)
+                decoding = Decoding(self._scales, self._planes, self._entries, self._rows)
+                decoding.write_all(y.reshape(decoding.lines.count, decoding.lines.length))
             return libraries.given_back(y, self._library)
 
     def __eq__(self, other: object) -> bool:
@@ -173,12 +251,12 @@ class BinaryCode:
         xp = libraries.library(self._scales)
         with libraries.current_device(self._scales):
             # Arrays on another device are copied to this one.
-            bits, scales, signs = map(xp.asarray, (other._bits, other._scales, other._signs))
+            bits, scales, planes = map(xp.asarray, (other._bits, other._scales, other._planes))
             wide = conversions.computable(self._scales)
             return (
                 bool((xp.asarray(self._bits) == bits).all())
                 and bool(xp.array_equal(wide, conversions.computable(scales), equal_nan=True))
-                and bool(xp.array_equal(self._signs, signs))
+                and bool(xp.array_equal(self._planes, planes))
             )
 
     def to_host(self) -> BinaryCode:
@@ -202,7 +280,7 @@ class BinaryCode:
     def _moved(self, move: Callable[[Array], Array]) -> BinaryCode:
         bits = self._bits if np.ndim(self._bits) == 0 else move(self._bits)
         entries = np.uint8(bits) if np.ndim(bits) == 0 else bits
-        return assemble(move(self._scales), move(self._signs), entries, self._rows)
+        return assemble(move(self._scales), move(self._planes), entries, self._rows)
 
     def _facts(self) -> list[tuple[str, str]]:
         granularity = "per tensor"
@@ -239,16 +317,80 @@ class BinaryCode:
         )
         return f"<table><caption>BinaryCode</caption>{cells}</table>"
 
+    # ------------------------------------------------------------ parts
+
+    def truncate(self, levels: int) -> BinaryCode:
+        """The code of the first levels alone; it shares the planes, and scales are not refitted.
+
+        Parameters
+        ----------
+        levels : int
+            0 to k. Elements with more bits have so many in the result.
+
+        Raises
+        ------
+        TypeError
+            If `levels` is no integer.
+        ValueError
+            If it lies outside 0 .. k.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> cubin.quantize(np.array([-1.0, 3.0]), 2).truncate(1).dequantize()
+        array([-2.,  2.])
+        """
+        count = arrays.as_integer("levels", levels)
+        if not 0 <= count <= len(self._planes):
+            raise ValueError(f"levels must lie in 0 .. {len(self._planes)}, got {count}")
+        with libraries.current_device(self._planes):
+            entries = np.minimum(self._entries, np.uint8(count))
+            code = assemble(self._scales[:count], self._planes[:count], entries, self._rows)
+            return code.given_to(self._library)
+
+    def __getitem__(self, lines: slice) -> BinaryCode:
+        """The code of some lines, ``code[3:5]`` as ``x[3:5]``: a view, which shares the planes.
+
+        Lines cannot be chosen one by one, nor can a code be transposed or reshaped: bytes of planes
+        belong to lines. `dequantize` comes first then.
+
+        Raises
+        ------
+        TypeError
+            If `lines` is no slice.
+        ValueError
+            If the array has a rank below 2, or the slice a step.
+        """
+        if not isinstance(lines, slice):
+            raise TypeError(f"a code takes a slice of its first axis, got {lines!r}")
+        if len(self.shape) < 2:
+            raise ValueError(f"a code of shape {self.shape} is one line, which cannot be cut")
+        start, stop, step = lines.indices(self.shape[0])
+        if step != 1:
+            raise ValueError(f"a code takes slices without a step, got {lines!r}")
+        cut = slice(start, max(start, stop))
+        shape = (cut.stop - cut.start, *self.shape[1:])
+        rows = rows_of(shape, self.channel_axis, self.group_size)
+        # The axes that number the rows are the first ones of `order`.
+        first = rows.order.index(0)
+        scales = self._scales
+        if first < len(rows.scale_shape):
+            scales = scales[(slice(None),) * (1 + first) + (cut,)]
+        entries = self._entries
+        if np.ndim(entries) == len(shape) and entries.shape[0] > 1:
+            entries = entries[cut]
+        code = assemble(scales, self._planes[..., cut], entries, rows)
+        return code.given_to(self._library)
+
     # ------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the code to a file, one bit per sign.
+        """Write the code to a file: as ``.safetensors`` if its name ends so, else as ``.npz``.
 
-        The file is an uncompressed ``.npz`` archive of the arrays ``scales``, ``signs`` (bits
-        packed along the last of two axes, levels by elements in C order), ``bits`` (int or
-        uint8 map) and ``layout`` (JSON); nothing in it is pickled. Scales of bfloat16, which such
-        archives do not have, are their bit patterns in uint16, and the layout says ``"scales":
-        "bfloat16"``.
+        The arrays are ``scales``, ``planes`` and ``bits``; nothing is pickled. A bit map is packed
+        to its entropy, and only the signs that exist are stored then. In an ``.npz`` archive, which
+        is not compressed, ``layout`` (JSON) has the shape and the granularity; in ``.safetensors``
+        the metadata has. `save_all` describes that format.
 
         An existing file is replaced only once the new one is complete and on the disk. Until then
         the new file lies in the same folder, as ``cubin-*.part``. It takes over the permissions of
@@ -265,20 +407,20 @@ class BinaryCode:
         Raises
         ------
         ValueError
-            If there are more than 16 levels, or none for more than 2^32 elements, or the signs are
-            not -1 or +1 exactly where `bits` has a code: one bit per sign could not hold them. If
-            `path` is a folder or a device.
+            If there are more than 16 levels, or far more elements than the file has bits: none of
+            2^32 elements have a level, say. If `path` is a folder or a device.
         """
         from cubin.codes import files  # here, since zipfile and json take long to import
 
-        with libraries.current_device(self._signs, self._library):
-            files.write(
-                path, self._scales, self._signs, self._bits, self.channel_axis, self.group_size
-            )
+        with libraries.current_device(self._planes, self._library):
+            files.write(path, {"": self.to_host()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BinaryCode:
         """Read a code that `save` wrote, as NumPy arrays.
+
+        The arrays of a ``.safetensors`` file are read-only views of the file, which is mapped into
+        memory: it is read when they are used.
 
         Parameters
         ----------
@@ -293,20 +435,98 @@ class BinaryCode:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is damaged, truncated or no BinaryCode. Sizes are checked against the
-            file's own length before anything is allocated, members of other names or of the same
-            name are refused, and nothing is unpickled.
+            If the file is damaged, truncated or no BinaryCode, or holds several. Sizes are checked
+            against the file's own length before anything is allocated, members of other names or
+            of the same name are refused, and nothing is unpickled.
         """
+        codes = cls.load_all(path)
+        if len(codes) != 1:
+            raise ValueError(f"{os.fspath(path)!r} holds {len(codes)} codes: use load_all")
+        return next(iter(codes.values()))
+
+    @staticmethod
+    def save_all(path: str | os.PathLike[str], codes: Mapping[str, BinaryCode]) -> None:
+        """Write several codes to one ``.safetensors`` file, as `save` writes one.
+
+        The tensors of a code are ``<name>.scales``, ``<name>.planes`` and ``<name>.bits``, of a
+        code with the name "" ``scales``, ``planes`` and ``bits``. The metadata has ``format`` and,
+        as JSON, ``codes``: for each name the shape, channel axis, group size and levels, and the
+        shape of a map.
+
+        Parameters
+        ----------
+        path : str or path
+            Its name ends on ``.safetensors``.
+        codes : mapping of str to BinaryCode
+
+        Raises
+        ------
+        TypeError
+            If a value is no BinaryCode, or a name no string.
+        ValueError
+            As from `save`, or if the name of the file ends otherwise.
+        """
+        if not os.fspath(path).endswith(".safetensors"):
+            raise ValueError(f"path must end on .safetensors, got {os.fspath(path)!r}")
+        for name, code in codes.items():
+            if not isinstance(name, str) or not isinstance(code, BinaryCode):
+                raise TypeError(f"codes must map names to codes, got {name!r}: {type(code)}")
         from cubin.codes import files
 
-        return cls(**files.read(path))
+        files.write(path, {name: code.to_host() for name, code in codes.items()})
+
+    @classmethod
+    def load_all(cls, path: str | os.PathLike[str]) -> dict[str, BinaryCode]:
+        """Read all codes of a file, by their names; errors as those of `load`."""
+        from cubin.codes import files
+
+        codes = {}
+        for name, arguments in files.read(path).items():
+            make = cls.from_signs if "signs" in arguments else cls
+            try:
+                codes[name] = make(**arguments)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{os.fspath(path)!r} is no intact BinaryCode: {error}") from error
+        return codes
 
 
-def assemble(scales: Array, signs: Array, entries: Any, rows: Rows) -> BinaryCode:
+def assemble(scales: Array, planes: Array, entries: Any, rows: Rows) -> BinaryCode:
     """A code whose parts are known to fit. They are not checked, which would wait for a device.
 
     `entries` are the bits, a uint8 scalar or a uint8 array that broadcasts to the shape.
     """
     code = BinaryCode.__new__(BinaryCode)
-    code._fill(scales, signs, entries, rows)
+    code._fill(scales, planes, entries, rows)
     return code
+
+
+def _shape_of(shape: Sequence[int]) -> tuple[int, ...]:
+    lengths = tuple(arrays.as_integer("shape", n) for n in shape)
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"shape must hold no negative length, got {lengths}")
+    return lengths
+
+
+def _check_scales(scales: Array, levels: int, rows: Rows) -> None:
+    if scales.shape != (levels, *rows.scale_shape):
+        raise ValueError(
+            f"scales have shape {scales.shape}, but {levels} levels of an array of shape "
+            f"{rows.shape} with channel_axis={rows.channel_axis} and group_size={rows.group_size} "
+            f"need {(levels, *rows.scale_shape)}"
+        )
+
+
+def _check_bits(planes: Array, entries: Any, rows: Rows) -> None:
+    """ValueError where a bit is set that stands for no sign."""
+    lines = lines_of(rows.shape)
+    beyond = lines.length % 8
+    if beyond and lines.count and bool((planes[:, -1] >> np.uint8(beyond)).any()):
+        raise ValueError("planes must hold 0 in the bits beyond the end of a line")
+    for level, plane in enumerate(planes if planes.size else ()):
+        if not np.ndim(entries) and level < entries:
+            continue
+        hot = coded(entries, level, rows.shape, planes) if np.ndim(entries) else np.uint8(0)
+        if bool((plane & ~hot).any()):
+            raise ValueError(
+                f"planes must hold 0 at level {level} where bits are not more than {level}"
+            )

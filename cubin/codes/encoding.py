@@ -1,21 +1,24 @@
-"""Encoding: scales and signs of an array while a solver fills them in."""
+"""Encoding: scales and planes of an array while a solver fills them in."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 
 from cubin.codes.levels import level_signs
-from cubin.core import floats, libraries, passes
+from cubin.codes.planes import pack_signs
+from cubin.core import floats, libraries, memory, passes
 from cubin.core.libraries import Array
+from cubin.core.lines import box_of, lines_of
 from cubin.core.passes import Part
 from cubin.core.primitives import Raw
 from cubin.core.rows import Rows
 
 
 class Encoding:
-    """Scales and signs of an array, filled in by one primitive or part by part.
+    """Scales and planes of an array, filled in by one primitive or part by part.
 
     Parameters
     ----------
@@ -27,19 +30,26 @@ class Encoding:
     Attributes
     ----------
     scales : array in the work dtype, shape (levels, rows)
-    signs : array of int8, shape (levels, *x.shape)
+    planes : array of uint8, shape (levels, width, lines)
     """
 
     def __init__(self, x: Array, levels: int, rows: Rows) -> None:
         self.rows = rows
-        xp = libraries.library(x)
+        self._lines = lines = lines_of(x.shape)
+        self._xp = xp = libraries.library(x)
         self.scales = xp.zeros((levels, rows.count), floats.work_dtype(x.dtype))
+        self.planes = xp.zeros((levels, lines.width, lines.count), np.uint8)
         self._unpack = passes.form(level_signs, x)
-        self.signs = libraries.result((levels, *x.shape), np.int8, x)
+        self._pack = passes.form(pack_signs, x)
+        self._lock = threading.Lock()
 
     def fill(self, primitive: Raw, inputs: Any, *static: Any) -> None:
-        """Run a primitive on whole rows, which writes all scales and signs."""
-        passes.whole_rows(primitive, self.rows, inputs, *static, out=self.signs, scales=self.scales)
+        """Run a primitive on whole rows, which finds all scales and signs."""
+
+        def place(part: Part, signs: Array) -> None:
+            self._place(part, slice(None), signs)
+
+        passes.for_each_whole_rows(place, primitive, self.rows, inputs, *static, scales=self.scales)
 
     def store(self, part: Part, code: Array, bits: Any, scales: list[Array]) -> None:
         """Write the signs and scales of a part.
@@ -53,11 +63,38 @@ class Encoding:
         scales : list of array, shape (rows, 1)
             For each level.
         """
-        view = self.rows.view(self.signs, lead=1)
+        on_device = libraries.on_device(code)
         for level, scale in enumerate(scales):
             self.scales[level, part.rows] = scale[:, 0]
+            if on_device:
+                sign = self._xp.empty((1, *code.shape), np.int8)
+            else:
+                sign = memory.scratch("signs", (1, *code.shape), np.int8)
+            self._unpack(code, bits, np.uint8(level), sign=sign[0])
+            self._place(part, slice(level, level + 1), sign)
 
-            def unpack(flat: Array, level: int = level) -> None:
-                self._unpack(code, bits, np.uint8(level), sign=flat)
-
-            passes.write(unpack, view[(level, *part.block)], code.shape)
+    def _place(self, part: Part, levels: slice, signs: Array) -> None:
+        """Pack the signs, (levels, rows, n), of a part."""
+        if not signs.size:
+            return
+        box = box_of(part.block, self.rows)
+        lines, run = box.in_lines(signs), box.run()
+        if run is not None:
+            first, last = run.start // 8, -(-run.stop // 8)
+            if not run.start % 8 and (not run.stop % 8 or run.stop == self._lines.length):
+                self._pack(lines, planes=self.planes[levels, first:last, box.lines])
+                return
+            at: Any = slice(run.start - 8 * first, run.stop - 8 * first)
+        else:
+            positions = box.positions()
+            first, last = int(positions[0]) // 8, int(positions[-1]) // 8 + 1
+            at = self._xp.asarray(positions - 8 * first)
+        # Other parts may have elements of the same bytes.
+        count = lines.shape[1]
+        for level, of_level in zip(range(*levels.indices(len(self.planes))), lines, strict=True):
+            spread = self._xp.zeros((1, count, 8 * (last - first)), np.int8)
+            spread[0][:, at] = of_level
+            packed = self._xp.empty((1, last - first, count), np.uint8)
+            self._pack(spread, planes=packed)
+            with self._lock:
+                self.planes[level, first:last, box.lines] |= packed[0]

@@ -4,107 +4,74 @@ from __future__ import annotations
 
 import contextlib
 import json
+import lzma
 import math
 import os
 import re
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from cubin.core import arrays, floats, libraries, memory
+from cubin.core import arrays, floats
 from cubin.core.bits import MAX_BITS, as_entries
-from cubin.core.rows import rows_of
+from cubin.core.lines import lines_of
+from cubin.core.rows import Rows, rows_of
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_FORMAT = "cubin.BinaryCode/1"
-_DTYPES = {"layout": "B", "scales": "efdH", "bits": "B", "signs": "B"}
+_FORMAT = "cubin.BinaryCode/2"
+_FORMER = "cubin.BinaryCode/1"
+_MEMBERS = {"layout": "B", "scales": "efdH", "bits": "B"}
 """The members and the characters of their dtypes. Scales of bfloat16, which the format of NumPy's
 arrays does not have, are written as their bit patterns, and the layout says so."""
 
 _PATTERNS = "bfloat16"
 
-_BLOCK = 1 << 16
-"""Elements that are packed or unpacked at a time: a multiple of 8, and few enough for the cache."""
-
-_EIGHT_SIGNS = (
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).view(np.int8) * 2 - 1
-).view(np.uint64)[:, 0]
-"""The signs that each byte holds, as one number of 64 bits."""
-
 _LONGEST_LAYOUT = 1 << 16
 """Bytes of the longest layout that is read. One of 64 axes has some thousands."""
+
+_LONGEST_HEADER = 100_000_000
+"""Bytes of the longest header of a ``.safetensors`` file, as that format has it."""
 
 _MOST_WITHOUT_LEVELS = 1 << 32
 """Elements of the largest array of 0 levels. Its file holds no data, so that a small damaged file
 could otherwise stand for an array of any size."""
 
+_EXPANSION = 1 << 9
+"""A byte of a packed map stands for up to so many entries. Packed maps are filled up to that with
+zeros, so that a small damaged file cannot stand for a map of any size."""
 
-def write(
-    path: str | os.PathLike[str],
-    scales: Any,
-    signs: Any,
-    bits: Any,
-    channel_axis: int | tuple[int, ...] | None,
-    group_size: int | None,
-) -> None:
-    """Write a code to a file: see `BinaryCode.save`."""
-    signs, entries = libraries.to_host(signs), libraries.to_host(bits)
-    shape = signs.shape[1:]
-    if len(signs) > MAX_BITS:
-        raise ValueError(f"a file holds up to {MAX_BITS} levels, got {len(signs)}")
-    _check_size(len(signs), shape)
-    layout = {
-        "format": _FORMAT,
-        "shape": list(shape),
-        "channel_axis": channel_axis,
-        "group_size": group_size,
-    }
-    scales = np.asarray(libraries.to_host(scales), order="C")
-    if scales.dtype.name == _PATTERNS:
-        layout["scales"], scales = _PATTERNS, floats.as_integers(scales)
-    members: dict[str, Any] = {
-        "layout": np.frombuffer(json.dumps(layout).encode(), np.uint8),
-        "scales": scales,
-        "bits": np.asarray(entries, np.uint8, order="C"),
-    }
-    with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, member in members.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array(stream, member, version=(1, 0), allow_pickle=False)
-        packed = (len(signs), -(-math.prod(shape) // 8))
-        header = {"descr": "|u1", "fortran_order": False, "shape": packed}
-        with archive.open("signs.npy", "w", force_zip64=True) as stream:
-            np.lib.format.write_array_header_1_0(stream, header)
-            for level, sign in enumerate(signs):
-                for piece in _packed(level, sign, entries):
-                    stream.write(piece)
+_FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 20, "lc": 0, "lp": 0, "pb": 0}]
+"""How maps are packed. Bits that repeat nothing come within 2 % of their entropy."""
+
+_TENSORS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "U8": "|u1"}
+"""The dtypes of safetensors, as NumPy reads them: bfloat16 as its bit patterns."""
 
 
-def _packed(level: int, sign: np.ndarray, entries: np.ndarray) -> Iterator[bytes]:
-    """The signs of a level as bits, some at a time; ValueError where they are not -1 or +1, or 0
-    where `entries` has no code."""
-    flat = sign.reshape(-1)
-    coded = entries > level
-    if entries.ndim:
-        coded = np.broadcast_to(coded, sign.shape).reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
-        piece = flat[start : start + _BLOCK]
-        if not (np.abs(piece) == (coded[start : start + _BLOCK] if entries.ndim else coded)).all():
-            raise ValueError(
-                f"signs of level {level} must be -1 or +1 where bits > {level}, else 0"
-            )
-        yield np.packbits(piece > 0).tobytes()
+def write(path: str | os.PathLike[str], codes: Mapping[str, Any]) -> None:
+    """Write codes in NumPy arrays to a file: see `BinaryCode.save` and `save`."""
+    packed = {name: _pack(code) for name, code in codes.items()}
+    if os.fspath(path).endswith(".safetensors"):
+        with _replacing(path) as file:
+            _write_tensors(file, packed)
+        return
+    ((layout, held),) = packed.values()
+    members: dict[str, Any] = held
+    text = np.frombuffer(json.dumps({"format": _FORMAT, **layout}).encode(), np.uint8)
+    with _replacing(path) as file:
+        np.savez(file, layout=text, **members)
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The arguments of `BinaryCode` that a file holds, as NumPy arrays.
+def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The arguments of each `BinaryCode` that a file holds, as NumPy arrays, by its name.
+
+    The name in an archive is empty. Files of format 1 have ``signs`` in place of ``planes``.
 
     Raises
     ------
@@ -113,19 +80,257 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with open(path, "rb") as file:
         try:
-            return _decode(_read_members(file))
+            if os.fspath(path).endswith(".safetensors"):
+                return _read_tensors(file)
+            members = _read_members(file)
+            if members["layout"].nbytes > _LONGEST_LAYOUT:
+                raise ValueError(f"its layout has {members['layout'].nbytes} bytes")
+            layout = json.loads(members.pop("layout").tobytes(), object_pairs_hook=_once)
+            if not isinstance(layout, dict):
+                raise ValueError("its layout is of another format")
+            if layout.get("format") == _FORMER and "signs" in members:
+                return {"": _decode(layout, members)}
+            if layout.get("format") != _FORMAT or "planes" not in members:
+                raise ValueError("its layout is of another format")
+            return {"": _unpack(layout, members)}
         # Damage raises many kinds of errors: of tokenize, MemoryError for a shape, ...
         except Exception as error:
             raise ValueError(f"{os.fspath(path)!r} is no intact BinaryCode: {error}") from error
 
 
-def _check_size(levels: int, shape: tuple[int, ...]) -> None:
-    """ValueError where a code of no levels has more elements than a file may stand for."""
-    if not levels and math.prod(max(n, 1) for n in shape) > _MOST_WITHOUT_LEVELS:
+def _check_size(levels: int, shape: tuple[int, ...], nbytes: int) -> None:
+    """ValueError where a code has far more elements than a file of so many bytes may stand for."""
+    size = math.prod(max(n, 1) for n in shape)
+    if not levels and size > _MOST_WITHOUT_LEVELS:
         raise ValueError(
             f"a file without levels stands for up to {_MOST_WITHOUT_LEVELS} elements, "
             f"got the shape {shape}"
         )
+    if levels and size > _EXPANSION * max(nbytes, 1 << 16):
+        raise ValueError(
+            f"a file stands for up to {_EXPANSION} elements a byte, got {nbytes} bytes for the "
+            f"shape {shape}"
+        )
+
+
+# ---------------------------------------------------------------- one code
+
+
+def _pack(code: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What JSON says about a code in a file, and the arrays that the file has.
+
+    Without a map the planes are stored as they are. With one, only the signs that exist are: level
+    by level, in the order of the elements. Scales of levels that no element of a row has are left
+    out if all of them are 0.
+    """
+    shape, rows = code.shape, rows_of(code.shape, code.channel_axis, code.group_size)
+    scales, planes, bits = code.scales, code.planes, code.bits
+    levels = len(planes)
+    if levels > MAX_BITS:
+        raise ValueError(f"a file holds up to {MAX_BITS} levels, got {levels}")
+    layout = {
+        "shape": list(shape),
+        "channel_axis": code.channel_axis,
+        "group_size": code.group_size,
+        "levels": levels,
+    }
+    if np.ndim(bits):
+        layout["map"] = list(bits.shape)
+        used = _used(bits, rows, levels)
+        layout["used"] = not (scales.astype(bool) & ~used).any()
+        scales = scales[used] if layout["used"] else scales
+        planes = _existing(planes, bits, shape)
+        bits = _packed_map(bits, levels)
+    _check_size(levels, shape, planes.nbytes + bits.nbytes)
+    if scales.dtype.name == _PATTERNS:
+        layout["scales"], scales = _PATTERNS, floats.as_integers(scales)
+    held = {"scales": scales, "bits": np.asarray(bits, np.uint8), "planes": planes}
+    return layout, {name: np.asarray(array, order="C") for name, array in held.items()}
+
+
+def _unpack(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The arguments of `BinaryCode` from what a file has. No array is larger than that allows."""
+    shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
+    levels = arrays.as_integer("levels", layout["levels"])
+    axis, group_size = layout["channel_axis"], layout["group_size"]
+    axis = tuple(axis) if isinstance(axis, list) else axis
+    scales, bits, planes = _scales(members["scales"], layout), members["bits"], members["planes"]
+    if len(shape) > 63 or min(shape, default=0) < 0 or not 0 <= levels <= MAX_BITS:
+        raise ValueError(f"shape {shape} with {levels} levels is no shape of a code")
+    _check_size(levels, shape, planes.nbytes + bits.nbytes)
+    rows, lines = rows_of(shape, axis, group_size), lines_of(shape)
+    if "map" in layout:
+        of_map = tuple(arrays.as_integer("map", n) for n in layout["map"])
+        if min(of_map, default=0) < 0:
+            raise ValueError(f"map of shape {of_map} is no map")
+        bits = _unpacked_map(bits, of_map, levels)
+        arrays.check_broadcasts("map", bits, shape)
+        if layout["used"]:
+            used = _used(bits, rows, levels)
+            if scales.shape != (np.count_nonzero(used),):
+                raise ValueError(f"scales of shape {scales.shape} are not those of the map")
+            full = np.zeros(used.shape, scales.dtype)
+            full[used] = scales
+            scales = full
+        planes = _spread(planes, bits, shape, levels)
+    elif bits.shape != ():
+        raise ValueError(f"bits of shape {bits.shape} are no number")
+    if planes.shape != (levels, lines.width, lines.count):
+        raise ValueError(f"planes of shape {planes.shape} do not fit the shape {shape}")
+    if scales.shape != (levels, *rows.scale_shape):
+        raise ValueError(f"scales of shape {scales.shape} do not fit the shape {shape}")
+    return {
+        "scales": scales,
+        "planes": planes,
+        "bits": int(bits) if bits.ndim == 0 else bits,
+        "shape": shape,
+        "channel_axis": axis,
+        "group_size": group_size,
+    }
+
+
+def _scales(stored: np.ndarray, layout: dict[str, Any]) -> np.ndarray:
+    """The scales of a file: what it holds, or bfloat16 of these patterns."""
+    patterns = stored.dtype.kind == "u"
+    if layout.get("scales") != (_PATTERNS if patterns else None):
+        raise ValueError(
+            f"its layout says that scales are {layout.get('scales')!r}, but they are {stored.dtype}"
+        )
+    return stored.astype(np.uint16, copy=False).view(floats.bfloat16()) if patterns else stored
+
+
+def _used(bits: np.ndarray, rows: Rows, levels: int) -> np.ndarray:
+    """Which scales, (levels, *scale shape), some element has."""
+    inner = tuple(range(len(rows.scale_shape), len(rows.order)))
+    most = rows.view(np.broadcast_to(bits, rows.shape)).max(axis=inner, initial=0)
+    return most > np.arange(levels).reshape(-1, *(1,) * most.ndim)
+
+
+def _packed_map(bits: np.ndarray, levels: int) -> np.ndarray:
+    """A map as bytes: for each level, of the entries with so many bits, which have more."""
+    packer = lzma.LZMACompressor(lzma.FORMAT_RAW, filters=_FILTER)
+    left, parts = bits.ravel(), []
+    for level in range(levels):
+        parts.append(packer.compress(np.packbits(left > level).tobytes()))
+        left = left[left > level]
+    parts.append(packer.flush())
+    return np.frombuffer(b"".join(parts).ljust(-(-bits.size // _EXPANSION), b"\0"), np.uint8)
+
+
+def _unpacked_map(packed: np.ndarray, shape: tuple[int, ...], levels: int) -> np.ndarray:
+    size = math.prod(shape)
+    if packed.ndim != 1 or size > _EXPANSION * packed.size:
+        raise ValueError(f"a map of {packed.size} bytes does not hold the shape {shape}")
+    unpacker, data = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTER), packed.tobytes()
+    bits, left = np.zeros(size, np.uint8), np.arange(size)
+    for _ in range(levels):
+        wanted, content = -(-len(left) // 8), b""
+        while len(content) < wanted:
+            if unpacker.eof or (unpacker.needs_input and not data):
+                raise ValueError("its map is truncated")
+            content += unpacker.decompress(data, wanted - len(content))
+            data = b""
+        more = np.unpackbits(np.frombuffer(content, np.uint8), count=len(left)).view(np.bool_)
+        left = left[more]
+        bits[left] += 1
+    return bits.reshape(shape)
+
+
+def _existing(planes: np.ndarray, bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The bits of planes where elements have codes, packed: level by level, in C order."""
+    parts, lines = [], lines_of(shape)
+    depths = np.broadcast_to(bits, shape).reshape(lines.count, lines.length)
+    for level, plane in enumerate(planes):
+        held = np.unpackbits(np.ascontiguousarray(plane.T), 1, lines.length, "little")
+        parts.append(np.packbits(held[depths > level], bitorder="little"))
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+
+
+def _spread(
+    packed: np.ndarray, bits: np.ndarray, shape: tuple[int, ...], levels: int
+) -> np.ndarray:
+    lines = lines_of(shape)
+    depths = np.broadcast_to(bits, shape).reshape(lines.count, lines.length)
+    counts = [int(np.count_nonzero(depths > level)) for level in range(levels)]
+    if packed.shape != (sum(-(-count // 8) for count in counts),):
+        raise ValueError(f"signs of {packed.size} bytes are not those of the map")
+    planes, at = np.zeros((levels, lines.width, lines.count), np.uint8), 0
+    for level, count in enumerate(counts):
+        stop = at - (-count // 8)
+        held = np.zeros((lines.count, lines.length), np.uint8)
+        held[depths > level] = np.unpackbits(packed[at:stop], count=count, bitorder="little")
+        planes[level] = np.packbits(held, axis=1, bitorder="little").T
+        at = stop
+    return planes
+
+
+# ---------------------------------------------------------------- .safetensors
+
+
+def _write_tensors(file: BinaryIO, packed: Mapping[str, Any]) -> None:
+    """Write the format of safetensors: the length of a header of JSON, the header, the data."""
+    names = {kind: name for name, kind in _TENSORS.items()}
+    layouts = {name: layout for name, (layout, _) in packed.items()}
+    metadata = {"format": _FORMAT, "codes": json.dumps(layouts)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    tensors = [(f"{name}.{part}" if name else part, array)
+               for name, (_, held) in packed.items() for part, array in held.items()]  # fmt: skip
+    # The widest numbers come first, so that all of them are aligned.
+    tensors.sort(key=lambda pair: -pair[1].itemsize)
+    start = 0
+    for name, array in tensors:
+        kind = names[array.dtype.newbyteorder("<").str if array.itemsize > 1 else array.dtype.str]
+        stop = start + array.nbytes
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, array in tensors:
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        file.write(np.ascontiguousarray(little).data)
+
+
+def _read_tensors(file: BinaryIO) -> dict[str, dict[str, Any]]:
+    """The arrays are views of the file, which is mapped into memory read-only."""
+    length = os.fstat(file.fileno()).st_size
+    size = int.from_bytes(file.read(8), "little")
+    if length < 8 or size > min(length - 8, _LONGEST_HEADER):
+        raise ValueError(f"a header of {size} bytes goes beyond the file's end")
+    header = json.loads(file.read(size), object_pairs_hook=_once)
+    metadata = header.pop("__metadata__")
+    if metadata.get("format") != _FORMAT:
+        raise ValueError("it is of another format")
+    layouts = json.loads(metadata["codes"], object_pairs_hook=_once)
+    data = np.memmap(file, np.uint8, "r", 8 + size) if length > 8 + size else np.zeros(0, np.uint8)
+    members, reached = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = (arrays.as_integer(name, n) for n in entry["data_offsets"])
+        shape = tuple(arrays.as_integer(name, n) for n in entry["shape"])
+        dtype = np.dtype(_TENSORS[entry["dtype"]])
+        if start != reached or stop > data.size or min(shape, default=0) < 0:
+            raise ValueError(f"{name} does not lie in the file")
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} of shape {shape} does not fit its {stop - start} bytes")
+        members[name] = data[start:stop].view(dtype).reshape(shape).view(np.ndarray)
+        reached = stop
+    if reached != data.size:
+        raise ValueError("bytes follow the last tensor")
+    codes = {}
+    for name, layout in layouts.items():
+        parts = {part: members.pop(f"{name}.{part}" if name else part)
+                 for part in ("scales", "bits", "planes")}  # fmt: skip
+        if parts["scales"].dtype.char not in _MEMBERS["scales"] or any(
+            parts[part].dtype != np.uint8 for part in ("bits", "planes")
+        ):
+            raise ValueError(f"{name} has an unexpected dtype")
+        codes[name] = _unpack(layout, parts)
+    if members:
+        raise ValueError(f"{', '.join(members)} are of no code")
+    return codes
+
+
+# ---------------------------------------------------------------- writing
 
 
 @contextlib.contextmanager
@@ -194,16 +399,23 @@ def _remove_abandoned(folder: str) -> None:
 _PART = re.compile(r"cubin-[0-9a-f]{16}\.part")
 
 
+# ---------------------------------------------------------------- archives
+
+
 def _read_members(file: Any) -> dict[str, np.ndarray]:
     length = os.fstat(file.fileno()).st_size
     members = {}
     with zipfile.ZipFile(file) as archive:
         # NumPy 2.0 wrote an option that it did not know as one more member.
         entries = [info for info in archive.infolist() if info.filename != "allow_pickle.npy"]
-        if sorted(info.filename for info in entries) != sorted(f"{name}.npy" for name in _DTYPES):
-            raise ValueError(f"its members are not one each of {', '.join(_DTYPES)}")
+        # Format 1 has signs, packed in the order of the elements, in place of planes.
+        found = sorted(info.filename for info in entries)
+        last = "signs" if "signs.npy" in found else "planes"
+        wanted = _MEMBERS | {last: "B"}
+        if found != sorted(f"{name}.npy" for name in wanted):
+            raise ValueError(f"its members are not one each of {', '.join(wanted)}")
         named = {info.filename.removesuffix(".npy"): info for info in entries}
-        for name, dtypes in _DTYPES.items():
+        for name, dtypes in wanted.items():
             info = named[name]
             # Stored members cannot be larger than the file: no bomb, no false size.
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
@@ -227,7 +439,7 @@ def _read_members(file: Any) -> dict[str, np.ndarray]:
                 content = member.read()
             if len(content) != expected:
                 raise ValueError(f"{name} is truncated")
-            members[name] = np.frombuffer(content, dtype).reshape(shape)
+            members[name] = np.frombuffer(content, dtype).reshape(shape).copy()
     return members
 
 
@@ -238,27 +450,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _scales(stored: np.ndarray, layout: dict[str, Any]) -> np.ndarray:
-    """The scales of a file: what it holds, or bfloat16 of these patterns."""
-    patterns = stored.dtype.kind == "u"
-    if layout.get("scales") != (_PATTERNS if patterns else None):
-        raise ValueError(
-            f"its layout says that scales are {layout.get('scales')!r}, but they are {stored.dtype}"
-        )
-    return stored.astype(np.uint16).view(floats.bfloat16()) if patterns else stored
-
-
-def _decode(members: dict[str, np.ndarray]) -> dict[str, Any]:
-    if members["layout"].nbytes > _LONGEST_LAYOUT:
-        raise ValueError(f"its layout has {members['layout'].nbytes} bytes")
-    layout = json.loads(members["layout"].tobytes(), object_pairs_hook=_once)
-    if not isinstance(layout, dict) or layout.get("format") != _FORMAT:
-        raise ValueError("its layout is of another format")
+def _decode(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The arguments of `BinaryCode.from_signs` from a file of format 1."""
     shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
     axis, group_size = layout["channel_axis"], layout["group_size"]
     axis = tuple(axis) if isinstance(axis, list) else axis
-    bits = members["bits"].copy()  # writable, and aligned
-    scales, packed = _scales(members["scales"], layout).copy(), members["signs"]
+    bits = members["bits"]
+    scales, packed = _scales(members["scales"], layout), members["signs"]
     size = math.prod(shape)
     if len(shape) > 64 or min(shape, default=0) < 0 or scales.ndim == 0:
         raise ValueError(f"shape {shape} is no shape of an array")
@@ -267,25 +465,19 @@ def _decode(members: dict[str, np.ndarray]) -> dict[str, Any]:
         raise ValueError(
             f"signs of shape {packed.shape} do not hold {levels} levels of {size} elements"
         )
-    _check_size(levels, shape)
+    if not levels:
+        _check_size(levels, shape, 0)
     rows = rows_of(shape, axis, group_size)
     if scales.shape != (levels, *rows.scale_shape):
         raise ValueError(f"scales of shape {scales.shape} do not fit the shape {shape}")
     limits, most = as_entries(bits, shape, scales)
     if most > levels:
         raise ValueError(f"bits go up to {most}, but there are {levels} levels")
-    signs = memory.empty((levels, size), np.int8)
-    for level, sign in enumerate(signs):
-        for start in range(0, size, _BLOCK):
-            piece = sign[start : start + _BLOCK]
-            eights = _EIGHT_SIGNS.take(
-                packed[level, start // 8 : (start + _BLOCK) // 8], mode="clip"
-            )
-            piece[...] = eights.view(np.int8)[: piece.size]
-    signs = signs.reshape(levels, *shape)
+    positive = np.unpackbits(packed, axis=1, count=size).reshape(levels, *shape)
+    signs = positive.view(np.int8)
+    np.subtract(np.add(signs, signs, out=signs), 1, out=signs)
     for level in range(levels):
-        if most <= level or np.ndim(limits):
-            np.multiply(signs[level], np.greater(limits, level), out=signs[level, ...])
+        np.multiply(signs[level], np.greater(limits, level), out=signs[level, ...])
     return {
         "scales": scales,
         "signs": signs,

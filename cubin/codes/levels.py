@@ -1,13 +1,12 @@
-"""Primitives of levels: from packed codes to signs, and from signs or codes to approximations."""
+"""Primitives of levels: from packed codes to signs and to approximations."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from cubin.core import floats, libraries, memory
+from cubin.core import floats
 from cubin.core.floats import as_integers, where
-from cubin.core.libraries import Array
-from cubin.core.primitives import C_TYPES, FLOATS, Launch, elementwise, raw, source
+from cubin.core.primitives import FLOATS, elementwise
 
 
 @elementwise(
@@ -28,38 +27,6 @@ def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: 
     np.subtract(sign, 1, out=sign)
     if np.ndim(bits) or level >= bits:
         np.multiply(sign, np.greater(bits, level), out=sign)
-
-
-def _launch(signs: Array, scales: Array, y: Array) -> Launch:
-    # Callers hand over views in any layout; the kernel finds signs and scales by their number.
-    xp = libraries.library(signs)
-    signs, scales = xp.ascontiguousarray(signs), xp.ascontiguousarray(scales)
-    threads = 256
-    sizes = (np.int64(y.shape[0]), np.int64(y.shape[1]), np.int32(len(scales)))
-    template = (C_TYPES[y.dtype.char], C_TYPES[scales.dtype.char])
-    grid = min(max(1, -(-y.size // threads)), 1 << 16)
-    return Launch(template, grid, threads, (signs, scales, y, *sizes))
-
-
-@raw(
-    "int8 signs, W scales", "T y", code=source(__file__), launch=_launch, types=FLOATS, looped=True
-)
-def sum_signs(signs: np.ndarray, scales: np.ndarray, *, y: np.ndarray) -> None:
-    """The sum over levels of signs, (levels, rows, n), times scales, (levels, rows, 1).
-
-    Where a sign is 0 the scale does not count, even if it is NaN.
-    """
-    total = y if y.dtype == scales.dtype else memory.scratch("total", y.shape, scales.dtype)
-    step = memory.scratch("step", y.shape, scales.dtype)
-    finite = np.count_nonzero(np.isfinite(scales)) == scales.size
-    total[...] = 0
-    for scale, sign in zip(scales, signs, strict=True):
-        np.multiply(scale, sign, out=step)
-        if not finite:
-            where(sign != 0, step, out=step)
-        np.add(total, step, out=total)
-    if total is not y:
-        y[...] = total
 
 
 _CUDA = """

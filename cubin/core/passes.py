@@ -10,16 +10,18 @@ of the rows alone, so that results are the same every time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cubin.core import floats, libraries, progress, teams
+from cubin.core import floats, libraries, memory, progress, teams
 from cubin.core.bits import Bits
 from cubin.core.host import blocks
 from cubin.core.libraries import Array
+from cubin.core.lines import Lines
 from cubin.core.primitives import Elementwise, Primitive, Raw, Reduction
 from cubin.core.rows import Rows
 
@@ -35,6 +37,11 @@ SEARCHED_ON_DEVICE = 1 << 24
 LONG_SEARCH = 1 << 28
 """Steps of a search, as `search_loops` counts them, from which on it may take seconds: then there
 is a progress bar."""
+DEVICE_SIGNS = 1 << 25
+"""Signs that a device holds at a time before they are packed: 32 MB."""
+
+LINES_AT_ONCE = 1 << 18
+"""Elements of a block of lines on the host."""
 
 
 class Part(NamedTuple):
@@ -87,38 +94,27 @@ def whole_rows(
     inputs: Sequence[Any],
     *static: Any,
     out: Array,
-    scales: Array | None = None,
 ) -> None:
     """Run a primitive on whole rows, which reads every row once.
 
     Parameters
     ----------
     primitive : Raw
-        Its last output has an entry for every element. Another output, or its last input, may be
-        called ``scales``.
+        Its output has an entry for every element.
     rows : Rows
     inputs : sequence
-        Arrays of the rows' shape, perhaps behind an axis of levels, or scalars.
+        Arrays of the rows' shape, or scalars.
     *static
         The primitive's other parameters.
     out : array
-        Of the rows' shape, perhaps behind an axis of levels. It is an input itself, or does not
-        overlap any.
-    scales : array, shape (levels, rows), optional
+        Of the rows' shape. It is an input itself, or does not overlap any.
     """
     device, on = libraries.on_device(out), form(primitive, out)
-    name = primitive.outputs[-1][1]
-    solves = len(primitive.outputs) > 1  # the scales are an output
-    lead = out.ndim - len(rows.shape)
-    view = rows.view(out, lead)
+    ((_, name),) = primitive.outputs
+    view = rows.view(out)
 
     def task(part: Part, *flat: Any) -> None:
-        of_part = [] if scales is None else [scales[:, part.rows, None]]
-        outputs = {primitive.outputs[0][1]: of_part[0]} if solves else {}
-        read = [*flat, *static] if solves else [*flat, *of_part, *static]
-        target = view[(slice(None),) * lead + part.block]
-        shape = (*out.shape[:lead], *flat[0].shape[-2:])
-        write(lambda y: on(*read, **outputs, **{name: y}), target, shape)
+        write(lambda y: on(*flat, *static, **{name: y}), view[part.block], flat[0].shape)
 
     if device:
         task(_ALL, *(_side_by_side(a, rows) for a in inputs))
@@ -126,6 +122,105 @@ def whole_rows(
     itemsize = floats.work_dtype(inputs[0].dtype).itemsize
     block = blocks.rows_block(out.size, itemsize)
     _over(list(_blocks_of_rows(rows, block, _together(rows, inputs[0]))), task, rows, inputs)
+
+
+def for_each_whole_rows(
+    finish: Callable[[Part, Array], None],
+    primitive: Raw,
+    rows: Rows,
+    inputs: Sequence[Any],
+    *static: Any,
+    scales: Array,
+) -> None:
+    """Run a primitive on blocks of whole rows, and call ``finish(part, signs)`` for each of them.
+
+    The signs of a block lie in scratch, so that those of the whole array take no memory.
+
+    Parameters
+    ----------
+    finish : callable
+        Signs have the shape (levels, rows, n).
+    primitive : Raw
+        Its outputs are ``scales`` and ``signs``.
+    rows : Rows
+    inputs : sequence
+        Arrays of the rows' shape, or scalars; `x` comes first.
+    *static
+        The primitive's other parameters.
+    scales : array, shape (levels, rows)
+        Written.
+    """
+    x, levels = inputs[0], len(scales)
+    on = form(primitive, x)
+
+    def task(part: Part, *flat: Any) -> None:
+        shape, columns = flat[0].shape, flat[0].strides[0] < flat[0].strides[1]
+        # They lie as the elements do, so that columns are gone down.
+        signs = memory.scratch("signs", (levels, *(shape[::-1] if columns else shape)), np.int8)
+        signs = signs.swapaxes(1, 2) if columns else signs
+        on(*flat, *static, scales=scales[:, part.rows, None], signs=signs)
+        finish(part, signs)
+
+    if not libraries.on_device(x):
+        size = min(
+            blocks.rows_block(x.size, floats.work_dtype(x.dtype).itemsize), memory.SCRATCH // levels
+        )
+        # In steps of eight rows, so that blocks of columns do not share bytes.
+        together = max(_together(rows, x), 8 if size >= 8 * rows.length else 1)
+        _over(list(_blocks_of_rows(rows, size, together)), task, rows, inputs)
+        return
+    xp = libraries.library(x)
+    flat: list[Any] = [_side_by_side(a, rows) for a in inputs]
+    for part in _slabs(rows, DEVICE_SIGNS // levels):
+        cut: list[Any] = [a if isinstance(a, np.generic) else a[part.rows] for a in flat]
+        signs = xp.empty((levels, *cut[0].shape), np.int8)
+        of_part = xp.empty((levels, len(cut[0]), 1), scales.dtype)
+        on(*cut, *static, scales=of_part, signs=signs)
+        scales[:, part.rows] = of_part[..., 0]
+        finish(part, signs)
+
+
+def _slabs(rows: Rows, size: int) -> Iterator[Part]:
+    """Blocks of rows of about `size` elements on a device, that do not share bytes of planes.
+
+    Rows that lie across lines come in one block.
+    """
+    if not rows.order or rows.order[0] != 0 or not rows.scale_shape:
+        yield _ALL
+        return
+    leading = rows.scale_shape[0]
+    inner = rows.count // leading
+    step = max(8, size // max(1, inner * rows.length) // 8 * 8)
+    for start in range(0, leading, step):
+        stop = min(start + step, leading)
+        yield Part(slice(start * inner, stop * inner), slice(0, 1), (slice(start, stop), ...))
+
+
+# ---------------------------------------------------------------- lines
+
+
+def for_each_lines(task: Callable[[slice, slice], None], lines: Lines, run: int, x: Array) -> None:
+    """Call ``task(lines, elements)`` for blocks that tile some lines, with x's library.
+
+    On a device there is a single block. On the host they fit the cache, and several threads take
+    them. A block of a long line begins at a byte, and with a run of `run` elements if possible.
+    """
+    size = lines.count * lines.length
+    if libraries.on_device(x) or not size:
+        if size:
+            task(slice(0, lines.count), slice(0, lines.length))
+        return
+    if lines.length <= blocks.BLOCK:
+        step = max(1, LINES_AT_ONCE // lines.length)
+        parts = [(slice(start, min(start + step, lines.count)), slice(0, lines.length))
+                 for start in range(0, lines.count, step)]  # fmt: skip
+    else:
+        unit = math.lcm(8, run)
+        step = blocks.BLOCK // unit * unit or blocks.BLOCK
+        cuts = [slice(start, min(start + step, lines.length))
+                for start in range(0, lines.length, step)]  # fmt: skip
+        parts = [(slice(line, line + 1), cut) for line in range(lines.count) for cut in cuts]
+    blocks.each(lambda part: task(*part), parts, size)
 
 
 # ---------------------------------------------------------------- element by element
@@ -178,7 +273,7 @@ def _side_by_side(array: Any, rows: Rows) -> Any:
     """An array as rows whose elements lie side by side, a copy if need be. Scalars stay."""
     if isinstance(array, np.generic):
         return array
-    return teams.side_by_side(rows.flat(array, array.ndim - len(rows.shape)))
+    return teams.side_by_side(rows.flat(array))
 
 
 def elements_of_rows(
@@ -350,7 +445,7 @@ def _over(
     device: bool = False,
 ) -> None:
     """Call ``task(part, *inputs)`` for all parts, each input as (rows, n)."""
-    size, axes = rows.count * rows.length, len(rows.shape)
+    size = rows.count * rows.length
 
     def gathered(array: Array) -> Array:
         # In a map of wider integers the low bytes lie apart. They are gathered once here, and not
@@ -359,22 +454,19 @@ def _over(
         return np.ascontiguousarray(array) if apart else array
 
     if len(parts) == 1 and parts[0].block == (...,):
-        flat = [a if isinstance(a, np.generic) else rows.flat(gathered(a), a.ndim - axes)
-                for a in inputs]  # fmt: skip
+        flat = [a if isinstance(a, np.generic) else rows.flat(gathered(a)) for a in inputs]
         blocks.alone(task, parts[0], *flat)
         return
-    leads = [np.ndim(a) - axes for a in inputs]
-    views = [a if isinstance(a, np.generic) else rows.view(a, lead)
-             for a, lead in zip(inputs, leads, strict=True)]  # fmt: skip
+    views = [a if isinstance(a, np.generic) else rows.view(a) for a in inputs]
 
     def run(part: Part) -> None:
         flat = []
-        for view, lead in zip(views, leads, strict=True):
+        for view in views:
             if isinstance(view, np.generic):
                 flat.append(view)
                 continue
-            cut = gathered(view[(slice(None),) * lead + part.block])
-            flat.append(cut.reshape(cut.shape[:lead] + rows.flat_shape(cut.shape[lead:])))
+            cut = gathered(view[part.block])
+            flat.append(cut.reshape(rows.flat_shape(cut.shape)))
         task(part, *flat)
 
     blocks.each(run, parts, size)
@@ -384,8 +476,7 @@ def _together(rows: Rows, x: Array) -> int:
     """The fewest rows of a block: several where they lie side by side, as columns do."""
     if not rows.scale_shape or rows.length < 2:
         return 1
-    lead = x.ndim - len(rows.shape)
-    steps = rows.view(x, lead).strides[lead:]
+    steps = rows.view(x).strides
     side_by_side = steps[len(rows.scale_shape) - 1] == x.itemsize < abs(steps[-1])
     return blocks.rows_together(rows.count) if side_by_side else 1
 

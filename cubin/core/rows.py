@@ -55,16 +55,11 @@ class Rows:
         """The lengths of the axes within a row."""
         return tuple(self.split[axis] for axis in self.order[len(self.scale_shape) :])
 
-    def view(self, array: Array, lead: int = 0) -> Array:
-        """A view of `array` with the axes that number the rows first.
-
-        The first `lead` axes of `array` are not part of the layout and stay in front.
-        """
+    def view(self, array: Array) -> Array:
+        """A view of `array` with the axes that number the rows first."""
         if self.split != self.shape:
-            array = array.reshape(array.shape[:lead] + self.split)
-        if self._in_order:
-            return array
-        return array.transpose((*range(lead), *(lead + axis for axis in self.order)))
+            array = array.reshape(self.split)
+        return array if self._in_order else array.transpose(self.order)
 
     @cached_property
     def _in_order(self) -> bool:
@@ -86,13 +81,9 @@ class Rows:
         leading = len(self.scale_shape)
         return math.prod(shape[:leading]), math.prod(shape[leading:])
 
-    def flat(self, array: Array, lead: int = 0) -> Array:
-        """`array` as (rows, length): a view where its strides allow one, else a copy.
-
-        The first `lead` axes stay in front.
-        """
-        view = self.view(array, lead)
-        return view.reshape(*array.shape[:lead], self.count, self.length)
+    def flat(self, array: Array) -> Array:
+        """`array` as (rows, length): a view where its strides allow one, else a copy."""
+        return self.view(array).reshape(self.count, self.length)
 
     def aligned(self, scale: Array) -> Array:
         """Scales of shape `scale_shape` so that they broadcast to an array of shape `split`."""

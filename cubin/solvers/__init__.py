@@ -54,7 +54,7 @@ def approximate(
 def encode(
     x: Array, bits: Bits, rows: Rows, solver: Solver, importance: Array | None = None
 ) -> tuple[Array, Array]:
-    """The scales of `x`, (levels, rows), in its dtype, and its signs, (levels, *shape)."""
+    """The scales of `x`, (levels, rows), in its dtype, and its planes, (levels, width, lines)."""
     solver = _simplest(solver, bits, importance)
     encoding = Encoding(x, bits.levels, rows)
     primitives = (greedy.encode_rows, search_rows.solve_rows)
@@ -78,7 +78,7 @@ def encode(
             encoding.store(part, lookup.codes(x, bits), bits, lookup.scales)
 
         _search(x, bits, rows, solver, importance, hand_over)
-    return conversions.rounded(encoding.scales, x.dtype), encoding.signs
+    return conversions.rounded(encoding.scales, x.dtype), encoding.planes
 
 
 def _simplest(solver: Solver, bits: Bits, importance: Array | None) -> Solver:

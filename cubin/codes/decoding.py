@@ -1,0 +1,143 @@
+"""Decoding: the values of a code, a block of its lines at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cubin.codes.planes import pack_signs, sum_planes
+from cubin.core import conversions, floats, libraries, passes
+from cubin.core.libraries import Array
+from cubin.core.lines import lines_of
+from cubin.core.rows import Rows
+
+
+class Decoding:
+    """The values of a code, which are computed block by block.
+
+    Parameters
+    ----------
+    scales : array, shape (levels, \\*scale shape)
+    planes : array of uint8, shape (levels, width, lines)
+    bits : uint8 scalar or array that broadcasts to the shape
+    rows : Rows
+
+    Attributes
+    ----------
+    lines : Lines
+    run : int
+        So many neighbouring elements of a line share their scales.
+    """
+
+    def __init__(self, scales: Array, planes: Array, bits: Any, rows: Rows) -> None:
+        self.lines = lines_of(rows.shape)
+        self._planes, self._bits, self._shape = planes, bits, rows.shape
+        # Scales that broadcast to the array, with the line as the first axis of each level.
+        wide = conversions.rounded(scales, floats.work_dtype(scales.dtype))
+        inner = (1,) * len(rows.inner_shape)
+        wide = wide.reshape(len(wide), *rows.scale_shape, *inner)
+        wide = wide.transpose(0, *(1 + int(axis) for axis in np.argsort(rows.order)))
+        split = rows.split
+        if len(rows.shape) < 2:
+            wide, split = wide[:, None], (1, *split)
+        last = max((axis for axis in range(1, len(split)) if wide.shape[1 + axis] > 1), default=0)
+        self._runs = split[1 : last + 1]
+        self.run = math.prod(split[last + 1 :])
+        self._scales = wide.reshape(wide.shape[: last + 2])
+
+    def scales(self, lines: slice, elements: slice | None = None) -> Array:
+        """The scales, (levels, lines or 1, runs), of the runs of some lines.
+
+        They are the same for all lines where there is one line of them. `elements` that are not
+        whole runs have a scale each.
+        """
+        xp: Any = libraries.library(self._scales)
+        cut = self._scales[:, lines] if self._scales.shape[1] > 1 else self._scales
+        levels, count = cut.shape[:2]
+        spread = xp.broadcast_to(cut, (levels, count, *self._runs))
+        spread = spread.reshape(levels, count, math.prod(self._runs))
+        if elements is None or spread.shape[2] == 1:
+            return spread
+        start, stop = elements.start, elements.stop
+        if start % self.run == 0 == stop % self.run:
+            return spread[..., start // self.run : stop // self.run]
+        return spread[..., xp.arange(start, stop) // self.run]
+
+    def bits(self, lines: slice, elements: slice | None = None) -> Any:
+        """The bits of some elements: a uint8 scalar, or an array of shape (lines, n)."""
+        if not np.ndim(self._bits):
+            return np.uint8(self._bits)
+        xp: Any = libraries.library(self._bits)
+        spread = xp.broadcast_to(self._bits, self._shape)
+        if len(self._shape) < 2:
+            spread = spread.reshape(1, -1)
+        part = spread[lines].reshape(lines.stop - lines.start, self.lines.length)
+        return part if elements is None else part[:, elements]
+
+    def write(self, y: Array, lines: slice, elements: slice | None = None) -> None:
+        """Write the values of some elements to `y`, (lines, n). They begin at a whole byte."""
+        start, stop = (
+            (0, self.lines.length) if elements is None else (elements.start, elements.stop)
+        )
+        planes = self._planes[:, start // 8 : -(-stop // 8), lines]
+        on = passes.form(sum_planes, self._planes)
+        on(planes, self.bits(lines, elements), self.scales(lines, elements), y=y)
+
+    def write_all(self, y: Array) -> None:
+        """Write all values to `y`, an array of (lines, n)."""
+
+        def task(lines: slice, elements: slice) -> None:
+            self.write(y[lines, elements], lines, elements)
+
+        passes.for_each_lines(task, self.lines, self.run, y)
+
+
+def coded(bits: Any, level: int, shape: tuple[int, ...], like: Array) -> Array:
+    """The plane, (width, lines), of the elements with a code at a level, in `like`'s library."""
+    xp: Any = libraries.library(like)
+    lines = lines_of(shape)
+    plane = xp.empty((1, lines.width, lines.count), np.uint8)
+    hot = xp.broadcast_to(xp.asarray(bits) > level, shape).reshape(1, lines.count, lines.length)
+    passes.form(pack_signs, plane)(hot.astype(np.int8), planes=plane)
+    return plane[0]
+
+
+def packed(signs: Array, bits: Any) -> Array:
+    """The planes of signs, (levels, \\*shape).
+
+    Raises
+    ------
+    ValueError
+        If they are not -1 or +1 exactly where `bits` has a code, else 0.
+    """
+    xp: Any = libraries.library(signs)
+    shape = signs.shape[1:]
+    lines = lines_of(shape)
+    planes = xp.zeros((len(signs), lines.width, lines.count), np.uint8)
+    for level, sign in enumerate(signs):
+        if not bool((abs(sign) == (xp.asarray(bits) > level)).all()):
+            raise ValueError(
+                f"signs of level {level} must be -1 or +1 where bits > {level}, else 0"
+            )
+        if sign.size:
+            of_level = sign.reshape(1, lines.count, lines.length)
+            passes.form(pack_signs, signs)(of_level, planes=planes[level : level + 1])
+    return planes
+
+
+def unpacked(planes: Array, bits: Any, shape: tuple[int, ...]) -> Array:
+    """The signs, int8 of shape (levels, \\*shape), that planes hold; 0 where there is no code."""
+    xp: Any = libraries.library(planes)
+    lines = lines_of(shape)
+    with libraries.current_device(planes):
+        signs = libraries.result((len(planes), *shape), np.int8, planes)
+        if not signs.size:
+            return signs
+        places = xp.arange(8, dtype=np.uint8)
+        for level, plane in enumerate(planes):
+            bit = (plane.T[:, :, None] >> places & 1).reshape(lines.count, -1)[:, : lines.length]
+            sign = (bit.reshape(shape) * 2).view(np.int8) - 1
+            signs[level] = sign * (xp.asarray(bits) > level)
+    return signs

@@ -1,0 +1,75 @@
+// Planes of bits: byte j of line i has the elements 8j to 8j + 7, the first in its lowest bit. A
+// block of threads works on a tile of 32 lines by 32 bytes, so that elements are read or written
+// along lines, and bytes along a column, where neighbouring lines lie side by side.
+
+// Signs lie level by level and line by line.
+template<int THREADS>
+__global__ void cubin_pack_signs(
+    const signed char* signs, unsigned char* planes,
+    long long lines, long long length, int levels, long long level_step, long long byte_step) {
+  __shared__ unsigned char tile[32][33];
+  const long long width = (length + 7) / 8;
+  const long long down = (width + 31) / 32, tiles = (lines + 31) / 32 * down;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (long long number = blockIdx.x; number < tiles * levels; number += gridDim.x) {
+    const long long level = number / tiles;
+    const long long first_line = number % tiles / down * 32, first_byte = number % down * 32;
+    for (int i = warp; i < 32; i += THREADS / 32) {
+      const long long line = first_line + i, start = 8 * (first_byte + lane);
+      unsigned int value = 0;
+      if (line < lines) {
+        const signed char* from = signs + (level * lines + line) * length;
+        for (int j = 0; j < 8; ++j)
+          if (start + j < length && from[start + j] > 0) value |= 1u << j;
+      }
+      tile[i][lane] = value;
+    }
+    __syncthreads();
+    for (int i = warp; i < 32; i += THREADS / 32) {
+      const long long line = first_line + lane, byte = first_byte + i;
+      if (line < lines && byte < width)
+        planes[level * level_step + byte * byte_step + line] = tile[lane][i];
+    }
+    __syncthreads();
+  }
+}
+
+// Adds up scale * sign over the levels of every element. Scales lie level by level, line by line (or
+// are the same for all lines) and run by run. Levels that an element lacks do not count: their
+// scales may be NaN.
+template<class T, class W, bool MAP>
+__global__ void cubin_sum_planes(
+    const unsigned char* planes, const unsigned char* bits, const W* scales, T* y,
+    long long lines, long long length, long long width, long long level_step, long long byte_step,
+    long long run, long long runs, long long scaled_lines, int levels) {
+  __shared__ unsigned char tile[16][32][33];
+  const long long down = (width + 31) / 32, tiles = (lines + 31) / 32 * down;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  for (long long number = blockIdx.x; number < tiles; number += gridDim.x) {
+    const long long first_line = number / down * 32, first_byte = number % down * 32;
+    for (int level = 0; level < levels; ++level)
+      for (int i = warp; i < 32; i += warps) {
+        const long long line = first_line + lane, byte = first_byte + i;
+        if (line < lines && byte < width)
+          tile[level][i][lane] = planes[level * level_step + byte * byte_step + line];
+      }
+    __syncthreads();
+    for (int i = warp; i < 32; i += warps) {
+      const long long line = first_line + i;
+      for (int at = lane; at < 256; at += 32) {
+        const long long element = 8 * first_byte + at;
+        if (line >= lines || element >= length) continue;
+        const W* scale = scales + (scaled_lines > 1 ? line * runs : 0) + element / run;
+        const int depth = MAP ? bits[line * length + element] : levels;
+        W total = 0;
+        for (int level = 0; level < levels; ++level) {
+          if (MAP && level >= depth) break;
+          const W step = scale[level * scaled_lines * runs];
+          total = tile[level][at / 8][i] >> at % 8 & 1 ? plus(total, step) : minus(total, step);
+        }
+        y[line * length + element] = T(total);
+      }
+    }
+    __syncthreads();
+  }
+}

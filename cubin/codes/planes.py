@@ -1,0 +1,110 @@
+"""Primitives of packed planes: from signs to planes, and from planes to approximations.
+
+A plane holds the signs of a level, one bit each: see `cubin.core.lines.Lines`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cubin.core import libraries, memory
+from cubin.core.bits import MAX_BITS
+from cubin.core.floats import where
+from cubin.core.libraries import Array
+from cubin.core.primitives import C_TYPES, FLOATS, Launch, raw, source
+
+_CUDA = source(__file__)
+
+_TILE = 32
+"""Lines, and bytes of a line, that a block of threads works on at a time."""
+
+_THREADS = 256
+
+
+def _tiles(lines: int, width: int) -> int:
+    return max(1, -(-lines // _TILE)) * max(1, -(-width // _TILE))
+
+
+def _pack_launch(signs: Array, planes: Array) -> Launch:
+    levels, lines, length = signs.shape
+    signs = libraries.library(signs).ascontiguousarray(signs)
+    sizes = (np.int64(lines), np.int64(length), np.int32(levels))
+    steps = (np.int64(planes.strides[0]), np.int64(planes.strides[1]))
+    grid = min(levels * _tiles(lines, planes.shape[1]), 1 << 16)
+    return Launch((_THREADS,), grid, _THREADS, (signs, planes, *sizes, *steps))
+
+
+@raw(
+    "int8 signs",
+    "uint8 planes",
+    code=_CUDA,
+    launch=_pack_launch,
+    types=({},),
+    looped=True,
+)
+def pack_signs(signs: np.ndarray, *, planes: np.ndarray) -> None:
+    """Planes, (levels, bytes, lines), with a bit set where signs, (levels, lines, n), are +1.
+
+    The lines of a plane lie side by side in memory.
+    """
+    for sign, plane in zip(signs, planes, strict=True):
+        plane[...] = np.packbits(sign > 0, axis=1, bitorder="little").T
+
+
+_NO_MAP = np.uint64(0)
+
+
+def _sum_launch(planes: Array, bits: Any, scales: Array, y: Array) -> Launch:
+    levels, width, lines = planes.shape
+    mapped = np.ndim(bits) > 0
+    xp = libraries.library(planes)
+    scales = xp.ascontiguousarray(scales)
+    held = xp.ascontiguousarray(bits) if mapped else _NO_MAP
+    levels = min(levels, MAX_BITS) if mapped else min(levels, int(bits))
+    _, scaled_lines, runs = scales.shape
+    template = (C_TYPES[y.dtype.char], C_TYPES[scales.dtype.char], str(mapped).lower())
+    sizes = (lines, y.shape[1], width, planes.strides[0], planes.strides[1],
+             y.shape[1] // max(1, runs), runs, scaled_lines)  # fmt: skip
+    numbers = (*map(np.int64, sizes), np.int32(levels))
+    grid = min(_tiles(lines, width), 1 << 16)
+    return Launch(template, grid, _THREADS, (planes, held, scales, y, *numbers))
+
+
+@raw(
+    "uint8 planes, uint8 bits, W scales",
+    "T y",
+    code=_CUDA,
+    launch=_sum_launch,
+    types=FLOATS,
+    looped=True,
+)
+def sum_planes(planes: np.ndarray, bits: Any, scales: np.ndarray, *, y: np.ndarray) -> None:
+    """The sum of scale * sign over the levels of each element of some lines, (lines, n).
+
+    Parameters
+    ----------
+    planes : array of uint8, shape (levels, bytes, lines)
+        The lines of a plane lie side by side in memory.
+    bits : uint8 scalar or array of shape (lines, n)
+        A level at or above the bits of an element does not count, even if its scale is NaN.
+    scales : array in the work dtype, shape (levels, lines or 1, runs)
+        A line has so many runs of equally many elements, which share a scale.
+    y : array of shape (lines, n)
+    """
+    lines, length = y.shape
+    total = memory.scratch("total", y.shape, scales.dtype)
+    step = memory.scratch("step", y.shape, scales.dtype)
+    total[...] = 0
+    for level, (plane, scale) in enumerate(zip(planes, scales, strict=True)):
+        if not np.ndim(bits) and level >= bits:
+            break
+        sign = np.unpackbits(np.ascontiguousarray(plane.T), 1, length, "little").view(np.int8)
+        np.subtract(np.add(sign, sign, out=sign), 1, out=sign)
+        in_runs = (lines, scale.shape[1], -1) if y.size else (lines, scale.shape[1], 0)
+        np.multiply(scale[:, :, None], sign.reshape(in_runs), out=step.reshape(in_runs))
+        if np.ndim(bits):
+            where(bits > level, step, out=step)
+        np.add(total, step, out=total)
+    y[...] = total

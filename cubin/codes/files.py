@@ -124,7 +124,7 @@ def _pack(code: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     out if all of them are 0.
     """
     shape, rows = code.shape, rows_of(code.shape, code.channel_axis, code.group_size)
-    scales, planes, bits = code.scales, code.planes, code.bits
+    scales, planes, bits = code.scales, code.planes, np.asarray(code.bits, np.uint8)
     levels = len(planes)
     if levels > MAX_BITS:
         raise ValueError(f"a file holds up to {MAX_BITS} levels, got {levels}")
@@ -144,7 +144,7 @@ def _pack(code: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     _check_size(levels, shape, planes.nbytes + bits.nbytes)
     if scales.dtype.name == _PATTERNS:
         layout["scales"], scales = _PATTERNS, floats.as_integers(scales)
-    held = {"scales": scales, "bits": np.asarray(bits, np.uint8), "planes": planes}
+    held = {"scales": scales, "bits": bits, "planes": planes}
     return layout, {name: np.asarray(array, order="C") for name, array in held.items()}
 
 

@@ -19,23 +19,35 @@ from cubin.core.host.loops import (
     magnitude_sum,
     map_lines,
     part,
+    read_only,
     store_lines,
+    transpose,
     uncounted,
 )
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, COLUMNS, LANES, SHORT
 
-BAND = 64
-"""Rows of a band: of float32 these are four lines of the cache, one after the other."""
+BAND = (64, CHUNK)
+"""The fewest and the most rows of a band: 64 of float32 are four lines of the cache, which follow
+each other."""
+
+COPIED = 1 << 19
+"""Elements of a band of rows that are short."""
 
 KEPT = 1 << 19
 """Elements of the largest band that is copied, and gone through in the copy at every level. What
 is larger than that is read from its place at every level."""
 
+TURNED = 1 << 13
+"""Elements of short rows that are turned at a time: they stay in the first-level cache."""
+
+SHORT_ROW = 48
+"""Elements from which on a loop along a row pays, whose rows do not lie side by side."""
+
 # ---------------------------------------------------------------- sums
 
 
-@part
+@loop
 def _load(x: Array, first: int, width: int, band: Array) -> None:
     """Copy `width` rows from `first` on, which become the lines of `band` in turn."""
     for e in range(len(x)):
@@ -44,7 +56,7 @@ def _load(x: Array, first: int, width: int, band: Array) -> None:
             into[j] = source[j]
 
 
-@part
+@loop
 def _keep(x: Array, taken: Array, m: Array) -> None:
     """Write ``||x| - taken|``, the residuals' magnitudes after a level of the scales `taken`."""
     width = taken.size
@@ -54,7 +66,7 @@ def _keep(x: Array, taken: Array, m: Array) -> None:
             left[j] = abs(abs(source[j]) - taken[j])
 
 
-@part
+@loop
 def _keep_in_place(m: Array, taken: Array) -> None:
     width = taken.size
     for start in range(0, m.size, width):
@@ -63,7 +75,7 @@ def _keep_in_place(m: Array, taken: Array) -> None:
             left[j] = abs(abs(left[j]) - taken[j])
 
 
-@part
+@loop
 def _keep_coded_in_place(
     m: Array, taken: Array, bits: Array, first: int, level: int, counts: Array
 ) -> None:
@@ -131,8 +143,8 @@ def _add_chunk(
         if lanes[j] == np.inf:  # the loop for one row deals with overflow
             row = chunk[:size]
             for e in range(size):
-                row[e] = abs(abs(m[e * width + j]) - taken[j])
-            lanes[j] = magnitude_sum(row, sums)
+                row[e] = m[e * width + j]
+            lanes[j] = magnitude_sum(row, taken[j], sums)
     for j in range(width):
         totals[j] += lanes[j]
 
@@ -140,7 +152,7 @@ def _add_chunk(
 # ---------------------------------------------------------------- scales
 
 
-@part
+@loop
 def _find_scales(
     x: Array, bits: Array, first: int, levels: int, scales: Array, none: Array, kept: bool,
     band: Array, m: Array, chunk: Array, sums: Array, lanes: Array, totals: Array, counts: Array,
@@ -213,6 +225,30 @@ def _level_sums(
         counts[:] = len(x)
 
 
+@loop
+def _find_short_scales(
+    x: Array, bits: Array, scales: Array, by_level: Array, turned: Array, elements: Array,
+    depths_turned: Array, depths: Array, band: Array, m: Array, none: Array, chunk: Array,
+    sums: Array, lanes: Array, totals: Array, counts: Array,
+) -> None:  # fmt: skip
+    """Write the scales, (rows, levels), of short rows, which are turned to stand side by side.
+
+    `elements` is `turned` and `depths` is `depths_turned`, both read-only.
+    """
+    levels = scales.shape[1]
+    for first in range(0, len(x), none.size):
+        stop = min(first + none.size, len(x))
+        width = stop - first
+        transpose(x[first:stop], turned)
+        if bits.shape[1]:
+            transpose(bits[first:stop], depths_turned)
+        _find_scales(elements, depths, 0, levels, by_level, none[:width], True, band, m, chunk,
+                     sums, lanes, totals[:width], counts[:width])  # fmt: skip
+        for level in range(levels):
+            for row in range(width):
+                scales[first + row, level] = by_level[level, row]
+
+
 # ---------------------------------------------------------------- approximations and codes
 
 # As in `greedy_loops`, these work on the negated residual, n = 0 - r.
@@ -247,6 +283,25 @@ def _write_four(x: Array, a: Array, b: Array, c: Array, d: Array, y: Array) -> N
 
 
 @part
+def _write_coded_four(
+    x: Array, bits: Array, a: Array, b: Array, c: Array, d: Array, y: Array
+) -> None:
+    """The same where each element has its number of bits."""
+    zero = x.dtype.type(0)
+    for j in range(y.size):
+        n, more = zero - x[j], np.int32(bits[j])
+        first = _step(n, a[j])
+        n += first
+        second = _step(n, b[j])
+        n += second
+        third = _step(n, c[j])
+        total = zero + (first if more > np.int32(0) else zero)
+        total += second if more > np.int32(1) else zero
+        total += third if more > np.int32(2) else zero
+        y[j] = total + (_step(n + third, d[j]) if more > np.int32(3) else zero)
+
+
+@part
 def _negate(x: Array, n: Array) -> None:
     for j in range(n.size):
         n[j] = x.dtype.type(0) - x[j]
@@ -277,102 +332,113 @@ def _add_coded_two(
         n[j] = left + _step(left, b[j])
 
 
-@part
+@loop
 def _write(
-    x: Array, bits: Array, at: int, first: int, scales: Array, stored: Array, plain: bool,
-    n: Array, y: Array,
+    x: Array, at: int, pitch: int, bits: Array, first: int, scales: Array, stored: Array,
+    rounded: bool, n: Array, y: Array,
 ) -> None:  # fmt: skip
-    """Write the sums of scale * sign for element `at` of the rows of a band.
+    """Write the sums of scale * sign for the rows of a band. A line of it is at every multiple of
+    `pitch` in `x`, the first at `at`.
 
-    The number of levels is even: the last may have scales of 0, which change nothing.
+    The number of levels is even: the last may have scales of 0, which change nothing. Storing may
+    have `rounded` the scales. There is room for a line of the band in `n`.
     """
-    s, t, stop = scales, stored, first + y.size
-    if plain and len(s) == 2:
-        _write_two(x, s[0, first:stop], s[1, first:stop], y)
-    elif plain and len(s) == 4:
-        _write_four(x, s[0, first:stop], s[1, first:stop], s[2, first:stop], s[3, first:stop], y)
-    else:
-        n = n[: y.size]
-        _negate(x, n)
-        y[:] = 0
-        for level in range(0, len(s), 2):
-            a, b = s[level, first:stop], s[level + 1, first:stop]
-            p, q = t[level, first:stop], t[level + 1, first:stop]
-            if bits.shape[1]:
-                _add_coded_two(n, bits[at, first:stop], level, a, b, p, q, y)
+    x, bits, scales, stored, n, y = uncounted(x, bits, scales, stored, n, y)
+    stop, width = first + n.size, n.size
+    mapped = bits.shape[1] > 0
+    if len(scales) == 2 and not (mapped or rounded):
+        a, b = scales[0, first:stop], scales[1, first:stop]
+        for e in range(len(y)):
+            _write_two(x[at + e * pitch : at + e * pitch + width], a, b, y[e, first:stop])
+    elif len(scales) == 4 and not rounded:
+        a, b = scales[0, first:stop], scales[1, first:stop]
+        c, d = scales[2, first:stop], scales[3, first:stop]
+        for e in range(len(y)):
+            source, values = x[at + e * pitch : at + e * pitch + width], y[e, first:stop]
+            if mapped:
+                _write_coded_four(source, bits[e, first:stop], a, b, c, d, values)
             else:
-                _add_two(n, a, b, p, q, y)
+                _write_four(source, a, b, c, d, values)
+    else:
+        for e in range(len(y)):
+            values = y[e, first:stop]
+            _negate(x[at + e * pitch : at + e * pitch + width], n)
+            values[:] = 0
+            for level in range(0, len(scales), 2):
+                a, b = scales[level, first:stop], scales[level + 1, first:stop]
+                p, q = stored[level, first:stop], stored[level + 1, first:stop]
+                if mapped:
+                    _add_coded_two(n, bits[e, first:stop], level, a, b, p, q, values)
+                else:
+                    _add_two(n, a, b, p, q, values)
+
+
+@loop
+def _set_signs(
+    x: Array, at: int, pitch: int, bits: Array, first: int, levels: int, scales: Array, n: Array,
+    signs: Array,
+) -> None:  # fmt: skip
+    """Write the signs for the rows of a band."""
+    x, bits, scales, n, signs = uncounted(x, bits, scales, n, signs)
+    stop, width = first + n.size, n.size
+    for e in range(signs.shape[1]):
+        _negate(x[at + e * pitch : at + e * pitch + width], n)
+        for level in range(levels):
+            a, sign = scales[level, first:stop], signs[level, e, first:stop]
+            for j in range(width):
+                positive = n[j] < 0
+                sign[j] = np.int8(1) if positive else np.int8(-1)
+                n[j] += a[j] if positive else -a[j]
+            if bits.shape[1]:
+                depths = bits[e, first:stop]
+                for j in range(width):
+                    sign[j] = sign[j] if depths[j] > np.uint8(level) else np.int8(0)
 
 
 @loop
 def _write_rows(
     x: Array, bits: Array, scales: Array, stored: Array, rounded: bool, chunk: Array, y: Array
 ) -> None:
-    x, bits, scales, stored = uncounted(x, bits, scales, stored)
-    chunk, y = uncounted(chunk, y)
-    plain = not (bits.shape[1] or rounded)
-    for e in range(len(x)):
-        for first in range(0, scales.shape[1], CHUNK):
-            stop = min(first + CHUNK, scales.shape[1])
-            _write(x[e, first:stop], bits, e, first, scales, stored, plain, chunk,
-                   y[e, first:stop])  # fmt: skip
+    for first in range(0, scales.shape[1], chunk.size):
+        n = chunk[: min(chunk.size, scales.shape[1] - first)]
+        _write(x.reshape(-1), first, x.shape[1], bits, first, scales, stored, rounded, n, y)
 
 
 @loop
 def _solve_rows(
-    x: Array, bits: Array, levels: int, scales: Array, band: Array, m: Array, none: Array,
-    chunk: Array, sums: Array, lanes: Array, totals: Array, counts: Array, y: Array, signs: Array,
+    x: Array, bits: Array, levels: int, scales: Array, kept: bool, band: Array,
+    copied: Array, m: Array,
+    none: Array, chunk: Array, sums: Array, lanes: Array, totals: Array, counts: Array, y: Array,
+    signs: Array,
 ) -> None:  # fmt: skip
-    """Write the scales of whole rows, and their approximations or signs: what is not empty."""
-    x, bits, scales, none = uncounted(x, bits, scales, none)
-    band, m, chunk, sums = uncounted(band, m, chunk, sums)
-    lanes, y, signs = uncounted(lanes, y, signs)
-    kept, plain = band.size >= len(x) * none.size, bits.shape[1] == 0
+    """Write the scales of whole rows, and their approximations or signs: what is not empty.
+
+    `copied` is `band`, read-only.
+    """
     for first in range(0, scales.shape[1], none.size):
         width = min(none.size, scales.shape[1] - first)
         _find_scales(x, bits, first, levels, scales, none[:width], kept, band, m, chunk, sums,
                      lanes, totals[:width], counts[:width])  # fmt: skip
-        for e in range(len(x)):
-            elements = x[e, first : first + width]
-            if kept:
-                elements = band[e * width : (e + 1) * width]
-            if len(y):
-                _write(elements, bits, e, first, scales, scales, plain, chunk,
-                       y[e, first : first + width])  # fmt: skip
-            else:
-                _set_signs(elements, bits, e, first, levels, scales, chunk, signs)
-
-
-@part
-def _set_signs(
-    x: Array, bits: Array, at: int, first: int, levels: int, scales: Array, n: Array, signs: Array
-) -> None:
-    """Write the signs of element `at` of the rows of a band."""
-    stop = first + x.size
-    n = n[: x.size]
-    _negate(x, n)
-    for level in range(levels):
-        a, sign = scales[level, first:stop], signs[level, at, first:stop]
-        for j in range(sign.size):
-            positive = n[j] < 0
-            sign[j] = np.int8(1) if positive else np.int8(-1)
-            n[j] += a[j] if positive else -a[j]
-        if bits.shape[1]:
-            depths = bits[at, first:stop]
-            for j in range(sign.size):
-                sign[j] = sign[j] if depths[j] > np.uint8(level) else np.int8(0)
+        source, at, pitch = x.reshape(-1), first, x.shape[1]
+        if kept:
+            source, at, pitch = copied, 0, width
+        n = chunk[:width]
+        if len(y):
+            _write(source, at, pitch, bits, first, scales, scales, False, n, y)
+        else:
+            _set_signs(source, at, pitch, bits, first, levels, scales, n, signs)
 
 
 @loop
 def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> None:
     """Write the signs of all levels as bits of a code."""
-    x, bits, scales = uncounted(x, bits, scales)
-    chunk, code = uncounted(chunk, code)
+    x, bits, scales, chunk, code = uncounted(x, bits, scales, chunk, code)
     none = np.uint16(0)
-    for e in range(len(x)):
-        for first in range(0, scales.shape[1], CHUNK):
-            stop = min(first + CHUNK, scales.shape[1])
-            packed, n = code[e, first:stop], chunk[: stop - first]
+    for first in range(0, scales.shape[1], CHUNK):
+        stop = min(first + CHUNK, scales.shape[1])
+        n = chunk[: stop - first]
+        for e in range(len(x)):
+            packed = code[e, first:stop]
             _negate(x[e, first:stop], n)
             packed[:] = 0
             for level in range(len(scales)):
@@ -384,9 +450,8 @@ def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> N
                 if bits.shape[1]:
                     depths = bits[e, first:stop]
                     for j in range(packed.size):
-                        packed[j] &= (
-                            np.uint16(~none) if depths[j] > np.uint8(level) else np.uint16(~bit)
-                        )
+                        coded = depths[j] > np.uint8(level)
+                        packed[j] &= np.uint16(~none) if coded else np.uint16(~bit)
 
 
 # ---------------------------------------------------------------- as `greedy_loops` calls them
@@ -396,12 +461,32 @@ def _even(levels: int) -> int:
     return levels + levels % 2
 
 
+def short_scales(x: Array, bits: Array, levels: int) -> Array:
+    """The scales, (rows, levels), of rows that are short, and contiguous in the work dtype.
+
+    A loop along such a row would end before its vectors pay.
+    """
+    rows, n = x.shape
+    scales = np.empty((rows, levels), x.dtype)
+    least, most = BAND
+    width = min(rows, max(least, min(TURNED // max(1, n) // least * least, most)))
+    turned = memory.scratch("turned", (n, width), x.dtype)
+    depths = memory.scratch("turned bits", (n, width if bits.shape[1] else 0), np.uint8)
+    _find_short_scales(
+        x, bits, scales, np.empty((levels, width), x.dtype), turned, read_only(turned), depths,
+        read_only(depths), memory.scratch("band", (n * width,), x.dtype),
+        memory.scratch("magnitudes", (n * width,), x.dtype), *_scratch(width, x.dtype),
+        np.empty(width), np.empty(width, np.int32),
+    )  # fmt: skip
+    return scales
+
+
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
     """`greedy.level_sums`."""
     wide, stacked = lines_in_work_dtype(x), _stack(scales, x)
     totals, counts = np.empty(len(x)), np.empty(len(x), np.int32)
-    width = min(len(x), BAND)
-    band = memory.scratch("band", (CHUNK * width,), wide.dtype)
+    width = _width(len(x), min(len(wide), CHUNK))
+    band = memory.scratch("band", (min(len(wide), CHUNK) * width,), wide.dtype)
     _level_sums(wide, map_lines(bits, len(wide)), stacked[: len(scales)], band,
                 *_scratch(width, wide.dtype), totals, counts)  # fmt: skip
     total[...], count[...] = totals[:, None], counts[:, None]
@@ -446,13 +531,13 @@ def _solve(x: Array, rows: int, bits: Array, levels: int, y: Array, signs: Array
     Their approximation or their signs are written, if there is room for them.
     """
     scales = np.zeros((_even(levels), rows), x.dtype)
-    n, width = len(x), min(rows, BAND)
+    n, width = len(x), _width(rows, len(x))
     kept = n * width <= KEPT
-    band = memory.scratch("band", ((n if kept else CHUNK) * width,), x.dtype)
+    band = memory.scratch("band", ((n if kept else min(n, CHUNK)) * width,), x.dtype)
     marked = kept and (levels > 2 or bits.shape[1] > 0)
     m = memory.scratch("magnitudes", (n * width if marked else 0,), x.dtype)
     _solve_rows(
-        x, bits, levels, scales, band, m, *_scratch(width, x.dtype),
+        x, bits, levels, scales, kept, band, read_only(band), m, *_scratch(width, x.dtype),
         np.empty(width), np.empty(width, np.int32), y, signs,
     )  # fmt: skip
     return scales
@@ -466,6 +551,12 @@ def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
     values, stored = np.empty((len(x), len(y)), x.dtype), scales.astype(y.dtype).astype(x.dtype)
     _write_rows(x, bits, scales, stored, True, chunk, values)
     store_lines(values, y)
+
+
+def _width(rows: int, n: int) -> int:
+    """Rows of a band."""
+    least, most = BAND
+    return min(rows, max(least, min(COPIED // n // least * least, most)))
 
 
 def _scratch(width: int, dtype: Any) -> tuple[Array, ...]:

@@ -51,22 +51,23 @@ def _find_scales(x: Array, bits: Array, scales: Array, m: Array, chunk: Array, s
             total, count = 0.0, 0 if mapped else x.shape[1]
             for start in range(0, x.shape[1], CHUNK):
                 stop = min(start + CHUNK, x.shape[1])
-                left = m[row, start:stop]
+                elements, left = x[row, start:stop], m[row, start:stop]
+                less = taken
                 if mapped:
                     if level == 0:
-                        keep(x[row, start:stop], zero, left)
+                        keep(elements, zero, left)
                     count += keep_coded_in_place(left, taken, bits[row, start:stop], level)
-                elif level == 0 or level == last:  # the magnitudes are not needed again
-                    left = chunk[: stop - start]
-                    if level < 2:
-                        keep(x[row, start:stop], taken, left)
+                    less = zero
+                elif 0 < level < last:  # the magnitudes are needed again
+                    if level == 1:
+                        keep(elements, taken, left)
                     else:
-                        keep(m[row, start:stop], taken, left)
-                elif level == 1:
-                    keep(x[row, start:stop], taken, left)
+                        keep_in_place(left, taken)
+                    less = zero
+                if mapped or level > 1 or 0 < level < last:
+                    total += magnitude_sum(left, less, sums)
                 else:
-                    keep_in_place(left, taken)
-                total += magnitude_sum(left, sums)
+                    total += magnitude_sum(elements, less, sums)
             scales[row, level] = x.dtype.type(total / count) if count else zero
 
 
@@ -97,7 +98,7 @@ def _level_sum(
         if bits.size:
             depths = bits[start : start + CHUNK]
             count += keep_coded_in_place(left, zero, depths, scales.size)
-        total += magnitude_sum(left, sums)
+        total += magnitude_sum(left, zero, sums)
     return total, count if bits.size else x.size
 
 
@@ -284,14 +285,16 @@ def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) ->
 
 @loop
 def _encode_rows(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array,
+    x: Array, bits: Array, scales: Array, found: bool, m: Array, chunk: Array, sums: Array,
     signs: Array,
 ) -> None:  # fmt: skip
+    """Write the signs, and the scales unless they are `found`."""
     x, bits, scales, m = uncounted(x, bits, scales, m)
     chunk, signs = uncounted(chunk, signs)
     for start in range(0, len(x), len(m)):
         stop = min(start + len(m), len(x))
-        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, chunk, sums)
+        if not found:
+            _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, chunk, sums)
         for row in range(start, stop):
             for first in range(0, x.shape[1], CHUNK):
                 elements = x[row, first : first + CHUNK]
@@ -334,9 +337,16 @@ def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> N
 def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
     """The scales of whole rows, (rows, 1) for each level."""
     wide = in_work_dtype(x)
-    scales = np.empty((len(x), levels), wide.dtype)
-    _level_scales(wide, map_of(bits, len(x)), scales, _rows(wide), *scratch(wide.dtype))
-    return list(scales.T[:, :, None])
+    return list(_scales(wide, map_of(bits, len(x)), levels).T[:, :, None])
+
+
+def _scales(x: Array, bits: Array, levels: int) -> Array:
+    """The scales of whole rows in the work dtype, (rows, levels)."""
+    if x.shape[1] < columns.SHORT_ROW:
+        return columns.short_scales(x, bits, levels)
+    scales = np.empty((len(x), levels), x.dtype)
+    _level_scales(x, bits, scales, _rows(x), *scratch(x.dtype))
+    return scales
 
 
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
@@ -357,7 +367,7 @@ def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
         columns.approximation(x, bits, *scales, y=y)
         return
     wide = in_work_dtype(x)
-    _write_levels(wide, bits, _stack(scales, wide), y)
+    _write_levels(wide, map_of(bits, len(x)), _stack(scales, wide), y)
 
 
 def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
@@ -366,12 +376,11 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
         columns.approximate_rows(x, bits, levels, y=y)
         return
     wide = in_work_dtype(x)
-    scales, depths = np.empty((len(x), levels), wide.dtype), map_of(bits, len(x))
-    if y.dtype != wide.dtype:
-        _level_scales(wide, depths, scales, _rows(wide), *scratch(wide.dtype))
-        _write_levels(wide, bits, scales, y)
+    depths = map_of(bits, len(x))
+    if y.dtype != wide.dtype or x.shape[1] < columns.SHORT_ROW:
+        _write_levels(wide, depths, _scales(wide, depths, levels), y)
         return
-    values = target(y, wide)
+    values, scales = target(y, wide), np.empty((len(x), levels), wide.dtype)
     _approximate_rows(wide, depths, scales, _rows(wide), *scratch(wide.dtype), values)
     store(values, y)
 
@@ -379,7 +388,7 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
 def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
     values, stored = target(y, x), scales.astype(y.dtype).astype(x.dtype)
     chunk, _ = scratch(x.dtype)
-    _write_rows(x, map_of(bits, len(x)), scales, stored, y.dtype != x.dtype, chunk, values)
+    _write_rows(x, bits, scales, stored, y.dtype != x.dtype, chunk, values)
     store(values, y)
 
 
@@ -389,9 +398,12 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
         columns.encode_rows(x, bits, levels, scales=scales, signs=signs)
         return
     wide = in_work_dtype(x)
+    depths, short = map_of(bits, len(x)), x.shape[1] < columns.SHORT_ROW
     by_row = np.empty((len(x), levels), wide.dtype)
+    if short:
+        by_row = columns.short_scales(wide, depths, levels)
     plain = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
-    _encode_rows(wide, map_of(bits, len(x)), by_row, _rows(wide), *scratch(wide.dtype), plain)
+    _encode_rows(wide, depths, by_row, short, _rows(wide), *scratch(wide.dtype), plain)
     if plain is not signs:
         place(plain, signs)
     scales[...] = by_row.T[:, :, None]

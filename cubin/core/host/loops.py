@@ -107,19 +107,25 @@ def uncounted(context: Any, *kinds: Any) -> Any:
 
 
 @part
-def _add_columns(m: Array, unit: float, n: int, sums: Array) -> None:
-    """Add up `COLUMNS` columns of n magnitudes, times `unit`: the first half and the second half,
-    then the halves of that, and so on."""
+def _left(x: float, taken: float, unit: float) -> float:
+    """The residual's magnitude after a level of the scale `taken`, times `unit`."""
+    return abs(abs(x) - taken) * unit
+
+
+@part
+def _add_columns(m: Array, taken: float, unit: float, n: int, sums: Array) -> None:
+    """Add up `COLUMNS` columns of n residuals: the first half and the second half, then the halves
+    of that, and so on."""
     for j in range(n):
-        r = m[j] * unit + m[j + 8 * n] * unit
-        s = m[j + 4 * n] * unit + m[j + 12 * n] * unit
-        t = m[j + 2 * n] * unit + m[j + 10 * n] * unit
-        u = m[j + 6 * n] * unit + m[j + 14 * n] * unit
+        r = _left(m[j], taken, unit) + _left(m[j + 8 * n], taken, unit)
+        s = _left(m[j + 4 * n], taken, unit) + _left(m[j + 12 * n], taken, unit)
+        t = _left(m[j + 2 * n], taken, unit) + _left(m[j + 10 * n], taken, unit)
+        u = _left(m[j + 6 * n], taken, unit) + _left(m[j + 14 * n], taken, unit)
         even = (r + s) + (t + u)
-        r = m[j + n] * unit + m[j + 9 * n] * unit
-        s = m[j + 5 * n] * unit + m[j + 13 * n] * unit
-        t = m[j + 3 * n] * unit + m[j + 11 * n] * unit
-        u = m[j + 7 * n] * unit + m[j + 15 * n] * unit
+        r = _left(m[j + n], taken, unit) + _left(m[j + 9 * n], taken, unit)
+        s = _left(m[j + 5 * n], taken, unit) + _left(m[j + 13 * n], taken, unit)
+        t = _left(m[j + 3 * n], taken, unit) + _left(m[j + 11 * n], taken, unit)
+        u = _left(m[j + 7 * n], taken, unit) + _left(m[j + 15 * n], taken, unit)
         sums[j] = even + ((r + s) + (t + u))
 
 
@@ -145,29 +151,28 @@ def sum_in_lanes(sums: Array, size: int) -> float:
     return ((a + b) + (c + d)) + ((e + f) + (g + h))
 
 
+@part
+def _sum_in(unit: float, m: Array, taken: float, sums: Array) -> float:
+    width = m.size // COLUMNS if m.size >= SHORT else 0
+    _add_columns(m, taken, unit, width, sums)
+    rest = sums[width : m.size - (COLUMNS - 1) * width]
+    for j in range(rest.size):
+        rest[j] = _left(m[COLUMNS * width + j], taken, unit)
+    return sum_in_lanes(sums, width + rest.size)
+
+
 @loop
-def _sum_in(unit: float, m: Array, sums: Array) -> float:
+def _sum_in_sixteenths(m: Array, taken: float, sums: Array) -> float:
     m, sums = uncounted(m, sums)
-    size = m.size
-    if size >= SHORT:
-        width = size // COLUMNS
-        _add_columns(m, unit, width, sums)
-        whole = COLUMNS * width
-        for j in range(whole, size):
-            sums[j - whole + width] = m[j] * unit
-        size = width + size - whole
-    else:
-        for j in range(size):
-            sums[j] = m[j] * unit
-    return sum_in_lanes(sums, size)
+    return _sum_in(m.dtype.type(UNIT), m, taken, sums) / UNIT
 
 
 @part
-def magnitude_sum(m: Array, sums: Array) -> float:
-    """The sum, in float64, of the magnitudes of at most one chunk; `sums` is overwritten."""
-    total = _sum_in(m.dtype.type(1), m, sums)
+def magnitude_sum(m: Array, taken: float, sums: Array) -> float:
+    """The sum of ``||m| - taken|`` over at most one chunk, in float64; `sums` is overwritten."""
+    total = _sum_in(m.dtype.type(1), m, taken, sums)
     if total == np.inf:  # a column may have overflowed: sixteenths cannot
-        total = _sum_in(m.dtype.type(UNIT), m, sums) / UNIT
+        total = _sum_in_sixteenths(m, taken, sums)
     return total
 
 
@@ -294,7 +299,7 @@ _PATTERNS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 @loop
-def _transpose(source: Array, target: Array) -> None:
+def transpose(source: Array, target: Array) -> None:
     """Write ``target[i, j] = source[j, i]``, eight rows of the source at a time.
 
     So many lines of it are read on, and half a line of the target is written at once.
@@ -326,7 +331,7 @@ def in_rows(x: Array) -> Array:
     if not _lies_in_columns(x):
         return np.require(x, requirements=("C", "A"))
     rows, kind = np.empty(x.shape, x.dtype), _PATTERNS[x.itemsize]
-    _transpose(read_only(x.T.view(kind)), rows.view(kind))
+    transpose(read_only(x.T.view(kind)), rows.view(kind))
     return rows
 
 
@@ -337,7 +342,7 @@ def place(values: Array, y: Array) -> None:
             place(of_level, y[level])
     elif _lies_in_columns(y) and values.dtype == y.dtype:
         kind = _PATTERNS[y.itemsize]
-        _transpose(read_only(np.ascontiguousarray(values).view(kind)), y.T.view(kind))
+        transpose(read_only(np.ascontiguousarray(values).view(kind)), y.T.view(kind))
     else:
         y[...] = values
 

@@ -132,19 +132,13 @@ def budget(
     mean = patterns.as_mean(mean_bits, low, high)
     rows = rows_of(x.shape, channel_axis, group_size)
     with libraries.current_device(x):
-        # Rows that do not lie in order are copied once, rather than gathered at every pass.
-        flat = rows.flat(x)
-        unit = patterns.exponent(flat)
-        whole = _Whole(flat, rows_of(flat.shape, 0), low, high, round(mean * x.size), unit)
+        whole = _Whole(x, rows, low, high, round(mean * x.size), patterns.exponent(x))
         if whole.total in (low * x.size, high * x.size):
             width = low if whole.total == low * x.size else high
             return libraries.library(x).full(x.shape, width, np.int8)
         maps = progress.over(whole.maps(), "budget", "map", 7 + _REFITS)
         best, _ = min(maps, key=lambda pair: whole.squared_error(*pair))
-        bits = libraries.library(x).empty(x.shape, np.int8)
-        view = rows.view(bits)
-        view[...] = best.reshape(view.shape)
-        return bits
+        return best
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from cubin.binarize import multibit
 from cubin.bitmaps import parts, patterns, selection
-from cubin.core import arrays, conversions, floats, libraries, progress
+from cubin.core import arrays, conversions, floats, libraries, passes, progress
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
+from cubin.solvers import greedy
 
 _POINTS = 1 << 15
 """Magnitudes that the search for scales works on, at least, and the most for a row."""
 
-_LEAST = 1 << 6
+_LEAST = 1 << 5
 """The fewest of them that stand for a longer row."""
 
 _EACH = 1 << 4
@@ -137,13 +137,9 @@ def budget(
         if whole.total in (low * x.size, high * x.size):
             width = low if whole.total == low * x.size else high
             return libraries.library(x).full(x.shape, width, np.int8)
-
-        def error(bits: Array) -> float:
-            approx = multibit(x, bits, channel_axis=channel_axis, group_size=group_size)
-            return whole.squared_error(approx)
-
         maps = progress.over(whole.maps(), "budget", "map", 7 + _REFITS)
-        return min(maps, key=error)
+        best, _ = min(maps, key=lambda pair: whole.squared_error(*pair))
+        return best
 
 
 @dataclass(frozen=True)
@@ -161,13 +157,17 @@ class _Whole:
     total: int
     exponent: int
 
-    def maps(self) -> Iterator[Array]:
-        """The starts, the map that the search finds from the best of them, and its refits."""
+    def maps(self) -> Iterator[tuple[Array, list[Array]]]:
+        """The starts, the map that the search finds from the best of them, and its refits.
+
+        Each comes with its scales.
+        """
         search, chosen = self.search()
         tried = []
         for start in _starts(self.x, self.total, self.low, self.high):
-            yield start
-            scales = self.fit(start)
+            fitted = self.fit(start)
+            yield start, fitted
+            scales = self.in_units(fitted)
             tried.append((search.state([scale[chosen] for scale in scales]), scales))
             tried = [min(tried, key=lambda pair: pair[0].bound)]
         state, best = tried[0]
@@ -178,8 +178,9 @@ class _Whole:
             scales = self.improved(best, factors, state.price)
         for _ in range(1 + _REFITS):
             bits = self.best(scales)
-            yield bits
-            scales = self.fit(bits)
+            fitted = self.fit(bits)
+            yield bits, fitted
+            scales = self.in_units(fitted)
 
     def improved(self, scales: list[Array], factors: list[float], price: float) -> list[Array]:
         """Scales for rows that are too many to be in the sample.
@@ -233,21 +234,28 @@ class _Whole:
         m = libraries.library(x).ldexp(patterns.magnitudes(x), -self.exponent)
         return m.astype(floats.work_dtype(x.dtype), copy=False)
 
-    def squared_error(self, approx: Array) -> float:
+    def squared_error(self, bits: Array, scales: list[Array]) -> float:
+        """The squared error of the greedy approximation with a map and its scales."""
         xp, squares = libraries.library(self.x), []
+        approximate = passes.form(greedy.approximation, self.x)
 
-        def add(own: slice, x: Array, approx: Array) -> None:
+        def add(own: slice, x: Array, bits: Array) -> None:
+            approx = xp.empty(x.shape, x.dtype)
+            approximate(x, bits, *(scale[own] for scale in scales), y=approx)
             x, approx = conversions.computable(x), conversions.computable(approx)
             off = xp.subtract(x, approx, dtype=np.float64)
             off = xp.ldexp(off, -self.exponent)
             squares.append(float((off * off).sum()))
 
-        parts.over_tiles(add, self.rows, self.x, approx)
+        parts.over_tiles(add, self.rows, self.x, bits.view(np.uint8))
         return math.fsum(squares)  # the same in any order
 
     def fit(self, bits: Array) -> list[Array]:
         """The scales of a map."""
-        scales = parts.row_scales(self.x, bits.view(np.uint8), self.high, self.rows)
+        return parts.row_scales(self.x, bits.view(np.uint8), self.high, self.rows)
+
+    def in_units(self, scales: list[Array]) -> list[Array]:
+        """Scales over the power of two of the magnitudes."""
         return [libraries.library(scale).ldexp(scale, -self.exponent) for scale in scales]
 
     def best(self, scales: list[Array]) -> Array:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from cubin.codes.levels import level_signs
 from cubin.core import floats, libraries, memory, passes, teams
 from cubin.core.bits import Bits
 from cubin.core.floats import as_integers, in_work_dtype, where
@@ -180,11 +179,17 @@ def encode_rows(
 ) -> None:
     """The scales of whole rows, (levels, rows, 1), and their signs, (levels, rows, length)."""
     row_scales = _level_scales(x, bits, levels)
-    code = memory.scratch("code", x.shape, np.uint16)
-    codes.function(x, bits, *row_scales, code=code)
+    opposite = _opposite(x)
+    step = memory.scratch("step", x.shape, opposite.dtype)
     for level, scale in enumerate(row_scales):
-        scales[level] = scale
-        level_signs.function(code, bits, np.uint8(level), sign=signs[level])
+        scales[level], sign = scale, signs[level]
+        np.less(opposite, 0, out=sign.view(np.bool_))
+        np.add(sign, sign, out=sign)
+        np.subtract(sign, 1, out=sign)
+        if np.ndim(bits) or level >= bits:
+            np.multiply(sign, np.greater(bits, level), out=sign)
+        if level < levels - 1:
+            np.subtract(opposite, np.copysign(scale, opposite, out=step), out=opposite)
 
 
 def _opposite(x: np.ndarray) -> np.ndarray:

@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cubin.core.floats import is_float
-
 Array = Any
 PullBack = Callable[[Array], Array]
 
@@ -73,7 +71,7 @@ class Node:
 
     def __post_init__(self) -> None:
         dtype = getattr(self.value, "dtype", None)
-        if dtype is None or not (dtype.kind == "f" or is_float(dtype)):
+        if dtype is None or not (dtype.kind == "f" or dtype.name == "bfloat16"):
             got = type(self.value).__qualname__ if dtype is None else dtype
             raise TypeError(f"value must be an array of floats, got {got}")
 

@@ -337,6 +337,17 @@ def _recorded() -> Any:
     """The autograd function that runs any forward with any rule as its gradient."""
     torch: Any = sys.modules["torch"]
 
+    class Pulled(torch.autograd.Function):
+        """A gradient that is to be differentiated itself: that raises."""
+
+        @staticmethod
+        def forward(ctx: Any, pull_back: Any, *tensors: Any) -> Any:
+            return pull_back()
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError("the gradient of a binarization cannot be differentiated itself")
+
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, forward: Any, backward: Any, arguments: Any, names: Any,
@@ -348,10 +359,11 @@ def _recorded() -> Any:
             return forward()
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, gy: Any) -> Any:
             saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-            gx = ctx.rule(gy, **{**ctx.rest, **saved})
+            pull_back = functools.partial(ctx.rule, gy, **{**ctx.rest, **saved})
+            again = torch.is_grad_enabled()  # with create_graph=True
+            gx = Pulled.apply(pull_back, gy, *saved.values()) if again else pull_back()
             return (None,) * 4 + tuple(gx if name == "x" else None for name in ctx.names)
 
     return Recorded

@@ -46,7 +46,7 @@ class BinaryCode:
     Raises
     ------
     TypeError
-        If an argument has the wrong type, or NumPy and CuPy arrays are mixed.
+        If an argument has the wrong type, or arrays of several libraries are mixed.
     ValueError
         If the shapes do not fit together.
 

@@ -264,7 +264,7 @@ class _Torch(Library):
 
     def view(self, name: str, value: Any) -> Array:
         torch: Any = sys.modules["torch"]
-        plain = value.detach()
+        plain = value.detach() if value.requires_grad else value
         halves = plain.dtype is torch.bfloat16  # which neither NumPy nor DLPack's readers all know
         try:
             if halves:

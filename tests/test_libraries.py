@@ -328,6 +328,12 @@ def test_other_libraries_are_read_through_dlpack(rng):
     assert np.shares_memory(libraries.DLPACK.view("x", Stranger(values)), values)
 
 
+def test_strangers_are_not_written(rng):
+    for x in (rng.normal(size=3), Stranger(rng.normal(size=3))):
+        with pytest.raises(TypeError, match="out cannot be a DLPack array"):
+            cubin.sign(x, out=Stranger(np.zeros(3)))
+
+
 def test_strangers_that_cannot_be_read():
     with pytest.raises(TypeError, match=r"x is a .*Stranger that cannot be read through DLPack"):
         cubin.sign(Stranger(np.array(["a"])))

@@ -490,6 +490,8 @@ def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, Any, dict[str, 
     for name, value in arguments.items():
         owner = LIBRARY_OF[type(value)]
         if owner is DLPACK:
+            if name == "out":
+                DLPACK.check_output(value)
             given[name] = DLPACK.view(name, value)
         elif owner is not None and library is None:
             home, library, first = name, owner, value

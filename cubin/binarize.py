@@ -32,12 +32,13 @@ def sign(x: Array, *, out: Array | None = None) -> Array:
     .. math:: \\operatorname{sign}(x) = +1 \\text{ if } x > 0, \\text{ else } -1
 
     Zero, positive or negative, has the sign -1, as in CNTK's binary convolutions: a binary code
-    has no third value. NumPy's ``sign`` gives 0 there.
+    has no third value. NumPy's ``sign`` gives 0 there. Where `x` is a PyTorch tensor that requires
+    grad, its gradient is that of `sign_grad`.
 
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        NumPy or CuPy array, or anything that ``numpy.asarray`` takes.
+        Of NumPy, CuPy, PyTorch or JAX, or anything that ``numpy.asarray`` takes.
     out : array, optional
         Where to put the result: x's shape and dtype. It may be `x` itself, or overlap it.
 
@@ -92,7 +93,7 @@ def ste_mask(x: Array, bound: Array = 1) -> Array:
     Raises
     ------
     TypeError
-        If `x` is not floating point, `bound` is not real, or NumPy and CuPy are mixed.
+        If `x` is not floating point, `bound` is not real, or libraries are mixed.
     ValueError
         If `bound` does not broadcast to x's shape.
 
@@ -139,12 +140,13 @@ def multibit(
         r_{i+1} = r_i - a_i b_i, \\quad r_0 = x;
 
     a residual of exactly 0 has the sign -1. `quantize` describes the others. An element with 0
-    bits is approximated by 0. The straight-through gradient is `multibit_grad`.
+    bits is approximated by 0. The straight-through gradient is `multibit_grad`, which PyTorch
+    records where `x` is a tensor that requires grad.
 
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        NumPy or CuPy array, or anything that ``numpy.asarray`` takes.
+        Of NumPy, CuPy, PyTorch or JAX, or anything that ``numpy.asarray`` takes.
     bits : int or integer array that broadcasts to x's shape
         The number of levels of every element, 0 to 16, or to 8 for the solvers ``alternating``
         and ``optimal``. The greedy solver does not check the values of a CuPy map, since that
@@ -227,7 +229,7 @@ def quantize(
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        NumPy or CuPy array, or anything that ``numpy.asarray`` takes.
+        Of NumPy, CuPy, PyTorch or JAX, or anything that ``numpy.asarray`` takes.
     bits : int or integer array that broadcasts to x's shape
         The number of levels of every element, 0 to 16, or to 8 for the solvers ``alternating``
         and ``optimal``.

@@ -201,7 +201,7 @@ def relative_mse(
     Raises
     ------
     TypeError
-        If an argument is not floating point, or NumPy and CuPy are mixed.
+        If an argument is not floating point, or libraries are mixed.
     ValueError
         If the shapes differ, or an axis is out of range.
 

@@ -43,7 +43,7 @@ def sign_grad(
     Raises
     ------
     TypeError
-        If `x` or `gy` is not floating point, NumPy and CuPy are mixed, or the surrogate has no such
+        If `x` or `gy` is not floating point, libraries are mixed, or the surrogate has no such
         parameter.
     ValueError
         If `gy` has another shape than `x`, there is no such surrogate, or a parameter is not

@@ -94,6 +94,8 @@ def test_code_runs_and_prints_what_it_says(page, request, tmp_path, monkeypatch,
     for block in blocks(page):
         if "import torch" in block:
             optional("torch")
+        if "import jax" in block:
+            optional("jax")
         if "import cupy" in block:
             monkeypatch.setitem(sys.modules, "cupy", request.getfixturevalue("device"))
         execute(block, names)

@@ -87,7 +87,7 @@ def budget(
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        NumPy or CuPy array, finite.
+        Of any library, finite.
     mean_bits : float
         The mean of the map, `min_bits` to `max_bits`: met to one element over the whole array,
         whatever the rows.

@@ -110,7 +110,7 @@ def top_down(x: Array, mix: Mapping[int, float]) -> Array:
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        NumPy or CuPy array, finite.
+        Of any library, finite.
     mix : mapping of int to float
         The share of the elements that each number of bits (0 to 16) gets, such as
         ``{1: 0.7, 2: 0.2, 3: 0.1}``. The shares sum to 1. They are met to one element: counts are
@@ -158,7 +158,7 @@ def bottom_up(x: Array, mix: Mapping[int, float]) -> Array:
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        NumPy or CuPy array, finite.
+        Of any library, finite.
     mix : mapping of int to float
         As in `top_down`.
 
@@ -203,7 +203,7 @@ def middle_out(x: Array, mix: Mapping[int, float]) -> Array:
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        NumPy or CuPy array, finite.
+        Of any library, finite.
     mix : mapping of int to float
         As in `top_down`.
 

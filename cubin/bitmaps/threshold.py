@@ -42,7 +42,7 @@ def ternary(
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        NumPy or CuPy array, finite.
+        Of any library, finite.
     channel_axis : int or tuple of int, optional
         One scale for each index of this axis (these axes), as in `cubin.quantize`. Default: one
         for the tensor.

@@ -50,7 +50,7 @@ class BinaryCode:
     Raises
     ------
     TypeError
-        If an argument has the wrong type, or NumPy and CuPy arrays are mixed.
+        If an argument has the wrong type, or arrays of several libraries are mixed.
     ValueError
         If the shapes do not fit together, or a bit is set that stands for no sign.
 

@@ -270,7 +270,7 @@ class _Torch(Library):
 
     def view(self, name: str, value: Any) -> Array:
         torch: Any = sys.modules["torch"]
-        plain = value.detach()
+        plain = value.detach() if value.requires_grad else value
         halves = plain.dtype is torch.bfloat16  # which neither NumPy nor DLPack's readers all know
         try:
             if halves:
@@ -343,6 +343,17 @@ def _recorded() -> Any:
     """The autograd function that runs any forward with any rule as its gradient."""
     torch: Any = sys.modules["torch"]
 
+    class Pulled(torch.autograd.Function):
+        """A gradient that is to be differentiated itself: that raises."""
+
+        @staticmethod
+        def forward(ctx: Any, pull_back: Any, *tensors: Any) -> Any:
+            return pull_back()
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError("the gradient of a binarization cannot be differentiated itself")
+
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, forward: Any, backward: Any, arguments: Any, names: Any,
@@ -354,10 +365,11 @@ def _recorded() -> Any:
             return forward()
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, gy: Any) -> Any:
             saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-            gx = ctx.rule(gy, **{**ctx.rest, **saved})
+            pull_back = functools.partial(ctx.rule, gy, **{**ctx.rest, **saved})
+            again = torch.is_grad_enabled()  # with create_graph=True
+            gx = Pulled.apply(pull_back, gy, *saved.values()) if again else pull_back()
             return (None,) * 4 + tuple(gx if name == "x" else None for name in ctx.names)
 
     return Recorded
@@ -484,6 +496,8 @@ def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, Any, dict[str, 
     for name, value in arguments.items():
         owner = LIBRARY_OF[type(value)]
         if owner is DLPACK:
+            if name == "out":
+                DLPACK.check_output(value)
             given[name] = DLPACK.view(name, value)
         elif owner is not None and library is None:
             home, library, first = name, owner, value

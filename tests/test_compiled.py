@@ -236,8 +236,7 @@ def solved(solver, x, levels):
 
 def rule(solver):
     """What the primitives on whole rows take of a solver."""
-    most = search.MAX_ITERATIONS + 1
-    return solver.refit, most if solver.iterations is None else solver.iterations
+    return solver.refit, search.limit(solver)
 
 
 REFINED = solvers.SOLVERS["refined"]

@@ -1,4 +1,5 @@
-"""The solvers on sorted rows as Numba compiles them, against the array form and all codes."""
+"""The solvers as Numba compiles them, against the array form and all codes: on sorted rows, and on
+rows as they lie."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from cubin.solvers.sorted_rows import SortedRows
 from tests.exhaustive import few
 
 loops = pytest.importorskip("cubin.solvers.sorted_rows_loops")
+search_rows_loops = pytest.importorskip("cubin.solvers.search_rows_loops")
 
 ALTERNATING = [solvers.solver_of("alternating", n) for n in (0, 1, 2, None)]
 SOLVERS = [solvers.SOLVERS["refined"], *ALTERNATING, solvers.SOLVERS["optimal"]]
@@ -191,6 +193,111 @@ def test_a_pair_under_a_map_is_of_its_own_elements(rng):
         assert (below <= first[:, None]).all()
 
 
+# ---------------------------------------------------------------- rows that are compared with edges
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:-1], ids=NAMES[:-1])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("levels", few(range(1, 9), 1, 4, 7))
+def test_rows_as_they_lie_give_what_sorted_rows_give(rng, solver, mapped, weighted, dtype, levels):
+    """To the last digits: the sums are added up in another order."""
+    x, bits, importance = problem(rng, 150, dtype, levels, mapped, weighted)
+    with np.errstate(all="ignore"):
+        expected = given_by(loops.Lookup(x, bits, levels, importance, solver), x, bits)
+        found = given_by(search_rows_loops.Lookup(x, bits, levels, importance, solver), x, bits)
+    top = np.abs(x).max(axis=1).astype(np.float64)
+    top[top == 0] = 1
+    apart = np.abs(found[2].astype(np.float64) - expected[2]).max(axis=1) / top
+    # Where a sum's rounding decides a sign or the last iteration, a row may end up elsewhere.
+    limit = 1e-12 if dtype == "float64" else 2e-3 if dtype == "float16" else 1e-6
+    assert (apart > limit).sum() <= 1
+    assert found[0].dtype == expected[0].dtype
+
+
+@pytest.mark.parametrize("solver", SOLVERS[:-1], ids=NAMES[:-1])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_as_they_lie_that_are_not_finite(rng, solver, mapped, bad, dtype):
+    x = rng.normal(size=(4, 90)).astype(dtype)
+    bits = rng.integers(1, 4, x.shape).astype(np.uint8) if mapped else np.uint8(3)
+    x[1, 7] = x[2, 5] = bad
+    if mapped:
+        bits[2, 5] = bits[1, 8] = 0
+    with np.errstate(all="ignore"):
+        fit = search_rows_loops.Lookup(x, bits, 3, None, solver)
+        scales, _, y = given_by(fit, x, bits)
+    assert np.isnan(scales[:, 1]).all()
+    assert np.isfinite(scales[:, [0, 3]]).all()
+    assert np.isfinite(scales[:, 2]).all() == mapped
+    assert np.isnan(y[1]).sum() == ((bits[1] > 0).sum() if mapped else x.shape[1])
+    assert np.isfinite(y[[0, 3]]).all()
+
+
+@pytest.mark.parametrize("length", [1, 31, 33, 4097, 8200])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_lengths_of_rows_as_they_lie(rng, length, weighted, mapped):
+    """Their error is that of least squares, computed from all elements in float64."""
+    x = rng.normal(size=(3, length))
+    bits = rng.integers(0, 4, x.shape).astype(np.uint8) if mapped else np.uint8(3)
+    weights = rng.exponential(size=x.shape) if weighted else None
+    fit = search_rows_loops.Lookup(x, bits, 3, weights, SOLVERS[0])
+    scales, codes, y = given_by(fit, x, bits)
+    for row in range(3):
+        own = np.broadcast_to(bits, x.shape)[row]
+        signs = np.where(codes[row, :, None] >> np.arange(3) & 1, 1.0, -1.0)
+        signs *= np.arange(3) < own[:, None]
+        root = np.sqrt(weights[row]) if weighted else np.ones(length)
+        best = np.linalg.lstsq(signs * root[:, None], x[row] * root, rcond=None)[0]
+        np.testing.assert_allclose(signs @ scales[:, row, 0], y[row], atol=1e-12)
+        least = (root**2 * (x[row] - signs @ best) ** 2).sum()
+        assert (root**2 * (x[row] - y[row]) ** 2).sum() <= least + 1e-12 * (root * x[row]) @ (
+            root * x[row]
+        )
+
+
+def test_importance_of_any_size_and_type(rng):
+    """Powers of two as factors change nothing, and a row without any counts as unweighted."""
+    x = rng.normal(size=(3, 300)).astype(np.float32)
+    importance = rng.exponential(size=x.shape).astype(np.float32)
+    importance[2] = 0
+
+    def found(weights, rows=slice(None)):
+        return given_by(
+            search_rows_loops.Lookup(x[rows], np.uint8(4), 4, weights, SOLVERS[0]),
+            x[rows], np.uint8(4),
+        )  # fmt: skip
+
+    expected = found(importance)
+    factor = np.array([[2.0**100], [2.0**-100], [1.0]], np.float32)
+    assert_the_same(expected, found(importance * factor))
+    assert_the_same(expected, found(importance.astype(np.float64) * factor.astype(float) ** 8))
+    plain = found(None, slice(2, 3))
+    np.testing.assert_allclose(expected[0][:, 2:], plain[0], rtol=1e-6)
+    ones = found(np.full((1, 300), 2.0**9, np.float32), slice(2, 3))
+    np.testing.assert_allclose(ones[0], plain[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["refined", "alternating"])
+@pytest.mark.parametrize("bits", [3, 5])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_long_rows_that_are_not_sorted(rng, solver, bits, weighted):
+    """One row of several pieces, and its neighbour, are solved as each is alone."""
+    x = rng.normal(size=(2, blocks.BLOCK + 1027)).astype(np.float32)
+    importance = rng.exponential(size=x.shape) if weighted else None
+    options = {"solver": solver, "channel_axis": 0}
+    both_rows = cubin.multibit(x, bits, importance=importance, **options)
+    for row in range(2):
+        own = None if importance is None else importance[row]
+        alone = cubin.multibit(x[row], bits, importance=own, solver=solver)
+        np.testing.assert_array_equal(alone, both_rows[row])
+    code = cubin.quantize(x, bits, importance=importance, **options)
+    np.testing.assert_array_equal(code.dequantize(), both_rows)
+
+
 # ---------------------------------------------------------------- the same bits
 
 
@@ -214,19 +321,22 @@ def test_rows_do_not_depend_on_each_other(rng, solver, mapped):
 
 @pytest.mark.parametrize("options", [{}, {"channel_axis": 0}, {"channel_axis": 1}])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_blocks_and_threads_change_nothing(monkeypatch, rng, options, weighted):
+@pytest.mark.parametrize("levels", [5, 8])
+def test_blocks_and_threads_change_nothing(monkeypatch, rng, options, weighted, levels):
+    """Where rows are compared with all edges, and where they are sorted."""
     x = rng.normal(size=(64, 1100)).astype(np.float32)
-    bits = rng.integers(0, 6, x.shape)
+    bits = rng.integers(0, levels + 1, x.shape)
     importance = rng.choice([0.5, 1.0, 2.0], x.shape) if weighted else None
     options = {"solver": "alternating", "importance": importance, **options}
     made = []
-    original = loops.Lookup.__init__
+    kind = search_rows_loops.Lookup if levels < 8 else loops.Lookup
+    original = kind.__init__
 
     def counted(self, x, *rest):
         made.append(x.shape)
         original(self, x, *rest)
 
-    monkeypatch.setattr(loops.Lookup, "__init__", counted)
+    monkeypatch.setattr(kind, "__init__", counted)
     expected = cubin.quantize(x, bits, **options)
     assert made
     before = len(made)
@@ -291,11 +401,17 @@ def test_processors_give_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     ("solver", "bits", "dtype", "mapped", "weighted", "sorts"),
     [
-        ("refined", 5, "float32", False, False, True),
+        ("refined", 7, "float32", False, False, True),
+        ("refined", 6, "float32", False, False, False),
         ("refined", 3, "float32", False, False, False),
-        ("refined", 3, "float64", False, False, True),
-        ("alternating", 3, "float32", True, False, True),
-        ("alternating", 3, "float32", False, True, True),
+        ("refined", 3, "float64", False, False, False),
+        ("alternating", 6, "float32", False, False, True),
+        ("alternating", 5, "float32", False, False, False),
+        ("alternating", 3, "float32", True, False, False),
+        ("alternating", 7, "float32", True, False, False),
+        ("alternating", 8, "float32", True, False, True),
+        ("alternating", 3, "float32", False, True, False),
+        ("alternating", 8, "float32", False, True, True),
         ("optimal", 3, "float32", False, False, True),
     ],
 )

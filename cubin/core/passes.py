@@ -320,12 +320,12 @@ def for_each_part(
     _over(parts, task, rows, inputs, device)
 
 
-def search_loops(module: ModuleType, x: Array, states: int) -> Any:
+def search_loops(module: ModuleType, x: Array, steps: int | None = None) -> Any:
     """The compiled loops beside a module for a search over `x`, or None where they do not pay.
 
-    The work of a search is counted as one step for each element and state.
+    `steps` is the work: one step for each element and state. Without it, the loops do pay.
     """
-    if libraries.on_device(x) or not blocks.pays(x.size * states):
+    if libraries.on_device(x) or not (steps is None or blocks.pays(steps)):
         return None
     return blocks.loops(module.__name__)
 

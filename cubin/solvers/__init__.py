@@ -101,9 +101,19 @@ def _on_whole_rows(
         return greedily, (bits.levels,)
     if solver.name == "optimal" or importance is not None or bits.levels > search_rows.MAX_LEVELS:
         return None, ()
-    most = search.MAX_ITERATIONS + 1
-    iterations = most if solver.iterations is None else solver.iterations
-    return searching, (bits.levels, solver.refit, iterations)
+    return searching, (bits.levels, solver.refit, search.limit(solver))
+
+
+def _loops(x: Array, bits: Bits, solver: Solver, importance: Array | None) -> Any:
+    """The compiled loops for a search, which have a `Lookup`, or None.
+
+    Those on rows that are not sorted add up in another order. So the size alone decides on them.
+    """
+    more = bits.mapped or importance is not None
+    compares = search_rows.compares(bits.levels, search.limit(solver), more)
+    if solver.name != "optimal" and compares and x.size >= search_rows.LOOPS_FROM:
+        return passes.search_loops(search_rows, x)
+    return passes.search_loops(sorted_rows, x, x.size << bits.levels)
 
 
 def _search(
@@ -122,7 +132,7 @@ def _search(
         return
     levels = bits.levels
     weights = () if importance is None else (importance,)
-    loops = passes.search_loops(sorted_rows, x, 1 << levels)
+    loops = _loops(x, bits, solver, importance)
     if loops is not None and rows.length >= loops.LONGEST:
         loops = None
     states = 1 << levels if loops else search.STARTS << (levels - 1)

@@ -15,7 +15,7 @@ from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import SortedRows
 
 MAX_ITERATIONS = 1000
-"""Upper limit of the iterations where alternating goes on until it converges."""
+"""Upper limit of the iterations where a solver goes on until it converges."""
 
 SCREENED = 5
 """Iterations of every start of the search for the optimum, before the best start is chosen."""
@@ -57,13 +57,18 @@ class Scales(NamedTuple):
     gain: Array
 
 
+def limit(solver: Solver) -> int:
+    """The most iterations of a solver; of `optimal` those at the end of its search."""
+    return MAX_ITERATIONS if solver.iterations is None else solver.iterations
+
+
 def codebooks(magnitudes: SortedRows, levels: int, solver: Solver) -> dict[int, Codebook]:
     """The codebooks that a solver finds, by the number of bits of the elements."""
     if solver.name == "optimal":
         return optimal(magnitudes, levels)
     if solver.refit:
         return refined(magnitudes, levels)
-    return alternating(magnitudes, levels, solver.iterations)
+    return alternating(magnitudes, levels, limit(solver))
 
 
 def refined(magnitudes: SortedRows, levels: int) -> dict[int, Codebook]:
@@ -71,14 +76,13 @@ def refined(magnitudes: SortedRows, levels: int) -> dict[int, Codebook]:
     return _successive(magnitudes, levels, refit=True)
 
 
-def alternating(magnitudes: SortedRows, levels: int, iterations: int | None) -> dict[int, Codebook]:
+def alternating(magnitudes: SortedRows, levels: int, iterations: int) -> dict[int, Codebook]:
     """The codebooks after the greedy codes and iterations of least squares and nearest codes."""
     greedy = _successive(magnitudes, levels, refit=False)
     if iterations == 0:
         return greedy
     start = _fitted(magnitudes, greedy, levels)
-    before = MAX_ITERATIONS if iterations is None else iterations - 1
-    return _nearest(magnitudes, _alternated(magnitudes, start, before).values)
+    return _nearest(magnitudes, _alternated(magnitudes, start, iterations - 1).values)
 
 
 def optimal(magnitudes: SortedRows, levels: int) -> dict[int, Codebook]:

@@ -2,7 +2,7 @@
 
 A team of threads holds the magnitudes of a row in registers, as `cubin.core.teams` describes. They
 are not sorted: a least-squares step goes over them once for every threshold. The compiled loops do
-the same with a row in the cache.
+the same with a row in the cache, also where there are more levels or importance.
 """
 
 from __future__ import annotations
@@ -19,16 +19,34 @@ from cubin.solvers.sorted_rows import SortedRows
 _CUDA = source(__file__)
 
 MAX_LEVELS = 4
-"""The most levels. Beyond, sorting is faster: the thresholds double with every level."""
+"""The most levels of the primitives. Beyond, sorting is faster on a device: the thresholds double
+with every level."""
 
 LOOPS_FROM = 1 << 16
 """Elements from which on the compiled loops are used, whether Numba is loaded already or not.
 
 They add in another order than the body, so that the choice must depend on the array alone."""
 
+EDGES, EDGES_WITH_MORE = 48, 192
+"""The most edges that the compiled loops compare a row with. Beyond, they sort it. Sorting takes
+longer where there is a map or importance, since these are brought in order as well."""
+
+CONVERGING = 11
+"""The iterations to count on where `alternating` goes on until it converges."""
+
 ROOM: teams.Room = ((16, 12, 8), (16, 12, 8), (8, 8, 4))
 """How many elements a thread holds. It has fewer registers for them than greedy: a solver's state
 takes some."""
+
+
+def compares(levels: int, iterations: int, more: bool) -> bool:
+    """Whether compiled loops solve a row faster by comparing it with all edges than by sorting it.
+
+    `more` says whether there is a map or importance. An iteration has as many edges as all levels
+    that are added one by one.
+    """
+    rounds = 1 + min(iterations, CONVERGING)
+    return rounds << (levels - 1) <= (EDGES_WITH_MORE if more else EDGES)
 
 
 @raw(

@@ -1,59 +1,101 @@
-"""The primitives of `search_rows.py` as compiled loops, which go row by row without sorting.
+"""The solvers `refined` and `alternating` as compiled loops, which go row by row without sorting.
 
 They find what `cubin.solvers.search` finds. The magnitudes above the lower edge of a cell are added
-up in one pass over the row, which is in the cache. The loops take float32, whose squares neither
-overflow nor vanish in float64, and rows without a map and of up to 4 levels. All other rows are
-sorted, by `sorted_rows_loops.py`.
+up in one pass over the row, which is in the cache. Elements with the same number of bits lie side
+by side, so that each is compared with the edges of its own cells alone.
 
-`number` and `total` have an entry for each cell of a row: how many magnitudes lie above its lower
-edge, and their sum. `equations` are the normal equations of least squares: the lower triangle, and
-below it the right side as one more row.
+The arrays of cells hold those of all numbers of levels, as in `sorted_rows_loops.py`. `number` and
+`total` have an entry for each of the 2^(d-1) cells of the elements of d bits, from 2^(d-1) on: how
+many magnitudes, or how much of their importance, lies above the lower edge of the cell, and their
+sum. `equations` are the normal equations of least squares: the lower triangle, below it the right
+side as one more row, and the diagonal as the last row.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cubin.codes.levels import decode
 from cubin.codes.levels_loops import level_signs
-from cubin.core import memory
+from cubin.core import floats
+from cubin.core.floats import as_integers
 from cubin.core.host.loops import (
     in_work_dtype,
     loop,
+    map_of,
     part,
-    store,
+    read_only,
     sum_in_lanes,
-    target,
-    uncounted,
+)
+from cubin.core.host.loops import (
+    uncounted as _uncounted,
 )
 from cubin.core.libraries import Array
-from cubin.solvers import search_rows, sorted_rows_loops
+from cubin.solvers import search, search_rows, sorted_rows_loops
 from cubin.solvers.codebook import DEPENDENT
 from cubin.solvers.solver import Solver
+from cubin.solvers.sorted_rows import relative_weights
+from cubin.solvers.sorted_rows_loops import rounded_down
 
-CHUNK = 1 << 13
+uncounted: Any = _uncounted
+"""As a function of any arrays: Numba's decorator hides its types."""
+
+CHUNK = 1 << 12
 """Elements that stay in the first-level cache while they are compared with all edges in turn."""
 
 LONGEST_KEPT = 1 << 19
-"""Elements of the longest row whose magnitudes are stored. Those of longer rows are computed again
-in every pass, chunk by chunk."""
+"""Elements of the longest row without a map and importance whose magnitudes are stored. Those of
+longer rows are computed again in every pass, chunk by chunk."""
 
-_UNIT = 4.0
-"""What the magnitudes of a row are divided by where the sum of four of them overflows."""
+COLUMNS = 32
+"""The sizes of what is added up are multiples of this: four columns that fill vector registers."""
 
-
-@part
-def _rounded_down(value: float) -> Any:
-    rounded = np.float32(value)
-    return np.nextafter(rounded, np.float32(-np.inf)) if rounded > value else rounded
+LONGEST = sorted_rows_loops.LONGEST
+"""A row must have fewer elements."""
 
 
 @part
 def _padded(size: int) -> int:
-    """`size` rounded up so that four columns fill whole vector registers."""
-    return -(-size // 32) * 32
+    return -(-size // COLUMNS) * COLUMNS
+
+
+class Space(NamedTuple):
+    """Scratch for a row.
+
+    Attributes
+    ----------
+    m : array in the work dtype
+        Magnitudes, those with few bits first. What fills up the columns lies below all edges.
+    weight, weighted : array in the work dtype
+        The importance of these elements, and that times their magnitudes.
+    starts : array of int64, shape (levels + 1,)
+        Where in `m` the elements of each number of bits start, and where the last ones stop. All
+        have the highest number where there is no map.
+    lower : array in the work dtype, shape (2^levels,)
+    codes, moved : array of uint16, shape (2^levels,)
+    number, total : array of float64, shape (2^levels,)
+    sums : array of float64, shape (2^(levels - 1),)
+    of_four, weight_of_four : array in the work dtype, shape (CHUNK / 4,)
+    equations : array of float64, shape (levels + 2, levels)
+    fitted : array of float64, shape (levels,)
+    """
+
+    m: Array
+    weight: Array
+    weighted: Array
+    starts: Array
+    lower: Array
+    codes: Array
+    moved: Array
+    number: Array
+    total: Array
+    sums: Array
+    of_four: Array
+    weight_of_four: Array
+    equations: Array
+    fitted: Array
 
 
 # ---------------------------------------------------------------- sums
@@ -63,10 +105,9 @@ def _padded(size: int) -> int:
 def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     """Write the sums, four magnitudes each, of those above an edge; return their number.
 
-    Four are added in float32, in pairs, so that equal numbers do not round. NaN is not below any
-    edge, so that it shows in the sums.
+    Four are added in the work dtype, in pairs, so that equal numbers do not round.
     """
-    zero, below, n = np.float32(0), np.int32(0), sums.size
+    zero, below, n = m.dtype.type(0), np.int32(0), sums.size
     for j in range(n):
         a, b, c, d = m[j], m[j + n], m[j + 2 * n], m[j + 3 * n]
         below = np.int32(below + (a <= edge) + (b <= edge) + (c <= edge) + (d <= edge))
@@ -76,32 +117,51 @@ def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     return m.size - below
 
 
-@loop
-def _add_up(
-    x: Array, unit: float, m: Array, edges: Array, cells: range, number: Array, total: Array,
-    sums_of_four: Array,
-) -> None:  # fmt: skip
-    """Write the number and total of magnitudes above the lower edges of some cells.
+@part
+def _chosen_sums_of_four(m: Array, edge: float, values: Array, sums: Array) -> None:
+    """Write the sums, four values each, of the elements whose magnitudes lie above an edge."""
+    zero, n = m.dtype.type(0), sums.size
+    for j in range(n):
+        a, b, c, d = values[j], values[j + n], values[j + 2 * n], values[j + 3 * n]
+        first = (zero if m[j] <= edge else a) + (zero if m[j + n] <= edge else b)
+        second = (zero if m[j + 2 * n] <= edge else c) + (zero if m[j + 3 * n] <= edge else d)
+        sums[j] = first + second
 
-    `m` holds the magnitudes of the row. If it is shorter than the row, it is scratch that they are
-    written to, chunk by chunk.
+
+@loop
+def _add_up(x: Array, factor: float, space: Space, levels: int, step: int) -> None:
+    """Write the numbers and totals of magnitudes above the lower edges of cells.
+
+    These are the cells of up to `levels` levels. The edges of the first ones do not move, so that
+    they are counted with one level alone. With `added`, only the edges that came with the last
+    level count.
     """
-    x, m, edges, sums_of_four = uncounted(x, m, edges, sums_of_four)
-    number, total = uncounted(number, total)
-    for cell in cells:
-        number[cell], total[cell] = 0, 0
-    for start in range(0, x.size, CHUNK):
-        if m.size < x.size:
-            chunk = m[: _padded(min(CHUNK, x.size - start))]
-            _magnitudes(x[start : start + CHUNK], unit, chunk)
-        else:
-            chunk = m[start : start + CHUNK]
-        columns = chunk.size // 4
-        sums = sums_of_four[:columns]
-        for cell in cells:
-            edge = edges[cell - 1] if cell else np.float32(-1)
-            number[cell] += _sums_of_four(chunk, edge, sums)
-            total[cell] += sum_in_lanes(sums, columns)
+    m, weight, weighted, all_lower = uncounted(space.m, space.weight, space.weighted, space.lower)
+    starts, number, total = uncounted(space.starts, space.number, space.total)
+    four, weight_of_four = uncounted(space.of_four, space.weight_of_four)
+    first_cell = 1 if levels > 1 else 0
+    for depth in range(levels if step > 1 else 1, starts.size):
+        base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
+        lower, stop = all_lower[cells : 2 * cells], starts[depth]
+        for cell in range(first_cell, cells, step):
+            number[base + cell], total[base + cell] = 0, 0
+        for start in range(starts[depth - 1], stop, CHUNK):
+            end = min(start + CHUNK, stop)
+            sums, shares = four[: (end - start) // 4], weight_of_four[: (end - start) // 4]
+            if m.size < stop:
+                chunk = m[: end - start]
+                _set_magnitudes(x[start : start + CHUNK], factor, chunk)
+            else:
+                chunk = m[start:end]
+            for cell in range(first_cell, cells, step):
+                edge = lower[cell] if cell else m.dtype.type(-1)
+                if weight.size:
+                    _chosen_sums_of_four(chunk, edge, weight[start:end], shares)
+                    _chosen_sums_of_four(chunk, edge, weighted[start:end], sums)
+                    number[base + cell] += sum_in_lanes(shares, shares.size)
+                else:
+                    number[base + cell] += _sums_of_four(chunk, edge, sums)
+                total[base + cell] += sum_in_lanes(sums, sums.size)
 
 
 # ---------------------------------------------------------------- least squares
@@ -113,43 +173,50 @@ def _signed(value: float, code: int, level: int) -> float:
 
 
 @loop
-def _set_equations(
-    codes: Array, levels: int, number: Array, total: Array, equations: Array
-) -> None:
+def _set_equations(space: Space, levels: int) -> None:
     """Write the normal equations of the first `levels` levels."""
+    equations, codes, starts = uncounted(space.equations, space.codes, space.starts)
+    number, total = uncounted(space.number, space.total)
     for j in range(levels):
-        equations[levels, j] = 0
+        equations[levels, j] = equations[levels + 1, j] = 0
         for i in range(j):
             equations[j, i] = 0
-        equations[j, j] = number[0]
-    above, above_total = 0.0, 0.0
-    for cell in range((1 << (levels - 1)) - 1, -1, -1):
-        mass, first = number[cell] - above, total[cell] - above_total
-        above, above_total = number[cell], total[cell]
-        code = codes[cell]
-        for j in range(levels):
-            equations[levels, j] += _signed(first, code, j)
-            for i in range(j):
-                equations[j, i] += _signed(mass, code >> j ^ ~code >> i, 0)
+    for depth in range(1, len(starts)):
+        if starts[depth - 1] == starts[depth]:
+            continue
+        base, reached = 1 << (depth - 1), min(depth, levels)
+        cells = 1 << (reached - 1)
+        for j in range(reached):
+            equations[levels + 1, j] += number[base]
+        above, above_total = 0.0, 0.0
+        for cell in range(cells - 1, -1, -1):
+            mass, first = number[base + cell] - above, total[base + cell] - above_total
+            above, above_total = number[base + cell], total[base + cell]
+            code = codes[cells + cell]
+            for j in range(reached):
+                equations[levels, j] += _signed(first, code, j)
+                for i in range(j):
+                    equations[j, i] += _signed(mass, code >> j ^ ~code >> i, 0)
+    for j in range(levels):
+        equations[j, j] = equations[levels + 1, j]
 
 
 @part
 def _mean(equations: Array, level: int, scales: Array) -> float:
     """The greedy scale of a level: the mean of its signs times the residuals of those before."""
-    total = equations[level + 1, level]
+    total, count = equations[level + 1, level], equations[level, level]
     for i in range(level):
         total -= equations[level, i] * scales[i]
-    return total / max(equations[0, 0], 1)
+    return total / (count if count > 0 else 1.0)
 
 
 @loop
 def _solve(equations: Array, levels: int, scales: Array) -> float:
     """Write the least-squares scales and return their gain; the equations are overwritten."""
-    count = equations[0, 0]
     for p in range(levels):
         pivot, right = equations[p, p], equations[levels, p]
         # The scale is 0 where a level's signs depend linearly on those of the levels before it.
-        inverse = 1 / pivot if pivot > DEPENDENT * count else 0.0
+        inverse = 1 / pivot if pivot > DEPENDENT * equations[levels + 1, p] else 0.0
         scales[p] = right * inverse
         for j in range(p + 1, levels):
             for i in range(j, levels):
@@ -168,9 +235,13 @@ def _solve(equations: Array, levels: int, scales: Array) -> float:
 
 
 @loop
-def _nearest(scales: Array, levels: int, edges: Array, codes: Array, sums: Array) -> None:
-    """Write the edges and codes of the cells in which the nearest sum of levels is the same."""
+def _set_nearest(space: Space, levels: int) -> None:
+    """Write the cells in which the nearest sum of the first `levels` levels is the same."""
+    scales, sums, all_lower, all_codes = uncounted(
+        space.fitted, space.sums, space.lower, space.codes
+    )
     cells = 1 << (levels - 1)
+    lower, codes = all_lower[cells : 2 * cells], all_codes[cells : 2 * cells]
     for cell in range(cells):
         # Bit i of the cell's number is the sign of level i + 1; level 0 has the sign +.
         code, value = 1, abs(scales[0])
@@ -185,253 +256,294 @@ def _nearest(scales: Array, levels: int, edges: Array, codes: Array, sums: Array
             sums[at], codes[at] = sums[at - 1], codes[at - 1]
             at -= 1
         sums[at], codes[at] = value, code
-    for cell in range(cells - 1):
-        edges[cell] = _rounded_down(sums[cell] / 2 + sums[cell + 1] / 2)
+    for cell in range(1, cells):
+        lower[cell] = rounded_down(sums[cell - 1] / 2 + sums[cell] / 2, lower)
 
 
-@part
-def _split(
-    scales: Array, level: int, edges: Array, codes: Array, number: Array, total: Array
-) -> None:
-    """Cut every cell where the residual after the first `level` levels changes its sign.
+@loop
+def _split(space: Space, level: int) -> None:
+    """Cut every cell of `level` levels where the residual after them changes its sign.
 
     The number and total above an old edge are known, and move with it.
     """
+    lower, codes, scales, starts = uncounted(space.lower, space.codes, space.fitted, space.starts)
+    number, total = uncounted(space.number, space.total)
     cells = 1 << (level - 1)
-    for cell in range(cells - 1, -1, -1):
-        value = 0.0
+    old, new = lower[cells : 2 * cells], lower[2 * cells : 4 * cells]
+    for cell in range(cells):
+        code, value = codes[cells + cell], 0.0
         for i in range(level):
-            value += _signed(scales[i], codes[cell], i)
-        cut = _rounded_down(value)
-        # Cells are cut from the last to the first: the edges above this one have moved already.
-        if cell + 1 < cells:
-            edges[2 * cell + 1] = edges[cell]
-            cut = min(cut, edges[cell])
+            value += _signed(scales[i], code, i)
+        cut = new.dtype.type(rounded_down(value, new))
         if cell > 0:
-            cut = max(cut, edges[cell - 1])
-        edges[2 * cell] = cut
-        codes[2 * cell + 1] = codes[cell] | 1 << level
-        codes[2 * cell] = codes[cell]
-        number[2 * cell], total[2 * cell] = number[cell], total[cell]
+            new[2 * cell] = old[cell]
+            cut = max(cut, old[cell])
+        if cell + 1 < cells:
+            cut = min(cut, old[cell + 1])
+        new[2 * cell + 1] = cut
+        codes[2 * (cells + cell)] = code
+        codes[2 * (cells + cell) + 1] = code | 1 << level
+    for depth in range(level + 1, len(starts)):
+        base = 1 << (depth - 1)
+        for cell in range(cells - 1, 0, -1):
+            number[base + 2 * cell] = number[base + cell]
+            total[base + 2 * cell] = total[base + cell]
 
 
-@part
-def _in_order(
-    fitted: Array, unit: float, codes: Array, moved: Array, scales: Array, row: int
+@loop
+def _hand_out(
+    space: Space, unit: float, mapped: bool, scales: Array, lower: Array, codes: Array
 ) -> None:
-    """Write the scales made positive and sorted to descend, and change the codes accordingly."""
+    """Write the scales made positive, and the cells with codes changed accordingly.
+
+    Without a map the scales are sorted to descend, and only the cells of all levels are written.
+    """
+    fitted, all_lower, all_codes, moved = uncounted(
+        space.fitted, space.lower, space.codes, space.moved
+    )
     levels = len(fitted)
+    begin = 0 if mapped else 1 << (levels - 1)
     moved[:] = 0
     for level in range(levels):
         size, place = abs(fitted[level]), 0
         for other in range(levels):
             other_size = abs(fitted[other])
             place += other_size > size or (other_size == size and other < level)
-        scales[place, row] = np.float32(size * unit)
-        for cell in range(len(codes)):
-            moved[cell] |= (codes[cell] >> level & 1 ^ int(fitted[level] < 0)) << place
-    codes[:] = moved
+        place = level if mapped else place
+        scales[place] = size * unit
+        # With a map, the cells of fewer levels come first, and do not have this one.
+        for cell in range(1 << level if mapped else 0, len(codes)):
+            bit = all_codes[begin + cell] >> level & 1 ^ int(fitted[level] < 0)
+            moved[cell] |= bit << place
+    for cell in range(len(codes)):
+        codes[cell] = moved[cell]
+        lower[cell] = all_lower[begin + cell]
 
 
 # ---------------------------------------------------------------- rows
 
 
 @part
-def _magnitudes(x: Array, unit: float, m: Array) -> None:
-    """Write |x| / unit, or 0 where the unit is NaN, which marks a row that is not finite.
+def _unit(words: Array, bits: Array) -> float:
+    """A power of two near the largest magnitude of a row: 0 for zeros, NaN if it is not finite.
 
-    The unit is a power of two. The rest of `m`, which fills its columns, lies below all edges.
+    `words` are the bit patterns of the elements. Those without bits do not count.
     """
-    inverse = np.float32(1 / unit)
-    if inverse > 0:
-        for j in range(x.size):
-            m[j] = abs(x[j]) * inverse
+    digits = 23 if words.itemsize == 4 else 52
+    kind = words.dtype.type
+    magnitude, top = kind((1 << (8 * words.itemsize - 1)) - 1), kind(0)
+    if bits.size:
+        for j in range(words.size):
+            top = max(top, kind(words[j] & magnitude) if bits[j] > 0 else kind(0))
     else:
-        m[: x.size] = 0
-    m[x.size :] = -2
+        for j in range(words.size):
+            top = max(top, kind(words[j] & magnitude))
+    largest = (1 << (8 * words.itemsize - 1 - digits)) - 1
+    exponent = np.int64(top >> kind(digits))
+    unit = math.ldexp(1.0, max(exponent, 1) - largest // 2) if top > 0 else 0.0
+    return np.nan if exponent == largest else unit
 
 
 @part
-def _is_finite(x: Array) -> bool:
-    finite = True
+def _set_magnitudes(x: Array, factor: float, m: Array) -> None:
+    """Write |x| * factor, or 0 where the factor is 0, which marks a row that counts as zeros.
+
+    The rest of `m`, which fills its columns, lies below all edges.
+    """
+    zero = m.dtype.type(0)
     for j in range(x.size):
-        finite &= abs(x[j]) < np.float32(np.inf)
-    return finite
+        m[j] = abs(x[j]) * factor if factor > 0 else zero
+    m[x.size :] = -2
+
+
+@loop
+def _arrange(
+    x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space
+) -> None:
+    """Write the magnitudes and importance of a row, by numbers of bits.
+
+    Elements without bits are left out. `factor` is 0 where the row counts as zeros, and
+    `weight_factor` where it counts as unweighted.
+    """
+    m, own, weighted, starts = uncounted(space.m, space.weight, space.weighted, space.starts)
+    zero, levels = m.dtype.type(0), starts.size - 1
+    starts[0] = at = 0
+    for depth in range(1, levels + 1):
+        if bits.size:
+            for j in range(x.size):
+                # It is overwritten by the next one, unless it is of this number of bits.
+                m[at] = abs(x[j]) * factor if factor > 0 else zero
+                at += bits[j] == depth
+            if weight.size:
+                at = starts[depth - 1]
+                for j in range(x.size):
+                    own[at] = abs(weight[j]) * weight_factor
+                    at += bits[j] == depth
+        elif depth == levels:
+            _set_magnitudes(x, factor, m[: _padded(x.size)])
+            if weight.size:
+                for j in range(x.size):
+                    own[j] = abs(weight[j]) * weight_factor
+            at = x.size
+        begin = starts[depth - 1]
+        end = begin + _padded(at - begin)
+        m[at:end] = -2
+        if weight.size:
+            if not weight_factor > 0:
+                own[begin:at] = 1
+            own[at:end] = 0
+            for j in range(begin, end):
+                weighted[j] = own[j] * m[j]
+        starts[depth] = at = end
+
+
+@part
+def _solve_row(
+    x: Array, factor: float, space: Space, mapped: bool, refit: bool, iterations: int
+) -> None:
+    """Write the cells and scales of a row."""
+    equations, fitted = uncounted(space.equations, space.fitted)
+    levels = fitted.size
+    space.codes[1] = 1
+    for level in range(levels):
+        if level:
+            _split(space, level)
+        _add_up(x, factor, space, level + 1, 2)
+        _set_equations(space, level + 1)
+        if refit:
+            _solve(equations, level + 1, fitted)
+        else:
+            fitted[level] = _mean(equations, level, fitted)
+    # After the last level, the equations of all levels are at hand.
+    gain = 0.0 if refit else _solve(equations, levels, fitted)
+    for _ in range(0 if refit else iterations):
+        for reached in range(1 if mapped else levels, levels + 1):
+            _set_nearest(space, reached)
+        _add_up(x, factor, space, levels, 1)
+        _set_equations(space, levels)
+        raised = _solve(equations, levels, fitted)
+        if not raised > gain:
+            break
+        gain = raised
 
 
 @loop
 def _solve_rows(
-    x: Array, levels: int, refit: bool, iterations: int, scales: Array, edges: Array, codes: Array
-) -> None:
+    x: Array, words: Array, bits: Array, weight: Array, weight_words: Array, refit: bool,
+    iterations: int, scales: Array, inverse: Array, lower: Array, codes: Array,
+) -> None:  # fmt: skip
     """Solve rows.
 
     Parameters
     ----------
-    x : array of float32, shape (rows, n)
-    levels : int
+    x : array of float32 or float64, shape (rows, n)
+    words : array of uint32 or uint64, shape (rows, n)
+        The bit patterns of `x`.
+    bits : array of uint8, shape (rows, n), or (rows, 0) where there is no map
+    weight, weight_words : array, shape (rows, n) or (rows, 0)
+        The importance, in the dtype of x, and its bit patterns. A row of zeros counts as
+        unweighted.
     refit : bool
         Whether the solver is `refined`; else `alternating`.
     iterations : int
         The most iterations of `alternating`.
-    scales : array of float32, shape (levels, rows)
-        Descending; NaN in rows that are not finite.
-    edges : array of float32, shape (rows, cells - 1)
+    scales : array of float64, shape (rows, levels)
+        Without a map they descend; NaN in rows that are not finite.
+    inverse : array in the dtype of x, shape (rows,)
+        By what magnitudes are multiplied before they are compared with `lower`.
+    lower : array in the dtype of x, shape (rows, cells)
     codes : array of uint16, shape (rows, cells)
-        The codes of positive elements.
+        The cells of all levels, or with a map those of every number of levels.
     """
-    x, scales, edges, codes = uncounted(x, scales, edges, codes)
-    cells = 1 << (levels - 1)
-    stored = x.shape[1] <= LONGEST_KEPT
-    m = np.empty(_padded(x.shape[1]) if stored else CHUNK, np.float32)
-    four = np.empty(min(m.size, CHUNK) // 4, np.float32)
-    moved = np.empty(cells, codes.dtype)
-    number, total, sums = np.empty(cells), np.empty(cells), np.empty(cells)
-    equations = np.empty((levels + 1, levels))
-    fitted = np.empty(levels)
+    x, words, bits, weight, weight_words = uncounted(x, words, bits, weight, weight_words)
+    scales, inverse, lower, codes = uncounted(scales, inverse, lower, codes)
+    n, levels, kind = x.shape[1], scales.shape[1], inverse.dtype
+    mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
+    stored = mapped or weighted or n <= LONGEST_KEPT
+    # With a map, each number of bits fills its columns, and one element is written behind the last.
+    room = _padded(n) + (COLUMNS * levels + 1 if mapped else 0) if stored else CHUNK
+    states = 1 << levels
+    space = Space(
+        np.empty(room, kind),
+        np.empty(room if weighted else 0, kind),
+        np.empty(room if weighted else 0, kind),
+        np.zeros(levels + 1, np.int64),
+        np.empty(states, kind),
+        np.zeros(states, np.uint16),
+        np.empty(states, np.uint16),
+        np.zeros(states),
+        np.zeros(states),
+        np.empty(states // 2),
+        np.empty(CHUNK // 4, kind),
+        np.empty(CHUNK // 4, kind),
+        np.empty((levels + 2, levels)),
+        np.empty(levels),
+    )
+    space.starts[levels] = _padded(n)
     for row in range(len(x)):
-        elements, edge, code = x[row], edges[row], codes[row]
-        unit = 1.0
+        unit, weight_unit = _unit(words[row], bits[row]), 0.0
+        if weighted:
+            weight_unit = _unit(weight_words[row], bits[row])
+        # A row that is not finite counts as zeros.
+        factor = kind.type(1 / unit if unit > 0 else 0)
         if stored:
-            _magnitudes(elements, unit, m)
-        _add_up(elements, unit, m, edge, range(1), number, total, four)
-        if not total[0] < np.inf:
-            unit = _UNIT if _is_finite(elements) else np.nan
-            if stored:
-                _magnitudes(elements, unit, m)
-            _add_up(elements, unit, m, edge, range(1), number, total, four)
-        code[0] = 1
-        for level in range(levels):
-            if level:
-                _split(fitted, level, edge, code, number, total)
-                _add_up(elements, unit, m, edge, range(1, 1 << level, 2), number, total, four)
-            _set_equations(code, level + 1, number, total, equations)
-            if refit:
-                _solve(equations, level + 1, fitted)
-            else:
-                fitted[level] = _mean(equations, level, fitted)
-        if not refit:
-            gain = _solve(equations, levels, fitted)
-            for _ in range(iterations):
-                _nearest(fitted, levels, edge, code, sums)
-                _add_up(elements, unit, m, edge, range(1, cells), number, total, four)
-                _set_equations(code, levels, number, total, equations)
-                raised = _solve(equations, levels, fitted)
-                if not raised > gain:
-                    break
-                gain = raised
-        if unit > 1:
-            edge *= _UNIT
-        _in_order(fitted, unit, code, moved, scales, row)
+            weight_factor = kind.type(1 / weight_unit if weight_unit > 0 else 0)
+            _arrange(x[row], factor, bits[row], weight[row], weight_factor, space)
+        _solve_row(x[row], factor, space, mapped, refit, iterations)
+        inverse[row] = factor if unit > 0 else 1
+        _hand_out(space, unit, mapped, scales[row], lower[row], codes[row])
 
 
-# ---------------------------------------------------------------- codes and values of elements
+# ---------------------------------------------------------------- as the solvers are called
 
 
-@part
-def _of_four(x: Array, edges: Array, table: Array, mirror: Any, y: Array) -> None:
-    """`_look_up` for a row with up to four cells: edges and entries stay in registers."""
-    never = np.float32(np.inf)
-    a = edges[0] if edges.size > 0 else never
-    b, c = (edges[1], edges[2]) if edges.size > 1 else (never, never)
-    p = table[0]
-    q = table[1] if table.size > 1 else p
-    r, s = (table[2], table[3]) if table.size > 2 else (q, q)
-    for j in range(x.size):
-        m = abs(x[j])
-        entry = q if m > a else p
-        entry = r if m > b else entry
-        entry = s if m > c else entry
-        y[j] = mirror - entry if x[j] <= 0 else entry
+def _weight(importance: Array | None, bits: Any, x: Array) -> Array:
+    """The importance in the dtype of x. Where that might overflow, it is divided by its size."""
+    if importance is None:
+        return read_only(np.empty((len(x), 0), x.dtype))
+    if floats.work_dtype(importance.dtype) == x.dtype:
+        return in_work_dtype(importance)
+    return read_only(relative_weights(np, importance, bits).astype(x.dtype))
 
 
-@part
-def _of_eight(x: Array, edges: Array, table: Array, mirror: Any, y: Array) -> None:
-    """The same with eight cells."""
-    a, b, c, d, e, f, g = edges[0], edges[1], edges[2], edges[3], edges[4], edges[5], edges[6]
-    p, q, r, s = table[0], table[1], table[2], table[3]
-    t, u, v, w = table[4], table[5], table[6], table[7]
-    for j in range(x.size):
-        m = abs(x[j])
-        entry = q if m > a else p
-        entry = r if m > b else entry
-        entry = s if m > c else entry
-        entry = t if m > d else entry
-        entry = u if m > e else entry
-        entry = v if m > f else entry
-        entry = w if m > g else entry
-        y[j] = mirror - entry if x[j] <= 0 else entry
+class Lookup(sorted_rows_loops.Lookup):
+    """Solve rows as `sorted_rows_loops.Lookup` does, without sorting them; not for `optimal`."""
+
+    def __init__(
+        self, x: Array, bits: Any, levels: int, importance: Array | None, solver: Solver
+    ) -> None:
+        work = in_work_dtype(x)
+        weight = _weight(importance, bits, work)
+        of_elements = map_of(bits, len(x))
+        scales = self._allocate(work, bits, levels)
+        _solve_rows(
+            work, as_integers(work), of_elements, weight, as_integers(weight), solver.refit,
+            search.limit(solver), scales, self._inverse, self._lower, self._codes,
+        )  # fmt: skip
+        self._keep(scales)
 
 
-@loop
-def _look_up(x: Array, edges: Array, table: Array, mirror: Any, y: Array) -> None:
-    """Write, for each element of (rows, n), the entry of its cell in the table of its row.
-
-    Elements that are not positive get `mirror` minus that entry.
-    """
-    x, edges, table, y = uncounted(x, edges, table, y)
-    for row in range(len(x)):
-        if table.shape[1] > 4:
-            _of_eight(x[row], edges[row], table[row], mirror, y[row])
-        else:
-            _of_four(x[row], edges[row], table[row], mirror, y[row])
-
-
-# ---------------------------------------------------------------- as the primitives are called
-
-
-def _takes(x: Array, bits: Any, levels: int) -> bool:
-    """Whether the loops here can solve such rows; others are sorted."""
-    return x.dtype != np.float64 and np.ndim(bits) == 0 and levels <= search_rows.MAX_LEVELS
-
-
-def _sorted(x: Array, bits: Any, levels: int, refit: bool, iterations: int) -> Any:
-    """The lookup of rows that are solved by sorting them."""
+def _lookup(x: Array, bits: Any, levels: int, refit: bool, iterations: int) -> Any:
+    """What solves rows in the faster way: comparing them with all edges, or sorting them."""
     solver = Solver("refined" if refit else "alternating", levels, refit, iterations)
-    return sorted_rows_loops.Lookup(x, bits, levels, None, solver)
-
-
-def _solved(x: Array, levels: int, refit: bool, iterations: int) -> tuple[Array, Array, Array]:
-    """The scales, (levels, rows), and the edges and codes of the cells of each row."""
-    cells = 1 << (levels - 1)
-    scales = np.empty((levels, len(x)), np.float32)
-    edges = np.empty((len(x), cells - 1), np.float32)
-    codes = np.empty((len(x), cells), np.uint16)
-    _solve_rows(x, levels, refit, iterations, scales, edges, codes)
-    return scales, edges, codes
+    compares = search_rows.compares(levels, iterations, np.ndim(bits) > 0)
+    kind = Lookup if compares else sorted_rows_loops.Lookup
+    return kind(x, bits, levels, None, solver)
 
 
 def reconstruct_rows(
     x: Array, bits: Any, levels: int, refit: bool, iterations: int, *, y: Array
 ) -> None:
     """`search_rows.reconstruct_rows`."""
-    if not _takes(x, bits, levels):
-        _sorted(x, bits, levels, refit, iterations).approximate(x, bits, y)
-        return
-    wide = in_work_dtype(x)
-    scales, edges, codes = _solved(wide, levels, refit, iterations)
-    values = np.empty(codes.shape, y.dtype)
-    decode(codes, np.uint8(levels), *scales[:, :, None], y=values)
-    result = target(y, wide)
-    # The value of -x is that of x, negated: 0 minus it, which is +0 where levels cancel.
-    _look_up(wide, edges, values.astype(wide.dtype, copy=False), wide.dtype.type(0), result)
-    store(result, y)
+    _lookup(x, bits, levels, refit, iterations).approximate(x, bits, y)
 
 
 def solve_rows(
     x: Array, bits: Any, levels: int, refit: bool, iterations: int, *, scales: Array, signs: Array
 ) -> None:
     """`search_rows.solve_rows`."""
-    if not _takes(x, bits, levels):
-        lookup = _sorted(x, bits, levels, refit, iterations)
-        scales[...] = lookup.scales
-        code = lookup.codes(x, bits)
-        for level in range(levels):
-            level_signs(code, bits, np.uint8(level), sign=signs[level])
-        return
-    wide = in_work_dtype(x)
-    fitted, edges, codes = _solved(wide, levels, refit, iterations)
-    scales[...] = fitted[:, :, None]
-    code = memory.scratch("codes", x.shape, np.uint16)
-    _look_up(wide, edges, codes, np.uint16((1 << levels) - 1), code)
+    lookup = _lookup(x, bits, levels, refit, iterations)
+    scales[...] = lookup.scales
+    code = lookup.codes(x, bits)
     for level in range(levels):
         level_signs(code, bits, np.uint8(level), sign=signs[level])

@@ -406,13 +406,13 @@ def _fit(row: Row, space: Space, levels: int, highest: int) -> float:
 # ---------------------------------------------------------------- cells
 
 
-def _rounded_down(value: float, like: Array) -> float:
+def rounded_down(value: float, like: Array) -> float:
     """The largest number of the dtype of `like` that is not above the value."""
     raise NotImplementedError
 
 
-@overload(_rounded_down)
-def _rounded_down_by_type(value: Any, like: Any) -> Callable[..., Any]:
+@overload(rounded_down)
+def rounded_down_by_type(value: Any, like: Any) -> Callable[..., Any]:
     def single(value: Any, like: Any) -> Any:
         rounded = np.float32(value)
         word = np.float32(rounded).view(np.int32)
@@ -464,7 +464,7 @@ def _set_nearest(scales: Array, levels: int, space: Space) -> None:
         code = 2 * order[cell] + 1
         codes[cell] = code ^ every if sums[order[cell]] < 0 else code
     for cell in range(1, cells):
-        lower[cell] = _rounded_down(sizes[cell - 1] / 2 + sizes[cell] / 2, lower)
+        lower[cell] = rounded_down(sizes[cell - 1] / 2 + sizes[cell] / 2, lower)
 
 
 @loop
@@ -494,7 +494,7 @@ def _split(level: int, space: Space) -> None:
     old, new = space.lower[cells : 2 * cells], space.lower[2 * cells : 4 * cells]
     for cell in range(cells):
         code = codes[cells + cell]
-        cut = new.dtype.type(_rounded_down(_value(code, fitted, level), new))
+        cut = new.dtype.type(rounded_down(_value(code, fitted, level), new))
         if cell > 0:
             new[2 * cell] = old[cell]
             cut = max(cut, old[cell])
@@ -902,7 +902,7 @@ class Lookup:
         solver: Solver,
     ) -> None:  # fmt: skip
         work = in_work_dtype(x)
-        self._mapped = np.ndim(bits) > 0
+        scales = self._allocate(work, bits, levels)
         magnitude = np.abs(work)
         if self._mapped:
             magnitude[bits == 0] = 0
@@ -911,18 +911,24 @@ class Lookup:
         magnitude[~valid] = 0
         weight = np.empty((0, 0)) if importance is None else relative_weights(np, importance, bits)
         block = arrange(magnitude, self._map(bits), levels, weight)
-        iterations = search.MAX_ITERATIONS if solver.iterations is None else solver.iterations
-        if solver.name == "alternating" and solver.iterations is None:
-            iterations += 1
-        cells = 1 << (levels if self._mapped else levels - 1)
-        scales = np.empty((len(x), levels))
-        self._lower = np.empty((len(x), cells), work.dtype)
-        self._codes = np.empty((len(x), cells), np.uint16)
-        solve(block, levels, METHODS[solver.name], iterations, scales, self._lower, self._codes)
+        method = METHODS[solver.name]
+        solve(block, levels, method, search.limit(solver), scales, self._lower, self._codes)
         scales *= unit
         scales[~valid] = np.nan
-        self._scales = np.ascontiguousarray(scales.T.astype(work.dtype))
-        self._inverse = 1 / unit[:, 0]
+        self._inverse[:] = 1 / unit[:, 0]
+        self._keep(scales)
+
+    def _allocate(self, work: Array, bits: Any, levels: int) -> Array:
+        """Allocate what the rows of `work` are solved into; return the scales, (rows, levels)."""
+        self._mapped = np.ndim(bits) > 0
+        cells = 1 << (levels if self._mapped else levels - 1)
+        self._lower = np.empty((len(work), cells), work.dtype)
+        self._codes = np.empty((len(work), cells), np.uint16)
+        self._inverse = np.empty(len(work), work.dtype)
+        return np.empty((len(work), levels))
+
+    def _keep(self, scales: Array) -> None:
+        self._scales = np.ascontiguousarray(scales.T.astype(self._lower.dtype))
         self.scales = list(self._scales[:, :, None])
 
     def codes(self, x: Array, bits: Any) -> Array:

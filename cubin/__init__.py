@@ -7,6 +7,7 @@ from types import ModuleType
 
 from cubin import bitmaps, errors, operators
 from cubin.binarize import multibit, quantize, sign, ste_mask
+from cubin.calibration import Gram
 from cubin.codes.binary_code import BinaryCode
 from cubin.core import memory
 from cubin.gradients import multibit_grad, sign_grad
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BinaryCode",
+    "Gram",
     "analysis",
     "bitmaps",
     "errors",

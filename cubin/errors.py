@@ -6,11 +6,13 @@ sums is NaN, rather than a wrong 0 or infinity. Squares of float16 and float32 d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from cubin.core import arrays, libraries, passes
+from cubin.calibration import Gram
+from cubin.core import arrays, conversions, libraries, passes
 from cubin.core.libraries import Array
 from cubin.core.primitives import FLOATS, reduction
 from cubin.core.rows import axes_of, rows_of
@@ -20,6 +22,7 @@ __all__ = [
     "cosine_similarity",
     "max_abs_error",
     "measure",
+    "output_mse",
     "relative_mse",
     "sqnr_db",
 ]
@@ -305,6 +308,64 @@ def max_abs_error(
     1.5
     """
     return measure(x, approx, axis=axis, keepdims=keepdims).worst
+
+
+def output_mse(w: Array, approx: Array, gram: Gram) -> Array:
+    """The relative mean squared error of a layer's outputs, of an approximation of its weights.
+
+    .. math:: \\frac{\\operatorname{tr}(E H E^T)}{\\operatorname{tr}(W H W^T)}, \\quad E = W - Y
+
+    H is the Gram matrix of the layer's inputs: the ratio is
+    :math:`\\sum_t \\lVert E x_t \\rVert^2 / \\sum_t \\lVert W x_t \\rVert^2` over its inputs.
+
+    Parameters
+    ----------
+    w : array of float16, float32 or float64, shape (m, ...)
+        The weights: m lines of n elements, such as those of a linear layer, or of a convolution as
+        (outputs, channels, height, width).
+    approx : array of w's shape
+        The approximation Y; cast to w's dtype.
+    gram : Gram
+        Of n inputs.
+
+    Returns
+    -------
+    array of float64
+        0-d, no unit; 0 where both sums are 0. The products repeat to the bit on the same machine,
+        with the same number of threads.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not floating point, `gram` is no `Gram`, or NumPy and CuPy are mixed.
+    ValueError
+        If the shapes differ, or a line has another number of elements than `gram` has inputs.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> gram = cubin.Gram(2).add(np.array([[1.0, 1.0]]))
+    >>> w = np.array([[2.0, 1.0]])
+    >>> float(cubin.errors.output_mse(w, np.array([[1.0, 2.0]]), gram))
+    0.0
+    """
+    w = arrays.as_floats("w", w)
+    with libraries.current_device(w):
+        approx = arrays.like("approx", approx, w, "w")
+        if not isinstance(gram, Gram):
+            raise TypeError(f"gram must be a cubin.Gram, got {type(gram).__qualname__}")
+        n = math.prod(w.shape[1:])
+        if w.ndim < 2 or n != gram.n:
+            raise ValueError(
+                f"w must have at least two axes, and {gram.n} elements in a line, as gram has "
+                f"inputs, got shape {w.shape}"
+            )
+        matrix = gram.matrix
+        libraries.check_same("gram", matrix, w, "w")
+        lines = conversions.widened(w).reshape(-1, n)
+        error = lines - conversions.widened(approx).reshape(-1, n)
+        error, power = (((part @ matrix) * part).sum() for part in (error, lines))
+        return _ratio(error, power, libraries.library(w).isinf(power))[()]
 
 
 def __dir__() -> list[str]:

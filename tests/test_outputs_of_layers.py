@@ -25,7 +25,9 @@ def spread_inputs(rng, n, count=64):
 def errors_of_lines(w, approx, matrix):
     """The output error of each line, by plain loops over pairs of inputs."""
     found = []
-    for line, other in zip(w.reshape(len(w), -1), approx.reshape(len(w), -1), strict=True):
+    for line, other in zip(
+        w.reshape(len(w), len(matrix)), approx.reshape(len(w), len(matrix)), strict=True
+    ):
         e = line.astype(np.float64) - other.astype(np.float64)
         found.append(sum(e[i] * matrix[i, j] * e[j] for i in range(len(e)) for j in range(len(e))))
     return np.array(found)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from cubin import solvers
-from cubin.calibration import Gram
+from cubin.calibration import Gram, matrix_for
 from cubin.codes.binary_code import BinaryCode, assemble
 from cubin.core import arrays, conversions, libraries, passes
 from cubin.core.bits import as_bits
@@ -370,8 +368,7 @@ def _matrix(
     gram: Gram, x: Array, rows: Rows, levels: int, solver: str, weights: Array | None
 ) -> Array:
     """The matrix of `gram`, checked against the other arguments."""
-    if not isinstance(gram, Gram):
-        raise TypeError(f"gram must be a cubin.Gram, got {type(gram).__qualname__}")
+    matrix = matrix_for(gram, x, "x")
     if solver == "greedy":
         raise ValueError("the greedy solver takes no gram: use refined, alternating or optimal")
     if weights is not None:
@@ -380,20 +377,13 @@ def _matrix(
             "is an importance"
         )
     by_line = rows.group_size is not None or rows.order[: len(rows.scale_shape)] == (0,)
-    if x.ndim < 2 or not by_line:
+    if not by_line:
         raise ValueError(
-            f"gram needs x of two axes or more, with channel_axis=0 or a group_size, got shape "
-            f"{x.shape}, channel_axis={rows.channel_axis} and group_size={rows.group_size}"
-        )
-    n = math.prod(x.shape[1:])
-    if gram.n != n:
-        raise ValueError(
-            f"gram is of {gram.n} inputs, but a line of x, of shape {x.shape}, has {n} elements"
+            "gram needs scales per line or per group of it: channel_axis=0 or a group_size, got "
+            f"channel_axis={rows.channel_axis} and group_size={rows.group_size}"
         )
     if levels > outputs.MAX_LEVELS:
         raise ValueError(f"with gram bits go up to {outputs.MAX_LEVELS}, got {levels}")
-    matrix = gram.matrix
-    libraries.check_same("gram", matrix, x)
     return matrix
 
 

@@ -257,6 +257,29 @@ class Gram:
         return gram
 
 
+def matrix_for(gram: object, w: Array, name: str) -> Array:
+    """The matrix of `gram`, for weights `w` that the caller calls `name`.
+
+    Raises
+    ------
+    TypeError
+        If `gram` is no `Gram`, or of another library than `w`.
+    ValueError
+        If `w` has less than two axes, or lines of another length than the number of inputs.
+    """
+    if not isinstance(gram, Gram):
+        raise TypeError(f"gram must be a cubin.Gram, got {type(gram).__qualname__}")
+    n = math.prod(w.shape[1:])
+    if w.ndim < 2 or n != gram.n:
+        raise ValueError(
+            f"gram is of {gram.n} inputs, so {name} needs at least two axes and {gram.n} elements "
+            f"in a line, got shape {w.shape}"
+        )
+    matrix = gram.matrix
+    libraries.check_same("gram", matrix, w, name)
+    return matrix
+
+
 def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
     pair = value if isinstance(value, tuple) else (value, value)
     if len(pair) != 2:

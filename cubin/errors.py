@@ -6,12 +6,11 @@ sums is NaN, rather than a wrong 0 or infinity. Squares of float16 and float32 d
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from cubin.calibration import Gram
+from cubin.calibration import Gram, matrix_for
 from cubin.core import arrays, conversions, libraries, passes
 from cubin.core.libraries import Array
 from cubin.core.primitives import FLOATS, reduction
@@ -352,18 +351,9 @@ def output_mse(w: Array, approx: Array, gram: Gram) -> Array:
     w = arrays.as_floats("w", w)
     with libraries.current_device(w):
         approx = arrays.like("approx", approx, w, "w")
-        if not isinstance(gram, Gram):
-            raise TypeError(f"gram must be a cubin.Gram, got {type(gram).__qualname__}")
-        n = math.prod(w.shape[1:])
-        if w.ndim < 2 or n != gram.n:
-            raise ValueError(
-                f"w must have at least two axes, and {gram.n} elements in a line, as gram has "
-                f"inputs, got shape {w.shape}"
-            )
-        matrix = gram.matrix
-        libraries.check_same("gram", matrix, w, "w")
-        lines = conversions.widened(w).reshape(-1, n)
-        error = lines - conversions.widened(approx).reshape(-1, n)
+        matrix = matrix_for(gram, w, "w")
+        lines = conversions.widened(w).reshape(-1, gram.n)
+        error = lines - conversions.widened(approx).reshape(-1, gram.n)
         error, power = (((part @ matrix) * part).sum() for part in (error, lines))
         return _ratio(error, power, libraries.library(w).isinf(power))[()]
 

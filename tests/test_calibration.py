@@ -218,7 +218,7 @@ def test_output_error_of_bad_arguments(rng):
     w, gram = np.ones((2, 3)), cubin.Gram(3)
     with pytest.raises(ValueError, match="3 elements in a line"):
         cubin.errors.output_mse(np.ones((2, 4)), np.ones((2, 4)), gram)
-    with pytest.raises(ValueError, match="two axes"):
+    with pytest.raises(ValueError, match="at least two axes"):
         cubin.errors.output_mse(np.ones(3), np.ones(3), gram)
     with pytest.raises(ValueError, match="approx has shape"):
         cubin.errors.output_mse(w, np.ones((3, 3)), gram)

@@ -303,7 +303,11 @@ def test_any_shape(lines, n, bits, solver, dtype, seed):
     ("changed", "error", "message"),
     [
         ({"gram": np.eye(4)}, TypeError, r"gram must be a cubin\.Gram, got ndarray"),
-        ({"gram": cubin.Gram(5)}, ValueError, r"gram is of 5 inputs, but a line .* has 4 elements"),
+        (
+            {"gram": cubin.Gram(5)},
+            ValueError,
+            r"gram is of 5 inputs, so x must .* got shape \(3, 4\)",
+        ),
         ({"solver": "greedy"}, ValueError, "greedy solver takes no gram"),
         ({"importance": np.ones((3, 4))}, ValueError, "importance and gram exclude"),
         ({"channel_axis": None}, ValueError, "channel_axis=0 or a group_size"),
@@ -324,3 +328,47 @@ def test_libraries_do_not_mix(device):
     gram = cubin.Gram(4).add(np.ones((1, 4)))
     with pytest.raises(TypeError, match="gram is a NumPy array, but x is a CuPy array"):
         cubin.quantize(device.ones((2, 4)), 2, channel_axis=0, solver="refined", gram=gram)
+
+
+def test_columns_meet_the_budget_and_serve_the_largest_errors(xp, host, rng):
+    w = rng.standard_normal((16, 2, 3)).astype(np.float32)
+    inputs = rng.standard_normal((40, 6)) * np.array([1, 1, 8, 1, 0, 1])
+    gram = cubin.Gram(6).add(xp.asarray(inputs))
+    bits = cubin.bitmaps.columns(xp.asarray(w), gram, 2.0, min_bits=0)
+    assert (bits.shape, bits.dtype) == ((1, 2, 3), np.int8)
+    found = host(bits).ravel()
+    assert found.mean() == 2.0
+    assert found.argmax() == 2
+    assert found[4] == found.min()
+    assert not (
+        host(cubin.bitmaps.columns(xp.asarray(w), gram, 3, min_bits=3, max_bits=3)) - 3
+    ).any()
+
+
+def test_columns_lower_the_output_error_at_equal_effective_bits(rng):
+    w = rng.standard_normal((64, 48))
+    inputs = rng.standard_normal((500, 48)) @ np.linalg.qr(rng.standard_normal((48, 48)))[0]
+    inputs[:, :4] *= 10
+    gram = cubin.Gram(48).add(inputs)
+    uniform = cubin.quantize(w, 2, channel_axis=0, solver="alternating", gram=gram)
+    bits = cubin.bitmaps.columns(w, gram, 1.5)
+    code = cubin.quantize(w, bits, channel_axis=0, solver="alternating", gram=gram)
+    assert code.payload_bits <= 1.5
+    error, other = (
+        float(cubin.errors.output_mse(w, c.dequantize(), gram)) for c in (code, uniform)
+    )
+    assert error < other
+
+
+def test_columns_of_bad_arguments():
+    w, gram = np.ones((2, 3)), cubin.Gram(3)
+    with pytest.raises(TypeError, match=r"gram must be a cubin\.Gram"):
+        cubin.bitmaps.columns(w, np.eye(3), 1)
+    with pytest.raises(ValueError, match="3 elements in a line"):
+        cubin.bitmaps.columns(np.ones((2, 4)), gram, 1)
+    with pytest.raises(ValueError, match="w must be finite"):
+        cubin.bitmaps.columns(w * np.nan, gram, 1)
+    with pytest.raises(ValueError, match="mean_bits"):
+        cubin.bitmaps.columns(w, gram, 9)
+    with pytest.raises(TypeError, match="w must be"):
+        cubin.bitmaps.columns(w.astype(int), gram, 1)

@@ -115,7 +115,7 @@ def allocate(
         shapes[name] = weight.shape
     if not shapes:
         return {}
-    model = _Model(np.concatenate(curves, axis=1), np.concatenate(sizes), low)
+    model = Model(np.concatenate(curves, axis=1), np.concatenate(sizes), low)
     bits = model.bits(round(mean * int(model.sizes.sum())))
     maps, start = {}, 0
     for name, shape in shapes.items():
@@ -193,7 +193,7 @@ def _errors(x: Array, scales: list[Array], low: int) -> np.ndarray:
     return np.array(curves)
 
 
-class _Model:
+class Model:
     """The rows of all arrays: errors over the number of bits, (bits, rows), and lengths.
 
     Bits are spent in a fixed order. It passes through the uniform maps of some `stops`; between

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cubin.binarize import multibit, quantize, sign, ste_mask
+from cubin.calibration import Gram
 from cubin.codes.binary_code import BinaryCode
 from cubin.core import memory
 from cubin.gradients import multibit_grad, sign_grad
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BinaryCode",
+    "Gram",
     "analysis",
     "bitmaps",
     "errors",

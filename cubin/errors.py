@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cubin.core import arrays, libraries, passes
+from cubin.calibration import Gram, matrix_for
+from cubin.core import arrays, conversions, libraries, passes
 from cubin.core.libraries import Array
 from cubin.core.primitives import FLOATS, reduction
 from cubin.core.rows import axes_of, rows_of
@@ -20,6 +21,7 @@ __all__ = [
     "cosine_similarity",
     "max_abs_error",
     "measure",
+    "output_mse",
     "relative_mse",
     "sqnr_db",
 ]
@@ -185,7 +187,7 @@ def relative_mse(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape
+    x : array of float16, bfloat16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -228,7 +230,7 @@ def sqnr_db(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape
+    x : array of float16, bfloat16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -269,7 +271,7 @@ def cosine_similarity(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape
+    x : array of float16, bfloat16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -308,7 +310,7 @@ def max_abs_error(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64, any shape
+    x : array of float16, bfloat16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -333,6 +335,56 @@ def max_abs_error(
     1.5
     """
     return measure(x, approx, axis=axis, keepdims=keepdims).worst
+
+
+@libraries.border()
+def output_mse(w: Array, approx: Array, gram: Gram) -> Array:
+    """The relative mean squared error of a layer's outputs, of an approximation of its weights.
+
+    .. math:: \\frac{\\operatorname{tr}(E H E^T)}{\\operatorname{tr}(W H W^T)}, \\quad E = W - Y
+
+    H is the Gram matrix of the layer's inputs: the ratio is
+    :math:`\\sum_t \\lVert E x_t \\rVert^2 / \\sum_t \\lVert W x_t \\rVert^2` over its inputs.
+
+    Parameters
+    ----------
+    w : array of float16, bfloat16, float32 or float64, shape (m, ...)
+        The weights: m lines of n elements, such as those of a linear layer, or of a convolution as
+        (outputs, channels, height, width).
+    approx : array of w's shape
+        The approximation Y; cast to w's dtype.
+    gram : Gram
+        Of n inputs.
+
+    Returns
+    -------
+    array of float64
+        0-d, no unit; 0 where both sums are 0. The products repeat to the bit on the same machine,
+        with the same number of threads.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not floating point, `gram` is no `Gram`, or NumPy and CuPy are mixed.
+    ValueError
+        If the shapes differ, or a line has another number of elements than `gram` has inputs.
+
+    Examples
+    --------
+    >>> import numpy as np, cubin
+    >>> gram = cubin.Gram(2).add(np.array([[1.0, 1.0]]))
+    >>> w = np.array([[2.0, 1.0]])
+    >>> float(cubin.errors.output_mse(w, np.array([[1.0, 2.0]]), gram))
+    0.0
+    """
+    w = arrays.as_floats("w", w)
+    with libraries.current_device(w):
+        approx = arrays.like("approx", approx, w, "w")
+        matrix = matrix_for(gram, w, "w")
+        lines = conversions.widened(w).reshape(-1, gram.n)
+        error = lines - conversions.widened(approx).reshape(-1, gram.n)
+        error, power = (((part @ matrix) * part).sum() for part in (error, lines))
+        return _ratio(error, power, libraries.library(w).isinf(power))[()]
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from cubin.bitmaps.allocation import allocate
 from cubin.bitmaps.budgets import budget
+from cubin.bitmaps.columns import columns
 from cubin.bitmaps.patterns import bottom_up, middle_out, random, top_down, uniform
 from cubin.bitmaps.threshold import ternary
 
@@ -19,6 +20,7 @@ __all__ = [
     "allocate",
     "bottom_up",
     "budget",
+    "columns",
     "middle_out",
     "random",
     "ternary",

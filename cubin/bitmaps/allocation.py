@@ -46,7 +46,7 @@ def allocate(
 
     Parameters
     ----------
-    arrays : mapping of str to array of float16, bfloat16, float32 or float64
+    arrays : mapping of str to array of float16, bfloat16, bfloat16, float32 or float64
         Arrays of any library, finite.
     mean_bits : float
         The budget: bits per element over all arrays, `min_bits` to `max_bits`.
@@ -117,7 +117,7 @@ def allocate(
         shapes[name] = weight.shape
     if not shapes:
         return {}
-    model = _Model(np.concatenate(curves, axis=1), np.concatenate(sizes), low)
+    model = Model(np.concatenate(curves, axis=1), np.concatenate(sizes), low)
     bits = model.bits(round(mean * int(model.sizes.sum())))
     maps, start = {}, 0
     for name, shape in shapes.items():
@@ -196,7 +196,7 @@ def _errors(x: Array, scales: list[Array], low: int) -> np.ndarray:
     return np.array(curves)
 
 
-class _Model:
+class Model:
     """The rows of all arrays: errors over the number of bits, (bits, rows), and lengths.
 
     Bits are spent in a fixed order. It passes through the uniform maps of some `stops`; between

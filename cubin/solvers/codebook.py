@@ -135,7 +135,7 @@ def fitted(
             for j in range(i):
                 gram[i][j] = gram[i][j] + (weighted * signs[j]).sum(axis=0)
             gram[i][i] = gram[i][i] + total
-    scales = _solved(gram, target, xp)
+    scales = solved(gram, target, xp)
     gain = zero
     for i in range(levels):
         row = gram[i][i] * scales[i]
@@ -145,7 +145,7 @@ def fitted(
     return xp.stack(scales) if levels else xp.zeros((0, len(rows))), gain
 
 
-def _solved(gram: list[list[Array]], target: list[Array], xp: Any) -> list[Array]:
+def solved(gram: list[list[Array]], target: list[Array], xp: Any) -> list[Array]:
     """The solutions of many small symmetric systems, one for each entry of the arrays.
 
     They are found by elimination in the order of the levels. An unknown becomes 0 where its pivot

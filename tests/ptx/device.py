@@ -256,6 +256,10 @@ class Module:
     ReductionKernel = ReductionKernel
     RawKernel = RawKernel
     RawModule = RawModule
+    linalg = SimpleNamespace(
+        cholesky=lambda a: array.through_numpy(np.linalg.cholesky, (a,), {}),
+        inv=lambda a: array.through_numpy(np.linalg.inv, (a,), {}),
+    )
     cuda = SimpleNamespace(
         Device=array.Device,
         Stream=_Stream,

@@ -38,7 +38,7 @@ class Gram:
     count : int
         How many input vectors were added.
     matrix : array of float64, shape (n, n)
-        H, in the library of the latest inputs; zeros where none was added. In the unit of x squared.
+        H, in the library of the latest inputs; zeros where none was added. In units of x squared.
 
     Raises
     ------

@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-from ml_dtypes import finfo
 
 import cubin
 from cubin import solvers

@@ -306,7 +306,7 @@ def test_any_shape(lines, n, bits, solver, dtype, seed):
         (
             {"gram": cubin.Gram(5)},
             ValueError,
-            r"gram is of 5 inputs, so x must .* got shape \(3, 4\)",
+            r"gram is of 5 inputs, so x needs .* got shape \(3, 4\)",
         ),
         ({"solver": "greedy"}, ValueError, "greedy solver takes no gram"),
         ({"importance": np.ones((3, 4))}, ValueError, "importance and gram exclude"),

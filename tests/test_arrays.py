@@ -63,6 +63,8 @@ def test_tensors_that_numpy_cannot_read():
 @pytest.mark.parametrize("name", ["int1", "uint1", "int4", "float8_e4m3fn", "float8_e5m2"])
 def test_other_dtypes_of_ml_dtypes_are_refused(name):
     """Some have the letters of float16 and bfloat16."""
+    if not hasattr(ml_dtypes, name):
+        pytest.skip("new in ml_dtypes 0.6")
     with pytest.raises(TypeError, match=f"got {name}"):
         arrays.as_floats("x", np.ones(3, getattr(ml_dtypes, name)))
 

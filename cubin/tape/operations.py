@@ -312,7 +312,7 @@ def maximum(a: Operand, b: Operand) -> Node:
 def relu(x: Operand) -> Node:
     """max(x, 0); the gradient is g where x > 0, else 0."""
     xp, v = _values(x=x)
-    return _node(xp.maximum(v, 0), (x, lambda g: g * (v > 0)))
+    return _node(_arithmetic(xp.maximum, v, 0), (x, lambda g: g * (v > 0)))
 
 
 def clip(x: Operand, low: float, high: float) -> Node:
@@ -353,9 +353,9 @@ def prelu(x: Operand, slope: Operand) -> Node:
     """
     xp, v, s = _values(x=x, slope=slope)
     a = _per_channel("slope", s, v) if getattr(s, "ndim", 0) else s
-    below = xp.minimum(v, 0)
+    below = _arithmetic(xp.minimum, v, 0)
     value = a * below
-    value += xp.maximum(v, 0)
+    value += _arithmetic(xp.maximum, v, 0)
 
     def to_x(g: Array) -> Array:
         factor = a * (v <= 0)

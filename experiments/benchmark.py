@@ -478,31 +478,25 @@ class Timing:
 
 
 def measure(cell: Cell, machine: Host | Device, compiler: Compiler, rounds: int) -> Timing:
-    """Time a cell beside its copy and its peers; what fails is named in the result."""
+    """Time a cell beside its copy and its peers; those that fail are named in the result."""
     if cell.operation == "import":
         return import_time(rounds)
     timing = Timing()
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            if cell.operation == "tape step":
-                candidates, expected = tape_step(cell, machine)
-            else:
-                inputs = Inputs(cell, machine)
-                candidates = {
-                    CUBIN: cubin_call(inputs, Path(folder)),
-                    COPY: copy_call(cell, machine),
-                }
-                expected = candidates[CUBIN]()  # which also compiles its loops
-                if cell.size >= MEMORY_FROM:
-                    timing.peak_bytes = machine.peak(candidates[CUBIN])
-                    timing.result_bytes = nbytes(expected)
-                candidates |= agreeing(inputs, machine, compiler, expected, timing)
+        if cell.operation == "tape step":
+            candidates = tape_step(cell, machine)
+        else:
+            inputs = Inputs(cell, machine)
+            candidates = {CUBIN: cubin_call(inputs, Path(folder)), COPY: copy_call(cell, machine)}
+            expected = candidates[CUBIN]()  # which also compiles its loops
+            if cell.size >= MEMORY_FROM:
+                timing.peak_bytes = machine.peak(candidates[CUBIN])
+                timing.result_bytes = nbytes(expected)
+            candidates |= agreeing(inputs, machine, compiler, expected, timing)
             del expected
-            timing.samples = samples(candidates, machine, rounds)
-            if cell.state == grid.NEW:
-                timing.samples[CUBIN] = in_new_memory(candidates[CUBIN], machine, rounds)
-        except Exception as error:  # one cell that fails is no reason to lose the others
-            timing.errors.append(one_line(error))
+        timing.samples = samples(candidates, machine, rounds)
+        if cell.state == grid.NEW:
+            timing.samples[CUBIN] = in_new_memory(candidates[CUBIN], machine, rounds)
     return timing
 
 
@@ -574,7 +568,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
 
 
-def tape_step(cell: Cell, machine: Host | Device) -> tuple[dict[str, Call], Any]:
+def tape_step(cell: Cell, machine: Host | Device) -> dict[str, Call]:
     """A step of train_mnist.py's CNN, with 2 bits for its weights, beside the same in PyTorch.
 
     Both start anew from the same parameters and train on as they are called.
@@ -606,7 +600,7 @@ def tape_step(cell: Cell, machine: Host | Device) -> tuple[dict[str, Call], Any]
         others = [float(calls[EAGER]()), float(calls[EAGER]())]
         if not np.allclose(losses, others, rtol=1e-3):
             raise ValueError(f"the losses {losses} are not those of PyTorch, {others}")
-    return calls, None
+    return calls
 
 
 def import_time(rounds: int) -> Timing:
@@ -719,11 +713,13 @@ def run(arguments: argparse.Namespace) -> None:
     for one in progress:
         progress.set_postfix_str(one.cell.label[:60])
         alone = one.cell.state == grid.FRESH and one.cell.operation != "import"
-        with np.errstate(all="ignore"):
+        try:
             if alone:
                 timing = in_fresh_process(one.cell, arguments.rounds)
             else:
                 timing = measure(one.cell, machine, compiler, arguments.rounds)
+        except Exception as error:  # one cell that fails is no reason to lose the others
+            timing = Timing(errors=[one_line(error)])
         rows.append(timing.row(one))
         for error in timing.errors:
             tqdm.write(f"{one.cell.label}: {error}", file=sys.stderr)

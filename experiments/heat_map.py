@@ -110,6 +110,7 @@ def draw_ratios(
 ) -> AxesImage:
     """Draw ratios in colours and numbers: blue where less time is taken, red where more."""
     array = np.array(values, dtype=float).reshape(len(lines), len(columns))
+    array = array if array.size else np.full((1, 1), np.nan)
     ax.set_facecolor("0.85")
     image = ax.imshow(array, norm=LogNorm(1 / SPAN, SPAN), cmap="RdBu_r", aspect="auto")
     ax.set_yticks(range(len(lines)), lines)

@@ -25,7 +25,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,9 @@ ROUNDS_OF_SLOW = 3
 SLOW, SLOWEST = 0.5, 4.0
 """Seconds of a call of cubin from which on there are `ROUNDS_OF_SLOW` rounds, and one."""
 
-SLOW_PEER = 0.25
-"""Seconds of a peer's call from which on it takes part in `ROUNDS_OF_SLOW` rounds alone."""
+SLOW_PEER, FAR = 0.25, 4
+"""Seconds of a peer's call from which on one is enough, where it takes so many times as long as
+cubin: no more are needed to say who is faster."""
 
 SAMPLE = 2e-4
 """Seconds that a sample takes at least: short calls are repeated."""
@@ -65,7 +66,7 @@ running, or in the caches, is felt for longer than a pause."""
 PAUSE = 0.003
 """Seconds before a call: OpenMP's threads spin on after the one before, and take its processors."""
 
-COMPILING = 360.0
+COMPILING = 300.0
 """Seconds that torch.compile may spend on all cells; those after it go without."""
 
 MEMORY_FROM = 1 << 16
@@ -312,7 +313,7 @@ def code_of(inputs: Inputs) -> tuple[Any, Any]:
 def in_torch(inputs: Inputs, machine: Host | Device) -> tuple[Callable[..., Any], tuple] | None:
     """The cell in PyTorch: a function, and what it takes."""
     torch, cell, view, tensor = machine.torch, inputs.cell, inputs.view, machine.tensor
-    name = cell.operation
+    name, base = cell.operation, Cell(cell.operation, cell.shape)
     if torch is None or cell.dtype == "bfloat16":
         return None
     x = tensor(inputs.x)
@@ -323,6 +324,8 @@ def in_torch(inputs: Inputs, machine: Host | Device) -> tuple[Callable[..., Any]
         return partial(function, torch), (view(x), cell.bits, own, inputs.axes)
     if name in ("refined", "alternating"):
         if cell.map or cell.importance or cell.dtype == "float16":
+            return None
+        if cell.size > LARGEST_SEARCHED and (replace(cell, bits=2) != base or cell.bits > 4):
             return None
         function = peers.torch_refined if name == "refined" else peers.torch_alternating
 
@@ -375,6 +378,11 @@ COMPILABLE = (
 )
 
 
+LARGEST_SEARCHED = 1 << 22
+"""Elements of the largest array that a solver in PyTorch gets, but for a plain one of few bits: it
+takes seconds, and 20 to 40 times the memory."""
+
+
 def peers_of(
     inputs: Inputs, machine: Host | Device, compiler: Compiler
 ) -> Iterator[tuple[str, Callable[[], Call | None]]]:
@@ -397,10 +405,12 @@ def peers_of(
 
 # ---------------------------------------------------------------- agreement
 
-CLOSE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 1e-3, "float64": 1e-6}
-MOST_APART, FEW = 2e-3, 4
-"""The share of elements that may differ, and how many in an array however small: a magnitude next
-to a threshold falls on either side."""
+CLOSE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 2e-3, "float64": 1e-6}
+"""How far an element may be off, relatively or absolutely, and also the share of elements that may
+be farther: a magnitude next to a threshold falls on either side."""
+
+FEW = 4
+"""How many elements may, in an array however small."""
 
 
 def parts(result: Any) -> list[np.ndarray]:
@@ -434,7 +444,7 @@ def disagreement(cell: Cell, found: Any, expected: Any) -> str | None:
             ))
             for start in range(0, one.size, step)
         )  # fmt: skip
-        if apart > max(FEW, MOST_APART * one.size):
+        if apart > max(FEW, tolerance * one.size):
             return f"{apart} of {one.size} elements differ"
     return None
 
@@ -530,14 +540,13 @@ def samples(
         return {name: [taken] for name, taken in first.items()}
     if first[CUBIN] > SLOW:
         rounds = min(rounds, ROUNDS_OF_SLOW)
-    found: dict[str, list[float]] = {name: [] for name in candidates}
-    names, order = list(candidates), np.random.default_rng(SEED)
+    far = [n for n in candidates if first[n] > max(SLOW_PEER, FAR * first[CUBIN])]
+    found = {name: [first[name]] if name in far else [] for name in candidates}
+    names, order = [n for n in candidates if n not in far], np.random.default_rng(SEED)
     threaded = {EAGER, COMPILED} & set(names) and max(first.values()) > SAMPLE
-    for number in range(rounds):
+    for _ in range(rounds):
         # In another order each time: what comes after PyTorch's threads is slower than the rest.
         for name in order.permutation(names):
-            if name in PEERS and number >= ROUNDS_OF_SLOW and first[name] > SLOW_PEER:
-                continue
             if threaded:
                 time.sleep(PAUSE)
             if first[name] < SHORT:

@@ -552,21 +552,29 @@ def behind(rows: Iterable[Row]) -> list[Row]:
     return sorted(found, key=lambda row: -float(row["over_peer"]))
 
 
-def against_base(rows: Iterable[Row]) -> list[tuple[float, Row]]:
-    """The time per element of each neighbour relative to its base point; the worst first."""
-    rows = list(rows)
-    bases = {
-        (row["base"], row["operation"]): per_element(row)
-        for row in rows
-        if row["factor"] == "base" and row["seconds"]
-    }
-    found = [
-        (per_element(row) / bases[place], row)
-        for row in rows
-        if row["seconds"] and row["factor"] != "base"
-        and (place := (row["base"], row["operation"])) in bases
-    ]  # fmt: skip
-    return sorted(found, key=lambda pair: -pair[0])
+@dataclass(frozen=True)
+class Step:
+    """A neighbour of a base point, and its time per element relative to it."""
+
+    base: str
+    factor: str
+    level: str
+    row: Row
+    ratio: float
+
+
+def steps(rows: Iterable[Row]) -> list[Step]:
+    """All neighbours of base points that were timed, in the order of the grid."""
+    known = {key: row for key, row in by_key(rows).items() if row["seconds"]}
+    found = []
+    for (name, shape), column in itertools.product(BASES.items(), COLUMNS):
+        base = Cell(column, shape)
+        for factor, level, cell in neighbours(base):
+            if cell != base and cell.key in known and base.key in known:
+                row = known[cell.key]
+                ratio = per_element(row) / per_element(known[base.key])
+                found.append(Step(name, factor, level, row, ratio))
+    return found
 
 
 def extra_memory(rows: Iterable[Row]) -> list[tuple[float, Row]]:
@@ -620,12 +628,9 @@ def summary(rows: Sequence[Row], worst: int = 12) -> str:
         f"- {digits(float(row['over_peer']))} x {row['fastest_peer']}: {label(row)}" for row in late
     ]
     lines += ["", "## Worst time per element, relative to the base point", ""]
-    lines += [
-        f"- {digits(ratio)} x {row['base']}: {label(row)}"
-        for ratio, row in [pair for pair in against_base(rows) if pair[1]["factor"] != "size"][
-            :worst
-        ]
-    ]
+    cliffs = [step for step in steps(rows) if step.factor != "size"]
+    cliffs.sort(key=lambda step: -step.ratio)
+    lines += [f"- {digits(step.ratio)} x {step.base}: {label(step.row)}" for step in cliffs[:worst]]
     lines += ["", "## Most memory beside the result", ""]
     lines += [f"- {digits(most)} MB: {label(row)}" for most, row in extra_memory(rows)[:5]]
     failed = [row for row in rows if row["error"]]

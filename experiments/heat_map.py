@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import grid
 import numpy as np
-from grid import Row
+from grid import Row, Step
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -18,14 +18,12 @@ SPAN = 16.0
 """The ratio at which a colour is strongest, either way."""
 
 
-LENGTHS = [f"{length:,}" for length in grid.ROW_LENGTHS]
-
-
-def levels(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def levels(steps: Sequence[Step]) -> list[tuple[str, str]]:
     """The factors and their levels, in the order of the grid."""
-    found = dict.fromkeys((r["factor"], r["level"]) for r in rows if r["factor"] in FACTORS)
-    ranked = {level: number for number, level in enumerate([*grid.SIZES, *LENGTHS])}
-    return sorted(found, key=lambda pair: (FACTORS.index(pair[0]), ranked.get(pair[1], 0)))
+    found = dict.fromkeys((step.factor, step.level) for step in steps)
+    order = [*grid.SIZES, *(f"{length:,}" for length in grid.ROW_LENGTHS)]
+    ranks = {level: rank for rank, level in enumerate(order)}
+    return sorted(found, key=lambda pair: (FACTORS.index(pair[0]), ranks.get(pair[1], 0)))
 
 
 def draw_cliffs(ax: Axes, rows: Sequence[Row]) -> AxesImage:
@@ -42,17 +40,12 @@ def draw_cliffs(ax: Axes, rows: Sequence[Row]) -> AxesImage:
     AxesImage
         For a colour bar.
     """
+    steps = grid.steps(rows)
     ratios = {
-        (row["factor"], row["level"], row["base"], row["operation"]): ratio
-        for ratio, row in grid.against_base(rows)
+        (step.factor, step.level, step.base, step.row["operation"]): step.ratio for step in steps
     }
-    lines = levels(rows)
-    columns = [
-        (base, operation)
-        for base in grid.BASES
-        for operation in grid.COLUMNS
-        if any(key[2:] == (base, operation) for key in ratios)
-    ]
+    lines = levels(steps)
+    columns = list(dict.fromkeys((step.base, step.row["operation"]) for step in steps))
     values = [[ratios.get((*line, *column), np.nan) for column in columns] for line in lines]
     image = draw_ratios(
         ax, values, [f"{factor}: {level}" for factor, level in lines],
@@ -128,7 +121,7 @@ def draw_ratios(
 
 def figure(rows: Sequence[Row]) -> Figure:
     """The heat map: neighbours against base points, and base points against peers."""
-    count = max(len(levels(rows)), 1)
+    count = max(len(levels(grid.steps(rows))), 1)
     operations = len({row["operation"] for row in rows if row["factor"] == "base"})
     heights = [count, max(operations, 1)]
     drawn = Figure(figsize=(13, 4 + 0.24 * sum(heights)), layout="constrained")

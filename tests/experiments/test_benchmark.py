@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from dataclasses import replace
 
 import benchmark
@@ -321,9 +322,14 @@ def test_memory_of_a_large_cell(monkeypatch, without_torch):
 def test_slow_calls_are_timed_less_often(monkeypatch):
     calls = {"seconds": lambda: None, "copy": lambda: None, "torch": lambda: None}
     monkeypatch.setattr(benchmark, "SAMPLE", 0)
-    monkeypatch.setattr(benchmark, "SLOW_PEER", 0)
+    assert [len(taken) for taken in benchmark.samples(calls, benchmark.Host(), 7).values()] == [
+        7
+    ] * 3
+    monkeypatch.setattr(benchmark, "SLOW_PEER", 0.01)
+    calls["torch"] = lambda: time.sleep(0.02)
     found = benchmark.samples(calls, benchmark.Host(), 7)
-    assert [len(found[name]) for name in calls] == [7, 7, benchmark.ROUNDS_OF_SLOW]
+    assert [len(found[name]) for name in calls] == [7, 7, 1]
+    calls["torch"] = calls["seconds"]
     monkeypatch.setattr(benchmark, "SLOW", 0)
     found = benchmark.samples(calls, benchmark.Host(), 7)
     assert [len(found[name]) for name in calls] == [benchmark.ROUNDS_OF_SLOW] * 3
@@ -411,9 +417,9 @@ def test_means_and_cells_behind(recorded):
     assert grid.timed(recorded, "expression", grid.LARGE) == pytest.approx([40, 10])
     assert grid.geometric_mean([]) is None
     assert [row["fastest_peer"] for row in grid.behind(recorded)] == ["torch_compile"]
-    [(ratio, row)] = grid.against_base(recorded)
-    assert ratio == pytest.approx(4)
-    assert row["layout"] == "axis 1"
+    [step] = grid.steps(recorded)
+    assert step.ratio == pytest.approx(4)
+    assert (step.base, step.factor, step.level) == ("4096x4096", "layout", "axis 1")
 
 
 def test_the_summary_says_it(recorded):
@@ -434,7 +440,7 @@ def test_a_row_is_labelled_as_its_cell():
 def test_the_heat_map_has_a_line_for_each_level(recorded):
     ax = Figure().subplots()
     heat_map.draw_cliffs(ax, recorded)
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["layout: "]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["layout: axis 1"]
     assert [text.get_text() for text in ax.get_xticklabels()] == ["multibit"]
     assert "4" in [text.get_text() for text in ax.texts]
     heat_map.draw_peers(ax, recorded)

@@ -159,6 +159,17 @@ def test_peers_agree_with_cubin(operation, layout):
             )
 
 
+@pytest.mark.parametrize("layout", ["axis 0", "axis 1", "groups of 16", "transposed view"])
+@pytest.mark.parametrize("operation", ["sign", "multibit_grad", "multibit", "quantize"])
+def test_expressions_agree_on_a_device(operation, layout, device, monkeypatch):
+    monkeypatch.setattr(benchmark, "SAMPLE", 0)
+    machine = benchmark.Host(with_torch=False)
+    machine.library = device
+    timing = benchmark.measure(small(operation, layout), machine, benchmark.Compiler(0), 1)
+    assert timing.errors == []
+    assert set(timing.samples) == {"seconds", "copy", "expression"}
+
+
 @pytest.mark.parametrize("operation", ["sign_grad", "ste_mask", "top_down", "middle_out"])
 def test_other_peers_agree_with_cubin(operation):
     timing = benchmark.measure(small(operation), benchmark.Host(), benchmark.Compiler(0), 1)

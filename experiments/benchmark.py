@@ -310,6 +310,11 @@ def code_of(inputs: Inputs) -> tuple[Any, Any]:
     return code.scales.reshape(cell.bits, *shape), signs
 
 
+LARGEST_SEARCHED = 1 << 22
+"""Elements of the largest array that a solver in PyTorch gets, but for a plain one of few bits: it
+takes seconds, and 20 to 40 times the memory."""
+
+
 def in_torch(inputs: Inputs, machine: Host | Device) -> tuple[Callable[..., Any], tuple] | None:
     """The cell in PyTorch: a function, and what it takes."""
     torch, cell, view, tensor = machine.torch, inputs.cell, inputs.view, machine.tensor
@@ -367,20 +372,7 @@ class Compiler:
         return lambda: found(*arguments)
 
 
-COMPILABLE = (
-    "sign",
-    "sign_grad",
-    "ste_mask",
-    "multibit_grad",
-    "multibit",
-    "quantize",
-    "dequantize",
-)
-
-
-LARGEST_SEARCHED = 1 << 22
-"""Elements of the largest array that a solver in PyTorch gets, but for a plain one of few bits: it
-takes seconds, and 20 to 40 times the memory."""
+COMPILABLE = (*grid.ELEMENTWISE, "multibit", "quantize", "dequantize")
 
 
 def peers_of(
@@ -397,7 +389,8 @@ def peers_of(
     if cell.operation in COMPILABLE:
         yield COMPILED, lambda: compiler.compiled(machine.torch, function, arguments)
     triton = machine.triton
-    plain = cell.operation == "multibit" and not cell.map and cell.dtype == "float32"
+    in_order = cell.layout not in ("axis 1", "Fortran order", "transposed view")
+    plain = cell.operation == "multibit" and not cell.map and cell.dtype == "float32" and in_order
     if triton and plain and inputs.flat(inputs.x).shape[1] <= triton.LONGEST_ROW:
         x = machine.tensor(inputs.flat(inputs.x))
         yield TRITON, lambda: lambda: inputs.unflat(triton.greedy(machine.torch, x, cell.bits))

@@ -1,10 +1,10 @@
-"""How fast cubin is, beside a plain copy and what one writes without it, on a CPU or a GPU.
+"""How fast cubin is over a grid of operations, sizes, layouts, dtypes and bits, on a CPU or a GPU.
 
-Every operation is timed on shapes of networks and of large matrices, in rounds: each round runs
-cubin, a copy of as many bytes and the peers (NumPy or CuPy expressions, PyTorch eager and compiled,
-Triton on a GPU, as far as they are installed) once, so that all see the same state of the machine.
-It prints a table of medians and ratios and writes benchmark.csv, .png and .json (where the figures
-come from) to the output folder.
+Each cell of the grid is timed in rounds: each round runs cubin, a plain copy of as many bytes and
+the peers (NumPy or CuPy expressions, PyTorch eager and compiled, Triton on a GPU, as far as they
+are installed) once, so that all see the same state of the machine. A peer is timed only where its
+result is cubin's. It prints a summary and writes benchmark.csv, .png (a heat map), .md (the
+summary) and .json (where the figures come from) to the output folder.
 """
 
 from __future__ import annotations
@@ -12,218 +12,82 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import ctypes
-import functools
 import gc
 import json
+import math
+import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grid
+import heat_map
 import numpy as np
 import peers
 import provenance
-from command_line import UsageError, array_library, parse_bits
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import train_mnist
+from command_line import UsageError, array_library
+from grid import Cell, Placed
+from tqdm import tqdm
 
 import cubin
-from cubin import solvers
 from cubin.core import memory
 from cubin.core.host import blocks
-from cubin.solvers import SOLVERS
 
 NAME = "benchmark"
 SEED = 0
-WARM_UPS = 2
-HOST_CACHE = 64 << 20
-"""Bytes that inputs exceed together, so that none is in the cache when its turn comes."""
+ROUNDS = 9
+QUICK_ROUNDS = 7
+ROUNDS_OF_SLOW = 3
+SLOW, SLOWEST = 0.5, 4.0
+"""Seconds of a call of cubin from which on there are `ROUNDS_OF_SLOW` rounds, and one."""
 
-SLOWEST_PEER = 60.0
-"""Seconds of a peer's first call from which on it is left out of the rounds."""
+SLOW_PEER, FAR = 0.25, 4
+"""Seconds of a peer's call from which on one is enough, where it takes so many times as long as
+cubin: no more are needed to say who is faster."""
 
-PAUSE = 0.02
-"""Seconds before a call: OpenMP's threads spin on after the one before, and take its processors."""
+SAMPLE = 2e-4
+"""Seconds that a sample takes at least: short calls are repeated."""
 
-SHORT_CALL = 0.5
+SHORT = 0.05
 """Seconds of a call up to which the same candidate is called right before: what another has left
 running, or in the caches, is felt for longer than a pause."""
 
-CUBIN = "cubin"
-REUSED = "cubin, out="
-NEW = "cubin, new memory"
-WITHOUT_NUMBA = "cubin, NumPy alone"
+PAUSE = 0.003
+"""Seconds before a call: OpenMP's threads spin on after the one before, and take its processors."""
+
+COMPILING = 300.0
+"""Seconds that torch.compile may spend on all cells; those after it go without."""
+
+MEMORY_FROM = 1 << 16
+"""Elements from which on the memory of a call is measured."""
+
+CUBIN = "seconds"
 COPY = "copy"
 EXPRESSION = "expression"
-EAGER = "PyTorch eager"
-HALVING = "PyTorch, by halving"
-COMPILED = "torch.compile"
-TRITON = "Triton"
-IN_TORCH = (EAGER, HALVING, COMPILED, TRITON)
-"""What allocates through PyTorch."""
+EAGER = "torch"
+COMPILED = "torch_compile"
+TRITON = "triton"
+PEERS = (EXPRESSION, EAGER, COMPILED, TRITON)
+"""The columns of the CSV that hold seconds of peers."""
 
-# Okabe and Ito's palette, with markers for those who do not tell colours apart.
-STYLES = {
-    CUBIN: ("#0072B2", "o"),
-    REUSED: ("#56B4E9", "D"),
-    NEW: ("#999999", "h"),
-    WITHOUT_NUMBA: ("#009E73", "s"),
-    EXPRESSION: ("#E69F00", "^"),
-    EAGER: ("#D55E00", "v"),
-    HALVING: ("#F0E442", "<"),
-    COMPILED: ("#CC79A7", "P"),
-    TRITON: ("#000000", "X"),
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """An array's shape and its rows."""
-
-    name: str
-    shape: tuple[int, ...]
-    granularity: Mapping[str, int]
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape))
-
-    @property
-    def flat(self) -> tuple[int, int]:
-        """The shape as (rows, n)."""
-        if "group_size" in self.granularity:
-            return self.size // self.granularity["group_size"], self.granularity["group_size"]
-        rows = self.shape[0] if self.granularity else 1
-        return rows, self.size // rows
-
-
-ROW = {"channel_axis": 0}
-GROUP = {"group_size": 128}
-LAYOUTS = (
-    Layout("512x512x3x3 per kernel", (512, 512, 3, 3), ROW),
-    Layout("4096x4096 per row", (4096, 4096), ROW),
-    Layout("4096x4096 per group of 128", (4096, 4096), GROUP),
-    Layout("16384x16384 per row", (16384, 16384), ROW),
-    Layout("16384x16384 per group of 128", (16384, 16384), GROUP),
-    Layout("64M per tensor", (1 << 26,), {}),
-    Layout("1e6x27 per row", (1_000_000, 27), ROW),
-)
-QUICK_LAYOUTS = (
-    Layout("128x1024x3x3 per kernel", (128, 1024, 3, 3), ROW),
-    Layout("1024x1024 per row", (1024, 1024), ROW),
-    Layout("1024x1024 per group of 128", (1024, 1024), GROUP),
-    Layout("1M per tensor", (1 << 20,), {}),
-    Layout("4e4x27 per row", (40_000, 27), ROW),
-)
-OPERATIONS = (
-    "sign", "sign_grad", "ste_mask", "multibit_grad", "multibit", "alternating", "refined",
-    "optimal", "quantize", "dequantize",
+COLUMNS = (
+    "base", "factor", "level", *grid.KEY, "rows", "elements", "rounds", CUBIN, "quartile_1",
+    "quartile_3", COPY, *PEERS, "fastest_peer", "fastest", "over_peer", "over_copy", "peak_bytes",
+    "result_bytes", "error",
 )  # fmt: skip
-SLOW = {"optimal": 1 << 22}
-QUICK_SLOW = {"optimal": 1 << 20}
-"""Operations that are timed on arrays up to some size alone."""
 
-LARGEST_OF_PEER = {"alternating": 1 << 24}
-"""The same for their peers in PyTorch: this one takes 20 to 40 times its input's memory."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation on one layout."""
-
-    operation: str
-    layout: Layout
-    bits: int
-    mapped: bool
-
-    @property
-    def levelled(self) -> bool:
-        """Whether the number of levels matters."""
-        return self.operation not in ("sign", "sign_grad", "ste_mask")
-
-    @property
-    def solver(self) -> str | None:
-        """The solver, if the operation is an approximation."""
-        named = "greedy" if self.operation == "multibit" else self.operation
-        return named if named in SOLVERS else None
-
-    @property
-    def label(self) -> str:
-        bits = f", {'map of 0 to ' if self.mapped else ''}{self.bits} bits" if self.levelled else ""
-        return f"{self.operation}, {self.layout.name}{bits}"
-
-    @property
-    def bytes_per_element(self) -> int:
-        """What must be moved: inputs read once, outputs written once; scales do not count."""
-        moved = {
-            "sign": 8, "sign_grad": 12, "multibit_grad": 12, "ste_mask": 5,
-            "quantize": 4 + self.bits, "dequantize": 4 + self.bits,
-        }  # fmt: skip
-        return moved.get(self.operation, 8) + self.mapped
-
-    @property
-    def operations_per_element(self) -> int | None:
-        """Absolute value, sum, sign, subtraction and addition for each level; None if unknown."""
-        simple = {"sign": 1, "sign_grad": 2, "multibit_grad": 2, "ste_mask": 2}
-        return simple.get(self.operation, 5 * self.bits if self.operation == "multibit" else None)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What one call works on, for either library; `flat` and the tensors are (rows, n)."""
-
-    x: Any
-    gy: Any
-    bits: Any
-    out: Any
-    tensors: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The times of one candidate in one case."""
-
-    case: Case
-    candidate: str
-    seconds: tuple[float, ...]
-    of_copy: float
-    ratio: tuple[float, float, float]
-    """The time relative to cubin's in the same round: quartiles and median in the middle."""
-    peak_bytes: int | None
-
-    @property
-    def median(self) -> float:
-        return float(np.median(self.seconds))
-
-    def row(self) -> dict[str, Any]:
-        case = self.case
-        low, high = np.percentile(self.seconds, [25, 75])
-        moved = case.layout.size * case.bytes_per_element
-        return {
-            "operation": case.operation,
-            "layout": case.layout.name,
-            "bits": case.bits if case.levelled else "",
-            "map": int(case.mapped),
-            "candidate": self.candidate,
-            "elements": case.layout.size,
-            "bytes": moved,
-            "rounds": len(self.seconds),
-            "median_ms": f"{self.median * 1e3:.4g}",
-            "quartile_1_ms": f"{low * 1e3:.4g}",
-            "quartile_3_ms": f"{high * 1e3:.4g}",
-            "gigabytes_per_second": f"{moved / self.median / 1e9:.4g}",
-            "fraction_of_copy": f"{self.of_copy:.3g}",
-            "ratio_to_cubin": f"{self.ratio[1]:.4g}",
-            "ratio_quartile_1": f"{self.ratio[0]:.4g}",
-            "ratio_quartile_3": f"{self.ratio[2]:.4g}",
-            "peak_bytes": "" if self.peak_bytes is None else self.peak_bytes,
-        }
+Call = Callable[[], Any]
 
 
 # ---------------------------------------------------------------- the machine
@@ -233,25 +97,24 @@ class Host:
     """Time and memory on the CPU."""
 
     library: Any = np
-    cache = HOST_CACHE
+    triton = None
 
-    def __init__(self) -> None:
-        self.torch = peers.optional("torch")
-        self.triton = None
+    def __init__(self, with_torch: bool = True) -> None:
+        self.torch = peers.optional("torch") if with_torch else None
+        if self.torch:
+            self.torch.set_num_threads(threads())
 
     def tensor(self, array: np.ndarray) -> Any:
-        return self.torch.from_numpy(array) if self.torch else None
+        return self.torch.from_numpy(array)
 
-    def time(self, call: Callable[[], Any]) -> float:
-        time.sleep(PAUSE)
+    def time(self, call: Call, repeats: int = 1) -> float:
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
 
-    def peak(self, call: Callable[[], Any], candidate: str) -> int | None:
-        """The most that NumPy holds during a call, the result included; torch does not tell."""
-        if candidate in IN_TORCH:
-            return None
+    def peak(self, call: Call) -> int:
+        """The most that NumPy holds during a call, the result included."""
         memory.release()
         tracemalloc.start()
         try:
@@ -266,32 +129,27 @@ class Device:
 
     def __init__(self, cupy: Any) -> None:
         self.library = cupy
-        self.cache = 2 * cupy.cuda.Device().attributes["L2CacheSize"]
         torch = peers.optional("torch")
         self.torch = torch if torch is not None and torch.cuda.is_available() else None
         self.triton = peers.optional("triton_greedy") if self.torch else None
 
     def tensor(self, array: Any) -> Any:
-        return self.torch.from_dlpack(array) if self.torch else None
+        return self.torch.from_dlpack(array)
 
-    def time(self, call: Callable[[], Any]) -> float:
+    def time(self, call: Call, repeats: int = 1) -> float:
         cuda = self.library.cuda
         stream = self.torch.cuda.current_stream().cuda_stream if self.torch else 0
         with cuda.ExternalStream(stream) if stream else cuda.Stream.null:
             start, stop = cuda.Event(), cuda.Event()
             start.record()
-            call()
+            for _ in range(repeats):
+                call()
             stop.record()
             stop.synchronize()
-        return cuda.get_elapsed_time(start, stop) / 1e3
+        return cuda.get_elapsed_time(start, stop) / 1e3 / repeats
 
-    def peak(self, call: Callable[[], Any], candidate: str) -> int | None:
-        """What the pool of CuPy or PyTorch grows to during a call."""
-        if candidate in IN_TORCH:
-            before = self.torch.cuda.memory_allocated()
-            self.torch.cuda.reset_peak_memory_stats()
-            call()
-            return self.torch.cuda.max_memory_allocated() - before
+    def peak(self, call: Call) -> int:
+        """What CuPy's pool grows to during a call."""
         pool = self.library.get_default_memory_pool()
         pool.free_all_blocks()
         before = pool.total_bytes()
@@ -299,299 +157,508 @@ class Device:
         return pool.total_bytes() - before
 
 
-def keep_pages() -> None:
-    """Have glibc keep the memory that is freed, as allocators of other libraries do."""
-    libc = ctypes.CDLL(None)
-    trim, most_mapped = -1, -4
-    if not (libc.mallopt(trim, 1 << 30) and libc.mallopt(most_mapped, 0)):
-        raise UsageError("--keep-pages: this C library has no mallopt")
+def threads() -> int:
+    """The most threads that cubin uses; PyTorch gets as many."""
+    available = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return min(blocks.WORKERS, len(available) if available else os.cpu_count() or 1)
 
 
 # ---------------------------------------------------------------- candidates
 
 
-def inputs_of(case: Case, machine: Host | Device) -> list[Inputs]:
-    """Different inputs that together exceed the cache."""
-    xp, layout = machine.library, case.layout
-    rng = np.random.default_rng(SEED)
-    sets = max(1, -(-machine.cache // (layout.size * case.bytes_per_element)))
-    found = []
-    for _ in range(sets):
-        x, gy = (
-            xp.asarray(rng.standard_normal(layout.shape, dtype=np.float32)) if needed else None
-            for needed in (True, "grad" in case.operation)
-        )
-        bits: Any = case.bits
-        if case.mapped:
-            bits = xp.asarray(rng.integers(0, case.bits + 1, layout.shape, np.uint8))
-        tensors = {"x": machine.tensor(x.reshape(layout.flat))}
-        if gy is not None:
-            tensors["gy"] = machine.tensor(gy.reshape(layout.flat))
-        if case.mapped:
-            tensors["bits"] = machine.tensor(bits.reshape(layout.flat))
-        out = xp.zeros_like(x) if case.operation == "sign" or case.solver else None
-        found.append(Inputs(x, gy, bits, out, tensors))
-    return found
+class Inputs:
+    """What the calls of a cell work on, in its library; the views of peers have rows by axes."""
+
+    def __init__(self, cell: Cell, machine: Host | Device) -> None:
+        xp, rng = machine.library, np.random.default_rng(SEED)
+
+        def array(values: np.ndarray) -> Any:
+            if cell.layout == "transposed view":
+                return xp.asarray(np.ascontiguousarray(values.T)).T
+            order = "F" if cell.layout == "Fortran order" else "C"
+            return xp.asarray(np.asarray(values, order=order))
+
+        def floats() -> Any:
+            drawn = rng.standard_normal(cell.shape, np.float32)
+            return array(drawn.astype(dtype_of(cell.dtype)))
+
+        self.cell = cell
+        self.x = floats()
+        self.gy = floats() if "grad" in cell.operation else None
+        self.importance = abs(floats()) if cell.importance else None
+        self.bits: Any = cell.bits
+        if cell.map:
+            self.bits = array(rng.integers(0, cell.bits + 1, cell.shape, np.dtype(cell.map)))
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """What a peer sums over, in its view of the array."""
+        if self.cell.group:
+            return (1,)
+        return tuple(n for n in range(self.x.ndim) if n != self.cell.axis)
+
+    def view(self, array: Any) -> Any:
+        """The array with groups as rows."""
+        return array.reshape(-1, self.cell.group) if self.cell.group else array
+
+    def flat(self, array: Any) -> Any:
+        """The array as (rows, n)."""
+        cell = self.cell
+        if cell.axis:
+            array = array.swapaxes(0, cell.axis)
+        return array.reshape(cell.rows, -1)
+
+    def unflat(self, array: Any) -> Any:
+        """A result (rows, n) in the order of the array."""
+        cell = self.cell
+        if not cell.axis:
+            return array.reshape(cell.shape)
+        moved = list(cell.shape)
+        moved[0], moved[cell.axis] = moved[cell.axis], moved[0]
+        return array.reshape(moved).swapaxes(0, cell.axis)
 
 
-def candidates_of(
-    case: Case, machine: Host | Device, inputs: Sequence[Inputs]
-) -> dict[str, Callable[[Inputs], Any]]:
-    """What is timed, by name; cubin first, then the copy."""
-    found = {CUBIN: _cubin(case, inputs)}
-    if case.operation == "sign":
-        found[REUSED] = lambda a: cubin.sign(a.x, out=a.out)
-    elif case.solver:
-        options = {"solver": case.solver, **case.layout.granularity}
-        found[REUSED] = lambda a: cubin.multibit(a.x, a.bits, out=a.out, **options)
-    if REUSED in found and isinstance(machine, Host) and inputs[0].x.nbytes >= memory.LARGE:
-        found[NEW] = functools.partial(_in_new_memory, found[CUBIN])
-    if isinstance(machine, Host) and blocks.pays(case.layout.size):
-        found[WITHOUT_NUMBA] = functools.partial(_without_numba, found[CUBIN])
-    found[COPY] = _copy(case, machine)
-    found |= _peers(case, machine)
-    return found
+def dtype_of(name: str) -> np.dtype:
+    """The dtype of this name; bfloat16 comes from ml_dtypes."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    ml_dtypes = peers.optional("ml_dtypes")
+    if ml_dtypes is None:
+        raise UsageError("bfloat16 needs the package ml_dtypes")
+    return np.dtype(ml_dtypes.bfloat16)
 
 
-def _cubin(case: Case, inputs: Sequence[Inputs]) -> Callable[[Inputs], Any]:
-    options = case.layout.granularity
-    if case.operation == "dequantize":
-        codes = {id(a): cubin.quantize(a.x, a.bits, check_finite=False, **options) for a in inputs}
-        return lambda a: codes[id(a)].dequantize()
-    if case.solver:
-        return lambda a: cubin.multibit(a.x, a.bits, solver=case.solver, **options)
-    return {
-        "sign": lambda a: cubin.sign(a.x),
-        "sign_grad": lambda a: cubin.sign_grad(a.x, a.gy),
-        "ste_mask": lambda a: cubin.ste_mask(a.x),
-        "multibit_grad": lambda a: cubin.multibit_grad(a.x, a.bits, a.gy),
-        "quantize": lambda a: cubin.quantize(a.x, a.bits, check_finite=False, **options),
-    }[case.operation]
-
-
-def _in_new_memory(call: Callable[[Inputs], Any], inputs: Inputs) -> Any:
-    """As the first call, and each whose results are held: none is there to be used again."""
-    memory.release()
-    return call(inputs)
-
-
-def _without_numba(call: Callable[[Inputs], Any], inputs: Inputs) -> Any:
-    before = blocks.COMPILED, solvers.COMPILED
-    blocks.COMPILED = solvers.COMPILED = sys.maxsize
+def takes_bfloat16() -> bool:
+    """Whether there is such a dtype, and cubin takes it."""
     try:
-        return call(inputs)
-    finally:
-        blocks.COMPILED, solvers.COMPILED = before
+        cubin.sign(np.ones(1, dtype_of("bfloat16")))
+    except (TypeError, UsageError):
+        return False
+    return True
 
 
-def _copy(case: Case, machine: Host | Device) -> Callable[[Inputs], Any]:
-    """A copy that moves as many bytes as the case, half of them in and half of them out."""
-    xp = machine.library
-    count = case.layout.size * case.bytes_per_element // 8
-    source, target = xp.ones(count, np.float32), xp.zeros(count, np.float32)
-    return lambda _: xp.copyto(target, source)
+def mean_mix(size: int) -> list[tuple[int, int]]:
+    """Bits and how many elements take them, for a mean of 1.4."""
+    return [(2, round(0.4 * size)), (1, size - round(0.4 * size))]
 
 
-def _peers(case: Case, machine: Host | Device) -> dict[str, Callable[[Inputs], Any]]:
-    xp, torch, flat = machine.library, machine.torch, case.layout.flat
-    found: dict[str, Callable[[Inputs], Any]] = {}
-    operation = case.operation
-    if operation == "sign":
-        found[EXPRESSION] = lambda a: peers.array_sign(xp, a.x)
-    elif operation in ("sign_grad", "multibit_grad"):
-        found[EXPRESSION] = lambda a: peers.array_gradient(xp, a.x, _bound(case, a.bits), a.gy)
-    elif operation == "multibit":
-        found[EXPRESSION] = lambda a: peers.array_greedy(
-            xp, a.x.reshape(flat), a.bits.reshape(flat) if case.mapped else a.bits
-        )
-    if torch is None or case.layout.size > LARGEST_OF_PEER.get(operation, case.layout.size):
-        return found
-    eager: Callable[..., Any] | None = {
-        "sign": partial(peers.torch_sign, torch),
-        "sign_grad": partial(peers.torch_gradient, torch),
-        "multibit_grad": partial(peers.torch_gradient, torch),
-        "multibit": partial(peers.torch_greedy, torch),
-        "alternating": partial(peers.torch_alternating, torch, search=peers.torch_search),
-    }.get(operation)
-    if eager is None:
-        return found
+def cubin_call(inputs: Inputs, folder: Path) -> Call:
+    """What is measured."""
+    cell, x, bits = inputs.cell, inputs.x, inputs.bits
+    options: dict[str, Any] = dict(cell.granularity)
+    name = cell.operation
+    if name in grid.SOLVERS:
+        options |= {"solver": grid.SOLVERS[name], "importance": inputs.importance}
+        options |= {"iterations": None} if name == "converged" else {}
+        return lambda: cubin.multibit(x, bits, **options)
+    if name in ("top_down", "middle_out", "bottom_up"):
+        mix = {width: count / x.size for width, count in mean_mix(x.size)}
+        return partial(getattr(cubin.bitmaps, name), x, mix)
+    if name in ("dequantize", *grid.FILES):
+        code = cubin.quantize(x, bits, check_finite=False, **options)
+        path = folder / "code"
+        if name == "load":
+            code.save(path)
+            return lambda: cubin.BinaryCode.load(path)
+        return code.dequantize if name == "dequantize" else lambda: code.save(path)
+    return {
+        "sign": lambda: cubin.sign(x),
+        "sign_grad": lambda: cubin.sign_grad(x, inputs.gy),
+        "ste_mask": lambda: cubin.ste_mask(x),
+        "multibit_grad": lambda: cubin.multibit_grad(x, bits, inputs.gy),
+        "quantize": lambda: cubin.quantize(x, bits, check_finite=False, **options),
+        "budget": lambda: cubin.bitmaps.budget(x, 1.4, **options),
+        "allocate": lambda: cubin.bitmaps.allocate({"x": x}, 1.4, **options)["x"],
+    }[name]
 
-    def arguments(a: Inputs) -> tuple[Any, ...]:
-        t = a.tensors
-        if operation == "sign":
-            return (t["x"],)
-        if "grad" in operation:
-            return t["x"], t["bits"] if case.mapped else _bound(case, a.bits), t["gy"]
-        return (t["x"], case.bits, t["bits"]) if case.mapped else (t["x"], case.bits)
 
-    found[EAGER] = lambda a: eager(*arguments(a))
-    if operation == "alternating":
-        found[HALVING] = lambda a: eager(*arguments(a), search=peers.torch_halving)
-    if operation == "multibit":
-        torch._dynamo.reset()
-        compiled = torch.compile(eager, dynamic=False)
-        found[COMPILED] = lambda a: compiled(*arguments(a))
+def copy_call(cell: Cell, machine: Host | Device) -> Call:
+    """A copy that moves as many bytes as the cell, half of them in and half of them out."""
+    xp, count = machine.library, max(1, cell.size * cell.bytes_per_element // 2)
+    source, target = xp.ones(count, np.uint8), xp.zeros(count, np.uint8)
+    return lambda: xp.copyto(target, source)
+
+
+def expression(inputs: Inputs, machine: Host | Device) -> Call | None:
+    """The cell in NumPy or CuPy."""
+    xp, cell, view = machine.library, inputs.cell, inputs.view
+    x, bits, name = inputs.x, inputs.bits, cell.operation
+    if name in ("multibit", "quantize"):
+        own = view(bits) if cell.map else bits
+        function = peers.array_greedy if name == "multibit" else peers.array_encode
+        return lambda: function(xp, view(x), own, inputs.axes)
+    if name == "dequantize":
+        scales, signs = code_of(inputs)
+        return lambda: peers.array_decode(xp, scales, signs)
+    if name in ("top_down", "middle_out"):
+        counts = mean_mix(x.size)
+        return lambda: peers.array_ranked(xp, x, counts, name == "middle_out")
+    return {
+        "sign": lambda: peers.array_sign(xp, x),
+        "ste_mask": lambda: peers.array_mask(xp, x),
+        "sign_grad": lambda: peers.array_gradient(xp, x, 1, inputs.gy),
+        "multibit_grad": lambda: peers.array_gradient(xp, x, bits, inputs.gy),
+    }.get(name)
+
+
+def code_of(inputs: Inputs) -> tuple[Any, Any]:
+    """Scales and signs of a code, in a view of the array."""
+    cell = inputs.cell
+    code = cubin.quantize(inputs.x, inputs.bits, check_finite=False, **cell.granularity)
+    shape = [1 if n in inputs.axes else size for n, size in enumerate(inputs.view(inputs.x).shape)]
+    signs = code.signs.reshape(cell.bits, *inputs.view(inputs.x).shape)
+    return code.scales.reshape(cell.bits, *shape), signs
+
+
+LARGEST_SEARCHED = 1 << 22
+"""Elements of the largest array that a solver in PyTorch gets, but for a plain one of few bits: it
+takes seconds, and 20 to 40 times the memory."""
+
+
+def in_torch(inputs: Inputs, machine: Host | Device) -> tuple[Callable[..., Any], tuple] | None:
+    """The cell in PyTorch: a function, and what it takes."""
+    torch, cell, view, tensor = machine.torch, inputs.cell, inputs.view, machine.tensor
+    name, base = cell.operation, Cell(cell.operation, cell.shape)
+    if torch is None or cell.dtype == "bfloat16":
+        return None
+    x = tensor(inputs.x)
+    bits = tensor(inputs.bits) if cell.map else cell.bits
+    if name in ("multibit", "quantize"):
+        function = peers.torch_greedy if name == "multibit" else peers.torch_encode
+        own = view(bits) if cell.map else None
+        return partial(function, torch), (view(x), cell.bits, own, inputs.axes)
+    if name in ("refined", "alternating"):
+        if cell.map or cell.importance or cell.dtype == "float16":
+            return None
+        if cell.size > LARGEST_SEARCHED and (replace(cell, bits=2) != base or cell.bits > 4):
+            return None
+        function = peers.torch_refined if name == "refined" else peers.torch_alternating
+
+        def on_rows(x: Any, levels: int) -> Any:
+            return inputs.unflat(function(torch, inputs.flat(x), levels))
+
+        return on_rows, (x, cell.bits)
+    if name == "dequantize":
+        return partial(peers.torch_decode, torch), tuple(map(tensor, code_of(inputs)))
+    if name in ("top_down", "middle_out"):
+        return partial(peers.torch_ranked, torch), (x, mean_mix(cell.size), name == "middle_out")
+    if name in ("sign", "ste_mask"):
+        return partial(peers.torch_sign if name == "sign" else peers.torch_mask, torch), (x,)
+    if "grad" in name:
+        bound = 1 if name == "sign_grad" else bits
+        return partial(peers.torch_gradient, torch), (x, bound, tensor(inputs.gy))
+    return None
+
+
+@dataclass
+class Compiler:
+    """torch.compile, with so many seconds for all that it compiles."""
+
+    left: float = COMPILING
+
+    def compiled(self, torch: Any, function: Callable[..., Any], arguments: tuple) -> Call | None:
+        """A compiled call, or None once the seconds are used up."""
+        if self.left <= 0:
+            return None
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch._dynamo.reset()
+                found = torch.compile(function, dynamic=False)
+                found(*arguments)
+        finally:
+            self.left -= time.perf_counter() - start
+        return lambda: found(*arguments)
+
+
+COMPILABLE = (*grid.ELEMENTWISE, "multibit", "quantize", "dequantize")
+
+
+def peers_of(
+    inputs: Inputs, machine: Host | Device, compiler: Compiler
+) -> Iterator[tuple[str, Callable[[], Call | None]]]:
+    """The peers that apply, by column; each is made when it is its turn."""
+    cell = inputs.cell
+    yield EXPRESSION, lambda: expression(inputs, machine)
+    found = in_torch(inputs, machine)
+    if found is None:
+        return
+    function, arguments = found
+    yield EAGER, lambda: partial(function, *arguments)
+    if cell.operation in COMPILABLE:
+        yield COMPILED, lambda: compiler.compiled(machine.torch, function, arguments)
     triton = machine.triton
-    if triton and operation == "multibit" and not case.mapped and flat[1] <= triton.LONGEST_ROW:
-        found[TRITON] = lambda a: triton.greedy(torch, a.tensors["x"], case.bits)
-    return found
+    in_order = cell.layout not in ("axis 1", "Fortran order", "transposed view")
+    plain = cell.operation == "multibit" and not cell.map and cell.dtype == "float32" and in_order
+    if triton and plain and inputs.flat(inputs.x).shape[1] <= triton.LONGEST_ROW:
+        x = machine.tensor(inputs.flat(inputs.x))
+        yield TRITON, lambda: lambda: inputs.unflat(triton.greedy(machine.torch, x, cell.bits))
 
 
-def _bound(case: Case, bits: Any) -> Any:
-    return 1 if case.operation == "sign_grad" else bits
+# ---------------------------------------------------------------- agreement
+
+CLOSE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 2e-3, "float64": 1e-6}
+"""How far an element may be off, relatively or absolutely, and also the share of elements that may
+be farther: a magnitude next to a threshold falls on either side."""
+
+FEW = 4
+"""How many elements may, in an array however small."""
+
+
+def parts(result: Any) -> list[np.ndarray]:
+    """A result as arrays of the host, each flat."""
+    if isinstance(result, cubin.BinaryCode):
+        result = (result.scales, result.signs)
+    members = result if isinstance(result, tuple) else (result,)
+    return [on_host(member).reshape(-1) for member in members]
+
+
+def on_host(array: Any) -> np.ndarray:
+    """An array of any library as one of NumPy."""
+    if hasattr(array, "detach"):
+        return array.detach().cpu().numpy()
+    return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
+def disagreement(cell: Cell, found: Any, expected: Any) -> str | None:
+    """Why a peer's result is not cubin's; None where it is."""
+    pairs = list(zip(parts(found), parts(expected), strict=True))
+    if any(one.shape != other.shape for one, other in pairs):
+        return "another shape"
+    tolerance = CLOSE[cell.dtype]
+    for one, other in pairs:
+        # In blocks: the arrays of some cells fill much of the memory.
+        step = 1 << 22
+        apart = sum(
+            np.count_nonzero(~np.isclose(
+                one[start : start + step].astype(np.float64),
+                other[start : start + step].astype(np.float64), tolerance, tolerance,
+            ))
+            for start in range(0, one.size, step)
+        )  # fmt: skip
+        if apart > max(FEW, tolerance * one.size):
+            return f"{apart} of {one.size} elements differ"
+    return None
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def measure(
-    case: Case, machine: Host | Device, rounds: int, seconds: float, quick: bool
-) -> list[Measurement]:
-    """Time all candidates of a case in rounds: `rounds` of them, or fewer after `seconds`."""
-    inputs = inputs_of(case, machine)
-    chosen = candidates_of(case, machine, inputs)
-    peaks: dict[str, int | None] = {}
-    for name, call in list(chosen.items()):
+@dataclass
+class Timing:
+    """The samples of a cell by column, in seconds, and what else is known of it."""
+
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    result_bytes: int | None = None
+    errors: list[str] = field(default_factory=list)
+
+    def row(self, placed: Placed) -> dict[str, str]:
+        """The row of the CSV."""
+        cell = placed.cell
+        row = dict.fromkeys(COLUMNS, "")
+        row |= {"base": placed.base, "factor": placed.factor, "level": placed.level}
+        row |= dict(zip(grid.KEY, cell.key, strict=True))
+        row |= {"rows": str(cell.rows), "elements": str(cell.size), "error": "; ".join(self.errors)}
+        medians = {name: float(np.median(taken)) for name, taken in self.samples.items()}
+        row |= {name: f"{seconds:.4g}" for name, seconds in medians.items()}
+        if CUBIN in medians:
+            low, high = np.percentile(self.samples[CUBIN], [25, 75])
+            row |= {"quartile_1": f"{low:.4g}", "quartile_3": f"{high:.4g}"}
+            row["rounds"] = str(len(self.samples[CUBIN]))
+            others = [name for name in PEERS if name in medians]
+            if others:
+                fastest = min(others, key=medians.__getitem__)
+                row |= {"fastest_peer": fastest, "fastest": row[fastest]}
+                row["over_peer"] = f"{medians[CUBIN] / medians[fastest]:.4g}"
+            if COPY in medians:
+                row["over_copy"] = f"{medians[CUBIN] / medians[COPY]:.4g}"
+        for name in ("peak_bytes", "result_bytes"):
+            value = getattr(self, name)
+            row[name] = "" if value is None else str(value)
+        return row
+
+
+def measure(cell: Cell, machine: Host | Device, compiler: Compiler, rounds: int) -> Timing:
+    """Time a cell beside its copy and its peers; those that fail are named in the result."""
+    if cell.operation == "import":
+        return import_time(rounds)
+    timing = Timing()
+    with tempfile.TemporaryDirectory() as folder:
+        if cell.operation == "tape step":
+            candidates = tape_step(cell, machine)
+        else:
+            inputs = Inputs(cell, machine)
+            candidates = {CUBIN: cubin_call(inputs, Path(folder)), COPY: copy_call(cell, machine)}
+            expected = candidates[CUBIN]()  # which also compiles its loops
+            if cell.size >= MEMORY_FROM:
+                timing.peak_bytes = machine.peak(candidates[CUBIN])
+                timing.result_bytes = nbytes(expected)
+            candidates |= agreeing(inputs, machine, compiler, expected, timing)
+            del expected
+        timing.samples = samples(candidates, machine, rounds)
+        if cell.state == grid.NEW:
+            timing.samples[CUBIN] = in_new_memory(candidates[CUBIN], machine, rounds)
+    return timing
+
+
+def agreeing(
+    inputs: Inputs, machine: Host | Device, compiler: Compiler, expected: Any, timing: Timing
+) -> dict[str, Call]:
+    """The peers whose results are cubin's."""
+    found = {}
+    for name, make in peers_of(inputs, machine, compiler):
         try:
-            for number in range(1 if quick else WARM_UPS):
-                taken = machine.time(partial(call, inputs[number % len(inputs)]))
-                if taken > SLOWEST_PEER and name not in (CUBIN, COPY):
-                    break
-            peaks[name] = machine.peak(partial(call, inputs[0]), name)
-        except Exception as error:  # a peer that cannot do a case is no reason to stop
-            if name in (CUBIN, COPY):
-                raise
-            print(f"{case.label}: {name} left out: {str(error).splitlines()[0]}", file=sys.stderr)
-            del chosen[name]
-            continue
-        if taken > SLOWEST_PEER and name not in (CUBIN, COPY):
-            print(f"{case.label}: {name} left out, a call takes {taken:.0f} s", file=sys.stderr)
-            del chosen[name]
-    times: dict[str, list[float]] = {name: [] for name in chosen}
-    started = time.perf_counter()
-    names, order = list(chosen), np.random.default_rng(SEED)
-    for number in range(rounds):
+            call = make()
+            if call is None:
+                continue
+            reason = disagreement(inputs.cell, call(), expected)
+        except Exception as error:  # a peer that cannot do a cell is no reason to stop
+            reason = one_line(error)
+        if reason is None:
+            found[name] = call
+        else:
+            timing.errors.append(f"{name}: {reason}")
+    return found
+
+
+def samples(
+    candidates: Mapping[str, Call], machine: Host | Device, rounds: int
+) -> dict[str, list[float]]:
+    """The times of all candidates in rounds, each in another order."""
+    first = {name: machine.time(call) for name, call in candidates.items()}
+    repeats = {name: max(1, math.ceil(SAMPLE / taken)) for name, taken in first.items()}
+    if first[CUBIN] > SLOWEST:
+        return {name: [taken] for name, taken in first.items()}
+    if first[CUBIN] > SLOW:
+        rounds = min(rounds, ROUNDS_OF_SLOW)
+    far = [n for n in candidates if first[n] > max(SLOW_PEER, FAR * first[CUBIN])]
+    found = {name: [first[name]] if name in far else [] for name in candidates}
+    names, order = [n for n in candidates if n not in far], np.random.default_rng(SEED)
+    threaded = {EAGER, COMPILED} & set(names) and max(first.values()) > SAMPLE
+    for _ in range(rounds):
         # In another order each time: what comes after PyTorch's threads is slower than the rest.
         for name in order.permutation(names):
-            call = partial(chosen[name], inputs[number % len(inputs)])
-            if not quick and (number == 0 or times[name][-1] < SHORT_CALL):
-                call()
-            times[name].append(machine.time(call))
-        if number >= 2 and time.perf_counter() - started > seconds:
-            break
-    results = []
-    for name, taken_by in times.items():
-        ratio = np.percentile(np.divide(taken_by, times[CUBIN]), [25, 50, 75])
-        of_copy = float(np.median(np.divide(times[COPY], taken_by)))
-        spread = (float(ratio[0]), float(ratio[1]), float(ratio[2]))
-        results.append(Measurement(case, name, tuple(taken_by), of_copy, spread, peaks.get(name)))
-    return results
+            if threaded:
+                time.sleep(PAUSE)
+            if first[name] < SHORT:
+                candidates[name]()
+            found[name].append(machine.time(candidates[name], repeats[name]))
+    return found
 
 
-def cases_of(arguments: argparse.Namespace) -> Iterator[Case]:
-    """All combinations asked for; those that differ in nothing come once."""
-    layouts, slow = (QUICK_LAYOUTS, QUICK_SLOW) if arguments.quick else (LAYOUTS, SLOW)
-    largest = max(arguments.bits)
-    for layout in layouts:
-        if arguments.layouts and not any(part in layout.name for part in arguments.layouts):
-            continue
-        for operation in arguments.operations:
-            if layout.size > slow.get(operation, layout.size):
-                continue
-            for bits in arguments.bits:
-                for mapped in (False, True):
-                    if mapped and arguments.quick and layout != layouts[0]:
-                        continue
-                    case = Case(operation, layout, bits, mapped)
-                    if not case.levelled and (bits != largest or mapped):
-                        continue
-                    once = operation in ("multibit_grad", "refined", "optimal", "dequantize")
-                    if (mapped and bits not in (4, largest)) or (once and bits not in (2, 4)):
-                        continue
-                    if mapped and operation not in ("multibit", "multibit_grad", "quantize"):
-                        continue
-                    yield case
+def in_new_memory(call: Call, machine: Host | Device, rounds: int) -> list[float]:
+    """As the first call, and each whose results are held: no memory is there to be used again."""
+    found = []
+    for _ in range(rounds):
+        memory.release()
+        found.append(machine.time(call))
+    return found
 
 
-# ---------------------------------------------------------------- results
+def nbytes(result: Any) -> int:
+    """The memory of a result."""
+    if isinstance(result, cubin.BinaryCode) and not hasattr(result, "nbytes"):
+        kept = (result.scales, result.signs, result.bits)
+        return sum(getattr(part, "nbytes", 0) for part in kept)
+    return getattr(result, "nbytes", 0)
 
 
-def table(results: Sequence[Measurement]) -> str:
-    """The candidates of a case, one to a line."""
-    lines = [results[0].case.label]
-    for m in results:
-        low, high = np.percentile(m.seconds, [25, 75]) * 1e3
-        peak = "" if m.peak_bytes is None else f"  peak {m.peak_bytes / 2**20:8.1f} MiB"
-        lines.append(
-            f"  {m.candidate:20}{m.median * 1e3:10.3f} ms ({low:.3f} to {high:.3f})"
-            f"  {m.of_copy:6.2f} of copy  {m.ratio[1]:8.2f} x cubin{peak}"
-        )
-    return "\n".join(lines)
+def one_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
 
 
-def draw_roofline(ax: Axes, results: Sequence[Measurement]) -> Axes:
-    """Draw operations per second over operations per byte, under the roof that a copy sets.
+def tape_step(cell: Cell, machine: Host | Device) -> dict[str, Call]:
+    """A step of train_mnist.py's CNN, with 2 bits for its weights, beside the same in PyTorch.
 
-    Parameters
-    ----------
-    ax : Axes
-    results : sequence of Measurement
-        Those whose operations are not counted are left out.
-
-    Returns
-    -------
-    Axes
-        The Axes given.
+    Both start anew from the same parameters and train on as they are called.
     """
-    counted = [m for m in results if m.case.operations_per_element and not m.case.mapped]
-    copies = [m for m in counted if m.candidate == COPY]
-    speeds = [m.case.layout.size * m.case.bytes_per_element / m.median for m in copies]
-    low, median, high = np.percentile(speeds, [10, 50, 90])
-    intensities = [m.case.operations_per_element / m.case.bytes_per_element for m in counted]
-    ends = np.array([min(intensities) / 1.5, max(intensities) * 1.5])
-    ax.fill_between(ends, ends * low / 1e9, ends * high / 1e9, color="0.85", label="_nolegend_")
-    label = f"roof: plain copy, {median / 1e9:.3g} GB/s (band: 10th to 90th percentile)"
-    ax.plot(ends, ends * median / 1e9, color="0.5", lw=2, label=label)
-    present = [name for name in STYLES if any(m.candidate == name for m in counted)]
-    for number, name in enumerate(present):
-        color, marker = STYLES[name]
-        own = [m for m in counted if m.candidate == name]
-        # Side by side, where the candidates of one intensity would hide each other.
-        beside = 1 + 0.03 * (number - len(present) / 2)
-        ax.plot(
-            [beside * m.case.operations_per_element / m.case.bytes_per_element for m in own],
-            [m.case.operations_per_element * m.case.layout.size / m.median / 1e9 for m in own],
-            ls="", marker=marker, color=color, ms=5, alpha=0.8, label=name,
-        )  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("intensity (operations of the definition per byte that must move)")
-    ax.set_ylabel("speed (10⁹ operations per second)")
-    ax.set_title("Signs, gradients and greedy codes: speed under the memory roof")
-    ax.grid(alpha=0.3, which="both")
-    ax.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize="small"
-    )
-    return ax
+    xp, rng = machine.library, np.random.default_rng(SEED)
+    images = rng.standard_normal(cell.shape, np.float32)
+    labels = rng.integers(0, train_mnist.CLASSES, cell.shape[0])
+    arm = next(a for a in train_mnist.ARMS if a.name == "2 bits")
+    run = train_mnist.Run("CNN", arm, SEED)
+    settings = train_mnist.Settings()
+    state = {k: xp.asarray(v) for k, v in train_mnist.initial_state("CNN", SEED).items()}
+    parameters = train_mnist.part(state, "parameter.")
+    now = [parameters, train_mnist.part(state, "running."), {}]
+    maps = {str(number): np.asarray(2) for number in train_mnist.hidden_layers("CNN")}
+    beside = xp.asarray(images), xp.asarray(labels)
+
+    def step() -> Any:
+        *now[:], loss, _ = train_mnist.train_step(
+            run, *now, maps, *beside, progress=0.0, rate=settings.rate
+        )
+        return loss
+
+    calls: dict[str, Call] = {CUBIN: step}
+    losses = [float(step()), float(step())]
+    if machine.torch and isinstance(machine, Host):
+        whole = train_mnist.part(train_mnist.initial_state("CNN", SEED), "parameter.")
+        network = peers.TorchDigits(machine.torch, whole, 2, settings.rate)
+        calls[EAGER] = partial(network.step, machine.tensor(images), machine.tensor(labels))
+        others = [float(calls[EAGER]()), float(calls[EAGER]())]
+        if not np.allclose(losses, others, rtol=1e-3):
+            raise ValueError(f"the losses {losses} are not those of PyTorch, {others}")
+    return calls
 
 
-def write(arguments: argparse.Namespace, results: Sequence[Measurement], library: str) -> Path:
-    """Write the CSV, the figure and where they come from."""
+def import_time(rounds: int) -> Timing:
+    """Seconds of a process that imports cubin, and beside it one that imports NumPy alone."""
+
+    def started(module: str) -> float:
+        start = time.perf_counter()
+        root = Path(cubin.__file__).parents[1]
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd=root)
+        return time.perf_counter() - start
+
+    found: dict[str, list[float]] = {CUBIN: [], EXPRESSION: []}
+    for _ in range(rounds + 1):
+        found[CUBIN].append(started("cubin"))
+        found[EXPRESSION].append(started("numpy"))
+    # The least of them: a process that starts is delayed by much and sped up by nothing. The first
+    # one may have written bytecode.
+    return Timing({name: [min(taken[1:])] for name, taken in found.items()})
+
+
+def in_fresh_process(cell: Cell, rounds: int) -> Timing:
+    """Measure a cell where nothing has run before, beside NumPy alone."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measured_alone, cell, rounds).result()
+
+
+def _measured_alone(cell: Cell, rounds: int) -> Timing:
+    return measure(cell, Host(with_torch=False), Compiler(0), rounds)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def write(arguments: argparse.Namespace, rows: Sequence[Mapping[str, str]], library: str) -> Path:
+    """Write the CSV, the heat map, the summary and where they come from."""
     path = arguments.output / NAME
-    rows = [m.row() for m in results]
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, rows[0])
+        writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    if any(m.case.operations_per_element and not m.case.mapped for m in results):
-        figure = Figure(figsize=(7, 5.5), layout="constrained")
-        draw_roofline(figure.subplots(), results)
-        figure.savefig(path.with_suffix(".png"), dpi=130)
-    packages = ("matplotlib", "numba", "torch", "triton")
+    heat_map.figure(rows).savefig(path.with_suffix(".png"), dpi=110)
+    packages = ("matplotlib", "ml-dtypes", "numba", "torch", "triton")
     origin = provenance.record(vars(arguments), SEED, packages)
-    origin |= {"library": library, "load_average": _load()}
+    origin |= {"library": library, "threads": threads(), "load_average": _load()}
     path.with_suffix(".json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(headed(grid.summary(rows), origin), encoding="utf-8")
     return path
+
+
+def headed(summary: str, origin: Mapping[str, Any]) -> str:
+    """The summary below where it comes from."""
+    machine, versions = origin["machine"], origin["versions"]
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    where = f"{origin['threads']} threads, {machine['cores']} cores of an {machine['cpu']}"
+    return f"# Benchmark\n\n{where}, {origin['date'][:10]}; {named}.\n\n{summary}"
 
 
 def _load() -> list[float] | None:
@@ -605,24 +672,12 @@ def argument_parser() -> argparse.ArgumentParser:
     description, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description, epilog=details)
     parser.add_argument(
-        "--bits", type=parse_bits, metavar="BITS", help="bit widths (default: 1-4,8; quick: 2)"
-    )
-    parser.add_argument(
-        "--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS, metavar="NAME",
-        help=f"what to time: {', '.join(OPERATIONS)} (default: all)",
+        "--operations", nargs="+", choices=grid.OPERATIONS, default=grid.OPERATIONS, metavar="NAME",
+        help=f"what to time: {', '.join(grid.OPERATIONS)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--layouts", nargs="+", metavar="TEXT",
-        help="only the shapes whose name has one of these texts in it, such as '4096x4096 per row'",
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of a case (default: 15)")
-    parser.add_argument(
-        "--seconds", type=float, metavar="S",
-        help="no more rounds of a case after this time, but 3 at least (default: 10; quick: 0.3)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keep-pages", action="store_true",
-        help="have the C library keep freed memory, so that new results cost no page faults (CPU)",
+        "--rounds", type=int,
+        help=f"rounds of a cell (default: {ROUNDS}; quick: {QUICK_ROUNDS})",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -632,35 +687,48 @@ def argument_parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("output"), metavar="FOLDER",
         help="folder for the results (default: output)",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="smaller arrays, under 2 minutes")
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="two base points and few neighbours, without torch.compile: under 2 minutes",
+    )  # fmt: skip
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print and write the results."""
     library = array_library(arguments.device)
+    if arguments.rounds is None:
+        arguments.rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     if arguments.rounds < 1:
         raise UsageError(f"--rounds {arguments.rounds}: at least 1 round is needed")
-    if arguments.bits is None:
-        arguments.bits = parse_bits("2" if arguments.quick else "1-4,8")
-    if max(arguments.bits) > 8:
-        raise UsageError(f"--bits {max(arguments.bits)}: alternating takes at most 8")
-    if arguments.seconds is None:
-        arguments.seconds = 0.3 if arguments.quick else 10.0
-    if arguments.keep_pages:
-        keep_pages()
-    cases = list(cases_of(arguments))
-    if not cases:
-        raise UsageError("--layouts: no shape has such a name; leave it out to see them all")
     arguments.output.mkdir(parents=True, exist_ok=True)
     machine = Host() if library is np else Device(library)
-    results: list[Measurement] = []
-    for case in cases:
-        found = measure(case, machine, arguments.rounds, arguments.seconds, arguments.quick)
-        print(table(found), flush=True)
-        results += found
+    compiler = Compiler(0 if arguments.quick else COMPILING)
+    placed = [
+        one
+        for one in grid.cells(arguments.quick, arguments.operations)
+        if (library is np or one.cell.state != grid.FRESH)
+        and (one.cell.dtype != "bfloat16" or takes_bfloat16())
+    ]
+    rows = []
+    progress = tqdm(placed, unit="cell", disable=None)
+    for one in progress:
+        progress.set_postfix_str(one.cell.label[:60])
+        alone = one.cell.state == grid.FRESH and one.cell.operation != "import"
+        try:
+            if alone:
+                timing = in_fresh_process(one.cell, arguments.rounds)
+            else:
+                timing = measure(one.cell, machine, compiler, arguments.rounds)
+        except Exception as error:  # one cell that fails is no reason to lose the others
+            timing = Timing(errors=[one_line(error)])
+        rows.append(timing.row(one))
+        for error in timing.errors:
+            tqdm.write(f"{one.cell.label}: {error}", file=sys.stderr)
         gc.collect()
-    print(f"\nWritten: {write(arguments, results, library.__name__)}.csv, .png and .json")
+    print(grid.summary(rows))
+    path = write(arguments, rows, library.__name__)
+    print(f"Written: {path}.csv, .png, .md and .json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,9 +29,10 @@ __all__ = [
     "surrogates",
     "tape",
     "theory",
+    "weights",
 ]
 
-_LAZY = ("analysis", "surrogates", "tape", "theory")
+_LAZY = ("analysis", "surrogates", "tape", "theory", "weights")
 
 
 def __getattr__(name: str) -> ModuleType:

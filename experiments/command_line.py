@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from weights import NotFiniteError, Weight, Weights, WeightsError
+
+from cubin.weights import NotFiniteError, Weight, Weights, WeightsError
+from cubin.weights.tensor import computable
 
 MAX_BITS = 16
 LISTED = 8
@@ -119,6 +122,33 @@ def array_library(device: str) -> Any:
     return np
 
 
+INSTALL = "install the extra `examples`: pip install '.[examples]'"
+
+
+def pretrained_sample() -> list[Path]:
+    """Find the OCR networks of the installed package rapidocr, without importing it.
+
+    Returns
+    -------
+    list of Path
+        Its ONNX files.
+
+    Raises
+    ------
+    WeightsError
+        If rapidocr is not installed, or carries no ONNX files (releases before 3.10 may not).
+    """
+    package = importlib.util.find_spec("rapidocr")
+    folders = package.submodule_search_locations if package else None
+    files = sorted(file for folder in folders or [] for file in Path(folder).rglob("*.onnx"))
+    if not files:
+        raise WeightsError(
+            f"the pretrained sample is in the package rapidocr (3.10 or newer); {INSTALL}, "
+            "or give weight files of your own"
+        )
+    return files
+
+
 class Omissions:
     """The tensors that a run leaves out, and why.
 
@@ -171,7 +201,7 @@ class Omissions:
                 last = error
                 continue
             empty = False
-            yield weight, array
+            yield weight, computable(array)
         if empty and last is not None:
             raise last
 

@@ -26,14 +26,16 @@ from command_line import (
     array_library,
     exit_status,
     parse_bits,
+    pretrained_sample,
     weights_parser,
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from weights import Axis, Weight, Weights, channel_rows, pretrained_sample
 
 from cubin import theory
 from cubin.analysis import ErrorRow, error_per_bit_width
+from cubin.weights import Weight, Weights, channel_rows
+from cubin.weights.tensor import Axis
 
 NAME = "error_per_bit_width"
 SEED = 0

@@ -13,7 +13,17 @@ import pytest
 import cubin
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = ["analysis", "bitmaps", "errors", "memory", "operators", "surrogates", "tape", "theory"]
+PUBLIC = [
+    "analysis",
+    "bitmaps",
+    "errors",
+    "memory",
+    "operators",
+    "surrogates",
+    "tape",
+    "theory",
+    "weights",
+]
 MODULES = ["cubin", *(m.name for m in pkgutil.walk_packages(cubin.__path__, "cubin."))]
 
 

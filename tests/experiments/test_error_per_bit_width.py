@@ -208,7 +208,7 @@ def with_float8(tmp_path, rng):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     numpy_file = pytest.importorskip("safetensors.numpy")
     array = rng.standard_normal((8, 64))
-    saved = {"bf16": array.astype(ml_dtypes.bfloat16), "fp8": array.astype("float8_e4m3fn")}
+    saved = {"bf16": array.astype(ml_dtypes.bfloat16), "fp8": array.astype("float8_e8m0fnu")}
     numpy_file.save_file(saved, tmp_path / "net.safetensors")
     return tmp_path / "net.safetensors"
 
@@ -220,13 +220,13 @@ def test_weights_of_float8_are_named(tmp_path, with_float8, capsys):
     assert status == 1
     printed = capsys.readouterr().out
     assert "1 of 2 weight tensors" in printed
-    assert "fp8 (8x64, float8_e4m3fn): of type float8_e4m3fn, which is not read" in printed
+    assert "fp8 (8x64, float8_e8m0): of type float8_e8m0, which is not read" in printed
 
 
 def test_strict_refuses_weights_of_float8(tmp_path, with_float8, capsys):
     out = tmp_path / "out"
     status = experiment.main([str(with_float8), "--strict", "--output", str(out)])
-    assert_error(capsys, status, "fp8: of type float8_e4m3fn", "without --strict")
+    assert_error(capsys, status, "fp8: of type float8_e8m0", "without --strict")
     assert not out.exists()
 
 

@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import peers
 import provenance
-from command_line import UsageError, array_library, parse_bits
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import cubin
 from cubin import solvers
+from cubin.commands.arguments import UsageError, array_library, parse_bits
 from cubin.core import memory
 from cubin.core.host import blocks
 from cubin.solvers import SOLVERS

@@ -67,7 +67,7 @@ def write(
         if signs.size
         else np.zeros((len(signs), -(-math.prod(shape) // 8)), np.uint8),
     }
-    with _replacing(path) as file:
+    with replacing(path) as file:
         np.savez(file, **members)
 
 
@@ -97,7 +97,7 @@ def _check_size(levels: int, shape: tuple[int, ...]) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file that replaces `path` when the with block ends, and is removed if that raises."""
     path = os.path.realpath(path)
     folder = os.path.dirname(path)

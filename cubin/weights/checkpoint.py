@@ -67,6 +67,8 @@ class Weights:
     skipped : list of Weight
         Weights that cannot be read, such as those of int8, and files of a folder that are damaged
         or missing, under their own names.
+    files : list of Path
+        The files that have been read.
     left_out : list of Weight
         Float tensors that are no weights, such as biases, and those that are not asked for. From
         files without a graph also tensors of other types that could be weights, since they have
@@ -110,11 +112,13 @@ class Weights:
         self.tensors: list[Weight] = []
         self.skipped: list[Weight] = []
         self.left_out: list[Weight] = []
+        self.files: list[Path] = []
         for path, (files, unread) in groups.items():
             own = [file for file in files if every.pop(file.resolve(), None) is not None]
             if not own and not unread:
                 continue
             found = list(unread)
+            self.files += own
             for file in own:
                 try:
                     found += list(tensors_of(file, labels))

@@ -82,8 +82,8 @@ class Journal:
         }
         self._file: BinaryIO | None = None
         if path.exists():
-            self._open()
             try:
+                self._open()
                 self._read()
             except BaseException:
                 self.close()

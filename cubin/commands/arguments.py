@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cubin.core import libraries
+
 MAX_BITS = 16
 
 
@@ -74,13 +76,8 @@ def array_library(device: str) -> Any:
     if device == "cpu":
         return np
     try:
-        import cupy
-
-        if cupy.cuda.is_available():
-            return cupy
-        reason = "CuPy finds no CUDA GPU"
-    except ImportError:
-        reason = "CuPy is not installed (pip install '.[cuda12]' or '.[cuda13]')"
-    if device == "cuda":
-        raise UsageError(f"--device cuda: {reason}; use --device cpu")
-    return np
+        return libraries.with_gpu()
+    except RuntimeError as error:
+        if device == "cuda":
+            raise UsageError(f"--device cuda: {error}; use --device cpu") from error
+        return np

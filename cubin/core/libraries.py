@@ -136,3 +136,22 @@ def to_device(array: np.ndarray) -> Array:
             f"CuPy cannot be imported ({error}): install cubin with the extra cuda12 or cuda13"
         ) from error
     return module.asarray(array)
+
+
+def with_gpu() -> Any:
+    """CuPy, for work on a GPU that is not asked for by an array.
+
+    Raises
+    ------
+    RuntimeError
+        If CuPy is not installed or finds no GPU.
+    """
+    try:
+        module = importlib.import_module("cupy")
+    except ImportError as error:
+        raise RuntimeError(
+            "CuPy is not installed (pip install '.[cuda12]' or '.[cuda13]')"
+        ) from error
+    if not module.cuda.is_available():
+        raise RuntimeError("CuPy finds no CUDA GPU")
+    return module

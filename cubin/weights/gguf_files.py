@@ -158,7 +158,7 @@ def quantized_type(kind: int) -> tuple[str, int, int]:
         return f"number {kind}", 0, 0
     try:
         block, block_bytes = gguf.GGML_QUANT_SIZES[quantized]
-        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), quantized)
+        gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), quantized)
     except (KeyError, NotImplementedError):
         return quantized.name, 0, 0
     return quantized.name, block, block_bytes
@@ -179,4 +179,4 @@ def decode(path: Path, offset: int, shape: tuple[int, ...], kind: int, cut: Cut)
     stored_shape = (*shape[:-1], shape[-1] // block * block_bytes)
     lines, columns = cut[: len(shape) - 1], cut[len(shape) - 1 :]
     packed = np.memmap(path, np.uint8, "r", offset, stored_shape)[lines]
-    return gguf.dequantize(np.ascontiguousarray(packed), quantized)[(..., *columns)]
+    return gguf.quants.dequantize(np.ascontiguousarray(packed), quantized)[(..., *columns)]

@@ -175,6 +175,21 @@ def test_a_worker_that_dies_is_replaced(tmp_path, times):
     assert len({row.relative_mse for row in table.rows}) == len(BITS)
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_worker_of_dask_that_dies_is_replaced(tmp_path):
+    distributed = require("distributed")
+    arrays = [("calm", Calm(), 0), ("deadly", Deadly(tmp_path, 1), 0)]
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        table = error_per_bit_width(arrays, BITS, executor=client)
+    assert [row.name for row in table.rows] == ["calm", "calm", "deadly", "deadly"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_tensor_that_always_kills_its_worker_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "BATCH", 1)
     arrays = [(f"c{i}", Calm(), 0) for i in range(5)] + [("deadly", Deadly(tmp_path, 99), 0)]

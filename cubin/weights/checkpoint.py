@@ -115,7 +115,7 @@ class Weights:
         self.files: list[Path] = []
         for path, (files, unread) in groups.items():
             own = [file for file in files if every.pop(file.resolve(), None) is not None]
-            if not own and not unread:
+            if files and not own:  # all of them have been read for a path before
                 continue
             found = list(unread)
             self.files += own

@@ -24,9 +24,8 @@ from cubin.codes.files import replacing
 from cubin.core import arrays
 from cubin.core.bits import MAX_BITS
 from cubin.core.rows import rows_of
-from cubin.weights.safetensors_files import Entry, map_tensor, read_header
+from cubin.weights.safetensors_files import CODES, Entry, map_tensor, read_header
 
-FORMAT = "cubin.codes/1"
 DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64"}
 LONGEST_NUMBER = 10**19
 
@@ -137,7 +136,7 @@ def header_of(written: Iterable[tuple[str, Mapping[str, Any]]]) -> bytes:
     for name, parts in written:
         layouts[name] = parts["layout"]
         header |= {f"{name}.{key}": value for key, value in parts.items() if key != "layout"}
-    metadata = {"format": FORMAT, "codes": json.dumps(layouts)}
+    metadata = {"format": CODES, "codes": json.dumps(layouts)}
     return json.dumps({"__metadata__": metadata, **header}).encode()
 
 
@@ -196,7 +195,7 @@ def stored_codes(path: str | os.PathLike[str]) -> list[StoredCode]:
     """
     try:
         entries, metadata = read_header(path)
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") != CODES:
             raise ValueError("it is another kind of file")
         layouts = json.loads(metadata["codes"])
         return [stored_code(path, name, layout, entries) for name, layout in layouts.items()]

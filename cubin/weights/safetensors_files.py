@@ -51,6 +51,9 @@ DTYPES = {
 }
 """What the names of types in a file stand for."""
 
+CODES = "cubin.codes/1"
+"""The format in the metadata of a file of codes."""
+
 BLOCK_SCALES = "_scale_inv"
 """Behind the name of a float8 matrix: the tensor of its blocks' scales, which multiply it."""
 
@@ -134,7 +137,9 @@ def bits_of(dtype: str) -> int:
 
 def read_safetensors(path: Path) -> Iterator[Weight]:
     """List the tensors of a `.safetensors` file."""
-    entries, _ = read_header(path)
+    entries, metadata = read_header(path)
+    if metadata.get("format") == CODES:  # which are no weights
+        return
     scales = {name: (path, entry) for name, entry in entries.items() if is_scale(name)}
     small = [name for name, entry in entries.items() if DTYPES.get(entry.dtype) in FLOAT8]
     if any(name + BLOCK_SCALES not in scales for name in small):

@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 
 import cubin
+from cubin.weights import Weights, WeightsError
 from cubin.weights.codes import load_codes, save_codes, stored_codes
 
 
@@ -107,6 +108,14 @@ def test_damage_ends_in_a_value_error(tmp_path, codes):
             refused += 1
             assert "\n" not in str(error)  # noqa: PT017
     assert refused > 60
+
+
+def test_codes_are_no_weights(tmp_path, codes):
+    save(tmp_path / "c.safetensors", codes)
+    np.save(tmp_path / "w.npy", np.ones((2, 3)))
+    assert [tensor.name for tensor in Weights(tmp_path).tensors] == ["w"]
+    with pytest.raises(WeightsError, match="no float arrays"):
+        Weights(tmp_path / "c.safetensors")
 
 
 def test_other_files_are_refused(tmp_path):

@@ -209,6 +209,13 @@ def test_a_shard_that_is_missing_and_one_that_is_damaged_are_named(tmp_path):
     assert "cut off: 'layer1.weight'" in damaged.reason
 
 
+def test_a_folder_that_is_given_twice_is_read_once(tmp_path):
+    sharded(tmp_path, count=3)
+    (tmp_path / "model-00001-of-00003.safetensors").unlink()
+    weights = Weights([tmp_path, tmp_path, tmp_path / "model.safetensors.index.json"])
+    assert (len(weights), len(weights.skipped), len(weights.files)) == (2, 1, 2)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"weight_map": {"w": "../x.safetensors"}}', '{"weight_map": {"w": 1}}']
 )

@@ -34,10 +34,12 @@ __all__ = [
     "surrogates",
     "tape",
     "theory",
+    "weights",
 ]
 
 _LAZY = (
-    "analysis", "bitmaps", "errors", "jax", "operators", "surrogates", "tape", "theory", "torch"
+    "analysis", "bitmaps", "errors", "jax", "operators", "surrogates", "tape", "theory", "torch",
+    "weights",
 )  # fmt: skip
 
 

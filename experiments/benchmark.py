@@ -36,11 +36,11 @@ import numpy as np
 import peers
 import provenance
 import train_mnist
-from command_line import UsageError, array_library
 from grid import Cell, Placed
 from tqdm import tqdm
 
 import cubin
+from cubin.commands.arguments import UsageError, array_library
 from cubin.core import memory
 from cubin.core.host import blocks
 

@@ -26,14 +26,16 @@ import numpy as np
 import provenance
 import scipy.optimize
 import scipy.stats
-from command_line import Omissions, array_library, exit_status, weights_parser
+from command_line import exit_status, pretrained_sample, weights_parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from weights import Weights, WeightsError, channel_rows, pretrained_sample
 
 import cubin
 from cubin import bitmaps, theory
+from cubin.commands.arguments import array_library
+from cubin.commands.omissions import Omissions
+from cubin.weights import Weights, WeightsError, channel_rows
 
 NAME = "bit_budget"
 SEED = 0

@@ -2,38 +2,38 @@
 
 Without arguments it codes the weights of three OCR networks (the package rapidocr) and samples of
 the Gaussian, Laplace and uniform distributions. It prints a table and writes
-error_per_bit_width.csv, .png, .svg and .json (where the figures come from) to the output folder.
+error_per_bit_width.csv (what `python -m cubin error` writes), the same of the samples, a figure
+(.png, .svg) and .json (where the figures come from) to the output folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import provenance
 import scipy.stats
-from command_line import (
-    Omissions,
-    UsageError,
-    array_library,
-    exit_status,
-    parse_bits,
-    weights_parser,
-)
+from command_line import exit_status, pretrained_sample, weights_parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from weights import Axis, Weight, Weights, channel_rows, pretrained_sample
 
 from cubin import theory
 from cubin.analysis import ErrorRow, error_per_bit_width
+from cubin.commands.arguments import (
+    array_library,
+    make_folder,
+    parse_bits,
+    parse_channel_axis,
+    parse_group_size,
+)
+from cubin.commands.error import choose, measure, sweep_for, write_csv
+from cubin.commands.omissions import Omissions
+from cubin.weights import Weights
 
 NAME = "error_per_bit_width"
 SEED = 0
@@ -55,21 +55,6 @@ SAMPLE_STYLES = {
     "Laplace": {"color": "#CC79A7", "marker": "^"},
     "uniform": {"color": "#009E73", "marker": "D"},
 }
-
-
-def parse_channel_axis(text: str) -> int | str:
-    if text in {"auto", "none"}:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, none or an integer") from None
-
-
-def parse_group_size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -95,88 +80,6 @@ def argument_parser() -> argparse.ArgumentParser:
         "(default: all weights of the channel)",
     )
     return parser
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Weights and their channel axes, each loaded when its turn comes.
-
-    Iterating yields (name, array, channel axis); an axis of None makes the tensor one channel.
-    For groups, an array is laid out as (channels, elements of a channel). Weights with NaN or
-    infinity are skipped.
-    """
-
-    pairs: list[tuple[Weight, Axis]]
-    group_size: int | None
-    library: Any
-    omissions: Omissions
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __iter__(self) -> Iterator[tuple[str, Any, Axis]]:
-        weights = (replace(weight, channel_axis=axis) for weight, axis in self.pairs)
-        for weight, array in self.omissions.finite(weights):
-            axis = weight.channel_axis
-            if self.group_size is not None:
-                array, axis = channel_rows(array, axis), None
-            yield weight.name, self.library.asarray(array), axis
-
-
-def channel_length(weight: Weight, axis: Axis) -> int:
-    """Count the elements of an output channel."""
-    axes = () if axis is None else np.atleast_1d(axis).tolist()
-    return weight.size // math.prod(weight.shape[axis] for axis in axes)
-
-
-def channel_axis(weight: Weight, asked: int | str) -> Axis:
-    """Choose the channel axis of a weight.
-
-    Raises
-    ------
-    UsageError
-        If the weight has no such axis.
-    """
-    if isinstance(asked, str):
-        return weight.channel_axis if asked == "auto" else None
-    if not -len(weight.shape) <= asked < len(weight.shape):
-        raise UsageError(
-            f"--channel-axis {asked}: {weight.name} of shape {weight.shape} has no such axis; "
-            "use auto"
-        )
-    return asked
-
-
-def divisible(
-    pairs: list[tuple[Weight, Axis]], group_size: int, omissions: Omissions
-) -> list[tuple[Weight, Axis]]:
-    """Keep the weights whose channels the group size divides; report the others.
-
-    Raises
-    ------
-    UsageError
-        If there are none.
-    """
-    kept = [pair for pair in pairs if channel_length(*pair) % group_size == 0]
-    if not kept:
-        lengths = sorted({channel_length(*pair) for pair in pairs})
-        listed = ", ".join(map(str, lengths[:8])) + (", ..." if len(lengths) > 8 else "")
-        raise UsageError(
-            f"--group-size {group_size} divides the channels of no tensor; "
-            f"choose a divisor of one of their lengths: {listed}"
-        )
-    if len(kept) < len(pairs):
-        print(
-            f"Left out {len(pairs) - len(kept)} of {len(pairs)} weight tensors: "
-            f"the group size {group_size} does not divide their channels.",
-            file=sys.stderr,
-        )
-        omissions.left_out += [
-            replace(weight, reason=f"channels that groups of {group_size} do not divide")
-            for weight, axis in pairs
-            if channel_length(weight, axis) % group_size != 0
-        ]
-    return kept
 
 
 def samples(size: int, xp: Any) -> Iterator[tuple[str, Any, None]]:
@@ -270,69 +173,42 @@ def summary(sample_rows: Sequence[ErrorRow], size: int) -> str:
     return "\n".join(lines)
 
 
-def write_csv(path: Path, rows: Iterable[ErrorRow], skipped: Iterable[Weight]) -> None:
-    """Write rows, which ErrorTable.to_csv would sum up over weights and samples alike.
-
-    Weights that were skipped follow, with the reason and without figures.
-    """
-    columns = [field.name for field in fields(ErrorRow) if field.name != "sums"]
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow([*columns, "skipped"])
-        for row in rows:
-            values = {name: getattr(row, name) for name in columns}
-            writer.writerow([*(values | {"shape": "x".join(map(str, row.shape))}).values(), ""])
-        for weight in skipped:
-            values = dict.fromkeys(columns, "")
-            values |= {"name": weight.name, "shape": "x".join(map(str, weight.shape))}
-            writer.writerow([*values.values(), weight.reason])
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write the results; return the exit status."""
     library = array_library(arguments.device)
     weights = Weights(arguments.paths or pretrained_sample())
     omissions = Omissions(weights, arguments.strict)
-    pairs = [(weight, channel_axis(weight, arguments.channel_axis)) for weight in weights.tensors]
-    size = SAMPLE_SIZE
+    tensors, size = weights.tensors, SAMPLE_SIZE
     if arguments.quick:
-        pairs = pairs[:: math.ceil(len(pairs) / QUICK_TENSORS)]
+        tensors = tensors[:: math.ceil(len(tensors) / QUICK_TENSORS)]
         size = QUICK_SAMPLE_SIZE
-    if arguments.group_size is not None:
-        pairs = divisible(pairs, arguments.group_size, omissions)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--output {arguments.output}: {error.strerror}; choose another"
-        ) from error
+    axis, group_size = arguments.channel_axis, arguments.group_size
+    chosen = choose(tensors, axis, group_size, library.__name__, omissions)
+    sweep = sweep_for(arguments.bits, "greedy", group_size, 2)
+    make_folder(arguments.output)
 
-    chosen = Chosen(pairs, arguments.group_size, library, omissions)
-    try:
-        table = error_per_bit_width(chosen, arguments.bits, group_size=arguments.group_size)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    sample_table = error_per_bit_width(samples(size, library), arguments.bits)
-    print(table)
+    table = measure(chosen, sweep, omissions)
+    drawn = error_per_bit_width(samples(size, library), arguments.bits)
+    print(table.summary())
     measured = len({row.name for row in table.rows})
     print(f"{measured} of {len(weights) + len(weights.skipped)} weight tensors.")
     print(omissions.text(arguments.verbose) + "\n")
-    print(summary(sample_table.rows, size))
+    print(summary(drawn.rows, size))
 
     results = arguments.output / NAME
-    rows = [*table.rows, *table.overall(), *sample_table.rows]
-    write_csv(results.with_suffix(".csv"), rows, omissions.skipped)
+    write_csv(results.with_suffix(".csv"), table, omissions.skipped)
+    drawn.to_csv(arguments.output / f"{NAME}_samples.csv")
     figure = Figure(figsize=(7, 5.5), layout="constrained")
-    draw_errors(figure.subplots(), table.rows, sample_table.rows)
+    draw_errors(figure.subplots(), table.rows, drawn.rows)
     figure.savefig(results.with_suffix(".png"), dpi=160)
     figure.savefig(results.with_suffix(".svg"))
-    packages = ("matplotlib", "onnx", "safetensors", "rapidocr")
+    packages = ("matplotlib", "onnx", "rapidocr")
     origin = provenance.record(vars(arguments), SEED, packages)
     origin |= {"library": library.__name__, "tensors": measured, "left_out": len(weights.left_out)}
     origin["omissions"] = omissions.record()
     text = json.dumps(origin, indent=2) + "\n"
     results.with_suffix(".json").write_text(text, encoding="utf-8")
-    print(f"\nWritten: {results}.csv, .png, .svg and .json")
+    print(f"\nWritten: {results}.csv, _samples.csv, .png, .svg and .json")
     return omissions.exit_status
 
 

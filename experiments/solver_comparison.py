@@ -25,14 +25,17 @@ from typing import Any
 import numpy as np
 import provenance
 import scipy.stats
-from command_line import Omissions, array_library, exit_status, weights_parser
+from command_line import exit_status, pretrained_sample, weights_parser
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from weights import Axis, Weight, Weights, pretrained_sample
 
 import cubin
 from cubin import theory
+from cubin.commands.arguments import array_library
+from cubin.commands.omissions import Omissions
+from cubin.weights import Weight, Weights
+from cubin.weights.tensor import Axis
 
 NAME = "solver_comparison"
 SEED = 0

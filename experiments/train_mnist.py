@@ -34,13 +34,14 @@ import numpy as np
 import provenance
 import scipy.optimize
 import scipy.stats
-from command_line import UsageError, array_library
+from command_line import exit_status
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import cubin
 from cubin import tape
+from cubin.commands.arguments import UsageError, array_library, make_folder
 from cubin.tape import Node
 
 NAME = "train_mnist"
@@ -998,8 +999,8 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_all(arguments: argparse.Namespace) -> None:
-    """Train, print and write the results."""
+def run_all(arguments: argparse.Namespace) -> int:
+    """Train, print and write the results; return the exit status."""
     library = array_library(arguments.device)
     device = "cpu" if library is np else "cuda"
     settings = Settings(**{**asdict(QUICK if arguments.quick else Settings()), "device": device})
@@ -1007,29 +1008,19 @@ def run_all(arguments: argparse.Namespace) -> None:
     origin |= {"settings": asdict(settings)}
     digits_path()
     folder = arguments.output / "checkpoints"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--output {arguments.output}: {error.strerror}; choose another"
-        ) from error
+    make_folder(folder)
     runs = all_runs(arguments.seeds or (QUICK_SEEDS if arguments.quick else SEEDS))
     train(runs, folder, settings, arguments.workers)
     results = gather(runs, folder, settings)
     write_results(results, arguments.output, origin)
     print("\n".join(findings(results)))
     print(f"\nWritten: {arguments.output / NAME}.csv and .json, its summary and three figures")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status, 2 for what the user can mend."""
-    arguments = argument_parser().parse_args(argv)
-    try:
-        run_all(arguments)
-    except (UsageError, OSError) as error:
-        print(f"{NAME}.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(NAME, run_all, argument_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 
 from cubin import surrogates
 from cubin.core import primitives
-from tests.optional import optional
+from tests.required import require
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,9 +93,9 @@ def test_code_runs_and_prints_what_it_says(page, request, tmp_path, monkeypatch,
     names = {"__name__": "__main__"}
     for block in blocks(page):
         if "import torch" in block:
-            optional("torch")
+            require("torch")
         if "import jax" in block:
-            optional("jax")
+            require("jax")
         if "import cupy" in block:
             monkeypatch.setitem(sys.modules, "cupy", request.getfixturevalue("device"))
         execute(block, names)

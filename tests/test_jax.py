@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import cubin
 from tests.exhaustive import few
-from tests.optional import bfloat16, optional
+from tests.required import require
 
-jax = optional("jax")
+jax = require("jax")
 from jax import numpy as jnp  # noqa: E402
 
 import cubin.jax  # noqa: E402
@@ -145,7 +146,7 @@ def test_a_step_of_training_under_jit(rng):
 
 
 def test_bfloat16(values):
-    dtype = bfloat16()
+    dtype = ml_dtypes.bfloat16
     x = jnp.asarray(values, dtype)
     same(jax.jit(cubin.jax.sign)(x), cubin.sign(np.asarray(x)))
     gradient = jax.jit(jax.grad(lambda x: cubin.jax.multibit(x, 2).sum()))(x)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import cubin
 from cubin.core import memory
-from tests.optional import optional
+from tests.required import require
 
 keeps = pytest.mark.skipif(
     not hasattr(mmap, "MADV_FREE"), reason="this system takes no memory that is kept"
@@ -90,7 +90,7 @@ def test_memory_is_not_used_again_while_a_view_is_left(refer):
 
 
 def test_memory_is_not_used_again_while_torch_holds_it():
-    torch = optional("torch")
+    torch = require("torch")
     tensor = torch.from_numpy(memory.empty((N,), np.float32)).fill_(3)
     memory.empty((N,), np.float32)[...] = -1
     assert (tensor == 3).all()

@@ -11,10 +11,20 @@ from pathlib import Path
 import pytest
 
 import cubin
-from tests.optional import optional
+from tests.required import require
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = ["analysis", "bitmaps", "errors", "memory", "operators", "surrogates", "tape", "theory"]
+PUBLIC = [
+    "analysis",
+    "bitmaps",
+    "errors",
+    "memory",
+    "operators",
+    "surrogates",
+    "tape",
+    "theory",
+    "weights",
+]
 MODULES = ["cubin", *(m.name for m in pkgutil.walk_packages(cubin.__path__, "cubin."))]
 
 
@@ -49,7 +59,7 @@ def test_cupy_without_a_gpu_is_no_obstacle():
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
     if name in ("cubin.torch", "cubin.jax"):
-        optional(name.removeprefix("cubin."))
+        require(name.removeprefix("cubin."))
     results = doctest.testmod(importlib.import_module(name))
     assert results.failed == 0
 

@@ -16,9 +16,9 @@ from cubin import surrogates, tape
 from cubin.core import primitives
 from cubin.surrogates import surrogate
 from tests.exhaustive import few
-from tests.optional import bfloat16, optional
+from tests.required import require
 
-torch = optional("torch")
+torch = require("torch")
 from torch.nn.utils.parametrize import register_parametrization  # noqa: E402
 
 import cubin.torch  # noqa: E402
@@ -238,7 +238,6 @@ def test_what_is_refused_says_what_to_do():
 
 
 def test_bfloat16_gradients(rng):
-    bfloat16()
     x = torch.from_numpy(rng.normal(size=(4, 6))).bfloat16().requires_grad_()
     y = cubin.torch.multibit(x, 2, channel_axis=0)
     y.backward(torch.ones_like(y))

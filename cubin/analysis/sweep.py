@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cubin import errors
-from cubin.analysis.table import ErrorRow, ErrorTable
+from cubin.analysis.measure import (
+    Axis,
+    BitMap,
+    Entry,
+    Quantizer,
+    Sweep,
+    UnfitError,
+    entry_of,
+)
+from cubin.analysis.table import ErrorTable
+from cubin.analysis.tasks import Outcome, outcomes
 from cubin.binarize import multibit
-from cubin.codes.cost import effective_bits, payload_bits
 from cubin.core import arrays as checked
-from cubin.core import libraries
-from cubin.core.bits import MAX_BITS, as_bits
+from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
-from cubin.core.rows import Rows, rows_of
+from cubin.core.rows import rows_of
+from cubin.weights import Weights
 
 with warnings.catch_warnings():
     # Without ipywidgets a notebook has no bar, which is no reason for a warning.
     warnings.simplefilter("ignore")
     from tqdm.auto import tqdm
-
-Axis = int | tuple[int, ...] | None
-BitMap = Callable[[Array], Array]
-Quantizer = Callable[[Array, Array], Array]
 
 
 def error_per_bit_width(
@@ -42,11 +46,12 @@ def error_per_bit_width(
     iterations: int | None = 2,
     importance: Mapping[str, Array] | None = None,
     min_ndim: int = 0,
+    executor: Any = None,
 ) -> ErrorTable:
     """The error of every array at every bit width with every solver.
 
     What cannot be measured is skipped, and named with the reason in the table's ``skipped``: an
-    entry that is no array of float16, bfloat16, float32 or float64 (an integer buffer), an empty
+    entry that is no float array (an integer buffer), an empty
     array, one with NaN or infinity or with squares that float64 cannot hold, one that the channel
     axis or the group size does not fit, and one for which a solver gives NaN or infinity.
 
@@ -57,9 +62,10 @@ def error_per_bit_width(
         iterable of ``(name, array)`` or ``(name, array, channel_axis)``. A mapping or a list of
         arrays in the place of an array stands for all of them, under names joined by dots. An
         iterable is consumed one array at a time, so that a generator can read weights that do not
-        fit in memory together. Arrays are of any shape and library, or what ``numpy.asarray``
-        takes; functions get them in their library. Arrays that share their memory, as tied weights
-        in a ``state_dict``, count as often as they are given.
+        fit in memory together. `cubin.weights.Weights` and its tensors are read one by one, the
+        large ones in parts. Arrays are of any shape and library, or what ``numpy.asarray`` takes;
+        functions get them in their library. Arrays that share their memory, as tied weights in a
+        ``state_dict``, count as often as they are given.
     bits : int, function, iterable of them, or mapping
         The bit widths, 0 to 16. A function makes a bit map: it is called once for each array x, and
         returns bits for `cubin.multibit`. Its name stands in the table's ``bits``. A mapping gives
@@ -118,6 +124,72 @@ def error_per_bit_width(
     >>> [(row.solver, row.bits, round(row.relative_mse, 2)) for row in table.rows[2:]]
     [('ternary', 2, 0.19), ('greedy', 'budget 1.4', 0.08)]
     """
+    sweep = sweep_of(
+        bits,
+        solvers,
+        channel_axis=channel_axis,
+        group_size=group_size,
+        iterations=iterations,
+        min_ndim=min_ndim,
+        weighted=importance is not None,
+    )
+    importance = _importance(importance, arrays)
+    names: set[str] = set()
+
+    def entries() -> Iterator[tuple[int, Entry | Outcome]]:
+        for number, (name, array, own_axis) in enumerate(_named(arrays)):
+            names.add(name)
+            yield number, entry(sweep, number, name, array, own_axis, importance.get(name))
+
+    total = len(arrays) if isinstance(arrays, Sized) and not hasattr(arrays, "shape") else None
+    found: list[Outcome] = []
+    measured = outcomes(sweep, entries(), executor)
+    with (
+        contextlib.closing(measured),
+        tqdm(total=total, unit="tensor", delay=1, leave=False, disable=None) as bar,
+    ):
+        for outcome in measured:
+            if outcome.failure is not None:
+                raise outcome.failure
+            bar.set_postfix_str(outcome.name[-40:], refresh=False)
+            bar.update()
+            found.append(outcome)
+    found.sort(key=lambda outcome: outcome.number)
+    rows = [row for outcome in found for row in outcome.rows or ()]
+    skipped = [(outcome.name, outcome.unfit) for outcome in found if outcome.unfit is not None]
+    if skipped and not rows:
+        name, reason = skipped[0]
+        others = f" (and {len(skipped) - 1} more arrays are skipped)" if len(skipped) > 1 else ""
+        raise type(reason)(f"array {name!r}: {reason}{others}") from reason
+    if unused := set(importance) - names:
+        warnings.warn(f"importance has {sorted(unused)}, but no array has this name", stacklevel=2)
+    return ErrorTable(rows, [(name, str(reason)) for name, reason in skipped])
+
+
+def entry(
+    sweep: Sweep, number: int, name: str, array: Any, own_axis: Axis | str, importance: Any = None
+) -> Entry | Outcome:
+    """What is measured of an array, or the reason why nothing is."""
+    try:
+        return entry_of(sweep, name, array, own_axis, importance)
+    except UnfitError as unfit:
+        return Outcome(number, name, unfit=unfit.error)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def sweep_of(
+    bits: Any,
+    solvers: Any,
+    *,
+    channel_axis: Axis | str,
+    group_size: int | None,
+    iterations: int | None,
+    min_ndim: int = 0,
+    weighted: bool = False,
+) -> Sweep:
+    """Check what is measured: see `error_per_bit_width`. `weighted` tells of an importance."""
     widths = _by_label("bits", bits, _width)
     quantizers = _by_label("solvers", solvers, str)
     numbers = [width for width in widths.values() if isinstance(width, int)]
@@ -125,58 +197,10 @@ def error_per_bit_width(
         if not callable(solver):
             # What a solver refuses for one element, it refuses for all arrays.
             multibit(np.zeros(1), max(numbers, default=0), solver=solver, iterations=iterations,
-                     importance=None if importance is None else np.ones(1))  # fmt: skip
+                     importance=np.ones(1) if weighted else None)  # fmt: skip
     _check_granularity(channel_axis, group_size)
-    min_ndim = checked.as_integer("min_ndim", min_ndim)
-    importance = _importance(importance, arrays)
-    unused = set(importance)
-    rows: list[ErrorRow] = []
-    skipped: list[tuple[str, Exception]] = []
-    total = len(arrays) if isinstance(arrays, Sized) and not hasattr(arrays, "shape") else None
-    with tqdm(total=total, unit="tensor", delay=1, leave=False, disable=None) as bar:
-        for name, array, own_axis in _named(arrays):
-            bar.set_postfix_str(name[-40:], refresh=False)
-            axis, granularity = _granularity(own_axis, channel_axis, group_size)
-            try:
-                library, x = _floats(array, min_ndim)
-                rows += _errors_of(
-                    x,
-                    _Home(library, array),
-                    _layout(x, axis, group_size),
-                    widths,
-                    quantizers,
-                    name=name,
-                    granularity=granularity,
-                    channel_axis=axis,
-                    group_size=group_size,
-                    iterations=iterations,
-                    importance=libraries.viewed("importance", importance.get(name))[1],
-                )
-            except _UnfitError as unfit:
-                skipped.append((name, unfit.error))
-            except Exception as error:
-                error.add_note(f"in the sweep of array {name!r}")
-                raise
-            unused.discard(name)
-            bar.update()
-    if skipped and not rows:
-        name, reason = skipped[0]
-        others = f" (and {len(skipped) - 1} more arrays are skipped)" if len(skipped) > 1 else ""
-        raise type(reason)(f"array {name!r}: {reason}{others}") from reason
-    if unused:
-        warnings.warn(f"importance has {sorted(unused)}, but no array has this name", stacklevel=2)
-    return ErrorTable(rows, [(name, str(reason)) for name, reason in skipped])
-
-
-class _UnfitError(Exception):
-    """An array that cannot be swept and is skipped; `error` says why."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-# ---------------------------------------------------------------- arguments
+    least = checked.as_integer("min_ndim", min_ndim)
+    return Sweep(widths, quantizers, channel_axis, group_size, iterations, least)
 
 
 def _by_label(argument: str, entries: Any, check: Callable[[Any], Any]) -> dict[Any, Any]:
@@ -245,7 +269,10 @@ def _importance(importance: Any, arrays: Any) -> Mapping[str, Any]:
 
 def _named(arrays: Any) -> Iterator[tuple[str, Any, Axis | str]]:
     """The arrays with their names and the axes that they bring, else "auto"."""
-    if isinstance(arrays, Mapping):
+    if isinstance(arrays, Weights):
+        for tensor in arrays.tensors:
+            yield tensor.name, tensor, tensor.channel_axis
+    elif isinstance(arrays, Mapping):
         for name, array in _leaves("", arrays):
             yield name, array, "auto"
     elif hasattr(arrays, "shape"):
@@ -290,129 +317,3 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         return
     for key, part in parts:
         yield from _leaves(f"{name}.{key}" if name else str(key), part)
-
-
-# ---------------------------------------------------------------- an array
-
-
-def _granularity(
-    own_axis: Axis | str, channel_axis: Axis | str, group_size: int | None
-) -> tuple[Axis, str]:
-    """The channel axis of an array, and what the table calls its granularity."""
-    if group_size is not None:
-        return None, f"group {group_size}"
-    brought = not isinstance(own_axis, str)
-    axis = own_axis if brought else channel_axis
-    if isinstance(axis, str):
-        axis = 0
-    if axis is None or axis == ():
-        return None, "tensor"
-    if brought:
-        return axis, "channel"
-    axes = axis if isinstance(axis, (tuple, list)) else [axis]
-    return axis, f"ax{'e' if len(axes) > 1 else 'i'}s {', '.join(map(str, axes))}"
-
-
-class _Home(NamedTuple):
-    """Where functions of the user get arrays: in the library, and on the device, of an array."""
-
-    library: libraries.Library | None
-    array: Any
-
-    def given(self, values: Array) -> Any:
-        """NumPy's or CuPy's values, in that library."""
-        return libraries.given_back(values, self.library, self.array)
-
-
-def _floats(array: Any, min_ndim: int) -> tuple[libraries.Library | None, Array]:
-    if getattr(array, "requires_grad", False) is True:
-        array = array.detach()
-    try:
-        library, view = libraries.viewed("x", array)
-        x = checked.as_floats("x", view)
-    except (TypeError, ValueError) as error:
-        raise _UnfitError(error) from error
-    if x.ndim < min_ndim:
-        raise _UnfitError(ValueError(f"it has fewer axes than min_ndim={min_ndim}"))
-    if not x.size:
-        raise _UnfitError(ValueError("it has no elements"))
-    return library, x
-
-
-def _layout(x: Array, axis: Axis, group_size: int | None) -> Rows:
-    try:
-        return rows_of(x.shape, axis, group_size)
-    except ValueError as error:
-        raise _UnfitError(error) from error
-
-
-def _errors_of(
-    x: Array,
-    home: _Home,
-    layout: Rows,
-    widths: Mapping[Any, Any],
-    quantizers: Mapping[str, Any],
-    *,
-    name: str,
-    granularity: str,
-    **options: Any,
-) -> list[ErrorRow]:
-    """The rows of an array; `options` are those of `multibit`."""
-    with libraries.current_device(x, home.library):
-        approx = checked.output(None, x)
-        _check_range(x, approx)
-        maps = {
-            label: _bit_map(bits(home.given(x.copy())), x) if callable(bits) else bits
-            for label, bits in widths.items()
-        }
-        costs = {
-            label: (payload_bits(bits, x.shape), effective_bits(bits, layout, x.dtype))
-            for label, bits in maps.items()
-        }
-        rows = []
-        for solver, quantize in quantizers.items():
-            for label, bits in maps.items():
-                if callable(quantize):
-                    result = f"the result of {solver!r}"
-                    found = quantize(home.given(x.copy()), home.given(bits))
-                    y = checked.like(result, libraries.viewed(result, found)[1], x)
-                else:
-                    y = multibit(x, bits, solver=quantize, out=approx, **options)
-                measured = errors.measure(x, y)
-                if not np.isfinite(float(measured.error)):
-                    raise _UnfitError(
-                        ValueError(f"{solver!r} gives NaN or infinity at {label!r} bits")
-                    )
-                payload, effective = costs[label]
-                rows.append(
-                    ErrorRow.of(
-                        measured,
-                        name=name,
-                        shape=x.shape,
-                        solver=solver,
-                        bits=label,
-                        granularity="" if callable(quantize) else granularity,
-                        payload_bits=payload,
-                        effective_bits=math.nan if callable(quantize) else effective,
-                    )
-                )
-        return rows
-
-
-def _bit_map(bits: Any, x: Array) -> Any:
-    """`bits`, which a function made of `x`, checked to be a bit map for it."""
-    _, view = libraries.viewed("bits", bits)
-    as_bits(view, x, look=True)
-    return view
-
-
-def _check_range(x: Array, approx: Array) -> None:
-    """Raise where the errors of `x` cannot be measured; `approx` is overwritten."""
-    approx.fill(0)
-    measured = errors.measure(x, approx)
-    if not np.isfinite(float(measured.worst)):
-        raise _UnfitError(ValueError("it has NaN or infinity: clean it, e.g. with nan_to_num"))
-    if not np.isfinite(float(measured.power)) or (measured.power == 0 and measured.worst > 0):
-        raise _UnfitError(
-            ValueError("the squares of its values overflow or vanish in float64: scale it first")
-        )

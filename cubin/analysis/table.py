@@ -237,6 +237,19 @@ class ErrorTable:
                 values[1] = "x".join(str(n) for n in row.shape)
                 writer.writerow(values)
 
+    def summary(self, worst: int = 10) -> str:
+        """The arrays of the largest error, and the overall rows, as text.
+
+        Parameters
+        ----------
+        worst : int
+            How many arrays: those of the largest relative MSE at the last solver and bit width.
+        """
+        last = {(row.solver, row.bits) for row in self.rows[-1:]}
+        ranked = [row for row in self.rows if (row.solver, row.bits) in last]
+        ranked.sort(key=lambda row: row.relative_mse, reverse=True)
+        return self._text(ranked[:worst], hint=False)
+
     def to_pandas(self) -> Any:
         """The rows, without the overall ones, as a pandas.DataFrame.
 
@@ -278,12 +291,12 @@ class ErrorTable:
     def __repr__(self) -> str:
         return self._text(self.rows[:_ROWS_SHOWN])
 
-    def _text(self, shown: Sequence[ErrorRow]) -> str:
+    def _text(self, shown: Sequence[ErrorRow], hint: bool = True) -> str:
         above = [list(_HEADS.values()), *map(_cells, shown)]
         below = [*map(_cells, self.overall())]
         widths = [max(map(len, column)) for column in zip(*above, *below, strict=True)]
         text = [_line(cells, widths) for cells in above]
-        if len(shown) < len(self.rows):
+        if hint and len(shown) < len(self.rows):
             text.append(f"... {len(self.rows) - len(shown)} more rows: see .rows or .to_pandas()")
         text += [_line(cells, widths) for cells in below]
         return "\n".join([*text, *_footer(self.skipped)])

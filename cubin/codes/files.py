@@ -25,9 +25,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_FORMAT = "cubin.BinaryCode/2"
+FORMAT = "cubin.BinaryCode/2"
 _FORMER = "cubin.BinaryCode/1"
-_MEMBERS = {"layout": "B", "scales": "efdH", "bits": "B"}
+MEMBERS = {"layout": "B", "scales": "efdH", "bits": "B"}
 """The members and the characters of their dtypes. Scales of bfloat16, which the format of NumPy's
 arrays does not have, are written as their bit patterns, and the layout says so."""
 
@@ -50,21 +50,24 @@ zeros, so that a small damaged file cannot stand for a map of any size."""
 _FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 20, "lc": 0, "lp": 0, "pb": 0}]
 """How maps are packed. Bits that repeat nothing come within 2 % of their entropy."""
 
-_TENSORS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "U8": "|u1"}
+PARTS = ("scales", "bits", "planes")
+"""The arrays of a code in a file."""
+
+TENSORS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "U8": "|u1"}
 """The dtypes of safetensors, as NumPy reads them: bfloat16 as its bit patterns."""
 
 
 def write(path: str | os.PathLike[str], codes: Mapping[str, Any]) -> None:
     """Write codes in NumPy arrays to a file: see `BinaryCode.save` and `save`."""
-    packed = {name: _pack(code) for name, code in codes.items()}
+    packed = {name: pack(code) for name, code in codes.items()}
     if os.fspath(path).endswith(".safetensors"):
-        with _replacing(path) as file:
+        with replacing(path) as file:
             _write_tensors(file, packed)
         return
     ((layout, held),) = packed.values()
     members: dict[str, Any] = held
-    text = np.frombuffer(json.dumps({"format": _FORMAT, **layout}).encode(), np.uint8)
-    with _replacing(path) as file:
+    text = np.frombuffer(json.dumps({"format": FORMAT, **layout}).encode(), np.uint8)
+    with replacing(path) as file:
         np.savez(file, layout=text, **members)
 
 
@@ -90,9 +93,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
                 raise ValueError("its layout is of another format")
             if layout.get("format") == _FORMER and "signs" in members:
                 return {"": _decode(layout, members)}
-            if layout.get("format") != _FORMAT or "planes" not in members:
+            if layout.get("format") != FORMAT or "planes" not in members:
                 raise ValueError("its layout is of another format")
-            return {"": _unpack(layout, members)}
+            return {"": unpack(layout, members)}
         # Damage raises many kinds of errors: of tokenize, MemoryError for a shape, ...
         except Exception as error:
             raise ValueError(f"{os.fspath(path)!r} is no intact BinaryCode: {error}") from error
@@ -116,7 +119,7 @@ def _check_size(levels: int, shape: tuple[int, ...], nbytes: int) -> None:
 # ---------------------------------------------------------------- one code
 
 
-def _pack(code: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def pack(code: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What JSON says about a code in a file, and the arrays that the file has.
 
     Without a map the planes are stored as they are. With one, only the signs that exist are: level
@@ -148,13 +151,16 @@ def _pack(code: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return layout, {name: np.asarray(array, order="C") for name, array in held.items()}
 
 
-def _unpack(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, Any]:
+def unpack(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, Any]:
     """The arguments of `BinaryCode` from what a file has. No array is larger than that allows."""
     shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
     levels = arrays.as_integer("levels", layout["levels"])
     axis, group_size = layout["channel_axis"], layout["group_size"]
     axis = tuple(axis) if isinstance(axis, list) else axis
-    scales, bits, planes = _scales(members["scales"], layout), members["bits"], members["planes"]
+    scales, bits, planes = (members[part] for part in PARTS)
+    if scales.dtype.char not in MEMBERS["scales"] or not bits.dtype == planes.dtype == np.uint8:
+        raise ValueError("its arrays have unexpected dtypes")
+    scales = _scales(scales, layout)
     if len(shape) > 63 or min(shape, default=0) < 0 or not 0 <= levels <= MAX_BITS:
         raise ValueError(f"shape {shape} with {levels} levels is no shape of a code")
     _check_size(levels, shape, planes.nbytes + bits.nbytes)
@@ -269,9 +275,8 @@ def _spread(
 
 def _write_tensors(file: BinaryIO, packed: Mapping[str, Any]) -> None:
     """Write the format of safetensors: the length of a header of JSON, the header, the data."""
-    names = {kind: name for name, kind in _TENSORS.items()}
     layouts = {name: layout for name, (layout, _) in packed.items()}
-    metadata = {"format": _FORMAT, "codes": json.dumps(layouts)}
+    metadata = {"format": FORMAT, "codes": json.dumps(layouts)}
     header: dict[str, Any] = {"__metadata__": metadata}
     tensors = [(f"{name}.{part}" if name else part, array)
                for name, (_, held) in packed.items() for part, array in held.items()]  # fmt: skip
@@ -279,16 +284,27 @@ def _write_tensors(file: BinaryIO, packed: Mapping[str, Any]) -> None:
     tensors.sort(key=lambda pair: -pair[1].itemsize)
     start = 0
     for name, array in tensors:
-        kind = names[array.dtype.newbyteorder("<").str if array.itemsize > 1 else array.dtype.str]
-        stop = start + array.nbytes
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, stop]}
-        start = stop
+        header[name] = entry_of(array, start)
+        start += array.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for _, array in tensors:
-        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        file.write(np.ascontiguousarray(little).data)
+        file.write(data_of(array))
+
+
+def entry_of(array: np.ndarray, start: int) -> dict[str, Any]:
+    """The entry in the header of a tensor whose data begin at `start`."""
+    kinds = {kind: name for name, kind in TENSORS.items()}
+    kind = kinds[array.dtype.newbyteorder("<").str if array.itemsize > 1 else array.dtype.str]
+    offsets = [start, start + array.nbytes]
+    return {"dtype": kind, "shape": list(array.shape), "data_offsets": offsets}
+
+
+def data_of(array: np.ndarray) -> memoryview:
+    """The data of a tensor as they are written."""
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little).data
 
 
 def _read_tensors(file: BinaryIO) -> dict[str, dict[str, Any]]:
@@ -299,7 +315,7 @@ def _read_tensors(file: BinaryIO) -> dict[str, dict[str, Any]]:
         raise ValueError(f"a header of {size} bytes goes beyond the file's end")
     header = json.loads(file.read(size), object_pairs_hook=_once)
     metadata = header.pop("__metadata__")
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") != FORMAT:
         raise ValueError("it is of another format")
     layouts = json.loads(metadata["codes"], object_pairs_hook=_once)
     data = np.memmap(file, np.uint8, "r", 8 + size) if length > 8 + size else np.zeros(0, np.uint8)
@@ -307,7 +323,7 @@ def _read_tensors(file: BinaryIO) -> dict[str, dict[str, Any]]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = (arrays.as_integer(name, n) for n in entry["data_offsets"])
         shape = tuple(arrays.as_integer(name, n) for n in entry["shape"])
-        dtype = np.dtype(_TENSORS[entry["dtype"]])
+        dtype = np.dtype(TENSORS[entry["dtype"]])
         if start != reached or stop > data.size or min(shape, default=0) < 0:
             raise ValueError(f"{name} does not lie in the file")
         if stop - start != math.prod(shape) * dtype.itemsize:
@@ -319,12 +335,8 @@ def _read_tensors(file: BinaryIO) -> dict[str, dict[str, Any]]:
     codes = {}
     for name, layout in layouts.items():
         parts = {part: members.pop(f"{name}.{part}" if name else part)
-                 for part in ("scales", "bits", "planes")}  # fmt: skip
-        if parts["scales"].dtype.char not in _MEMBERS["scales"] or any(
-            parts[part].dtype != np.uint8 for part in ("bits", "planes")
-        ):
-            raise ValueError(f"{name} has an unexpected dtype")
-        codes[name] = _unpack(layout, parts)
+                 for part in PARTS}  # fmt: skip
+        codes[name] = unpack(layout, parts)
     if members:
         raise ValueError(f"{', '.join(members)} are of no code")
     return codes
@@ -334,7 +346,7 @@ def _read_tensors(file: BinaryIO) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A new file that replaces `path` when the with block ends, and is removed if that raises."""
     path = os.path.realpath(path)
     folder = os.path.dirname(path)
@@ -411,7 +423,7 @@ def _read_members(file: Any) -> dict[str, np.ndarray]:
         # Format 1 has signs, packed in the order of the elements, in place of planes.
         found = sorted(info.filename for info in entries)
         last = "signs" if "signs.npy" in found else "planes"
-        wanted = _MEMBERS | {last: "B"}
+        wanted = MEMBERS | {last: "B"}
         if found != sorted(f"{name}.npy" for name in wanted):
             raise ValueError(f"its members are not one each of {', '.join(wanted)}")
         named = {info.filename.removesuffix(".npy"): info for info in entries}

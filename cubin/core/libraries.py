@@ -164,6 +164,20 @@ def imported_cupy() -> Any:
         ) from error
 
 
+def with_gpu() -> Any:
+    """CuPy, for work on a GPU that is not asked for by an array.
+
+    Raises
+    ------
+    RuntimeError
+        If CuPy is not installed or finds no GPU.
+    """
+    module = imported_cupy()
+    if not module.cuda.is_available():
+        raise RuntimeError("CuPy finds no CUDA GPU")
+    return module
+
+
 # ---------------------------------------------------------------- other libraries
 
 

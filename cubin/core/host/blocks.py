@@ -239,9 +239,11 @@ _thread = _Thread()
 
 
 def _workers() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return min(WORKERS, len(os.sched_getaffinity(0)))
-    return min(WORKERS, os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Where several processes share a machine, it is how those that start them say how many threads
+    # each may have.
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return min(WORKERS, cores or 1, int(said) if said.isdecimal() and int(said) else WORKERS)
 
 
 # ---------------------------------------------------------------- which form

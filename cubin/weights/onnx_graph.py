@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cubin.weights.tensor import Axis
+
 Splits = tuple[tuple[int, tuple[int, ...]], ...]
-Axis = int | tuple[int, ...] | None
 
 
 class Part(NamedTuple):
@@ -105,7 +106,8 @@ class Trace:
         if math.prod(part.size for part in parts) == size:
             return self
         if size == 1:
-            new, removed = (), (*self.removed, *parts)
+            new: tuple[Part, ...] = ()
+            removed = (*self.removed, *parts)
         else:
             whole = parts[0] if len(parts) == 1 else Part(None, None if parts else (), size)
             new, removed = (whole._replace(size=size),), self.removed
@@ -115,7 +117,7 @@ class Trace:
     def reshaped(self, shape: Sequence[int]) -> Trace:
         """Follow a reshape: deal the parts out to the axes of another shape."""
         left = [part for parts in self.axes for part in parts]
-        axes = []
+        axes: list[tuple[Part, ...]] = []
         for length in shape:
             parts: list[Part] = []
             rest = length
@@ -604,7 +606,8 @@ def evaluated(node: Any, numbers: Sequence[np.ndarray], opsets: Any) -> Value:
     graph = onnx.helper.make_graph([node], "node", described, outputs)
     model = onnx.helper.make_model(graph, opset_imports=opsets)
     try:
-        result = np.asarray(ReferenceEvaluator(model).run(None, given)[0])
+        computed: Any = ReferenceEvaluator(model).run(None, given)
+        result = np.asarray(computed[0])
     except Exception:  # What onnx cannot compute is not known here either.
         return Value(None)
     return Value(result.shape, numbers=result)

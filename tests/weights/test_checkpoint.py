@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,8 +13,10 @@ import onnx
 import pytest
 import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
-from weights import Weights, WeightsError, channel_rows, pretrained_sample
 
+from cubin.weights import Weights, WeightsError, channel_rows
+
+ROOT = Path(__file__).resolve().parents[2]
 FLOATS = ["float16", "float32", "float64"]
 
 
@@ -131,7 +132,7 @@ def test_bfloat16_in_numpy_files(tmp_path, rng, save):
     [(_, read, axis)] = weights
 
     assert weights.tensors[0].dtype == "bfloat16"
-    assert (read.dtype, axis) == (np.float32, 0)
+    assert (read.dtype, axis) == (ml_dtypes.bfloat16, 0)
     np.testing.assert_array_equal(read, array.astype(np.float32))
 
 
@@ -170,14 +171,12 @@ def test_safetensors_names_are_kept(tmp_path, name):
 
 
 def test_file_of_float8_weights_and_bfloat16_biases(tmp_path):
-    saved = {f"w{i}": np.ones((4, 3), ml_dtypes.float8_e4m3fn) for i in range(2)}
+    saved = {f"w{i}": np.ones((4, 3), ml_dtypes.float8_e8m0fnu) for i in range(2)}
     saved["bias"] = np.ones(3, ml_dtypes.bfloat16)
     safetensors.numpy.save_file(saved, tmp_path / "net.safetensors")
     with pytest.raises(WeightsError) as error:
         Weights([tmp_path / "net.safetensors"])
-    assert_one_line(
-        error, "none of its 2 weights can be read", "2 of type float8_e4m3fn", "bfloat16"
-    )
+    assert_one_line(error, "none of its 2 weights can be read", "2 of type float8_e8m0", "bfloat16")
 
 
 def test_safetensors_with_bfloat16_and_transposed_arrays(tmp_path, rng):
@@ -188,7 +187,7 @@ def test_safetensors_with_bfloat16_and_transposed_arrays(tmp_path, rng):
         "transposed": np.ascontiguousarray(array.T),
         "norm": np.ones(5, np.float32),
         "int8": np.ones((5, 3), np.int8),
-        "float8": array.astype(ml_dtypes.float8_e4m3fn),
+        "float8": array.astype(ml_dtypes.float8_e8m0fnu),
     }
     safetensors.numpy.save_file(saved, tmp_path / "net.safetensors")
 
@@ -201,10 +200,10 @@ def test_safetensors_with_bfloat16_and_transposed_arrays(tmp_path, rng):
         "int8": "of type int8, which is no float",
     }
     assert {tensor.name: tensor.reason for tensor in weights.skipped} == {
-        "float8": "of type float8_e4m3fn, which is not read"
+        "float8": "of type float8_e8m0, which is not read"
     }
     assert read["half"].dtype == np.float16
-    assert read["bfloat"].dtype == np.float32
+    assert read["bfloat"].dtype == ml_dtypes.bfloat16
     for name in read:
         np.testing.assert_array_equal(read[name], saved[name].astype(read[name].dtype))
 
@@ -214,13 +213,13 @@ def test_safetensors_bfloat16_in_a_process_that_does_not_know_the_type(tmp_path)
     saved = {"w": np.full((2, 3), 1.5, ml_dtypes.bfloat16)}
     safetensors.numpy.save_file(saved, tmp_path / "net.safetensors")
     script = (
-        "from weights import Weights; [(n, a, x)] = Weights(['net.safetensors']); print(a.sum())"
+        "from cubin.weights import Weights; [(n, a, x)] = Weights(['net.safetensors']); "
+        "print(float(a.sum()))"
     )
-    experiments = Path(sys.modules["weights"].__file__).parent
     run = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(experiments)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -246,7 +245,7 @@ def test_onnx_values(tmp_path, rng, dtype, size, stored_as):
     [(name, read, axis)] = Weights([tmp_path / "net.onnx"])
 
     assert (name, axis) == ("w", 1)
-    assert read.dtype == (np.float32 if dtype is ml_dtypes.bfloat16 else dtype)
+    assert read.dtype == dtype
     np.testing.assert_array_equal(read, array.astype(read.dtype))
 
 
@@ -291,7 +290,7 @@ def test_onnx_memory_is_one_tensor(tmp_path, layout):
     del proto
     script = """
 import os, sys
-from weights import Weights
+from cubin.weights import Weights
 def anonymous_memory():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
@@ -304,7 +303,7 @@ print(len(weights), peak - before)
     run = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(sys.modules["weights"].__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -942,16 +941,16 @@ def test_missing_path(tmp_path, name):
 
 
 def test_unknown_type(tmp_path):
-    (tmp_path / "net.pt").write_bytes(b"x")
+    (tmp_path / "net.txt").write_bytes(b"x")
     with pytest.raises(WeightsError) as error:
-        Weights([tmp_path / "net.pt"])
-    assert_one_line(error, "net.pt", "'.pt'", ".safetensors")
+        Weights([tmp_path / "net.txt"])
+    assert_one_line(error, "net.txt", "'.txt'", ".safetensors")
 
 
 def test_folder_without_weight_files(tmp_path):
     with pytest.raises(WeightsError) as error:
         Weights([tmp_path])
-    assert_one_line(error, "no .npy or .npz or .safetensors or .onnx files")
+    assert_one_line(error, "no .npy or .npz or .safetensors or .onnx", "files in this folder")
 
 
 @pytest.mark.parametrize(
@@ -1009,39 +1008,10 @@ def test_onnx_data_shorter_than_its_shape(tmp_path):
     assert_one_line(error, "7996 bytes", "(40, 50)")
 
 
-@pytest.mark.parametrize("kind", ["onnx", "safetensors"])
+@pytest.mark.parametrize("kind", ["onnx"])
 def test_optional_package_that_is_not_installed(tmp_path, monkeypatch, kind):
     (tmp_path / f"net.{kind}").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, kind, None)
     with pytest.raises(WeightsError) as error:
         Weights([tmp_path / f"net.{kind}"])
-    assert_one_line(error, kind, "pip install '.[examples]'")
-
-
-# The pretrained sample
-
-
-def test_sample_is_found_in_the_package_without_importing_it(tmp_path, monkeypatch):
-    package = tmp_path / "rapidocr"
-    (package / "models").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    (package / "models" / "net.onnx").write_bytes(b"x")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "rapidocr", raising=False)
-    assert pretrained_sample() == [package / "models" / "net.onnx"]
-
-
-def test_sample_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(WeightsError) as error:
-        pretrained_sample()
-    assert_one_line(error, "rapidocr", "pip install '.[examples]'")
-
-
-def test_sample_has_well_over_a_hundred_convolutions_and_dense_layers():
-    if importlib.util.find_spec("rapidocr") is None:
-        pytest.skip("the package rapidocr is not installed")
-    weights = Weights(pretrained_sample())
-    assert len(weights) > 100
-    assert {tensor.channel_axis for tensor in weights.tensors} == {0, 1}
-    assert {len(tensor.shape) for tensor in weights.tensors} == {2, 4}
+    assert_one_line(error, kind, f"pip install {kind}")

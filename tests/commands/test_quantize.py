@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import cubin
+from cubin import __main__ as command
+from cubin.weights import Weights
+from cubin.weights.codes import load_codes
+
+
+def run(*arguments):
+    return command.main([*map(str, arguments)])
+
+
+@pytest.fixture
+def net(tmp_path, rng):
+    arrays = {"a": rng.standard_normal((8, 24)), "b": rng.standard_normal((6, 4, 2))}
+    np.savez(tmp_path / "net.npz", **arrays, bias=np.ones(3))
+    return tmp_path / "net.npz", arrays
+
+
+@pytest.mark.parametrize("solver", ["greedy", "refined"])
+def test_codes_are_those_of_quantize(net, tmp_path, solver):
+    path, arrays = net
+    out = tmp_path / "c.safetensors"
+    assert run("quantize", path, "--bits", 2, "--solver", solver, "--output", out) == 0
+    assert dict(load_codes(out)) == {
+        name: cubin.quantize(array, 2, channel_axis=0, solver=solver)
+        for name, array in arrays.items()
+    }
+
+
+def test_codes_of_groups_and_maps(net, tmp_path):
+    path, arrays = net
+    out = tmp_path / "c.safetensors"
+    assert run("quantize", path, "--bits", 2, "--group-size", 8, "--output", out) == 0
+    assert dict(load_codes(out)) == {
+        name: cubin.quantize(array.reshape(len(array), -1), 2, group_size=8)
+        for name, array in arrays.items()
+    }
+    assert run("quantize", path, "--bits", 3, "--map", "budget:1.4", "--output", out) == 0
+    for name, code in load_codes(out):
+        bits = cubin.bitmaps.budget(arrays[name], 1.4, channel_axis=0)
+        assert code == cubin.quantize(arrays[name], bits, channel_axis=0)
+
+
+def test_a_checkpoint_of_many_types(checkpoint, tmp_path, capsys):
+    out = tmp_path / "c.safetensors"
+    assert run("quantize", checkpoint, "--bits", 2, "--output", out) == 1
+    said = capsys.readouterr()
+    assert "10 of 11 weight tensors" in said.out
+    assert "bad (3x4, float32): 12 of 12 values" in said.out
+    read = dict(load_codes(out))
+    tensors = {tensor.name: tensor for tensor in Weights(checkpoint).tensors}
+    assert read.keys() == tensors.keys() - {"model-2-of-2:bad"}
+    for name, code in read.items():
+        assert code == cubin.quantize(tensors[name].load(), 2, channel_axis=0)
+    assert run("quantize", checkpoint, "--bits", 2, "--strict", "--output", out) == 2
+
+
+def test_show(net, tmp_path, capsys):
+    path, arrays = net
+    out = tmp_path / "c.safetensors"
+    run("quantize", path, "--bits", 2, "--output", out)
+    capsys.readouterr()
+    assert run("show", out) == 0
+    printed = capsys.readouterr().out
+    assert "2 tensors, 240 weights: 2.000 payload bits" in printed
+    assert "MSE" not in printed
+    assert run("show", out, "--weights", path, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    for one in said["tensors"]:
+        array = arrays[one["name"]]
+        code = cubin.quantize(array, 2, channel_axis=0)
+        expected = float(cubin.errors.relative_mse(array, code.dequantize()))
+        assert one["relative_mse"] == expected
+        assert one["effective_bits"] == code.effective_bits
+    assert said["overall"]["file_bits"] == 8 * out.stat().st_size / 240
+    assert run("show", out, "--weights", path) == 0
+    assert "rel. MSE" in capsys.readouterr().out
+
+
+def test_show_of_groups_with_the_weights(net, tmp_path, capsys):
+    path, _ = net
+    out = tmp_path / "c.safetensors"
+    run("quantize", path, "--bits", 2, "--group-size", 8, "--output", out)
+    assert run("show", out, "--weights", path) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["show", "none.safetensors"], "none.safetensors"),
+        (["show", "net.npz"], "no intact file of codes"),
+        (["show", "c.safetensors", "--weights", "other.npz"], "no tensor 'a'"),
+        (["quantize", "net.npz", "--bits", "17", "--output", "d"], "17"),
+        (["quantize", "net.npz", "--bits", "1", "--map", "budget:1.4", "--output", "d"], "--bits"),
+        (["quantize", "nan.npy", "--bits", "1", "--output", "d"], "12 of 12 values"),
+        (["quantize", "net.npz", "--bits", "1", "--output", "no/folder/d"], "no/folder"),
+    ],
+)
+def test_errors_are_one_line(net, tmp_path, monkeypatch, capsys, arguments, problem):
+    monkeypatch.chdir(tmp_path)
+    run("quantize", "net.npz", "--bits", 1, "--output", "c.safetensors")
+    np.savez("other.npz", z=np.ones((2, 2)))
+    np.save("nan.npy", np.full((3, 4), np.nan))
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert problem in line
+    assert not (tmp_path / "d").exists()

@@ -177,7 +177,7 @@ def write_code(file: BinaryIO, name: str, code: BinaryCode, base: int) -> dict[s
     }
     for key, (dtype, array) in parts.items():
         start = file.tell() - base
-        file.write(np.ascontiguousarray(array).data)
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         offsets = [start, file.tell() - base]
         entries[key] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": offsets}
     return entries

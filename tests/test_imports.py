@@ -65,7 +65,7 @@ def test_imports_point_toward_the_core():
         ("cubin.core.host", r"cubin\.core\.(primitives|passes|host.*)|.*_loops"),
         ("numba", r"cubin\.core\.host.*|.*_loops"),
         ("cupy", r"cubin\.core\.(libraries|arrays)"),
-        ("torch", r"cubin\.torch"),
+        ("torch", r"cubin\.torch|cubin\.weights\.torch_files"),
         ("jax", r"cubin\.jax"),
     ],
 )

@@ -155,7 +155,9 @@ CALLS = {
     "importance": lambda x, m: cubin.multibit(x, m, solver="refined", importance=x * x),
     "by name": lambda x, m: cubin.multibit(bits=m, x=x),
     "code's map": lambda x, m: cubin.quantize(x, m).bits,
-    "a code's sum": lambda x, m: cubin.BinaryCode(x[None], abs(m)[None] * 0 + 1, 1, (0, 1)).signs,
+    "a code's sum": lambda x, m: (
+        cubin.BinaryCode.from_signs(x[None], abs(m)[None] * 0 + 1, 1, channel_axis=(0, 1)).signs
+    ),
     "relative_mse": lambda x, m: errors.relative_mse(x, x * 2),
     "sqnr_db": lambda x, m: errors.sqnr_db(x, x * 2, axis=0),
     "cosine_similarity": lambda x, m: errors.cosine_similarity(x, x + 1),
@@ -242,8 +244,11 @@ def test_a_code_keeps_its_library(library, code):
         assert other == code
         assert isinstance(other.scales, library.kind)
         assert isinstance(other.dequantize(), library.kind)
-    made = cubin.BinaryCode(code.scales, code.signs, code.bits, channel_axis=0)
+    made = cubin.BinaryCode.from_signs(code.scales, code.signs, code.bits, channel_axis=0)
     assert made == code
+    packed = (code.scales, code.planes, code.bits)
+    assert cubin.BinaryCode(*packed, shape=code.shape, channel_axis=0) == code
+    assert isinstance(code.planes, library.kind)
     assert isinstance(made.bits, library.kind)
     assert "float32" in repr(code)
     assert code.effective_bits > code.payload_bits
@@ -271,7 +276,7 @@ def test_floats_of_two_libraries(library):
         lambda: errors.relative_mse(plain, x),
         lambda: cubin.sign(x, out=plain),
         lambda: cubin.sign(plain, out=x),
-        lambda: cubin.BinaryCode(x[None], np.ones((1, 3)), 1),
+        lambda: cubin.BinaryCode.from_signs(x[None], np.ones((1, 3)), 1),
     ):
         with pytest.raises(TypeError, match="bring both to one library"):
             call()

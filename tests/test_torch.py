@@ -433,3 +433,15 @@ def test_plain_functions_say_what_to_compile(compiled):
     x = torch.ones(3)
     with pytest.raises(Exception, match=r"use cubin\.torch there"):
         torch.compile(cubin.sign, fullgraph=True, backend="eager")(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's own
+def test_plain_functions_run_between_graphs(rng, compiled):
+    def function(x):
+        return cubin.multibit(2 * x, 2, channel_axis=0) * cubin.errors.relative_mse(x, 2 * x)
+
+    values, seed = rng.normal(size=(2, 4, 6))
+    x = leaf(values)
+    y, expected = torch.compile(function, backend="aot_eager")(x), function(x)
+    same(y.detach().numpy(), expected.detach().numpy())
+    same(pulled(y, x, seed), pulled(expected, x, seed))

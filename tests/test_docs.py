@@ -20,7 +20,7 @@ from tests.required import require
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0]
-NOTEBOOK = ROOT / "experiments" / "notebooks" / "tutorial.ipynb"
+NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
 EXECUTED = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
 
 
@@ -137,7 +137,7 @@ def broken(page):
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, NOTEBOOK, ROOT / "CHANGELOG.md"], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS, ROOT / "CHANGELOG.md"], ids=name_of)
 def test_links_lead_somewhere(page):
     assert broken(page) == []
 
@@ -152,7 +152,8 @@ def test_readme_leads_to_every_page():
     text = README.read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name}" in text
-    assert "(experiments/notebooks/tutorial.ipynb)" in text
+    for notebook in NOTEBOOKS:
+        assert f"({name_of(notebook)})" in text
 
 
 # ---------------------------------------------------------------- form

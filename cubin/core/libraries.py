@@ -258,6 +258,9 @@ class _Torch(Library):
 
     array = "PyTorch tensor"
     cast = "x.float()"
+    recorded: Any = None
+    """The autograd function, made once there is PyTorch."""
+
     constant = "TORCH"
 
     def check(self, name: str, value: Any) -> None:
@@ -324,7 +327,9 @@ class _Torch(Library):
     ) -> Any:
         names = tuple(n for n, v in arguments.items() if LIBRARY_OF[type(v)] is self)
         tensors = [arguments[name] for name in names]
-        return _recorded().apply(forward, backward, arguments, names, *tensors)
+        if self.recorded is None:
+            self.recorded = _recorded()
+        return self.recorded.apply(forward, backward, arguments, names, *tensors)
 
 
 def _refused(torch: Any, name: str, tensor: Any) -> str:
@@ -352,7 +357,6 @@ def _refused(torch: Any, name: str, tensor: Any) -> str:
     return f"{name}, a tensor of {tensor.dtype}, cannot be read: cast it, e.g. {name}.float()"
 
 
-@functools.cache
 def _recorded() -> Any:
     """The autograd function that runs any forward with any rule as its gradient."""
     torch: Any = sys.modules["torch"]
@@ -593,7 +597,12 @@ def border(
             arguments = dict(zip(positional, values, strict=False))
             if len(values) > len(positional) or arguments.keys() & options.keys():
                 return function(*values, **options)  # which raises
-            result: R = _across(function, takes_out, gradient, {**arguments, **options})
+            torch: Any = sys.modules.get("torch")
+            across = _across
+            if torch is not None and torch.compiler.is_compiling():
+                # PyTorch is not to trace what follows, which works on the values.
+                across = torch.compiler.disable(_across, reason="use cubin.torch there")
+            result: R = across(function, takes_out, gradient, {**arguments, **options})
             return result
 
         return call

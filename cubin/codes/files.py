@@ -304,7 +304,7 @@ def entry_of(array: np.ndarray, start: int) -> dict[str, Any]:
 def data_of(array: np.ndarray) -> memoryview:
     """The data of a tensor as they are written."""
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return np.ascontiguousarray(little).data
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 
 
 def _read_tensors(file: BinaryIO) -> dict[str, dict[str, Any]]:

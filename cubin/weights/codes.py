@@ -19,6 +19,7 @@ from cubin.codes.binary_code import BinaryCode
 from cubin.core import arrays
 from cubin.core.bits import MAX_BITS
 from cubin.weights.safetensors_files import Entry, map_tensor, read_header
+from cubin.weights.tensor import BFLOAT16_IN_NUMPY
 
 LONGEST_NUMBER = 10**19
 
@@ -64,9 +65,10 @@ class StoredCode:
         ValueError
             If it is damaged.
         """
-        parts = {
-            part: np.array(map_tensor(self.path, self.entries[part], ())) for part in files.PARTS
-        }
+        parts = {}
+        for part in files.PARTS:
+            array = np.array(map_tensor(self.path, self.entries[part], ()))
+            parts[part] = array.view(np.uint16) if array.dtype == BFLOAT16_IN_NUMPY else array
         try:
             return BinaryCode(**files.unpack(dict(self.layout), parts))
         except Exception as error:  # damage raises many kinds of errors

@@ -46,7 +46,7 @@ def test_codes_come_back(tmp_path, codes):
 def test_the_file_is_as_documented_to_the_library(tmp_path, codes):
     save(tmp_path / "c.safetensors", codes)
     stored = safetensors.numpy.load_file(tmp_path / "c.safetensors")
-    for name in ("plain", "deep", "none"):
+    for name in ("plain", "deep", "groups"):
         signs, planes = codes[name].signs, stored[f"{name}.planes"]
         flat = signs.reshape(len(signs), signs.shape[1], -1)
         levels, lines, length = flat.shape

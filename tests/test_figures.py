@@ -470,7 +470,6 @@ PARAMETERS = {
         "rounds four times, and four numbers in pairs rounds twice",
         "agree between the forms to 1e-5",
         "65,536 elements",
-        "float32 rows of up to 131,072 elements",
         "with NumPy 2.1.2 or newer",
         "rows of more than 131,072 elements",
     ],

@@ -22,6 +22,7 @@ __all__ = [
     "multibit",
     "multibit_grad",
     "operators",
+    "products",
     "quantize",
     "sign",
     "sign_grad",
@@ -31,7 +32,7 @@ __all__ = [
     "theory",
 ]
 
-_LAZY = ("analysis", "surrogates", "tape", "theory")
+_LAZY = ("analysis", "products", "surrogates", "tape", "theory")
 
 
 def __getattr__(name: str) -> ModuleType:

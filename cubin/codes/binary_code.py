@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from cubin.codes import files
+from cubin.codes import files, products
 from cubin.codes.cost import effective_bits, payload_bits
 from cubin.codes.decoding import Decoding, coded, packed, unpacked
-from cubin.core import arrays, conversions, libraries
+from cubin.core import arrays, conversions, floats, libraries
 from cubin.core.bits import as_entries
 from cubin.core.libraries import Array
 from cubin.core.lines import lines_of
@@ -66,6 +67,9 @@ class BinaryCode:
     """
 
     __hash__ = None  # type: ignore[assignment]
+    # So that NumPy and CuPy leave `x @ code` to the code.
+    __array_ufunc__ = None
+    __array_priority__ = 1000
 
     def __init__(
         self,
@@ -157,7 +161,7 @@ class BinaryCode:
 
     @property
     def _entries(self) -> Any:
-        return self.bits if np.ndim(self.bits) else np.uint8(self.bits)
+        return np.uint8(self.bits) if isinstance(self.bits, int) else self.bits
 
     @property
     def signs(self) -> Array:
@@ -172,11 +176,8 @@ class BinaryCode:
     @property
     def nbytes(self) -> int:
         """The bytes that planes, scales and a bit map take."""
-        return int(
-            self.planes.nbytes
-            + self.scales.nbytes
-            + (self._entries.nbytes if np.ndim(self.bits) else 0)
-        )
+        of_map = 0 if isinstance(self.bits, int) else self.bits.nbytes
+        return int(self.planes.nbytes + self.scales.nbytes + of_map)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -203,7 +204,7 @@ class BinaryCode:
         with libraries.current_device(self.scales):
             y = libraries.result(self.shape, self.dtype, self.scales)
             if y.size:
-                decoding = Decoding(self.scales, self.planes, self._entries, self._rows)
+                decoding = decoding_of(self)
                 decoding.write_all(y.reshape(decoding.lines.count, decoding.lines.length))
         return y
 
@@ -287,6 +288,38 @@ class BinaryCode:
         )
         return f"<table><caption>BinaryCode</caption>{cells}</table>"
 
+    # ------------------------------------------------------------ products
+
+    def __matmul__(self, x: Array) -> Array:
+        """``code @ x`` for x of shape (n,) or (n, b), as ``code.dequantize() @ x``.
+
+        `cubin.products.linear` says how sums are accumulated. The result has x's dtype.
+        """
+        x, wide = self._factor(x, 0, 1)
+        with libraries.current_device(x):
+            y = products.to_lines(wide.T, decoding_of(self)).T.astype(x.dtype, order="C")
+            return y[:, 0] if x.ndim == 1 else y
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """``x @ code`` for x of shape (..., m), as ``x @ code.dequantize()``."""
+        x, wide = self._factor(x, -1, 0)
+        with libraries.current_device(x):
+            rows = wide.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+            y = products.from_lines(rows, decoding_of(self)).astype(x.dtype, copy=False)
+            return y.reshape(*x.shape[:-1], self.shape[1])
+
+    def _factor(self, x: Array, axis: int, side: int) -> tuple[Array, Array]:
+        """A factor of a product, and the same in the dtype of the sums, of rank 2 if it has one."""
+        x = arrays.as_floats("x", x)
+        libraries.library(x, self.planes)  # not a mixture
+        if len(self.shape) != 2:
+            raise ValueError(f"only a code of rank 2 has products, got one of shape {self.shape}")
+        if not (x.ndim >= 1 and (axis or x.ndim <= 2)) or x.shape[axis] != self.shape[side]:
+            raise ValueError(f"x of shape {x.shape} does not fit a code of shape {self.shape}")
+        work = np.result_type(floats.work_dtype(x.dtype), floats.work_dtype(self.dtype))
+        wide = x.astype(work, copy=False)
+        return x, wide[:, None] if x.ndim == 1 and not axis else wide
+
     # ------------------------------------------------------------ parts
 
     def truncate(self, levels: int) -> BinaryCode:
@@ -349,6 +382,98 @@ class BinaryCode:
         if np.ndim(entries) == len(shape) and entries.shape[0] > 1:
             entries = entries[cut]
         return assemble(scales, self.planes[..., cut], entries, rows)
+
+    # ------------------------------------------------------------ other formats
+
+    def to_bcq(self) -> tuple[Array, Array]:
+        """The code as LUT-GEMM and AnyBCQ read it (binary coding quantization) [1]_ [2]_.
+
+        Returns
+        -------
+        planes : uint32 array, shape (n / 32, bits, m)
+            Bit t of a word is the sign of element 32 j + t of a line, 1 for +1.
+        scales : array in the code's dtype, shape (groups, bits, m)
+            There is one group where a line shares its scales.
+
+        Raises
+        ------
+        ValueError
+            If the code has another rank than 2, a bit map, lines whose length is no multiple of 32,
+            or scales that are neither for the tensor, for lines nor for groups.
+
+        References
+        ----------
+        .. [1] G. Park et al., "LUT-GEMM: Quantized Matrix Multiplication based on LUTs for
+           Efficient Inference in Large-Scale Generative Language Models", ICLR 2024,
+           arXiv:2206.09557.
+        .. [2] G. Park et al., "AnyBCQ: Hardware Efficient Flexible Binary-Coded Quantization for
+           Multi-Precision LLMs", arXiv:2510.10467, 2025.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> code = cubin.quantize(np.ones((2, 64), np.float32), 1, channel_axis=0)
+        >>> planes, scales = code.to_bcq()
+        >>> planes.shape, scales.shape, hex(planes[0, 0, 0])
+        ((2, 1, 2), (1, 1, 2), '0xffffffff')
+        """
+        if len(self.shape) != 2 or self.shape[1] % 32 or not isinstance(self.bits, int):
+            raise ValueError(
+                "only a code of shape (m, n) with n a multiple of 32 and without a map has this "
+                f"form, got {self.shape} with bits {np.shape(self.bits) or self.bits}"
+            )
+        if self.channel_axis not in (None, (), 0, (0,)):
+            raise ValueError(f"scales must be those of lines, got channel_axis={self.channel_axis}")
+        lines, bits = self.shape[0], self.bits
+        xp = libraries.library(self.planes)
+        with libraries.current_device(self.planes):
+            words = self.planes[:bits].reshape(bits, -1, 4, lines).transpose(1, 0, 3, 2)
+            planes = xp.ascontiguousarray(words).view(np.uint32)[..., 0]
+            scales = self.scales[:bits].reshape(bits, 1 if self.scales.ndim < 2 else lines, -1)
+            groups = scales.shape[2] if self.scales.size else 1
+            spread = xp.broadcast_to(scales.transpose(2, 0, 1), (groups, bits, lines))
+            return planes, xp.ascontiguousarray(spread)
+
+    @classmethod
+    def from_bcq(cls, planes: Array, scales: Array) -> BinaryCode:
+        """The code that `to_bcq` gave: per channel, axis 0, for one group, else per group.
+
+        Parameters
+        ----------
+        planes : uint32 array, shape (n / 32, bits, m)
+        scales : float array, shape (groups, bits, m)
+
+        Raises
+        ------
+        TypeError
+            If an argument has another dtype, or libraries are mixed.
+        ValueError
+            If the shapes do not fit together.
+        """
+        scales = arrays.as_floats("scales", scales)
+        xp = libraries.library(planes, scales)
+        planes = planes if libraries.on_device(planes) else np.asarray(planes)
+        if planes.dtype != np.uint32:
+            raise TypeError(f"planes must be uint32, got {planes.dtype}")
+        if planes.ndim != 3 or scales.ndim != 3 or planes.shape[1:] != scales.shape[1:]:
+            raise ValueError(
+                f"planes of shape {planes.shape} and scales of shape {scales.shape} must be "
+                "(n / 32, bits, m) and (groups, bits, m)"
+            )
+        words, bits, lines = planes.shape
+        groups = len(scales)
+        if not groups or 32 * words % groups:
+            raise ValueError(f"{groups} groups do not divide lines of {32 * words} elements")
+        with libraries.current_device(planes):
+            held = xp.ascontiguousarray(planes)[..., None].view(np.uint8).transpose(1, 0, 3, 2)
+            held = held.reshape(bits, 4 * words, lines)
+            of_lines = scales.transpose(1, 2, 0)
+            given: dict[str, Any] = {"group_size": 32 * words // groups}
+            if groups == 1:
+                of_lines, given = of_lines[..., 0], {"channel_axis": 0}
+            return cls(
+                xp.ascontiguousarray(of_lines), held, bits, shape=(lines, 32 * words), **given
+            )
 
     # ------------------------------------------------------------ files
 
@@ -460,6 +585,11 @@ def assemble(scales: Array, planes: Array, entries: Any, rows: Rows) -> BinaryCo
     code = BinaryCode.__new__(BinaryCode)
     code._fill(scales, planes, entries, rows)
     return code
+
+
+def decoding_of(code: BinaryCode) -> Decoding:
+    """The values of a code, which are computed block by block."""
+    return Decoding(code.scales, code.planes, code._entries, code._rows)
 
 
 def _shape_of(shape: Sequence[int]) -> tuple[int, ...]:

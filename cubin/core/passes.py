@@ -64,9 +64,14 @@ class Part:
 _ALL = Part(slice(None), slice(0, 1), (...,))
 
 
-def form(primitive: Primitive, x: Array) -> Callable[..., None]:
-    """The form of a primitive for blocks, (rows, n), of `x`: its kernel, compiled loop or body."""
-    return primitive if libraries.on_device(x) else primitive.on_host(x.size)
+def form(primitive: Primitive, x: Array, size: int | None = None) -> Callable[..., None]:
+    """The form of a primitive for blocks, (rows, n), of `x`: its kernel, compiled loop or body.
+
+    `size` is the number of elements of all blocks, that of `x` if it is not given.
+    """
+    if libraries.on_device(x):
+        return primitive
+    return primitive.on_host(x.size if size is None else size)
 
 
 # ---------------------------------------------------------------- whole rows
@@ -196,19 +201,26 @@ def _slabs(rows: Rows, size: int) -> Iterator[Part]:
 # ---------------------------------------------------------------- lines
 
 
-def for_each_lines(task: Callable[[slice, slice], None], lines: Lines, run: int, x: Array) -> None:
+def for_each_lines(
+    task: Callable[[slice, slice], None],
+    lines: Lines,
+    run: int,
+    x: Array,
+    at_once: int | None = None,
+) -> None:
     """Call ``task(lines, elements)`` for blocks that tile some lines, with x's library.
 
     On a device there is a single block. On the host they fit the cache, and several threads take
     them. A block of a long line begins at a byte, and with a run of `run` elements if possible.
+    With `at_once` blocks have so many whole lines.
     """
     size = lines.count * lines.length
     if libraries.on_device(x) or not size:
         if size:
             task(slice(0, lines.count), slice(0, lines.length))
         return
-    if lines.length <= blocks.BLOCK:
-        step = max(1, LINES_AT_ONCE // lines.length)
+    if at_once is not None or lines.length <= blocks.BLOCK:
+        step = at_once or max(1, LINES_AT_ONCE // lines.length)
         parts = [(slice(start, min(start + step, lines.count)), slice(0, lines.length))
                  for start in range(0, lines.count, step)]  # fmt: skip
     else:

@@ -53,7 +53,13 @@ PREAMBLE = Path(__file__).with_name("exact.cuh").read_text(encoding="utf-8")
 C_TYPES = {"e": "float16", "f": "float", "d": "double"}
 """What CUDA calls the float dtypes, by their characters."""
 
-_C_TYPES = {"int8": "signed char", "uint8": "unsigned char", "uint16": "unsigned short"}
+_C_TYPES = {
+    "int8": "signed char",
+    "uint8": "unsigned char",
+    "uint16": "unsigned short",
+    "int32": "int",
+    "uint64": "unsigned long long",
+}
 
 
 def source(module_file: str, name: str | None = None) -> str:

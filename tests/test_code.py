@@ -194,6 +194,39 @@ def test_arguments_of_binary_coding_quantization(rng):
             BinaryCode.from_bcq(planes, wrong)
 
 
+@pytest.mark.parametrize("shape", [(256,), (3, 128), (2, 3, 256), (0, 128)])
+def test_blocks_of_ggml(shape, xp, host, rng):
+    """A scale in float16, and bit j % 8 of byte j / 8 for the sign of element j."""
+    code = cubin.quantize(xp.asarray(rng.normal(size=shape).astype(np.float16)), 1, group_size=128)
+    blocks = code.to_q1_0()
+    assert blocks.shape == (*shape[:-1], shape[-1] // 128 * 18)
+    decoded = np.zeros((code.scales.size, 128), np.float16)
+    for number, block in enumerate(host(blocks).reshape(-1, 18)):
+        (scale,) = block[:2].view(np.float16)
+        for j in range(128):
+            decoded[number, j] = scale if block[2 + j // 8] >> j % 8 & 1 else -scale
+    np.testing.assert_array_equal(host(code.dequantize()), decoded.reshape(shape))
+    assert BinaryCode.from_q1_0(blocks) == code
+
+
+def test_arguments_of_blocks_of_ggml(rng):
+    x = rng.normal(size=(2, 256)).astype(np.float16)
+    for code in (
+        cubin.quantize(x, 2, group_size=128),
+        cubin.quantize(x, 1, group_size=64),
+        cubin.quantize(x, 1, channel_axis=0),
+        cubin.quantize(x.astype(np.float32), 1, group_size=128),
+        cubin.quantize(x, np.ones((2, 1), int), group_size=128),
+    ):
+        with pytest.raises(ValueError, match="groups of 128"):
+            code.to_q1_0()
+    with pytest.raises(TypeError, match="uint8"):
+        BinaryCode.from_q1_0(np.zeros(18))
+    for wrong in (np.zeros(19, np.uint8), np.uint8(0)):
+        with pytest.raises(ValueError, match="18 bytes"):
+            BinaryCode.from_q1_0(wrong)
+
+
 def test_lines_of_a_code(codes, tmp_path):
     for code in codes:
         if len(code.shape) < 2:

@@ -475,6 +475,65 @@ class BinaryCode:
                 xp.ascontiguousarray(of_lines), held, bits, shape=(lines, 32 * words), **given
             )
 
+    def to_q1_0(self) -> Array:
+        """The code as blocks of ggml's type ``Q1_0``: a float16 scale and 16 bytes of signs.
+
+        Returns
+        -------
+        uint8 array, shape (\\*x.shape[:-1], 18 n / 128)
+            For n elements on the last axis.
+
+        Raises
+        ------
+        ValueError
+            If the code has not one bit for each element, groups of 128 and the dtype float16.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> cubin.quantize(np.ones((2, 256), np.float16), 1, group_size=128).to_q1_0().shape
+        (2, 36)
+        """
+        plain = isinstance(self.bits, int) and self.bits == 1 and self.dtype == np.float16
+        if self.group_size != 128 or not plain:
+            raise ValueError(
+                "Q1_0 has 1 bit, groups of 128 and float16 scales, got a code of "
+                f"{self.dtype} with bits {np.shape(self.bits) or self.bits} and "
+                f"group_size={self.group_size}"
+            )
+        xp = libraries.library(self.planes)
+        with libraries.current_device(self.planes):
+            count = self._rows.count
+            signs = xp.ascontiguousarray(self.planes[0].T).reshape(count, 16)
+            scales = xp.ascontiguousarray(self.scales[0]).reshape(count, 1).view(np.uint8)
+            blocks = xp.concatenate([scales, signs], axis=1)
+            return blocks.reshape(*self.shape[:-1], 18 * (self.shape[-1] // 128))
+
+    @classmethod
+    def from_q1_0(cls, blocks: Array) -> BinaryCode:
+        """The code of blocks of ggml's type ``Q1_0``, uint8 of shape (..., 18 n / 128).
+
+        Raises
+        ------
+        TypeError
+            If `blocks` are not uint8.
+        ValueError
+            If the last axis holds no whole blocks.
+        """
+        blocks = blocks if libraries.on_device(blocks) else np.asarray(blocks)
+        xp = libraries.library(blocks)
+        if blocks.dtype != np.uint8:
+            raise TypeError(f"blocks must be uint8, got {blocks.dtype}")
+        if blocks.ndim == 0 or blocks.shape[-1] % 18:
+            raise ValueError(f"blocks of 18 bytes do not fill the shape {blocks.shape}")
+        shape = (*blocks.shape[:-1], blocks.shape[-1] // 18 * 128)
+        lines = lines_of(shape)
+        with libraries.current_device(blocks):
+            split = xp.ascontiguousarray(blocks).reshape(*shape[:-1], shape[-1] // 128, 18)
+            scales = xp.ascontiguousarray(split[..., :2]).view(np.float16)[..., 0]
+            planes = split[..., 2:].reshape(1, lines.count, lines.width).transpose(0, 2, 1)
+            return cls(scales[None], planes, 1, shape=shape, group_size=128)
+
     # ------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike[str]) -> None:

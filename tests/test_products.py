@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from hypothesis import strategies as st
 import cubin
 from cubin import BinaryCode, products
 from cubin.codes import products as arithmetic
+from cubin.codes.planes import pack_signs, sum_planes
+from tests.exhaustive import few
+from tests.registers import assert_registers_suffice
+from tests.test_kernels import ARCHITECTURES
 
 TOLERANCE = {"float16": 1e-3, "float32": 1e-6, "float64": 1e-12}
 """Of the sum of |x| times the largest sum of scales of a row."""
@@ -266,3 +271,46 @@ def test_bytes_of_a_product(device, rng):
     assert launch.kernel == "cubin_multiply_lines<float, false>"
     assert launch.read_unique == code.planes.nbytes + code.scales.nbytes + x.nbytes
     assert launch.written == launch.written_unique == 64 * 4
+
+
+KERNELS = [
+    (pack_signs, [(256,)]),
+    (sum_planes, [("float16", "float", "true"), ("float", "float", "false"),
+                  ("double", "double", "true")]),
+    (arithmetic.multiply_lines, [("float", "false"), ("float", "true"), ("double", "true")]),
+    (arithmetic.count_unequal, [(16,)]),
+]  # fmt: skip
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("arch", few(ARCHITECTURES, "sm_90"))
+@pytest.mark.parametrize(
+    ("primitive", "templates"), KERNELS, ids=lambda value: getattr(value, "name", "")
+)
+def test_registers_suffice(primitive, templates, arch, device, monkeypatch):
+    names = [primitive.name_of(template) for template in templates]
+    assert_registers_suffice(arch, device, monkeypatch, primitive.source, names)
+
+
+@pytest.mark.parametrize(
+    "given", [{"channel_axis": 0}, {"channel_axis": 1}, {}, {"group_size": 128}]
+)
+def test_signs_are_never_unpacked_as_a_whole(given, rng):
+    """Making, decoding and multiplying a code takes a fraction of an int8 for each sign."""
+    x = rng.normal(size=(1024, 2048)).astype(np.float32)
+    v = np.ones((40, 2048), np.float32)
+    code = cubin.quantize(x, 8, **given)
+    results = {
+        "quantize": (lambda: cubin.quantize(x, 8, **given), code.nbytes),
+        "dequantize": (code.dequantize, x.nbytes),
+        "linear": (lambda: products.linear(v, code), 0),
+        "one row": (lambda: products.linear(v[0], code), 0),
+    }
+    for compute, nbytes in results.values():
+        compute()
+        cubin.memory.release()
+        tracemalloc.start()
+        compute()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < nbytes + 9.5e6 < nbytes + 8 * x.size

@@ -37,7 +37,7 @@ def linear(x: Array | BinaryCode, code: BinaryCode) -> Array:
     .. math:: y_{bi} = \\sum_e x_{be} \\sum_l a_{l,r(i,e)} b_{l,i,e}
 
     Sums are accumulated in float32, or in float64 if x or the code has float64, in an order that
-    depends on the shapes. Where BLAS multiplies, from 5 rows of x times levels on, it decides the
+    depends on the shapes. Where BLAS multiplies, beyond 16 rows of x times levels, it decides the
     order. The sums of scales are not rounded to the dtype of a float16 code.
 
     Parameters

@@ -146,6 +146,19 @@ def test_rows_that_are_not_finite(xp, host, rng):
     np.testing.assert_array_equal(found[[0, 3]], clean[[0, 3]])
 
 
+def test_rows_that_are_not_finite_in_loops(rng):
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    code = cubin.quantize(rng.normal(size=(6, 33)).astype(np.float32), 2)
+    x = rng.normal(size=(4, 33)).astype(np.float32)
+    scales = np.ascontiguousarray(code.scales[:, None, None])
+    clean, found = np.empty((2, 4, 6), np.float32)
+    loops.multiply_lines(code.planes, np.uint8(2), scales, x, y=clean)
+    x[1, 3], x[2, 32] = np.nan, np.inf
+    loops.multiply_lines(code.planes, np.uint8(2), scales, x, y=found)
+    assert not np.isfinite(found[1:3]).any()
+    np.testing.assert_array_equal(found[[0, 3]], clean[[0, 3]])
+
+
 def convolved(x, w, strides, paddings, groups):
     """The definition, in float64."""
     (down, right), (above, beside) = strides, paddings

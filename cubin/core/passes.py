@@ -74,6 +74,13 @@ def form(primitive: Primitive, x: Array, size: int | None = None) -> Callable[..
     return primitive.on_host(x.size if size is None else size)
 
 
+def scratch(name: str, shape: tuple[int, ...], dtype: Any, x: Array) -> Array:
+    """An array of arbitrary content beside `x`: on the host this thread's `memory.scratch`."""
+    if libraries.on_device(x):
+        return libraries.library(x).empty(shape, dtype)
+    return memory.scratch(name, shape, dtype)
+
+
 # ---------------------------------------------------------------- whole rows
 
 
@@ -158,7 +165,7 @@ def for_each_whole_rows(
     on = form(primitive, x)
 
     def task(part: Part, *flat: Any) -> None:
-        signs = memory.scratch("signs", (levels, *flat[0].shape), np.int8)
+        signs = scratch("signs", (levels, *flat[0].shape), np.int8, x)
         on(*flat, *static, scales=scales[:, part.rows, None], signs=signs)
         finish(part, signs)
 
@@ -175,7 +182,7 @@ def for_each_whole_rows(
     flat: list[Any] = [_side_by_side(a, rows) for a in inputs]
     for part in _slabs(rows, DEVICE_SIGNS // levels):
         cut: list[Any] = [a if isinstance(a, np.generic) else a[part.rows] for a in flat]
-        signs = xp.empty((levels, *cut[0].shape), np.int8)
+        signs = scratch("signs", (levels, *cut[0].shape), np.int8, x)
         of_part = xp.empty((levels, len(cut[0]), 1), scales.dtype)
         on(*cut, *static, scales=of_part, signs=signs)
         scales[:, part.rows] = of_part[..., 0]

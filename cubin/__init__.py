@@ -27,6 +27,7 @@ __all__ = [
     "multibit",
     "multibit_grad",
     "operators",
+    "products",
     "quantize",
     "sign",
     "sign_grad",
@@ -38,8 +39,8 @@ __all__ = [
 ]
 
 _LAZY = (
-    "analysis", "bitmaps", "errors", "jax", "operators", "surrogates", "tape", "theory", "torch",
-    "weights",
+    "analysis", "bitmaps", "errors", "jax", "operators", "products", "surrogates", "tape", "theory",
+    "torch", "weights",
 )  # fmt: skip
 
 

@@ -150,6 +150,86 @@ def test_the_first_levels(codes, host):
         codes[0].truncate(1.0)
 
 
+@pytest.mark.parametrize("given", [{}, {"channel_axis": 0}, {"group_size": 32}, {"group_size": 48}])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_binary_coding_quantization(given, dtype, xp, host, rng):
+    """The words by the definition, and back without a loss."""
+    x = rng.normal(size=(5, 96)).astype(dtype)
+    code = cubin.quantize(xp.asarray(x), 3, **given)
+    planes, scales = code.to_bcq()
+    groups = 96 // given.get("group_size", 96)
+    assert planes.shape == (3, 3, 5)
+    assert scales.shape == (groups, 3, 5)
+    assert planes.dtype == np.uint32
+    bits = (host(code.signs) > 0).reshape(3, 5, 3, 32).astype(object)
+    words = (bits * [1 << t for t in range(32)]).sum(axis=3).transpose(2, 0, 1)
+    np.testing.assert_array_equal(host(planes), words.astype(np.uint32))
+    decoded = np.zeros(x.shape, np.float64)
+    for level in range(3):
+        spread = host(scales)[:, level].T.repeat(96 // groups, axis=1)
+        decoded += spread.astype(float) * host(code.signs)[level]
+    np.testing.assert_allclose(host(code.dequantize()), decoded, rtol=2e-3, atol=2e-3)
+    back = BinaryCode.from_bcq(planes, scales)
+    np.testing.assert_array_equal(host(back.planes), host(code.planes))
+    np.testing.assert_array_equal(host(back.dequantize()), host(code.dequantize()))
+    if given:
+        assert back == code
+
+
+def test_arguments_of_binary_coding_quantization(rng):
+    x = rng.normal(size=(4, 64))
+    for code in (
+        cubin.quantize(x[0], 1),
+        cubin.quantize(x[:, :40], 1),
+        cubin.quantize(x, np.full((4, 1), 2)),
+        cubin.quantize(x, 1, channel_axis=1),
+    ):
+        with pytest.raises(ValueError, match=r"this form|those of lines"):
+            code.to_bcq()
+    planes, scales = cubin.quantize(x, 2, channel_axis=0).to_bcq()
+    with pytest.raises(TypeError, match="planes must be uint32"):
+        BinaryCode.from_bcq(planes.astype(np.int64), scales)
+    for wrong in (scales[0], scales[:, :1], scales[..., :3]):
+        with pytest.raises(ValueError, match="must be"):
+            BinaryCode.from_bcq(planes, wrong)
+    for wrong in (scales[:0], scales.repeat(3, axis=0)):
+        with pytest.raises(ValueError, match="groups do not divide"):
+            BinaryCode.from_bcq(planes, wrong)
+
+
+@pytest.mark.parametrize("shape", [(256,), (3, 128), (2, 3, 256), (0, 128)])
+def test_blocks_of_ggml(shape, xp, host, rng):
+    """A scale in float16, and bit j % 8 of byte j / 8 for the sign of element j."""
+    code = cubin.quantize(xp.asarray(rng.normal(size=shape).astype(np.float16)), 1, group_size=128)
+    blocks = code.to_q1_0()
+    assert blocks.shape == (*shape[:-1], shape[-1] // 128 * 18)
+    decoded = np.zeros((code.scales.size, 128), np.float16)
+    for number, block in enumerate(host(blocks).reshape(-1, 18)):
+        (scale,) = block[:2].view(np.float16)
+        for j in range(128):
+            decoded[number, j] = scale if block[2 + j // 8] >> j % 8 & 1 else -scale
+    np.testing.assert_array_equal(host(code.dequantize()), decoded.reshape(shape))
+    assert BinaryCode.from_q1_0(blocks) == code
+
+
+def test_arguments_of_blocks_of_ggml(rng):
+    x = rng.normal(size=(2, 256)).astype(np.float16)
+    for code in (
+        cubin.quantize(x, 2, group_size=128),
+        cubin.quantize(x, 1, group_size=64),
+        cubin.quantize(x, 1, channel_axis=0),
+        cubin.quantize(x.astype(np.float32), 1, group_size=128),
+        cubin.quantize(x, np.ones((2, 1), int), group_size=128),
+    ):
+        with pytest.raises(ValueError, match="groups of 128"):
+            code.to_q1_0()
+    with pytest.raises(TypeError, match="uint8"):
+        BinaryCode.from_q1_0(np.zeros(18))
+    for wrong in (np.zeros(19, np.uint8), np.uint8(0)):
+        with pytest.raises(ValueError, match="18 bytes"):
+            BinaryCode.from_q1_0(wrong)
+
+
 def test_lines_of_a_code(codes, tmp_path):
     for code in codes:
         if len(code.shape) < 2:

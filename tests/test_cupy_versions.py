@@ -60,8 +60,13 @@ def asked(device, monkeypatch):
 
 
 def launch_raw(primitive, types, shape, mapped, device):
-    """Call a kernel on whole rows, whatever its arguments are."""
-    sizes = {"scales": (LEVELS, shape[0], 1), "signs": (LEVELS, *shape)}
+    """Call a raw kernel on some rows, whatever its arguments are."""
+    lines, length = shape
+    sizes = {
+        "scales": (LEVELS, lines, 1),
+        "signs": (LEVELS, *shape),
+        "planes": (LEVELS, -(-length // 8), lines),
+    }
     inputs = []
     for kind, name in primitive.inputs:
         if name == "bits":

@@ -459,6 +459,7 @@ WORDS = r"\b(?:half|twice|(?:two|three|four|five|ten|hundred) times|a (?:third|q
 PARAMETERS = {
     "README.md": ["1, 2 or 1.4 bits"],
     "docs/first-steps.md": ["every 64 elements"],
+    "docs/codes.md": ["a byte for every 512 elements"],
     "docs/performance.md": [
         "rows of 27 elements",  # a shape
         "A ratio below 1 says",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from cubin.codes import products
 from cubin.codes.cost import effective_bits, payload_bits
 from cubin.codes.decoding import Decoding, coded, packed, unpacked
-from cubin.core import arrays, conversions, libraries
+from cubin.core import arrays, conversions, floats, libraries
 from cubin.core.bits import as_entries
 from cubin.core.libraries import Array
 from cubin.core.lines import lines_of
@@ -65,6 +67,9 @@ class BinaryCode:
     """
 
     __hash__ = None  # type: ignore[assignment]
+    # So that NumPy and CuPy leave `x @ code` to the code.
+    __array_ufunc__ = None
+    __array_priority__ = 1000
 
     def __init__(
         self,
@@ -184,7 +189,7 @@ class BinaryCode:
 
     @property
     def _entries(self) -> Any:
-        return self._bits if np.ndim(self._bits) else np.uint8(self._bits)
+        return np.uint8(self._bits) if isinstance(self._bits, int) else self._bits
 
     @property
     def signs(self) -> Array:
@@ -200,11 +205,8 @@ class BinaryCode:
     @property
     def nbytes(self) -> int:
         """The bytes that planes, scales and a bit map take."""
-        return int(
-            self._planes.nbytes
-            + self._scales.nbytes
-            + (self._entries.nbytes if np.ndim(self._bits) else 0)
-        )
+        of_map = 0 if isinstance(self._bits, int) else self._bits.nbytes
+        return int(self._planes.nbytes + self._scales.nbytes + of_map)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -231,7 +233,7 @@ class BinaryCode:
         with libraries.current_device(self._scales, self._library):
             y = libraries.result(self.shape, self._scales.dtype, self._scales)
             if y.size:
-                decoding = Decoding(self._scales, self._planes, self._entries, self._rows)
+                decoding = decoding_of(self)
                 decoding.write_all(y.reshape(decoding.lines.count, decoding.lines.length))
             return libraries.given_back(y, self._library)
 
@@ -317,6 +319,53 @@ class BinaryCode:
         )
         return f"<table><caption>BinaryCode</caption>{cells}</table>"
 
+    # ------------------------------------------------------------ products
+
+    def __matmul__(self, x: Array) -> Array:
+        """``code @ x`` for x of shape (n,) or (n, b), as ``code.dequantize() @ x``.
+
+        `cubin.products.linear` says how sums are accumulated. The result has x's dtype.
+        """
+        library, x = libraries.viewed("x", x)
+        x, wide = self._factor(x, 0, 1)
+        with libraries.current_device(x, library):
+            y = products.to_lines(wide.T, decoding_of(self)).T
+            y = conversions.rounded(y[:, 0] if x.ndim == 1 else y, x.dtype)
+            xp = libraries.library(y)
+            return libraries.given_back(xp.ascontiguousarray(y), library)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """``x @ code`` for x of shape (..., m), as ``x @ code.dequantize()``."""
+        library, x = libraries.viewed("x", x)
+        x, wide = self._factor(x, -1, 0)
+        with libraries.current_device(x, library):
+            rows = wide.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+            y = conversions.rounded(products.from_lines(rows, decoding_of(self)), x.dtype)
+            return libraries.given_back(y.reshape(*x.shape[:-1], self.shape[1]), library)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        # PyTorch asks here before it refuses what is no tensor.
+        if getattr(function, "__name__", "") in ("__matmul__", "matmul") and len(arguments) == 2:
+            x, code = arguments
+            if isinstance(code, cls) and not isinstance(x, cls):
+                return code.__rmatmul__(x)
+        return NotImplemented
+
+    def _factor(self, x: Array, axis: int, side: int) -> tuple[Array, Array]:
+        """A factor of a product, and the same in the dtype of the sums, of rank 2 if it has one."""
+        x = arrays.as_floats("x", x)
+        libraries.library(x, self._planes)  # not a mixture
+        if len(self.shape) != 2:
+            raise ValueError(f"only a code of rank 2 has products, got one of shape {self.shape}")
+        if not (x.ndim >= 1 and (axis or x.ndim <= 2)) or x.shape[axis] != self.shape[side]:
+            raise ValueError(f"x of shape {x.shape} does not fit a code of shape {self.shape}")
+        work = np.result_type(floats.work_dtype(x.dtype), floats.work_dtype(self._scales.dtype))
+        wide = conversions.rounded(x, work)
+        return x, wide[:, None] if x.ndim == 1 and not axis else wide
+
     # ------------------------------------------------------------ parts
 
     def truncate(self, levels: int) -> BinaryCode:
@@ -381,6 +430,165 @@ class BinaryCode:
             entries = entries[cut]
         code = assemble(scales, self._planes[..., cut], entries, rows)
         return code.given_to(self._library)
+
+    # ------------------------------------------------------------ other formats
+
+    def to_bcq(self) -> tuple[Array, Array]:
+        """The code as LUT-GEMM and AnyBCQ read it (binary coding quantization) [1]_ [2]_.
+
+        Returns
+        -------
+        planes : uint32 array, shape (n / 32, bits, m)
+            Bit t of a word is the sign of element 32 j + t of a line, 1 for +1.
+        scales : array in the code's dtype, shape (groups, bits, m)
+            There is one group where a line shares its scales.
+
+        Raises
+        ------
+        ValueError
+            If the code has another rank than 2, a bit map, lines whose length is no multiple of 32,
+            or scales that are neither for the tensor, for lines nor for groups.
+
+        References
+        ----------
+        .. [1] G. Park et al., "LUT-GEMM: Quantized Matrix Multiplication based on LUTs for
+           Efficient Inference in Large-Scale Generative Language Models", ICLR 2024,
+           arXiv:2206.09557.
+        .. [2] G. Park et al., "AnyBCQ: Hardware Efficient Flexible Binary-Coded Quantization for
+           Multi-Precision LLMs", arXiv:2510.10467, 2025.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> code = cubin.quantize(np.ones((2, 64), np.float32), 1, channel_axis=0)
+        >>> planes, scales = code.to_bcq()
+        >>> planes.shape, scales.shape, hex(planes[0, 0, 0])
+        ((2, 1, 2), (1, 1, 2), '0xffffffff')
+        """
+        if len(self.shape) != 2 or self.shape[1] % 32 or not isinstance(self._bits, int):
+            raise ValueError(
+                "only a code of shape (m, n) with n a multiple of 32 and without a map has this "
+                f"form, got {self.shape} with bits {np.shape(self._bits) or self._bits}"
+            )
+        if self.channel_axis not in (None, (), 0, (0,)):
+            raise ValueError(f"scales must be those of lines, got channel_axis={self.channel_axis}")
+        lines, bits = self.shape[0], self._bits
+        xp = libraries.library(self._planes)
+        with libraries.current_device(self._planes):
+            words = self._planes[:bits].reshape(bits, -1, 4, lines).transpose(1, 0, 3, 2)
+            planes = xp.ascontiguousarray(words).view(np.uint32)[..., 0]
+            scales = self._scales[:bits].reshape(bits, 1 if self._scales.ndim < 2 else lines, -1)
+            groups = scales.shape[2] if self._scales.size else 1
+            spread = xp.broadcast_to(scales.transpose(2, 0, 1), (groups, bits, lines))
+            parts = planes, xp.ascontiguousarray(spread)
+            return libraries.given_back(parts[0], self._library), libraries.given_back(
+                parts[1], self._library
+            )
+
+    @classmethod
+    def from_bcq(cls, planes: Array, scales: Array) -> BinaryCode:
+        """The code that `to_bcq` gave: per channel, axis 0, for one group, else per group.
+
+        Parameters
+        ----------
+        planes : uint32 array, shape (n / 32, bits, m)
+        scales : float array, shape (groups, bits, m)
+
+        Raises
+        ------
+        TypeError
+            If an argument has another dtype, or libraries are mixed.
+        ValueError
+            If the shapes do not fit together.
+        """
+        library, (planes, scales) = libraries.all_viewed({"planes": planes, "scales": scales})
+        scales = arrays.as_floats("scales", scales)
+        xp = libraries.library(planes, scales)
+        planes = planes if libraries.on_device(planes) else np.asarray(planes)
+        if planes.dtype != np.uint32:
+            raise TypeError(f"planes must be uint32, got {planes.dtype}")
+        if planes.ndim != 3 or scales.ndim != 3 or planes.shape[1:] != scales.shape[1:]:
+            raise ValueError(
+                f"planes of shape {planes.shape} and scales of shape {scales.shape} must be "
+                "(n / 32, bits, m) and (groups, bits, m)"
+            )
+        words, bits, lines = planes.shape
+        groups = len(scales)
+        if not groups or 32 * words % groups:
+            raise ValueError(f"{groups} groups do not divide lines of {32 * words} elements")
+        with libraries.current_device(planes):
+            held = xp.ascontiguousarray(planes)[..., None].view(np.uint8).transpose(1, 0, 3, 2)
+            held = held.reshape(bits, 4 * words, lines)
+            of_lines = scales.transpose(1, 2, 0)
+            given: dict[str, Any] = {"group_size": 32 * words // groups}
+            if groups == 1:
+                of_lines, given = of_lines[..., 0], {"channel_axis": 0}
+            code = cls(
+                xp.ascontiguousarray(of_lines), held, bits, shape=(lines, 32 * words), **given
+            )
+            return code.given_to(library)
+
+    def to_q1_0(self) -> Array:
+        """The code as blocks of ggml's type ``Q1_0``: a float16 scale and 16 bytes of signs.
+
+        Returns
+        -------
+        uint8 array, shape (\\*x.shape[:-1], 18 n / 128)
+            For n elements on the last axis.
+
+        Raises
+        ------
+        ValueError
+            If the code has not one bit for each element, groups of 128 and the dtype float16.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> cubin.quantize(np.ones((2, 256), np.float16), 1, group_size=128).to_q1_0().shape
+        (2, 36)
+        """
+        plain = isinstance(self._bits, int) and self._bits == 1 and self._scales.dtype == np.float16
+        if self.group_size != 128 or not plain:
+            raise ValueError(
+                "Q1_0 has 1 bit, groups of 128 and float16 scales, got a code of "
+                f"{self._scales.dtype} with bits {np.shape(self._bits) or self._bits} and "
+                f"group_size={self.group_size}"
+            )
+        xp = libraries.library(self._planes)
+        with libraries.current_device(self._planes):
+            count = self._rows.count
+            signs = xp.ascontiguousarray(self._planes[0].T).reshape(count, 16)
+            scales = xp.ascontiguousarray(self._scales[0]).reshape(count, 1).view(np.uint8)
+            blocks = xp.concatenate([scales, signs], axis=1)
+            blocks = blocks.reshape(*self.shape[:-1], 18 * (self.shape[-1] // 128))
+            return libraries.given_back(blocks, self._library)
+
+    @classmethod
+    def from_q1_0(cls, blocks: Array) -> BinaryCode:
+        """The code of blocks of ggml's type ``Q1_0``, uint8 of shape (..., 18 n / 128).
+
+        Raises
+        ------
+        TypeError
+            If `blocks` are not uint8.
+        ValueError
+            If the last axis holds no whole blocks.
+        """
+        library, blocks = libraries.viewed("blocks", blocks)
+        blocks = blocks if libraries.on_device(blocks) else np.asarray(blocks)
+        xp = libraries.library(blocks)
+        if blocks.dtype != np.uint8:
+            raise TypeError(f"blocks must be uint8, got {blocks.dtype}")
+        if blocks.ndim == 0 or blocks.shape[-1] % 18:
+            raise ValueError(f"blocks of 18 bytes do not fill the shape {blocks.shape}")
+        shape = (*blocks.shape[:-1], blocks.shape[-1] // 18 * 128)
+        lines = lines_of(shape)
+        with libraries.current_device(blocks):
+            split = xp.ascontiguousarray(blocks).reshape(*shape[:-1], shape[-1] // 128, 18)
+            scales = xp.ascontiguousarray(split[..., :2]).view(np.float16)[..., 0]
+            planes = split[..., 2:].reshape(1, lines.count, lines.width).transpose(0, 2, 1)
+            code = cls(scales[None], planes, 1, shape=shape, group_size=128)
+            return code.given_to(library)
 
     # ------------------------------------------------------------ files
 
@@ -498,6 +706,16 @@ def assemble(scales: Array, planes: Array, entries: Any, rows: Rows) -> BinaryCo
     code = BinaryCode.__new__(BinaryCode)
     code._fill(scales, planes, entries, rows)
     return code
+
+
+def library_of(code: BinaryCode) -> libraries.Library | None:
+    """The library that a code gives its arrays in, if that is not NumPy or CuPy."""
+    return code._library
+
+
+def decoding_of(code: BinaryCode) -> Decoding:
+    """The values of a code, which are computed block by block."""
+    return Decoding(code._scales, code._planes, code._entries, code._rows)
 
 
 def _shape_of(shape: Sequence[int]) -> tuple[int, ...]:

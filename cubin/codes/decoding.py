@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from cubin.codes.planes import pack_signs, sum_planes
 from cubin.core import conversions, floats, libraries, passes
+from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
-from cubin.core.lines import lines_of
+from cubin.core.lines import Lines, lines_of
 from cubin.core.rows import Rows
 
 
@@ -26,14 +28,24 @@ class Decoding:
 
     Attributes
     ----------
+    planes
+        As above.
+    levels : int
+        How many levels some element may have.
+    mapped : bool
+        Whether there is a bit map.
     lines : Lines
     run : int
         So many neighbouring elements of a line share their scales.
+    dtype : dtype
+        That of the scales as they are stored.
     """
 
     def __init__(self, scales: Array, planes: Array, bits: Any, rows: Rows) -> None:
-        self.lines = lines_of(rows.shape)
-        self._planes, self._bits, self._shape = planes, bits, rows.shape
+        self.lines, self.dtype = lines_of(rows.shape), scales.dtype
+        self.planes, self._bits, self._shape = planes, bits, rows.shape
+        self.mapped = not isinstance(bits, np.generic)
+        self.levels = min(len(planes), MAX_BITS if self.mapped else int(bits))
         # Scales that broadcast to the array, with the line as the first axis of each level.
         wide = conversions.rounded(scales, floats.work_dtype(scales.dtype))
         inner = (1,) * len(rows.inner_shape)
@@ -67,7 +79,7 @@ class Decoding:
 
     def bits(self, lines: slice, elements: slice | None = None) -> Any:
         """The bits of some elements: a uint8 scalar, or an array of shape (lines, n)."""
-        if not np.ndim(self._bits):
+        if not self.mapped:
             return np.uint8(self._bits)
         xp: Any = libraries.library(self._bits)
         spread = xp.broadcast_to(self._bits, self._shape)
@@ -76,13 +88,39 @@ class Decoding:
         part = spread[lines].reshape(lines.stop - lines.start, self.lines.length)
         return part if elements is None else part[:, elements]
 
+    def in_dtype(self, dtype: Any) -> Decoding:
+        """The same with scales, and so sums of them, in another dtype."""
+        same = copy.copy(self)
+        same._scales = conversions.rounded(self._scales, dtype)
+        return same
+
+    def part(self, lines: slice) -> Decoding:
+        """The decoding of some lines."""
+        part = copy.copy(self)
+        part.lines = Lines(lines.stop - lines.start, self.lines.inner)
+        part.planes = self.planes[..., lines]
+        if len(self._shape) > 1:
+            part._shape = (part.lines.count, *self._shape[1:])
+        if np.ndim(self._bits) == len(self._shape) > 1 and self._bits.shape[0] > 1:
+            part._bits = self._bits[lines]
+        if self._scales.shape[1] > 1:
+            part._scales = self._scales[:, lines]
+        return part
+
+    def signs(self, level: int) -> Array:
+        """The signs at a level, int8 of shape (lines, n); 0 where there is no code."""
+        xp: Any = libraries.library(self.planes)
+        hot = (xp.asarray(self._bits) > level).astype(np.uint8)
+        sign = unpacked(self.planes[level : level + 1], hot, self._shape)
+        return sign.reshape(self.lines.count, self.lines.length)
+
     def write(self, y: Array, lines: slice, elements: slice | None = None) -> None:
         """Write the values of some elements to `y`, (lines, n). They begin at a whole byte."""
         start, stop = (
             (0, self.lines.length) if elements is None else (elements.start, elements.stop)
         )
-        planes = self._planes[:, start // 8 : -(-stop // 8), lines]
-        on = passes.form(sum_planes, self._planes)
+        planes = self.planes[:, start // 8 : -(-stop // 8), lines]
+        on = passes.form(sum_planes, self.planes)
         on(planes, self.bits(lines, elements), self.scales(lines, elements), y=y)
 
     def write_all(self, y: Array) -> None:

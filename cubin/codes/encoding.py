@@ -9,7 +9,7 @@ import numpy as np
 
 from cubin.codes.levels import level_signs
 from cubin.codes.planes import pack_signs
-from cubin.core import floats, libraries, memory, passes
+from cubin.core import floats, libraries, passes
 from cubin.core.libraries import Array
 from cubin.core.lines import box_of, lines_of
 from cubin.core.passes import Part
@@ -63,13 +63,9 @@ class Encoding:
         scales : list of array, shape (rows, 1)
             For each level.
         """
-        on_device = libraries.on_device(code)
         for level, scale in enumerate(scales):
             self.scales[level, part.rows] = scale[:, 0]
-            if on_device:
-                sign = self._xp.empty((1, *code.shape), np.int8)
-            else:
-                sign = memory.scratch("signs", (1, *code.shape), np.int8)
+            sign = passes.scratch("signs", (1, *code.shape), np.int8, code)
             self._unpack(code, bits, np.uint8(level), sign=sign[0])
             self._place(part, slice(level, level + 1), sign)
 

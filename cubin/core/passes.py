@@ -65,9 +65,21 @@ class Part(NamedTuple):
 _ALL = Part(slice(None), slice(0, 1), (...,))
 
 
-def form(primitive: Primitive, x: Array) -> Callable[..., None]:
-    """The form of a primitive for blocks, (rows, n), of `x`: its kernel, compiled loop or body."""
-    return primitive if libraries.on_device(x) else primitive.on_host(x.size)
+def form(primitive: Primitive, x: Array, size: int | None = None) -> Callable[..., None]:
+    """The form of a primitive for blocks, (rows, n), of `x`: its kernel, compiled loop or body.
+
+    `size` is the number of elements of all blocks, that of `x` if it is not given.
+    """
+    if libraries.on_device(x):
+        return primitive
+    return primitive.on_host(x.size if size is None else size)
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: Any, x: Array) -> Array:
+    """An array of arbitrary content beside `x`: on the host this thread's `memory.scratch`."""
+    if libraries.on_device(x):
+        return libraries.library(x).empty(shape, dtype)
+    return memory.scratch(name, shape, dtype)
 
 
 # ---------------------------------------------------------------- whole rows
@@ -156,7 +168,7 @@ def for_each_whole_rows(
     def task(part: Part, *flat: Any) -> None:
         shape, columns = flat[0].shape, flat[0].strides[0] < flat[0].strides[1]
         # They lie as the elements do, so that columns are gone down.
-        signs = memory.scratch("signs", (levels, *(shape[::-1] if columns else shape)), np.int8)
+        signs = scratch("signs", (levels, *(shape[::-1] if columns else shape)), np.int8, x)
         signs = signs.swapaxes(1, 2) if columns else signs
         on(*flat, *static, scales=scales[:, part.rows, None], signs=signs)
         finish(part, signs)
@@ -173,7 +185,7 @@ def for_each_whole_rows(
     flat: list[Any] = [_side_by_side(a, rows) for a in inputs]
     for part in _slabs(rows, DEVICE_SIGNS // levels):
         cut: list[Any] = [a if isinstance(a, np.generic) else a[part.rows] for a in flat]
-        signs = xp.empty((levels, *cut[0].shape), np.int8)
+        signs = scratch("signs", (levels, *cut[0].shape), np.int8, x)
         of_part = xp.empty((levels, len(cut[0]), 1), scales.dtype)
         on(*cut, *static, scales=of_part, signs=signs)
         scales[:, part.rows] = of_part[..., 0]
@@ -199,19 +211,26 @@ def _slabs(rows: Rows, size: int) -> Iterator[Part]:
 # ---------------------------------------------------------------- lines
 
 
-def for_each_lines(task: Callable[[slice, slice], None], lines: Lines, run: int, x: Array) -> None:
+def for_each_lines(
+    task: Callable[[slice, slice], None],
+    lines: Lines,
+    run: int,
+    x: Array,
+    at_once: int | None = None,
+) -> None:
     """Call ``task(lines, elements)`` for blocks that tile some lines, with x's library.
 
     On a device there is a single block. On the host they fit the cache, and several threads take
     them. A block of a long line begins at a byte, and with a run of `run` elements if possible.
+    With `at_once` blocks have so many whole lines.
     """
     size = lines.count * lines.length
     if libraries.on_device(x) or not size:
         if size:
             task(slice(0, lines.count), slice(0, lines.length))
         return
-    if lines.length <= blocks.BLOCK:
-        step = max(1, LINES_AT_ONCE // lines.length)
+    if at_once is not None or lines.length <= blocks.BLOCK:
+        step = at_once or max(1, LINES_AT_ONCE // lines.length)
         parts = [(slice(start, min(start + step, lines.count)), slice(0, lines.length))
                  for start in range(0, lines.count, step)]  # fmt: skip
     else:

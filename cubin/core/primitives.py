@@ -67,7 +67,13 @@ PREAMBLE = source(__file__, "exact.cuh")
 C_TYPES = {"e": "float16", "E": "bfloat16", "f": "float", "d": "double"}
 """What CUDA calls the float dtypes, by their characters, which no two of them share."""
 
-_C_TYPES = {"int8": "signed char", "uint8": "unsigned char", "uint16": "unsigned short"}
+_C_TYPES = {
+    "int8": "signed char",
+    "uint8": "unsigned char",
+    "uint16": "unsigned short",
+    "int32": "int",
+    "uint64": "unsigned long long",
+}
 
 
 class Primitive:

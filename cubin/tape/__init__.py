@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from cubin.tape.binarize import multibit, sign
+from cubin.tape.binarize import linear, multibit, sign
 from cubin.tape.differences import check_gradient
 from cubin.tape.node import Node, gradients
 from cubin.tape.operations import (
@@ -54,6 +54,7 @@ __all__ = [
     "exp",
     "gradients",
     "index",
+    "linear",
     "log",
     "matmul",
     "max_pool",

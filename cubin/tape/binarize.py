@@ -1,10 +1,11 @@
-"""The binarizations on the tape: forward they are discrete, backward a surrogate gradient."""
+"""Binarization on the tape: discrete forward, a surrogate gradient backward; and frozen codes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cubin import binarize, gradients, surrogates
+from cubin import binarize, gradients, products, surrogates
+from cubin.codes.binary_code import BinaryCode
 from cubin.core.libraries import Array
 from cubin.tape.node import Node
 from cubin.tape.operations import Operand
@@ -82,6 +83,28 @@ def multibit(
         lambda v: binarize.multibit(v, bits, solver=solver, **layout),
         lambda v, g: gradients.multibit_grad(v, bits, g, surrogate=surrogate, **layout),
     )
+
+
+def linear(x: Operand, code: BinaryCode) -> Node:
+    """The product with a frozen code, `cubin.products.linear`; the gradient is ``g @ code``.
+
+    Neither direction decodes the whole code at once.
+
+    Parameters
+    ----------
+    x : Node or array, shape (..., n)
+    code : BinaryCode of shape (m, n)
+
+    Returns
+    -------
+    Node, shape (..., m)
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cubin.products.linear`.
+    """
+    return _node(x, lambda v: products.linear(v, code), lambda v, g: g @ code)
 
 
 def _node(x: Operand, forward: Any, backward: Any) -> Node:

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from tests.optional import optional
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "experiments" / "notebooks" / "pytorch.ipynb"

@@ -314,6 +314,8 @@ class ndarray:
 
     def _binary(function: Any, *, reverse: bool = False) -> Callable[..., ndarray]:
         def method(self: ndarray, other: Any) -> ndarray:
+            if getattr(other, "__array_ufunc__", self) is None:
+                return NotImplemented  # as CuPy leaves it to objects that ask for that
             left, right = _flushed(self._here()), _flushed(_host_value(other))
             with np.errstate(all="ignore"):
                 return adopt(_flushed(function(right, left) if reverse else function(left, right)))

@@ -183,3 +183,18 @@ def test_training_step_moves_nothing_between_host_and_device(device, rng, forbid
     step(parameters, running, images, labels, state, surrogates)
     with pytest.raises(AssertionError, match="moves data"):
         device.asarray(np.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 3, 12)])
+def test_a_frozen_code(xp, host, rng, shape):
+    code = cubin.quantize(xp.asarray(rng.normal(size=(5, 12))), 2, channel_axis=0)
+    values, gy = rng.normal(size=shape), rng.normal(size=(*shape[:-1], 5))
+    x = Node(xp.asarray(values))
+    y = tape.linear(x, code)
+    decoded = host(code.dequantize())
+    np.testing.assert_allclose(host(y.value), values @ decoded.T, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        host(pulled(y, x, xp.asarray(gy))), gy @ decoded, rtol=1e-12, atol=1e-12
+    )
+    tape.check_gradient(lambda v: tape.linear(v, code), xp.asarray(values))
+    assert tape.linear(xp.asarray(values), code).value.shape == y.value.shape

@@ -1,0 +1,258 @@
+"""Products of arrays with packed codes, which are never unpacked as a whole.
+
+For a few rows of x and levels, `multiply_lines` goes through the planes themselves. Beyond, tiles
+of lines are decoded, and BLAS multiplies them: every tile then serves many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cubin.codes.decoding import Decoding
+from cubin.codes.planes import sum_planes
+from cubin.core import conversions, libraries, memory, passes
+from cubin.core.bits import MAX_BITS
+from cubin.core.libraries import Array
+from cubin.core.lines import Lines
+from cubin.core.primitives import C_TYPES, FLOATS, Launch, raw, source
+
+_CUDA = source(__file__)
+
+FEW = 16
+"""Rows of x, times levels, up to which `multiply_lines` is faster than BLAS on decoded tiles."""
+
+TILE = 1 << 21
+"""Elements of a tile that BLAS multiplies: 8 MB of float32."""
+
+SUBTILE = 1 << 17
+"""Elements of a tile that `multiply_lines` decodes, in the cache."""
+
+LINES = 1 << 11
+"""Lines that a thread takes at a time: tables of sums are made for all of them."""
+
+EXACT = 1 << 23
+"""The longest sum of signs that float32 holds exactly, however it is added up."""
+
+_NO_MAP = np.uint64(0)
+_THREADS = 256
+
+
+def _multiply_launch(planes: Array, bits: Any, scales: Array, x: Array, y: Array) -> Launch:
+    levels, width, lines = planes.shape
+    mapped, xp = np.ndim(bits) > 0, libraries.library(planes)
+    scales, x = xp.ascontiguousarray(scales), xp.ascontiguousarray(x)
+    held = xp.ascontiguousarray(bits) if mapped else _NO_MAP
+    levels = min(levels, MAX_BITS) if mapped else min(levels, int(bits))
+    _, scaled_lines, runs = scales.shape
+    batch, length = x.shape
+    sizes = (lines, length, width, planes.strides[0], planes.strides[1],
+             max(1, length // max(1, runs)), runs, scaled_lines,
+             y.strides[0] // y.itemsize)  # fmt: skip
+    grid = max(1, -(-lines // 32) * batch)
+    numbers = (*map(np.int64, sizes), np.int32(levels))
+    template = (C_TYPES[y.dtype.char], str(mapped).lower())
+    return Launch(template, grid, _THREADS, (planes, held, scales, x, y, *numbers))
+
+
+@raw(
+    "uint8 planes, uint8 bits, W scales, W x",
+    "W y",
+    code=_CUDA,
+    launch=_multiply_launch,
+    types=FLOATS[2:],
+    looped=True,
+)
+def multiply_lines(
+    planes: np.ndarray, bits: Any, scales: np.ndarray, x: np.ndarray, *, y: np.ndarray
+) -> None:
+    """The products of rows of x with lines of a code: ``y[b, i] = sum_e x[b, e] * value[i, e]``.
+
+    Parameters
+    ----------
+    planes, bits, scales
+        As `sum_planes` has them.
+    x : array in the work dtype, shape (rows, n)
+    y : array, shape (rows, lines)
+        Its last axis lies side by side in memory.
+    """
+    multiply_tiles(sum_planes.function, planes, bits, scales, x, y)
+
+
+def multiply_tiles(
+    add_up: Callable[..., None], planes: Array, bits: Any, scales: Array, x: Array, y: Array
+) -> None:
+    """`multiply_lines` by BLAS, on tiles that `add_up`, a form of `sum_planes`, writes."""
+    length, lines = x.shape[1], y.shape[1]
+    step = max(1, SUBTILE // max(1, length))
+    for start in range(0, lines, step):
+        cut = slice(start, min(start + step, lines))
+        tile = memory.scratch("tile", (cut.stop - start, length), x.dtype)
+        depths = bits[cut] if np.ndim(bits) else bits
+        add_up(planes[..., cut], depths, scales[:, cut] if scales.shape[1] > 1 else scales, y=tile)
+        y[:, cut] = x @ tile.T
+
+
+def _count_launch(a: Array, b: Array, counts: Array) -> Launch:
+    sizes = (np.int64(len(a)), np.int64(len(b)), np.int64(a.shape[1]))
+    grid = max(1, -(-len(a) // 16) * -(-len(b) // 16))
+    return Launch((16,), grid, 256, (a, b, counts, *sizes))
+
+
+@raw(
+    "uint64 a, uint64 b",
+    "int32 counts",
+    code=_CUDA,
+    launch=_count_launch,
+    types=({},),
+    looped=True,
+)
+def count_unequal(a: np.ndarray, b: np.ndarray, *, counts: np.ndarray) -> None:
+    """How many bits differ between each row of a, (p, words), and each row of b, (q, words)."""
+    for row, words in enumerate(a):
+        differ = np.bitwise_xor(words, b).view(np.uint8)
+        counts[row] = _ONES[differ].sum(axis=1, dtype=np.int32)
+
+
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+"""The number of ones of every byte."""
+
+
+# ---------------------------------------------------------------- with arrays
+
+
+def to_lines(x: Array, decoding: Decoding) -> Array:
+    """``x @ values.T``: rows of x, (b, n) in the work dtype, times the lines, as (b, m)."""
+    xp: Any = libraries.library(x)
+    decoding = decoding.in_dtype(x.dtype)
+    lines, levels = decoding.lines, decoding.levels
+    y = xp.zeros((len(x), lines.count), x.dtype)
+    if not (y.size and lines.length and levels):
+        return y
+    if len(x) * levels <= FEW:
+        on = passes.form(multiply_lines, x, lines.count * lines.length)
+
+        def task(cut: slice, elements: slice) -> None:
+            on(decoding.planes[..., cut], decoding.bits(cut),
+               decoding.scales(cut), x, y=y[:, cut])  # fmt: skip
+
+        passes.for_each_lines(task, lines, 1, x, LINES)
+        return y
+    for cut, tile in _tiles(decoding, x):
+        y[:, cut] = xp.matmul(x, tile.T)
+    return y
+
+
+def from_lines(x: Array, decoding: Decoding) -> Array:
+    """``x @ values``: rows of x, (b, m) in the work dtype, times the columns, as (b, n)."""
+    xp: Any = libraries.library(x)
+    decoding = decoding.in_dtype(x.dtype)
+    y = xp.zeros((len(x), decoding.lines.length), x.dtype)
+    if y.size and decoding.levels:
+        for cut, tile in _tiles(decoding, x):
+            y += xp.matmul(x[:, cut], tile)
+    return y
+
+
+def _tiles(decoding: Decoding, x: Array) -> Any:
+    """Slices of lines, and their values in x's dtype. The next tile overwrites the last one."""
+    lines = decoding.lines
+    step = max(1, TILE // max(1, lines.length))
+    tile = libraries.library(x).empty((min(step, lines.count), lines.length), x.dtype)
+    for start in range(0, lines.count, step):
+        cut = slice(start, min(start + step, lines.count))
+        part = tile[: cut.stop - start]
+        decoding.part(cut).write_all(part)
+        yield cut, part
+
+
+# ---------------------------------------------------------------- with codes
+
+
+def between(one: Decoding, other: Decoding, dtype: Any) -> Array:
+    """``values @ other_values.T`` of two codes of lines of one length: exact sums of signs, scaled.
+
+    Signs are compared by XOR and counted, in runs that share their scales in both codes.
+    """
+    length = one.lines.length
+    run = int(np.gcd(one.run, other.run))
+    xp: Any = libraries.library(one.planes)
+    total = xp.zeros((one.lines.count, other.lines.count), np.float64)
+    if not (total.size and length):
+        return conversions.rounded(total, dtype)
+    counted = not (one.mapped or other.mapped) and (run % 8 == 0 or run == length)
+    scales = [of.scales(slice(0, of.lines.count)).astype(np.float64) for of in (one, other)]
+    words = [_words(of, run) for of in (one, other)] if counted else []
+    signs = [] if counted else [[of.signs(at) for at in range(of.levels)] for of in (one, other)]
+    for start in range(0, length, run):
+        cut = slice(start, start + run)
+        for p in range(one.levels):
+            for q in range(other.levels):
+                if counted:
+                    a, b = (words[0][p][:, start // run], words[1][q][:, start // run])
+                    dots = run - 2.0 * _counts(a, b)
+                else:
+                    dots = _dots(signs[0][p][:, cut], signs[1][q][:, cut])
+                a_scale = scales[0][p][:, start // one.run, None]
+                b_scale = scales[1][q][:, start // other.run]
+                total += a_scale * b_scale * dots
+    return conversions.rounded(total, dtype)
+
+
+def signs_to_lines(signs: list[Array], scales: Array, decoding: Decoding) -> Array:
+    """Rows of signs, (b, n) for each level, times the lines, as (b, m) in float64.
+
+    `scales`, (levels, c), are those of equally many neighbouring rows, b / c. A sign may be 0.
+    """
+    xp: Any = libraries.library(decoding.planes)
+    lines = decoding.lines
+    rows = len(signs[0]) if signs else 0
+    total = xp.zeros((rows, lines.count), np.float64)
+    if not total.size:
+        return total
+    each = decoding.scales(slice(0, lines.count)).astype(np.float64)
+    others = [decoding.signs(q) for q in range(decoding.levels)]
+    for sign, scale in zip(signs, scales.astype(np.float64), strict=True):
+        own = xp.repeat(scale, rows // len(scale))[:, None]
+        for q, other in enumerate(others):
+            for number, start in enumerate(range(0, lines.length, decoding.run)):
+                cut = slice(start, start + decoding.run)
+                total += own * each[q][:, number] * _dots(sign[:, cut], other[:, cut])
+    return total
+
+
+def _words(of: Decoding, run: int) -> Array:
+    """The bits of each level, line and run, (levels, lines, runs, words), filled up with zeros."""
+    xp: Any = libraries.library(of.planes)
+    width = -(-run // 8)
+    levels, count = of.levels, of.lines.count
+    runs = of.lines.length // run
+    words = xp.zeros((levels, count, runs, -(-width // 8) * 8), np.uint8)
+    held = of.planes[:levels].transpose(0, 2, 1).reshape(levels, count, runs, width)
+    words[..., :width] = held
+    return words.view(np.uint64)
+
+
+def _counts(a: Array, b: Array) -> Array:
+    xp: Any = libraries.library(a)
+    a, b = xp.ascontiguousarray(a), xp.ascontiguousarray(b)
+    counts = xp.empty((len(a), len(b)), np.int32)
+    on = passes.form(count_unequal, a, counts.size * a.shape[1])
+
+    def task(cut: slice, elements: slice) -> None:
+        on(a, b[cut], counts=counts[:, cut])
+
+    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, LINES)
+    return counts
+
+
+def _dots(a: Array, b: Array) -> Array:
+    """``a @ b.T`` of signs, exactly."""
+    xp: Any = libraries.library(a)
+    total = xp.zeros((len(a), len(b)), np.float64)
+    for start in range(0, a.shape[1], EXACT):
+        cut = slice(start, start + EXACT)
+        total += xp.matmul(a[:, cut].astype(np.float32), b[:, cut].astype(np.float32).T)
+    return total

@@ -1,0 +1,329 @@
+"""Products with packed codes against float64 of what the codes stand for."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cubin
+from cubin import BinaryCode, products
+from cubin.codes import products as arithmetic
+from cubin.codes.planes import pack_signs, sum_planes
+from tests.exhaustive import few
+from tests.registers import assert_registers_suffice
+from tests.test_kernels import ARCHITECTURES
+
+TOLERANCE = {"float16": 1e-3, "float32": 1e-6, "float64": 1e-12}
+"""Of the sum of |x| times the largest sum of scales of a row."""
+
+
+def signs_and_scales(code):
+    """The code as float64: what it stands for, and the largest sum of |scale| of a row."""
+    scales = code.scales.astype(np.float64)
+    wide = BinaryCode.from_signs(
+        scales, code.signs, code.bits, channel_axis=code.channel_axis, group_size=code.group_size
+    )
+    return wide.dequantize(), np.abs(scales).sum(axis=0).max()
+
+
+def check(found, x, code):
+    values, most = signs_and_scales(code)
+    expected = x.astype(np.float64) @ values.T
+    assert found.dtype == x.dtype
+    assert found.shape == expected.shape
+    room = TOLERANCE[x.dtype.name] * (np.abs(x.astype(float)).sum(axis=-1) * most)[..., None]
+    assert (np.abs(found - expected) <= room).all()
+
+
+GRANULARITIES = [
+    {},
+    {"channel_axis": 0},
+    {"channel_axis": 1},
+    {"channel_axis": (1, 0)},
+    {"group_size": 24},
+    {"group_size": 3},
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("given", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_linear(given, mapped, dtype, xp, host, rng):
+    w = rng.normal(size=(37, 72)).astype(np.float32)
+    bits = rng.integers(0, 4, w.shape) if mapped else 3
+    code = cubin.quantize(xp.asarray(w), bits, **given)
+    here = code.to_host()
+    for shape in [(72,), (1, 72), (2, 3, 72), (9, 72), (0, 72)]:
+        x = rng.normal(size=shape).astype(dtype)
+        check(host(products.linear(xp.asarray(x), code)), x, here)
+
+
+@pytest.mark.parametrize("given", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("levels", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_linear_in_loops(given, levels, batch, rng, monkeypatch):
+    pytest.importorskip("numba")
+    from cubin.core.host import blocks
+
+    monkeypatch.setattr(blocks, "pays", lambda size: True)
+    monkeypatch.setattr(arithmetic, "LINES", 100)
+    w = rng.normal(size=(333, 24 * 29)).astype(np.float32)
+    code = cubin.quantize(w, levels, **given)
+    for dtype in (np.float16, np.float32, np.float64):
+        x = rng.normal(size=(batch, w.shape[1])).astype(dtype)
+        check(products.linear(x, code), x, code)
+    part = code[17:200]
+    check(products.linear(x, part), x, part)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_products_of_every_shape(data):
+    m, n, b = (
+        data.draw(st.integers(1, most), name) for name, most in zip("mnb", (40, 70, 5), strict=True)
+    )
+    rng = np.random.default_rng(data.draw(st.integers(0, 99), "seed"))
+    groups = [{"group_size": size} for size in range(1, n + 1) if n % size == 0]
+    kinds = [{}, {"channel_axis": 0}, {"channel_axis": 1}, *groups]
+    of_w, of_x = (data.draw(st.sampled_from(kinds), name) for name in ("w", "x"))
+    bits = data.draw(st.sampled_from([0, 1, 2, 3, rng.integers(0, 4, (m, n))]), "bits")
+    code = cubin.quantize(rng.normal(size=(m, n)), bits, **of_w)
+    values = code.dequantize()
+    x, left = rng.normal(size=(b, n)), rng.normal(size=(b, m))
+    np.testing.assert_allclose(products.linear(x, code), x @ values.T, atol=1e-11)
+    np.testing.assert_allclose(code @ x.T, values @ x.T, atol=1e-11)
+    np.testing.assert_allclose(left @ code, left @ values, atol=1e-11)
+    bits_of_x = data.draw(st.sampled_from([1, 2, rng.integers(0, 3, (b, n))]), "bits of x")
+    coded = cubin.quantize(x, bits_of_x, **of_x)
+    found = products.linear(coded, code)
+    np.testing.assert_allclose(found, coded.dequantize() @ values.T, atol=1e-11)
+
+
+@pytest.mark.parametrize("given", [{}, {"channel_axis": 0}, {"group_size": 8}, {"group_size": 6}])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_products_of_codes_are_exact(given, mapped, xp, host, rng):
+    """With scales that are powers of two, integers."""
+
+    def coded(shape):
+        bits = rng.integers(0, 3, shape) if mapped else 2
+        signs = rng.choice(np.array([-1, 1], np.int8), (2, *shape))
+        signs *= np.greater(bits, np.arange(2)[:, None, None])
+        like = cubin.quantize(np.ones(shape, np.float32), bits, **given)
+        scales = 2.0 ** rng.integers(-3, 4, like.scales.shape).astype(np.float32)
+        return signs, BinaryCode.from_signs(
+            xp.asarray(scales), xp.asarray(signs), xp.asarray(np.asarray(bits)), **given
+        )
+
+    (_, one), (_, other) = coded((5, 168)), coded((40, 168))
+    found = host(products.linear(one, other))
+    values = [host(code.dequantize()).astype(np.float64) for code in (one, other)]
+    np.testing.assert_array_equal(found, values[0] @ values[1].T)
+
+
+def test_counts_in_loops(rng):
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    a, b = (rng.integers(0, 2**63, (n, 5)).astype(np.uint64) for n in (3, 130))
+    expected = np.array([[sum(int(v ^ w).bit_count() for v, w in zip(p, q, strict=True)) for q in b]
+                         for p in a])  # fmt: skip
+    for count in (arithmetic.count_unequal, loops.count_unequal):
+        counts = np.empty((3, 130), np.int32)
+        count(a, b, counts=counts)
+        np.testing.assert_array_equal(counts, expected)
+
+
+def test_rows_that_are_not_finite(xp, host, rng):
+    code = cubin.quantize(xp.asarray(rng.normal(size=(6, 33)).astype(np.float32)), 2)
+    x = rng.normal(size=(4, 33)).astype(np.float32)
+    clean = host(products.linear(xp.asarray(x), code))
+    x[1, 3], x[2, 32] = np.nan, np.inf
+    found = host(products.linear(xp.asarray(x), code))
+    assert not np.isfinite(found[1:3]).any()
+    np.testing.assert_array_equal(found[[0, 3]], clean[[0, 3]])
+
+
+def test_rows_that_are_not_finite_in_loops(rng):
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    code = cubin.quantize(rng.normal(size=(6, 33)).astype(np.float32), 2)
+    x = rng.normal(size=(4, 33)).astype(np.float32)
+    scales = np.ascontiguousarray(code.scales[:, None, None])
+    clean, found = np.empty((2, 4, 6), np.float32)
+    loops.multiply_lines(code.planes, np.uint8(2), scales, x, y=clean)
+    x[1, 3], x[2, 32] = np.nan, np.inf
+    loops.multiply_lines(code.planes, np.uint8(2), scales, x, y=found)
+    assert not np.isfinite(found[1:3]).any()
+    np.testing.assert_array_equal(found[[0, 3]], clean[[0, 3]])
+
+
+def convolved(x, w, strides, paddings, groups):
+    """The definition, in float64."""
+    (down, right), (above, beside) = strides, paddings
+    b, c, h, v = x.shape
+    m, per_group, kh, kw = w.shape
+    padded = np.zeros((b, c, h + 2 * above, v + 2 * beside))
+    padded[:, :, above : above + h, beside : beside + v] = x
+    size = ((padded.shape[2] - kh) // down + 1, (padded.shape[3] - kw) // right + 1)
+    y = np.zeros((b, m, *size))
+    for o, i, j in itertools.product(range(m), *map(range, size)):
+        first = o // (m // groups) * per_group
+        seen = padded[:, first : first + per_group,
+                      down * i : down * i + kh, right * j : right * j + kw]  # fmt: skip
+        y[:, o, i, j] = (seen * w[o]).sum(axis=(1, 2, 3))
+    return y
+
+
+CONVOLUTIONS = [
+    ((2, 3, 5, 6), (4, 3, 3, 3), 1, 0, 1),
+    ((2, 4, 5, 7), (6, 2, 3, 2), (2, 1), (1, 2), 2),
+    ((1, 3, 4, 4), (3, 1, 1, 1), 3, 0, 3),
+    ((2, 2, 3, 3), (1, 2, 5, 5), 1, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("shape", "kernels", "stride", "padding", "groups"), CONVOLUTIONS)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_convolutions(shape, kernels, stride, padding, groups, mapped, xp, host, rng):
+    w = rng.normal(size=kernels).astype(np.float32)
+    bits = rng.integers(0, 3, kernels) if mapped else 2
+    code = cubin.quantize(xp.asarray(w), bits, channel_axis=0)
+    pairs = [value if isinstance(value, tuple) else (value, value) for value in (stride, padding)]
+    x = rng.normal(size=shape).astype(np.float32)
+    for of_x in (None, {}, {"channel_axis": 0}):
+        images = xp.asarray(x) if of_x is None else cubin.quantize(xp.asarray(x), 2, **of_x)
+        floats = x if of_x is None else host(images.dequantize())
+        expected = convolved(floats, host(code.dequantize()).astype(float), *pairs, groups)
+        found = products.conv2d(images, code, stride, padding, groups)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(host(found), expected, atol=2e-5)
+
+
+def test_a_padded_position_is_zero_and_not_minus_one(xp, host):
+    x = cubin.quantize(xp.ones((1, 1, 1, 1)), 1)
+    code = cubin.quantize(xp.ones((1, 1, 3, 3)), 1)
+    np.testing.assert_array_equal(host(products.conv2d(x, code, padding=1)), [[[[1]]]])
+
+
+def test_arguments(xp, rng):
+    code = cubin.quantize(xp.asarray(rng.normal(size=(3, 4))), 1)
+    x = xp.ones((2, 4))
+    with pytest.raises(TypeError, match="code must be a BinaryCode, got int"):
+        products.linear(x, 1)
+    with pytest.raises(TypeError, match="x must be float16"):
+        products.linear(x.astype(int), code)
+    with pytest.raises(ValueError, match="0-d"):
+        products.linear(xp.asarray(np.float32(1)), code)
+    with pytest.raises(ValueError, match="4 elements on its last axis"):
+        products.linear(xp.ones((4, 2)), code)
+    for shape in [(), (4,), (3, 4, 1)]:
+        other = cubin.quantize(xp.ones(shape), 1)
+        with pytest.raises(ValueError, match=r"code must have the shape \(m, n\)"):
+            products.linear(x, other)
+        with pytest.raises(ValueError, match=r"x must have the shape \(m, n\)"):
+            products.linear(other, code)
+        with pytest.raises(ValueError, match="rank 2 has products"):
+            _ = other @ xp.ones(4)
+    with pytest.raises(ValueError, match="4 elements on its last axis"):
+        products.linear(cubin.quantize(xp.ones((2, 5)), 1), code)
+    for wrong in (xp.ones(3), xp.ones((4, 2, 1)), xp.asarray(np.ones(()))):
+        with pytest.raises(ValueError, match="does not fit a code"):
+            _ = code @ wrong
+    with pytest.raises(ValueError, match="does not fit a code"):
+        _ = xp.ones((2, 4)) @ code
+
+
+def test_arguments_of_convolutions(xp):
+    x, code = xp.ones((1, 4, 3, 3)), cubin.quantize(xp.ones((2, 2, 3, 3)), 1)
+    assert products.conv2d(x, code, groups=2).shape == (1, 2, 1, 1)
+    for options, match in [
+        ({}, "groups=1 does not fit"),
+        ({"groups": 0}, "groups=0"),
+        ({"groups": 4}, "groups=4"),
+        ({"groups": 2, "stride": 0}, "stride must be a number or two, at least 1"),
+        ({"groups": 2, "padding": (1, 1, 1)}, "padding must be a number or two"),
+        ({"groups": 2, "padding": -1}, "padding"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            products.conv2d(x, code, **options)
+    with pytest.raises(TypeError, match="stride"):
+        products.conv2d(x, code, stride=1.0, groups=2)
+    with pytest.raises(ValueError, match="rank 4"):
+        products.conv2d(xp.ones((4, 3, 3)), code, groups=2)
+    with pytest.raises(ValueError, match="larger than"):
+        products.conv2d(x[:, :, :2], code, groups=2)
+    with pytest.raises(ValueError, match="for all images or for each image"):
+        products.conv2d(cubin.quantize(x, 1, channel_axis=1), code, groups=2)
+    with pytest.raises(TypeError, match="code must be"):
+        products.conv2d(x, x)
+
+
+@pytest.mark.kernels
+def test_mixed_libraries(device):
+    code, x = cubin.quantize(device.ones((3, 4)), 1), np.ones((2, 4))
+    with pytest.raises(TypeError, match="NumPy and CuPy"):
+        products.linear(x, code)
+    with pytest.raises(TypeError, match="NumPy and CuPy"):
+        _ = code @ x.T
+    with pytest.raises(TypeError, match="NumPy and CuPy"):
+        products.linear(cubin.quantize(x, 1), code)
+
+
+@pytest.mark.kernels
+def test_bytes_of_a_product(device, rng):
+    """A plane is read once, a bit a weight; x once for every 32 lines."""
+    ptx = pytest.importorskip("tests.ptx")
+    code = cubin.quantize(device.asarray(rng.normal(size=(64, 512)).astype(np.float32)), 2,
+                          channel_axis=0)  # fmt: skip
+    x = device.asarray(rng.normal(size=512).astype(np.float32))
+    with ptx.launches() as launches:
+        products.linear(x, code)
+    (launch,) = launches
+    assert launch.kernel == "cubin_multiply_lines<float, false>"
+    assert launch.read_unique == code.planes.nbytes + code.scales.nbytes + x.nbytes
+    assert launch.written == launch.written_unique == 64 * 4
+
+
+KERNELS = [
+    (pack_signs, [(256,)]),
+    (sum_planes, [("float16", "float", "true"), ("float", "float", "false"),
+                  ("double", "double", "true")]),
+    (arithmetic.multiply_lines, [("float", "false"), ("float", "true"), ("double", "true")]),
+    (arithmetic.count_unequal, [(16,)]),
+]  # fmt: skip
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("arch", few(ARCHITECTURES, "sm_90"))
+@pytest.mark.parametrize(
+    ("primitive", "templates"), KERNELS, ids=lambda value: getattr(value, "name", "")
+)
+def test_registers_suffice(primitive, templates, arch, device, monkeypatch):
+    names = [primitive.name_of(template) for template in templates]
+    assert_registers_suffice(arch, device, monkeypatch, primitive.source, names)
+
+
+@pytest.mark.parametrize(
+    "given", [{"channel_axis": 0}, {"channel_axis": 1}, {}, {"group_size": 128}]
+)
+def test_signs_are_never_unpacked_as_a_whole(given, rng):
+    """Making, decoding and multiplying a code takes a fraction of an int8 for each sign."""
+    x = rng.normal(size=(1024, 2048)).astype(np.float32)
+    v = np.ones((40, 2048), np.float32)
+    code = cubin.quantize(x, 8, **given)
+    results = {
+        "quantize": (lambda: cubin.quantize(x, 8, **given), code.nbytes),
+        "dequantize": (code.dequantize, x.nbytes),
+        "linear": (lambda: products.linear(v, code), 0),
+        "one row": (lambda: products.linear(v[0], code), 0),
+    }
+    for compute, nbytes in results.values():
+        compute()
+        cubin.memory.release()
+        tracemalloc.start()
+        compute()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < nbytes + 9.5e6 < nbytes + 8 * x.size

@@ -111,8 +111,8 @@ def conv2d(
     Parameters
     ----------
     x : float array, shape (b, c, h, w); or BinaryCode of that shape
-        Of float16, bfloat16, float32 or float64, of any library, on the device of `code`. A code has
-        one scale per level for all images, or one for each image (``channel_axis=0``).
+        Of float16, bfloat16, float32 or float64, of any library, on the device of `code`. A code
+        has one scale per level for all images, or one for each image (``channel_axis=0``).
     code : BinaryCode of shape (m, c / groups, kernel height, kernel width)
         Of any granularity, with or without a bit map.
     stride, padding : int or pair of int

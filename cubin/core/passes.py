@@ -65,9 +65,14 @@ class Part(NamedTuple):
 _ALL = Part(slice(None), slice(0, 1), (...,))
 
 
-def form(primitive: Primitive, x: Array) -> Callable[..., None]:
-    """The form of a primitive for blocks, (rows, n), of `x`: its kernel, compiled loop or body."""
-    return primitive if libraries.on_device(x) else primitive.on_host(x.size)
+def form(primitive: Primitive, x: Array, size: int | None = None) -> Callable[..., None]:
+    """The form of a primitive for blocks, (rows, n), of `x`: its kernel, compiled loop or body.
+
+    `size` is x's number of elements, or that of a larger array that `x` is a chunk of.
+    """
+    if libraries.on_device(x):
+        return primitive
+    return primitive.on_host(x.size if size is None else size)
 
 
 # ---------------------------------------------------------------- whole rows
@@ -84,7 +89,8 @@ def takes_whole_rows(primitive: Raw, rows: Rows, x: Array, bits: Bits) -> bool:
         return False
     if libraries.on_device(x):
         return primitive.launch.takes(rows.length, x.dtype, bits.levels, bits.mapped)
-    body_alone = primitive.loops_from is not None and form(primitive, x) is primitive.function
+    on = form(primitive, x, rows.size)
+    body_alone = primitive.loops_from is not None and on is primitive.function
     return rows.length <= blocks.BLOCK and not body_alone
 
 
@@ -109,7 +115,7 @@ def whole_rows(
     out : array
         Of the rows' shape. It is an input itself, or does not overlap any.
     """
-    device, on = libraries.on_device(out), form(primitive, out)
+    device, on = libraries.on_device(out), form(primitive, out, rows.size)
     ((_, name),) = primitive.outputs
     view = rows.view(out)
 
@@ -151,7 +157,7 @@ def for_each_whole_rows(
         Written.
     """
     x, levels = inputs[0], len(scales)
-    on = form(primitive, x)
+    on = form(primitive, x, rows.size)
 
     def task(part: Part, *flat: Any) -> None:
         shape, columns = flat[0].shape, flat[0].strides[0] < flat[0].strides[1]

@@ -68,7 +68,7 @@ _ALL = Part(slice(None), slice(0, 1), (...,))
 def form(primitive: Primitive, x: Array, size: int | None = None) -> Callable[..., None]:
     """The form of a primitive for blocks, (rows, n), of `x`: its kernel, compiled loop or body.
 
-    `size` is x's number of elements, or that of a larger array that `x` is a chunk of.
+    `size` is the number of elements of all blocks, that of `x` if it is not given.
     """
     if libraries.on_device(x):
         return primitive

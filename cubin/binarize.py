@@ -40,7 +40,7 @@ def sign(x: Array, *, out: Array | None = None) -> Array:
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        Of NumPy, CuPy, PyTorch or JAX, or anything that ``numpy.asarray`` takes.
+        Of NumPy, CuPy, PyTorch, JAX or Dask, or anything that ``numpy.asarray`` takes.
     out : array, optional
         Where to put the result: x's shape and dtype. It may be `x` itself, or overlap it.
 
@@ -148,7 +148,7 @@ def multibit(
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, any shape
-        Of NumPy, CuPy, PyTorch or JAX, or anything that ``numpy.asarray`` takes.
+        Of NumPy, CuPy, PyTorch, JAX or Dask, or anything that ``numpy.asarray`` takes.
     bits : int or integer array that broadcasts to x's shape
         The number of levels of every element, 0 to 16, or to 8 for the solvers ``alternating``
         and ``optimal``. The greedy solver does not check the values of a CuPy map, since that

@@ -96,6 +96,8 @@ def test_code_runs_and_prints_what_it_says(page, request, tmp_path, monkeypatch,
             require("torch")
         if "import jax" in block:
             require("jax")
+        if "import dask" in block:
+            require("dask")
         if "import cupy" in block:
             monkeypatch.setitem(sys.modules, "cupy", request.getfixturevalue("device"))
         execute(block, names)

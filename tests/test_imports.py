@@ -67,6 +67,7 @@ def test_imports_point_toward_the_core():
         ("cupy", r"cubin\.core\.(libraries|arrays)"),
         ("torch", r"cubin\.torch|cubin\.weights\.torch_files"),
         ("jax", r"cubin\.jax"),
+        ("dask", r"cubin\.dask"),
     ],
 )
 def test_only_few_know(what, allowed):

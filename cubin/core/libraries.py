@@ -455,10 +455,21 @@ class _Dlpack(Library):
             ) from error
 
 
+class _Dask(Library):
+    """Dask: its arrays have no values yet. `cubin.dask` says what is done with their chunks."""
+
+    array = "Dask array"
+    constant = "DASK"
+
+    def check(self, name: str, value: Any) -> None:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(f"{name} is a lazy {kind}: call {name}.compute() first")
+
+
 _HOST_MEMORY = (1, 3, 11)
 """DLPack's numbers of the host's memory: plain, and what CUDA or ROCm have pinned."""
 
-TORCH, JAX, DLPACK = _Torch(), _Jax(), _Dlpack()
+TORCH, JAX, DASK, DLPACK = _Torch(), _Jax(), _Dask(), _Dlpack()
 
 
 def _bfloat16() -> Any:
@@ -492,6 +503,9 @@ def _library_of(kind: type) -> Library | None:
         return TORCH
     if modules & {"jax", "jaxlib"} and hasattr(jax, "Array"):
         return JAX if issubclass(kind, jax.Array | jax.core.Tracer) else None
+    dask: Any = sys.modules.get("dask.array")
+    if "dask" in modules and hasattr(dask, "Array") and issubclass(kind, dask.Array):
+        return DASK
     if issubclass(kind, np.ndarray) or _is_cupy(kind) or not hasattr(kind, "__dlpack__"):
         return None
     return DLPACK
@@ -617,6 +631,9 @@ def _across(
     arguments: dict[str, Any],
 ) -> Any:
     """The result of a function where an argument is of another library."""
+    if any(LIBRARY_OF[type(value)] is DASK for value in arguments.values()):
+        # The adapter calls public functions: it is looked up here, since the core imports none.
+        return importlib.import_module("cubin.dask").lazily(function.__name__, arguments)
     library, first, given = enter(arguments)
     if library is None:
         return function(**given)

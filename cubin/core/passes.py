@@ -96,7 +96,8 @@ def takes_whole_rows(primitive: Raw, rows: Rows, x: Array, bits: Bits) -> bool:
         return False
     if libraries.on_device(x):
         return primitive.launch.takes(rows.length, x.dtype, bits.levels, bits.mapped)
-    body_alone = primitive.loops_from is not None and form(primitive, x) is primitive.function
+    on = form(primitive, x, rows.size)
+    body_alone = primitive.loops_from is not None and on is primitive.function
     return rows.length <= blocks.BLOCK and not body_alone
 
 
@@ -121,7 +122,7 @@ def whole_rows(
     out : array
         Of the rows' shape. It is an input itself, or does not overlap any.
     """
-    device, on = libraries.on_device(out), form(primitive, out)
+    device, on = libraries.on_device(out), form(primitive, out, rows.size)
     ((_, name),) = primitive.outputs
     view = rows.view(out)
 
@@ -163,7 +164,7 @@ def for_each_whole_rows(
         Written.
     """
     x, levels = inputs[0], len(scales)
-    on = form(primitive, x)
+    on = form(primitive, x, rows.size)
 
     def task(part: Part, *flat: Any) -> None:
         shape, columns = flat[0].shape, flat[0].strides[0] < flat[0].strides[1]

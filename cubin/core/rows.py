@@ -31,6 +31,9 @@ class Rows:
     channel_axis : int, tuple of int or None
     group_size : int or None
         The arguments that the layout was made from, as plain integers.
+    whole : int
+        Where the array is a chunk of a larger one, the number of elements of that, else 0. Forms
+        that give different bits are chosen by it, so that chunks have the bits of the whole.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +42,12 @@ class Rows:
     scale_shape: tuple[int, ...]
     channel_axis: int | tuple[int, ...] | None = field(default=None, compare=False)
     group_size: int | None = field(default=None, compare=False)
+    whole: int = field(default=0, compare=False)
+
+    @cached_property
+    def size(self) -> int:
+        """The number of elements by which forms are chosen."""
+        return self.whole or self.count * self.length
 
     @cached_property
     def count(self) -> int:

@@ -104,14 +104,14 @@ def _on_whole_rows(
     return searching, (bits.levels, solver.refit, search.limit(solver))
 
 
-def _loops(x: Array, bits: Bits, solver: Solver, importance: Array | None) -> Any:
+def _loops(x: Array, bits: Bits, rows: Rows, solver: Solver, importance: Array | None) -> Any:
     """The compiled loops for a search, which have a `Lookup`, or None.
 
     Those on rows that are not sorted add up in another order. So the size alone decides on them.
     """
     more = bits.mapped or importance is not None
     compares = search_rows.compares(bits.levels, search.limit(solver), more)
-    if solver.name != "optimal" and compares and x.size >= search_rows.LOOPS_FROM:
+    if solver.name != "optimal" and compares and rows.size >= search_rows.LOOPS_FROM:
         return passes.search_loops(search_rows, x)
     return passes.search_loops(sorted_rows, x, x.size << bits.levels)
 
@@ -132,7 +132,7 @@ def _search(
         return
     levels = bits.levels
     weights = () if importance is None else (importance,)
-    loops = _loops(x, bits, solver, importance)
+    loops = _loops(x, bits, rows, solver, importance)
     if loops is not None and rows.length >= loops.LONGEST:
         loops = None
     states = 1 << levels if loops else search.STARTS << (levels - 1)

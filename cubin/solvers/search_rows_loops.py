@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubin.codes.levels_loops import level_signs
-from cubin.core import floats
+from cubin.core import floats, memory
 from cubin.core.floats import as_integers
 from cubin.core.host.loops import (
     in_work_dtype,
@@ -109,21 +109,22 @@ def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool) -> Spac
     elif not weighted and n > LONGEST_KEPT:
         room = CHUNK
     weights = room if weighted else 0
-    return Space(
-        np.empty(room, kind),
-        np.empty(weights, kind),
-        np.empty(weights, kind),
-        np.empty(levels + 1, np.int64),
-        np.empty(states, kind),
-        np.zeros(states, np.uint16),
-        np.empty(states, np.uint16),
-        np.empty(states),
-        np.empty(states),
-        np.empty(states // 2),
-        np.empty(CHUNK // 4, kind),
-        np.empty((levels + 2, levels)),
-        np.empty(levels),
-    )
+    arrays: dict[str, tuple[tuple[int, ...], Any]] = {
+        "m": ((room,), kind),
+        "weight": ((weights,), kind),
+        "weighted": ((weights,), kind),
+        "starts": ((levels + 1,), np.int64),
+        "lower": ((states,), kind),
+        "codes": ((states,), np.uint16),
+        "moved": ((states,), np.uint16),
+        "number": ((states,), np.float64),
+        "total": ((states,), np.float64),
+        "sums": ((states // 2,), np.float64),
+        "of_four": ((CHUNK // 4,), kind),
+        "equations": ((levels + 2, levels), np.float64),
+        "fitted": ((levels,), np.float64),
+    }
+    return Space(**{name: memory.scratch(f"search {name}", *of) for name, of in arrays.items()})
 
 
 # ---------------------------------------------------------------- sums
@@ -419,7 +420,8 @@ def _solve_row(
     """Write the cells and scales of a row."""
     equations, fitted = space.equations, space.fitted
     levels, gain = fitted.size, -np.inf
-    space.codes[1] = 1
+    # Without levels there is one code, too, which a map hands out.
+    space.codes[0], space.codes[1] = 0, 1
     # The levels are added one by one, then come the iterations of `alternating`.
     for step in range(levels + (0 if refit else iterations)):
         adding, count = step < levels, min(step + 1, levels)

@@ -21,7 +21,7 @@ import numpy as np
 from numba.extending import overload
 
 from cubin.core.floats import as_integers
-from cubin.core.host.loops import in_work_dtype, loop, part, read_only, store
+from cubin.core.host.loops import in_work_dtype, loop, part, read_only, store, target
 from cubin.core.host.loops import (
     uncounted as _uncounted,
 )
@@ -863,45 +863,40 @@ def _look_up(
 
     Elements that are not positive get ``mirrors[number of bits]`` minus that entry. Magnitudes are
     multiplied by the `inverse` of their row. `bits` has the shape (0, 0) where there is no map. `y`
-    may be `x`.
+    does not overlap `x`.
     """
     x, bits, lower, table, y = uncounted(x, bits, lower, table, y)
     levels, mapped, cells = len(mirrors) - 1, len(bits) > 0, table.shape[1]
-    m, result = np.empty(CHUNK, x.dtype), np.empty(CHUNK, y.dtype)
-    at = np.empty(CHUNK, np.uint32)
-    mirror_of_all = mirrors[levels]
+    m, at = np.empty(CHUNK, x.dtype), np.empty(CHUNK, np.uint32)
     for row in range(len(x)):
         row_lower, row_table, factor = lower[row], table[row], inverse[row]
-        for start in range(0, x.shape[1], CHUNK):
-            elements = x[row, start : start + CHUNK]
-            size = elements.size
-            if cells <= SELECTED and not mapped:
-                if cells > 4:
-                    _of_eight(elements, factor, row_lower, row_table, mirror_of_all, result)
-                else:
-                    _of_four(elements, factor, row_lower, row_table, mirror_of_all, result)
+        if cells <= SELECTED and not mapped:
+            if cells > 4:
+                _of_eight(x[row], factor, row_lower, row_table, mirrors[levels], y[row])
             else:
-                for j in range(size):
-                    m[j] = abs(elements[j]) * factor
-                if mapped:
-                    depths = bits[row, start : start + size]
-                    _find_cells_by_bits(m, depths, levels, row_lower, at)
-                    for j in range(size):
-                        # Both are read before the choice: a choice between reads would be a branch,
-                        # which processors predict badly on random signs.
-                        value, mirror = row_table[at[j]], mirrors[depths[j]]
-                        result[j] = mirror - value if elements[j] <= 0 else value
-                else:
-                    if cells <= COUNTED:
-                        _count_edges(m, size, row_lower, at)
-                    else:
-                        _find_cells(m, size, row_lower, at)
-                    for j in range(size):
-                        value = row_table[at[j]]
-                        result[j] = mirror_of_all - value if elements[j] <= 0 else value
-            written = y[row, start : start + CHUNK]
+                _of_four(x[row], factor, row_lower, row_table, mirrors[levels], y[row])
+            continue
+        for start in range(0, x.shape[1], CHUNK):
+            elements, entries = x[row, start : start + CHUNK], y[row, start : start + CHUNK]
+            size = elements.size
             for j in range(size):
-                written[j] = result[j]
+                m[j] = abs(elements[j]) * factor
+            if mapped:
+                depths = bits[row, start : start + size]
+                _find_cells_by_bits(m, depths, levels, row_lower, at)
+                for j in range(size):
+                    # Both are read before the choice: a choice between reads would be a branch,
+                    # which processors predict badly on random signs.
+                    value, mirror = row_table[at[j]], mirrors[depths[j]]
+                    entries[j] = mirror - value if elements[j] <= 0 else value
+            else:
+                if cells <= COUNTED:
+                    _count_edges(m, size, row_lower, at)
+                else:
+                    _find_cells(m, size, row_lower, at)
+                for j in range(size):
+                    value = row_table[at[j]]
+                    entries[j] = mirrors[levels] - value if elements[j] <= 0 else value
 
 
 # ---------------------------------------------------------------- as the solvers are called
@@ -971,12 +966,10 @@ class Lookup:
         _tabulate(self._codes, scales, self._mapped, values)
         if rounded:
             values = values.astype(y.dtype).astype(wide.dtype)
-        direct = not rounded and y.flags.carray
-        target = y if direct else np.empty(wide.shape, wide.dtype)
+        result = target(y, wide)
         # The value of -x is that of x, negated: 0 minus it, which is +0 where levels cancel.
-        self._look_up(wide, bits, values, np.zeros(len(self.scales) + 1, wide.dtype), target)
-        if not direct:
-            store(target, y)
+        self._look_up(wide, bits, values, np.zeros(len(self.scales) + 1, wide.dtype), result)
+        store(result, y)
 
     def _look_up(self, x: Array, bits: Any, table: Array, mirrors: Array, y: Array) -> None:
         _look_up(read_only(x), self._map(bits), self._inverse, self._lower, table, mirrors, y)

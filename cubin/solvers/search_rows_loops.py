@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubin.codes.levels_loops import level_signs
-from cubin.core import floats
+from cubin.core import floats, memory
 from cubin.core.floats import as_integers
 from cubin.core.host.loops import (
     in_work_dtype,
@@ -49,6 +49,9 @@ LONGEST_KEPT = 1 << 19
 """Elements of the longest row without a map and importance whose magnitudes are stored. Those of
 longer rows are computed again in every pass, chunk by chunk."""
 
+BELOW = -2
+"""What fills up the columns: it lies below all edges."""
+
 COLUMNS = 32
 """The sizes of what is added up are multiples of this: four columns that fill vector registers."""
 
@@ -77,7 +80,7 @@ class Space(NamedTuple):
     codes, moved : array of uint16, shape (2^levels,)
     number, total : array of float64, shape (2^levels,)
     sums : array of float64, shape (2^(levels - 1),)
-    of_four, weight_of_four : array in the work dtype, shape (CHUNK / 4,)
+    of_four : array in the work dtype, shape (CHUNK / 4,)
     equations : array of float64, shape (levels + 2, levels)
     fitted : array of float64, shape (levels,)
     """
@@ -93,9 +96,35 @@ class Space(NamedTuple):
     total: Array
     sums: Array
     of_four: Array
-    weight_of_four: Array
     equations: Array
     fitted: Array
+
+
+def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool) -> Space:
+    """A `Space` for rows of n elements in the work dtype `kind`."""
+    room, states = _padded(n), 1 << levels
+    if mapped:
+        # Each number of bits fills its columns, and one element is written behind the last.
+        room += COLUMNS * levels + 1
+    elif not weighted and n > LONGEST_KEPT:
+        room = CHUNK
+    weights = room if weighted else 0
+    arrays: dict[str, tuple[tuple[int, ...], Any]] = {
+        "m": ((room,), kind),
+        "weight": ((weights,), kind),
+        "weighted": ((weights,), kind),
+        "starts": ((levels + 1,), np.int64),
+        "lower": ((states,), kind),
+        "codes": ((states,), np.uint16),
+        "moved": ((states,), np.uint16),
+        "number": ((states,), np.float64),
+        "total": ((states,), np.float64),
+        "sums": ((states // 2,), np.float64),
+        "of_four": ((CHUNK // 4,), kind),
+        "equations": ((levels + 2, levels), np.float64),
+        "fitted": ((levels,), np.float64),
+    }
+    return Space(**{name: memory.scratch(f"search {name}", *of) for name, of in arrays.items()})
 
 
 # ---------------------------------------------------------------- sums
@@ -117,28 +146,28 @@ def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     return m.size - below
 
 
-@part
-def _chosen_sums_of_four(m: Array, edge: float, values: Array, sums: Array) -> None:
-    """Write the sums, four values each, of the elements whose magnitudes lie above an edge."""
-    zero, n = m.dtype.type(0), sums.size
+@loop
+def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
+    """The sum of the values of elements whose magnitudes lie above an edge; `sums` is scratch."""
+    zero, n = m.dtype.type(0), m.size // 4
     for j in range(n):
         a, b, c, d = values[j], values[j + n], values[j + 2 * n], values[j + 3 * n]
         first = (zero if m[j] <= edge else a) + (zero if m[j + n] <= edge else b)
         second = (zero if m[j + 2 * n] <= edge else c) + (zero if m[j + 3 * n] <= edge else d)
         sums[j] = first + second
+    return sum_in_lanes(sums, n)
 
 
-@loop
-def _add_up(x: Array, factor: float, space: Space, levels: int, step: int) -> None:
+@part
+def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, step: int) -> None:
     """Write the numbers and totals of magnitudes above the lower edges of cells.
 
     These are the cells of up to `levels` levels. The edges of the first ones do not move, so that
     they are counted with one level alone. With `added`, only the edges that came with the last
     level count.
     """
-    m, weight, weighted, all_lower = uncounted(space.m, space.weight, space.weighted, space.lower)
-    starts, number, total = uncounted(space.starts, space.number, space.total)
-    four, weight_of_four = uncounted(space.of_four, space.weight_of_four)
+    m, weight, weighted, all_lower = space.m, space.weight, space.weighted, space.lower
+    starts, number, total = space.starts, space.number, space.total
     first_cell = 1 if levels > 1 else 0
     for depth in range(levels if step > 1 else 1, starts.size):
         base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
@@ -147,21 +176,20 @@ def _add_up(x: Array, factor: float, space: Space, levels: int, step: int) -> No
             number[base + cell], total[base + cell] = 0, 0
         for start in range(starts[depth - 1], stop, CHUNK):
             end = min(start + CHUNK, stop)
-            sums, shares = four[: (end - start) // 4], weight_of_four[: (end - start) // 4]
+            sums = space.of_four[: (end - start) // 4]
             if m.size < stop:
                 chunk = m[: end - start]
-                _set_magnitudes(x[start : start + CHUNK], factor, chunk)
+                chunk[_take(x[start : start + CHUNK], factor, bits, depth, chunk) :] = BELOW
             else:
                 chunk = m[start:end]
             for cell in range(first_cell, cells, step):
                 edge = lower[cell] if cell else m.dtype.type(-1)
                 if weight.size:
-                    _chosen_sums_of_four(chunk, edge, weight[start:end], shares)
-                    _chosen_sums_of_four(chunk, edge, weighted[start:end], sums)
-                    number[base + cell] += sum_in_lanes(shares, shares.size)
+                    number[base + cell] += _chosen_sum(chunk, edge, weight[start:end], sums)
+                    total[base + cell] += _chosen_sum(chunk, edge, weighted[start:end], sums)
                 else:
                     number[base + cell] += _sums_of_four(chunk, edge, sums)
-                total[base + cell] += sum_in_lanes(sums, sums.size)
+                    total[base + cell] += sum_in_lanes(sums, sums.size)
 
 
 # ---------------------------------------------------------------- least squares
@@ -172,11 +200,11 @@ def _signed(value: float, code: int, level: int) -> float:
     return value if code >> level & 1 else -value
 
 
-@loop
+@part
 def _set_equations(space: Space, levels: int) -> None:
     """Write the normal equations of the first `levels` levels."""
-    equations, codes, starts = uncounted(space.equations, space.codes, space.starts)
-    number, total = uncounted(space.number, space.total)
+    equations, codes, starts = space.equations, space.codes, space.starts
+    number, total = space.number, space.total
     for j in range(levels):
         equations[levels, j] = equations[levels + 1, j] = 0
         for i in range(j):
@@ -210,7 +238,7 @@ def _mean(equations: Array, level: int, scales: Array) -> float:
     return total / (count if count > 0 else 1.0)
 
 
-@loop
+@part
 def _solve(equations: Array, levels: int, scales: Array) -> float:
     """Write the least-squares scales and return their gain; the equations are overwritten."""
     for p in range(levels):
@@ -234,12 +262,10 @@ def _solve(equations: Array, levels: int, scales: Array) -> float:
 # ---------------------------------------------------------------- cells
 
 
-@loop
+@part
 def _set_nearest(space: Space, levels: int) -> None:
     """Write the cells in which the nearest sum of the first `levels` levels is the same."""
-    scales, sums, all_lower, all_codes = uncounted(
-        space.fitted, space.sums, space.lower, space.codes
-    )
+    scales, sums, all_lower, all_codes = space.fitted, space.sums, space.lower, space.codes
     cells = 1 << (levels - 1)
     lower, codes = all_lower[cells : 2 * cells], all_codes[cells : 2 * cells]
     for cell in range(cells):
@@ -260,14 +286,14 @@ def _set_nearest(space: Space, levels: int) -> None:
         lower[cell] = rounded_down(sums[cell - 1] / 2 + sums[cell] / 2, lower)
 
 
-@loop
+@part
 def _split(space: Space, level: int) -> None:
     """Cut every cell of `level` levels where the residual after them changes its sign.
 
     The number and total above an old edge are known, and move with it.
     """
-    lower, codes, scales, starts = uncounted(space.lower, space.codes, space.fitted, space.starts)
-    number, total = uncounted(space.number, space.total)
+    lower, codes, scales, starts = space.lower, space.codes, space.fitted, space.starts
+    number, total = space.number, space.total
     cells = 1 << (level - 1)
     old, new = lower[cells : 2 * cells], lower[2 * cells : 4 * cells]
     for cell in range(cells):
@@ -290,7 +316,7 @@ def _split(space: Space, level: int) -> None:
             total[base + 2 * cell] = total[base + cell]
 
 
-@loop
+@part
 def _hand_out(
     space: Space, unit: float, mapped: bool, scales: Array, lower: Array, codes: Array
 ) -> None:
@@ -298,9 +324,7 @@ def _hand_out(
 
     Without a map the scales are sorted to descend, and only the cells of all levels are written.
     """
-    fitted, all_lower, all_codes, moved = uncounted(
-        space.fitted, space.lower, space.codes, space.moved
-    )
+    fitted, all_lower, all_codes, moved = space.fitted, space.lower, space.codes, space.moved
     levels = len(fitted)
     begin = 0 if mapped else 1 << (levels - 1)
     moved[:] = 0
@@ -323,7 +347,7 @@ def _hand_out(
 # ---------------------------------------------------------------- rows
 
 
-@part
+@loop
 def _unit(words: Array, bits: Array) -> float:
     """A power of two near the largest magnitude of a row: 0 for zeros, NaN if it is not finite.
 
@@ -344,19 +368,25 @@ def _unit(words: Array, bits: Array) -> float:
     return np.nan if exponent == largest else unit
 
 
-@part
-def _set_magnitudes(x: Array, factor: float, m: Array) -> None:
-    """Write |x| * factor, or 0 where the factor is 0, which marks a row that counts as zeros.
+@loop
+def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
+    """Write |x| * factor of the elements of `depth` bits, or of all where there is no map.
 
-    The rest of `m`, which fills its columns, lies below all edges.
+    Where the factor is 0, which marks a row that counts as zeros, write 0. Return their number.
     """
-    zero = m.dtype.type(0)
+    zero, size = m.dtype.type(0), 0
+    if bits.size:
+        for j in range(x.size):
+            # It is overwritten by the next one, unless it is of this number of bits.
+            m[size] = abs(x[j]) * factor if factor > 0 else zero
+            size += bits[j] == depth
+        return size
     for j in range(x.size):
         m[j] = abs(x[j]) * factor if factor > 0 else zero
-    m[x.size :] = -2
+    return x.size
 
 
-@loop
+@part
 def _arrange(
     x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space
 ) -> None:
@@ -365,64 +395,48 @@ def _arrange(
     Elements without bits are left out. `factor` is 0 where the row counts as zeros, and
     `weight_factor` where it counts as unweighted.
     """
-    m, own, weighted, starts = uncounted(space.m, space.weight, space.weighted, space.starts)
-    zero, levels = m.dtype.type(0), starts.size - 1
-    starts[0] = at = 0
-    for depth in range(1, levels + 1):
-        if bits.size:
-            for j in range(x.size):
-                # It is overwritten by the next one, unless it is of this number of bits.
-                m[at] = abs(x[j]) * factor if factor > 0 else zero
-                at += bits[j] == depth
-            if weight.size:
-                at = starts[depth - 1]
-                for j in range(x.size):
-                    own[at] = abs(weight[j]) * weight_factor
-                    at += bits[j] == depth
-        elif depth == levels:
-            _set_magnitudes(x, factor, m[: _padded(x.size)])
-            if weight.size:
-                for j in range(x.size):
-                    own[j] = abs(weight[j]) * weight_factor
-            at = x.size
+    m, own, weighted, starts = space.m, space.weight, space.weighted, space.starts
+    levels = starts.size - 1
+    for depth in range(1 if bits.size else levels, levels + 1):
         begin = starts[depth - 1]
+        at = begin + _take(x, factor, bits, depth, m[begin:])
         end = begin + _padded(at - begin)
-        m[at:end] = -2
+        m[at:end] = BELOW
         if weight.size:
-            if not weight_factor > 0:
+            if weight_factor > 0:
+                _take(weight, weight_factor, bits, depth, own[begin:])
+            else:
                 own[begin:at] = 1
             own[at:end] = 0
             for j in range(begin, end):
                 weighted[j] = own[j] * m[j]
-        starts[depth] = at = end
+        starts[depth] = end
 
 
 @part
 def _solve_row(
-    x: Array, factor: float, space: Space, mapped: bool, refit: bool, iterations: int
+    x: Array, factor: float, bits: Array, space: Space, refit: bool, iterations: int
 ) -> None:
     """Write the cells and scales of a row."""
-    equations, fitted = uncounted(space.equations, space.fitted)
-    levels = fitted.size
-    space.codes[1] = 1
-    for level in range(levels):
-        if level:
-            _split(space, level)
-        _add_up(x, factor, space, level + 1, 2)
-        _set_equations(space, level + 1)
-        if refit:
-            _solve(equations, level + 1, fitted)
-        else:
-            fitted[level] = _mean(equations, level, fitted)
-    # After the last level, the equations of all levels are at hand.
-    gain = 0.0 if refit else _solve(equations, levels, fitted)
-    for _ in range(0 if refit else iterations):
-        for reached in range(1 if mapped else levels, levels + 1):
-            _set_nearest(space, reached)
-        _add_up(x, factor, space, levels, 1)
-        _set_equations(space, levels)
-        raised = _solve(equations, levels, fitted)
-        if not raised > gain:
+    equations, fitted = space.equations, space.fitted
+    levels, gain = fitted.size, -np.inf
+    # Without levels there is one code, too, which a map hands out.
+    space.codes[0], space.codes[1] = 0, 1
+    # The levels are added one by one, then come the iterations of `alternating`.
+    for step in range(levels + (0 if refit else iterations)):
+        adding, count = step < levels, min(step + 1, levels)
+        if adding and step > 0:
+            _split(space, step)
+        elif not adding:
+            for reached in range(1 if bits.size else levels, levels + 1):
+                _set_nearest(space, reached)
+        _add_up(x, factor, bits, space, count, 2 if adding else 1)
+        _set_equations(space, count)
+        if count < levels and not refit:
+            fitted[step] = _mean(equations, step, fitted)
+            continue
+        raised = _solve(equations, count, fitted)
+        if not (adding or raised > gain):
             break
         gain = raised
 
@@ -430,7 +444,7 @@ def _solve_row(
 @loop
 def _solve_rows(
     x: Array, words: Array, bits: Array, weight: Array, weight_words: Array, refit: bool,
-    iterations: int, scales: Array, inverse: Array, lower: Array, codes: Array,
+    iterations: int, scales: Array, inverse: Array, lower: Array, codes: Array, space: Space,
 ) -> None:  # fmt: skip
     """Solve rows.
 
@@ -454,42 +468,25 @@ def _solve_rows(
     lower : array in the dtype of x, shape (rows, cells)
     codes : array of uint16, shape (rows, cells)
         The cells of all levels, or with a map those of every number of levels.
+    space : Space
     """
     x, words, bits, weight, weight_words = uncounted(x, words, bits, weight, weight_words)
     scales, inverse, lower, codes = uncounted(scales, inverse, lower, codes)
-    n, levels, kind = x.shape[1], scales.shape[1], inverse.dtype
+    space = Space(*uncounted(*space))
+    n, levels, kind = x.shape[1], scales.shape[1], inverse.dtype.type
     mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
-    stored = mapped or weighted or n <= LONGEST_KEPT
-    # With a map, each number of bits fills its columns, and one element is written behind the last.
-    room = _padded(n) + (COLUMNS * levels + 1 if mapped else 0) if stored else CHUNK
-    states = 1 << levels
-    space = Space(
-        np.empty(room, kind),
-        np.empty(room if weighted else 0, kind),
-        np.empty(room if weighted else 0, kind),
-        np.zeros(levels + 1, np.int64),
-        np.empty(states, kind),
-        np.zeros(states, np.uint16),
-        np.empty(states, np.uint16),
-        np.zeros(states),
-        np.zeros(states),
-        np.empty(states // 2),
-        np.empty(CHUNK // 4, kind),
-        np.empty(CHUNK // 4, kind),
-        np.empty((levels + 2, levels)),
-        np.empty(levels),
-    )
-    space.starts[levels] = _padded(n)
+    stored = space.m.size >= _padded(n)
+    space.starts[:levels], space.starts[levels] = 0, _padded(n)
     for row in range(len(x)):
         unit, weight_unit = _unit(words[row], bits[row]), 0.0
         if weighted:
             weight_unit = _unit(weight_words[row], bits[row])
         # A row that is not finite counts as zeros.
-        factor = kind.type(1 / unit if unit > 0 else 0)
+        factor = kind(1 / unit if unit > 0 else 0)
         if stored:
-            weight_factor = kind.type(1 / weight_unit if weight_unit > 0 else 0)
+            weight_factor = kind(1 / weight_unit if weight_unit > 0 else 0)
             _arrange(x[row], factor, bits[row], weight[row], weight_factor, space)
-        _solve_row(x[row], factor, space, mapped, refit, iterations)
+        _solve_row(x[row], factor, bits[row], space, refit, iterations)
         inverse[row] = factor if unit > 0 else 1
         _hand_out(space, unit, mapped, scales[row], lower[row], codes[row])
 
@@ -516,9 +513,10 @@ class Lookup(sorted_rows_loops.Lookup):
         weight = _weight(importance, bits, work)
         of_elements = map_of(bits, len(x))
         scales = self._allocate(work, bits, levels)
+        space = _space(x.shape[1], levels, work.dtype, self._mapped, importance is not None)
         _solve_rows(
             work, as_integers(work), of_elements, weight, as_integers(weight), solver.refit,
-            search.limit(solver), scales, self._inverse, self._lower, self._codes,
+            search.limit(solver), scales, self._inverse, self._lower, self._codes, space,
         )  # fmt: skip
         self._keep(scales)
 

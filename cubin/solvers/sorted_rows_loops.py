@@ -21,13 +21,19 @@ import numpy as np
 from numba.extending import overload
 
 from cubin.core.floats import as_integers
-from cubin.core.host.loops import in_work_dtype, loop, read_only, store
+from cubin.core.host.loops import in_work_dtype, loop, part, read_only, store, target
+from cubin.core.host.loops import (
+    uncounted as _uncounted,
+)
 from cubin.core.libraries import Array
 from cubin.solvers import search
 from cubin.solvers.codebook import DEPENDENT
 from cubin.solvers.search import ADDED, NORMAL, NORMAL_MEAN, SCREENED, SETTLED
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import power_of_two, relative_weights
+
+uncounted: Any = _uncounted
+"""As a function of any arrays: Numba's decorator hides its types."""
 
 CHUNK = 1 << 10
 """Elements that stay in the first-level cache while they are compared with all edges in turn."""
@@ -773,20 +779,38 @@ def _tabulate(codes: Array, scales: Array, mapped: bool, values: Array) -> None:
             values[row, cell] = value
 
 
-@loop
-def _of_eight(x: Array, m: Array, lower: Array, table: Array, mirror: Any, y: Array) -> None:
-    """Look up elements of magnitudes `m` in a table of eight cells, which stays in registers."""
+@part
+def _of_four(x: Array, factor: float, lower: Array, table: Array, mirror: Any, y: Array) -> None:
+    """`_look_up` for a row with up to four cells: edges and entries stay in registers."""
+    never = lower.dtype.type(np.inf)
+    a = lower[1] if lower.size > 1 else never
+    b, c = (lower[2], lower[3]) if lower.size > 2 else (never, never)
+    p = table[0]
+    q = table[1] if table.size > 1 else p
+    r, s = (table[2], table[3]) if table.size > 2 else (q, q)
+    for j in range(x.size):
+        m = abs(x[j]) * factor
+        entry = q if m > a else p
+        entry = r if m > b else entry
+        entry = s if m > c else entry
+        y[j] = mirror - entry if x[j] <= 0 else entry
+
+
+@part
+def _of_eight(x: Array, factor: float, lower: Array, table: Array, mirror: Any, y: Array) -> None:
+    """The same with eight cells."""
     a, b, c, d, e, f, g = lower[1], lower[2], lower[3], lower[4], lower[5], lower[6], lower[7]
     p, q, r, s = table[0], table[1], table[2], table[3]
     t, u, v, w = table[4], table[5], table[6], table[7]
     for j in range(x.size):
-        entry = q if m[j] > a else p
-        entry = r if m[j] > b else entry
-        entry = s if m[j] > c else entry
-        entry = t if m[j] > d else entry
-        entry = u if m[j] > e else entry
-        entry = v if m[j] > f else entry
-        entry = w if m[j] > g else entry
+        m = abs(x[j]) * factor
+        entry = q if m > a else p
+        entry = r if m > b else entry
+        entry = s if m > c else entry
+        entry = t if m > d else entry
+        entry = u if m > e else entry
+        entry = v if m > f else entry
+        entry = w if m > g else entry
         y[j] = mirror - entry if x[j] <= 0 else entry
 
 
@@ -839,35 +863,32 @@ def _look_up(
 
     Elements that are not positive get ``mirrors[number of bits]`` minus that entry. Magnitudes are
     multiplied by the `inverse` of their row. `bits` has the shape (0, 0) where there is no map. `y`
-    may be `x`.
+    does not overlap `x`.
     """
+    x, bits, lower, table, y = uncounted(x, bits, lower, table, y)
     levels, mapped, cells = len(mirrors) - 1, len(bits) > 0, table.shape[1]
-    m, result = np.empty(CHUNK, x.dtype), np.empty(CHUNK, y.dtype)
-    at = np.empty(CHUNK, np.uint32)
-    eight_lower, eight = np.empty(SELECTED, lower.dtype), np.empty(SELECTED, table.dtype)
-    selected, mirror_of_all = not mapped and cells <= SELECTED, mirrors[levels]
+    m, at = np.empty(CHUNK, x.dtype), np.empty(CHUNK, np.uint32)
     for row in range(len(x)):
         row_lower, row_table, factor = lower[row], table[row], inverse[row]
-        if selected:
-            for cell in range(SELECTED):
-                # Cells that do not exist begin at infinity.
-                eight_lower[cell] = row_lower[cell] if 0 < cell < cells else np.inf
-                eight[cell] = row_table[min(cell, cells - 1)]
+        if cells <= SELECTED and not mapped:
+            if cells > 4:
+                _of_eight(x[row], factor, row_lower, row_table, mirrors[levels], y[row])
+            else:
+                _of_four(x[row], factor, row_lower, row_table, mirrors[levels], y[row])
+            continue
         for start in range(0, x.shape[1], CHUNK):
-            elements = x[row, start : start + CHUNK]
+            elements, entries = x[row, start : start + CHUNK], y[row, start : start + CHUNK]
             size = elements.size
             for j in range(size):
                 m[j] = abs(elements[j]) * factor
-            if selected:
-                _of_eight(elements, m, eight_lower, eight, mirror_of_all, result)
-            elif mapped:
+            if mapped:
                 depths = bits[row, start : start + size]
                 _find_cells_by_bits(m, depths, levels, row_lower, at)
                 for j in range(size):
                     # Both are read before the choice: a choice between reads would be a branch,
                     # which processors predict badly on random signs.
                     value, mirror = row_table[at[j]], mirrors[depths[j]]
-                    result[j] = mirror - value if elements[j] <= 0 else value
+                    entries[j] = mirror - value if elements[j] <= 0 else value
             else:
                 if cells <= COUNTED:
                     _count_edges(m, size, row_lower, at)
@@ -875,9 +896,7 @@ def _look_up(
                     _find_cells(m, size, row_lower, at)
                 for j in range(size):
                     value = row_table[at[j]]
-                    result[j] = mirror_of_all - value if elements[j] <= 0 else value
-            for j in range(size):
-                y[row, start + j] = result[j]
+                    entries[j] = mirrors[levels] - value if elements[j] <= 0 else value
 
 
 # ---------------------------------------------------------------- as the solvers are called
@@ -947,12 +966,10 @@ class Lookup:
         _tabulate(self._codes, scales, self._mapped, values)
         if rounded:
             values = values.astype(y.dtype).astype(wide.dtype)
-        direct = not rounded and y.flags.carray
-        target = y if direct else np.empty(wide.shape, wide.dtype)
+        result = target(y, wide)
         # The value of -x is that of x, negated: 0 minus it, which is +0 where levels cancel.
-        self._look_up(wide, bits, values, np.zeros(len(self.scales) + 1, wide.dtype), target)
-        if not direct:
-            store(target, y)
+        self._look_up(wide, bits, values, np.zeros(len(self.scales) + 1, wide.dtype), result)
+        store(result, y)
 
     def _look_up(self, x: Array, bits: Any, table: Array, mirrors: Array, y: Array) -> None:
         _look_up(read_only(x), self._map(bits), self._inverse, self._lower, table, mirrors, y)

@@ -580,8 +580,8 @@ def border(
     """Make a function on NumPy and CuPy arrays take and give arrays of any library.
 
     Arguments are viewed, and results are given back in the library that they are from. Where a
-    function takes ``out=``, PyTorch allocates the result on a GPU. A result that holds arrays itself says
-    how it is given back, in a method ``given_to(library)``.
+    function takes ``out=``, PyTorch allocates the result on a GPU. A result that holds arrays
+    itself says how it is given back, in a method ``given_to(library)``.
 
     Parameters
     ----------

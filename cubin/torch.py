@@ -11,6 +11,7 @@ them. A module makes the weights of a layer quantization-aware::
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ except ImportError as error:
     ) from error
 
 __all__ = ["Multibit", "Sign", "multibit", "sign"]
+
+# The functions on arrays alone: their borders would record the default gradients.
+_SIGN, _MULTIBIT = inspect.unwrap(binarize.sign), inspect.unwrap(binarize.multibit)
 
 
 def sign(x: Tensor, *, surrogate: str = "ste", **parameters: float) -> Tensor:
@@ -79,13 +83,11 @@ def sign(x: Tensor, *, surrogate: str = "ste", **parameters: float) -> Tensor:
     _check_tensor(x)
     if surrogate != "ste" or parameters:
         surrogates.sign_rule(surrogate, parameters)
-    if not libraries.TORCH.records(x):
-        return binarize.sign(x)
 
     def pull_back(gy: Tensor, x: Tensor) -> Tensor:
         return gradients.sign_grad(x, gy, surrogate=surrogate, **parameters)
 
-    return libraries.TORCH.record(lambda: binarize.sign(x), pull_back, {"x": x})
+    return libraries.across(_SIGN, True, pull_back, {"x": x})
 
 
 def multibit(
@@ -157,17 +159,17 @@ def multibit(
         )
     _check_tensor(x)
     surrogates.multibit_rule(surrogate)
-    layout: dict[str, Any] = {"channel_axis": channel_axis, "group_size": group_size}
-    finding: dict[str, Any] = {"solver": solver, "iterations": iterations, "importance": importance}
-    if not libraries.TORCH.records(x):
-        return binarize.multibit(x, bits, **layout, **finding)
 
-    def pull_back(gy: Tensor, x: Tensor, bits: Any) -> Tensor:
-        return gradients.multibit_grad(x, bits, gy, surrogate=surrogate, **layout)
+    def pull_back(gy: Tensor, x: Tensor, bits: Any, **_: Any) -> Tensor:
+        return gradients.multibit_grad(
+            x, bits, gy, channel_axis=channel_axis, group_size=group_size, surrogate=surrogate
+        )
 
-    return libraries.TORCH.record(
-        lambda: binarize.multibit(x, bits, **layout, **finding), pull_back, {"x": x, "bits": bits}
-    )
+    arguments = {
+        "x": x, "bits": bits, "channel_axis": channel_axis, "group_size": group_size,
+        "solver": solver, "iterations": iterations, "importance": importance,
+    }  # fmt: skip
+    return libraries.across(_MULTIBIT, True, pull_back, arguments)
 
 
 def _check_tensor(x: object) -> None:

@@ -266,6 +266,30 @@ def accuracies():
         yield f"| {label} | {{}} ± {{}} % | {{}} | {{}} |", [f"{mean:.2f}", f"{half:.2f}", *bits]
 
 
+IN_PYTORCH = table(RESULTS / "train_pytorch" / "train_pytorch.csv")
+
+
+def in_pytorch():
+    return interval([100 * float(row["test_accuracy"]) for row in IN_PYTORCH])
+
+
+def pytorch_against_tape():
+    pairs = [
+        (100 * float(r["test_accuracy"]), FINAL["CNN", "2 bits", r["seed"]]) for r in IN_PYTORCH
+    ]
+    return [f"{value:.2f}" for value in interval([one - other for one, other in pairs])]
+
+
+def within_the_tapes_interval():
+    mean, half = interval([FINAL["CNN", "2 bits", seed] for seed in SEEDS])
+    return abs(in_pytorch()[0] - mean) <= half
+
+
+def size_in_pytorch():
+    ((bits, count),) = {(row["effective_bits"], row["file_bytes"]) for row in IN_PYTORCH}
+    return [f"{float(bits):.2f}", f"{int(count):,}"]
+
+
 def fewest_effective_bits(arm):
     rows = [row for row in table(DIGITS / "train_mnist_summary.csv") if row["arm"] == arm]
     return min(float(row["effective_bits"]) for row in rows)
@@ -377,6 +401,12 @@ def sentences():
                 [figure.lstrip("-") for figure in points("CNN", "1.4 bits, random", BINARY)],
             ),
             ("lies above -{} points", [str(MARGIN)]),
+            (
+                "names {} ± {} % of the test digits right, also at {} seeds",
+                [*(f"{value:.2f}" for value in in_pytorch()), str(len(IN_PYTORCH))],
+            ),
+            ("it differs from the tape by {} ± {} points", pytorch_against_tape()),
+            ("take {} effective bits per weight, {} bytes in a file", size_in_pytorch()),
         ],
     }
 
@@ -430,6 +460,7 @@ CLAIMS = {
         "`budget` matches": lambda: (
             [a for a in [*MAPS, "1 bit"] if verdict("CNN", a) == "matches"] == ["1.4 bits, budget"]
         ),
+        "Its mean lies within the tape's interval": within_the_tapes_interval,
         "are undecided.": lambda: (
             {verdict("CNN", arm) for arm in [*MAPS[:2], "1 bit"]} == {"undecided"}
         ),

@@ -184,6 +184,20 @@ def test_views_without_a_copy(rng):
         cubin.sign(x, out=torch.zeros(1, 1, dtype=torch.float64).expand(4, 6))
 
 
+def test_results_are_tensors_of_their_own(rng):
+    x = torch.from_numpy(rng.normal(size=(4, 6))).requires_grad_()
+    for function in (cubin.sign, lambda x: cubin.torch.multibit(x, 2, channel_axis=0)):
+        before = x.tolist()
+        with torch.no_grad():
+            y = function(x)
+            other = function(x)
+        expected = y.clone()
+        y.zero_()
+        assert not y.requires_grad
+        assert torch.equal(other, expected)
+        assert x.tolist() == before
+
+
 def test_results_keep_the_memory_order(rng):
     x = torch.from_numpy(rng.normal(size=(2, 3, 4, 5))).to(memory_format=torch.channels_last)
     for y in (cubin.sign(x), cubin.multibit(x, 2, channel_axis=0), cubin.sign_grad(x, x)):

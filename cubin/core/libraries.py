@@ -216,7 +216,7 @@ class Library:
     def stream(self, index: int | None) -> contextlib.AbstractContextManager[Any]:
         """A context in which CuPy works on that GPU, on the stream that the library works on."""
         if index is None:
-            return contextlib.nullcontext()
+            return _HOST
         device: contextlib.AbstractContextManager[Any] = imported_cupy().cuda.Device(index)
         return device
 
@@ -229,7 +229,7 @@ class Library:
         raise NotImplementedError
 
     def empty_like(self, x: Any) -> Any:
-        """A new array for a result, or None where its arrays cannot be written."""
+        """A new array for a result, or None where a result of NumPy or CuPy is given back."""
         return None
 
     def check_output(self, out: Any) -> None:
@@ -254,7 +254,7 @@ class Library:
 
 
 class _Torch(Library):
-    """PyTorch: its results are allocated by PyTorch and written as CuPy or NumPy arrays."""
+    """PyTorch: it allocates results on a GPU, from its own pool; on the host they are NumPy's."""
 
     array = "PyTorch tensor"
     cast = "x.float()"
@@ -276,7 +276,7 @@ class _Torch(Library):
         return bool(value.is_floating_point())
 
     def stream(self, index: int | None) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if index is None else self._current_stream(index)
+        return _HOST if index is None else self._current_stream(index)
 
     @contextlib.contextmanager
     def _current_stream(self, index: int) -> Any:
@@ -299,10 +299,11 @@ class _Torch(Library):
 
     def give(self, array: Array, like: Any = None) -> Any:
         torch: Any = sys.modules["torch"]
-        halves = array.dtype.name == "bfloat16"
+        # Of the dtypes of results this kind is bfloat16's alone; a dtype's name takes longer.
+        halves = array.dtype.kind == "V"
         if halves:
             array = array.view(np.int16)
-        if on_device(array):
+        if type(array) is not np.ndarray and on_device(array):
             tensor = torch.from_dlpack(array)
         else:
             plain = np.asarray(array)
@@ -310,7 +311,7 @@ class _Torch(Library):
         return tensor.view(torch.bfloat16) if halves else tensor
 
     def empty_like(self, x: Any) -> Any:
-        return sys.modules["torch"].empty_like(x, requires_grad=False)
+        return sys.modules["torch"].empty_like(x, requires_grad=False) if x.is_cuda else None
 
     def check_output(self, out: Any) -> None:
         if out.requires_grad:
@@ -511,8 +512,8 @@ def _library_of(kind: type) -> Library | None:
     return DLPACK
 
 
-def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, Any, dict[str, Any]]:
-    """The library that the arguments are from, its first array, and the arguments to work on.
+def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, dict[str, Any], dict[str, Any]]:
+    """The library that the arguments are from, its arrays by name, and all arguments to work on.
 
     Arrays of that library stay as they are, for `Library.view`; those of DLPack are views.
 
@@ -522,35 +523,47 @@ def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, Any, dict[str, 
         If arrays are of several libraries, or floats of one lie on several devices. Maps of
         integers may be NumPy's or CuPy's.
     """
-    home, library = "", None
-    first: Any = None
+    library: Library | None = None
+    ours: dict[str, Any] = {}
+    others = []
     given = dict(arguments)
     for name, value in arguments.items():
         owner = LIBRARY_OF[type(value)]
-        if owner is DLPACK:
+        if owner is None:
+            if hasattr(value, "dtype"):
+                others.append(name)
+        elif owner is DLPACK:
             if name == "out":
                 DLPACK.check_output(value)
             given[name] = DLPACK.view(name, value)
-        elif owner is not None and library is None:
-            home, library, first = name, owner, value
+            others.append(name)
+        elif library is None or owner is library:
+            library = owner
+            ours[name] = value
+        else:
+            others.append(name)
     if library is None:
-        return None, None, given
-    for name, value in given.items():
+        return None, ours, given
+    home, first = next(iter(ours.items()))
+    for name, value in ours.items():
+        library.check(name, value)
+        if value is first:
+            continue
+        floats = library.is_floating(value) and library.is_floating(first)
+        if floats and value.device != first.device:
+            raise TypeError(
+                f"{name} lies on {value.device}, but {home} on {first.device}: move one of them"
+            )
+    for name in others:
+        value = given[name]
         owner = LIBRARY_OF[type(value)]
-        if owner is library:
-            library.check(name, value)
-            floats = library.is_floating(value) and library.is_floating(first)
-            if value is not first and floats and value.device != first.device:
-                raise TypeError(
-                    f"{name} lies on {value.device}, but {home} on {first.device}: move one of them"
-                )
-        elif owner is not None or (_is_plain(value) and value.dtype.kind not in "iu"):
+        if owner is not None or (_is_plain(value) and value.dtype.kind not in "iu"):
             plain = "CuPy array" if on_device(value) else "NumPy array"
             raise TypeError(
                 f"{name} is a {plain if owner is None else owner.array}, but {home} is a "
                 f"{library.array}: bring both to one library"
             )
-    return library, first, given
+    return library, ours, given
 
 
 def viewed(name: str, value: Any) -> tuple[Library | None, Any]:
@@ -561,14 +574,13 @@ def viewed(name: str, value: Any) -> tuple[Library | None, Any]:
 
 def all_viewed(arguments: Mapping[str, Any]) -> tuple[Library | None, list[Any]]:
     """The library that arguments are from, and all of them, its arrays as NumPy's or CuPy's."""
-    owner, first, given = enter(arguments)
+    owner, ours, given = enter(arguments)
     if owner is None:
         return None, list(given.values())
-    with owner.stream(owner.index(first)):
-        return owner, [
-            owner.view(name, value) if _is_of(owner, value) else value
-            for name, value in given.items()
-        ]
+    with owner.stream(owner.index(next(iter(ours.values())))):
+        for name, value in ours.items():
+            given[name] = owner.view(name, value)
+    return owner, list(given.values())
 
 
 def _is_plain(value: Any) -> bool:
@@ -582,8 +594,8 @@ def border(
     """Make a function on NumPy and CuPy arrays take and give arrays of any library.
 
     Arguments are viewed, and results are given back in the library that they are from. Where a
-    function takes ``out=``, PyTorch allocates the result. A result that holds arrays itself says
-    how it is given back, in a method ``given_to(library)``.
+    function takes ``out=``, PyTorch allocates the result on a GPU. A result that holds arrays
+    itself says how it is given back, in a method ``given_to(library)``.
 
     Parameters
     ----------
@@ -608,15 +620,15 @@ def border(
                         break
                 else:
                     return function(*values, **options)
-            arguments = dict(zip(positional, values, strict=False))
-            if len(values) > len(positional) or arguments.keys() & options.keys():
+            arguments = {**dict(zip(positional, values, strict=False)), **options}
+            if len(arguments) < len(values) + len(options):  # too many, or two of one name
                 return function(*values, **options)  # which raises
             torch: Any = sys.modules.get("torch")
-            across = _across
+            work = across
             if torch is not None and torch.compiler.is_compiling():
                 # PyTorch is not to trace what follows, which works on the values.
-                across = torch.compiler.disable(_across, reason="use cubin.torch there")
-            result: R = across(function, takes_out, gradient, {**arguments, **options})
+                work = torch.compiler.disable(across, reason="use cubin.torch there")
+            result: R = work(function, takes_out, gradient, arguments)
             return result
 
         return call
@@ -624,61 +636,81 @@ def border(
     return decorate
 
 
-def _across(
+def across(
     function: Callable[..., Any],
     takes_out: bool,
     gradient: Callable[..., Any] | None,
     arguments: dict[str, Any],
 ) -> Any:
-    """The result of a function where an argument is of another library."""
+    """The result of a function on NumPy and CuPy arrays, with arguments of any one library.
+
+    Parameters
+    ----------
+    function : callable
+    takes_out : bool
+        Whether it takes ``out=``.
+    gradient : callable, optional
+        As in `border`.
+    arguments : dict
+        Its arguments by name.
+    """
     if any(LIBRARY_OF[type(value)] is DASK for value in arguments.values()):
         # The adapter calls public functions: it is looked up here, since the core imports none.
         return importlib.import_module("cubin.dask").lazily(function.__name__, arguments)
-    library, first, given = enter(arguments)
+    library, ours, given = enter(arguments)
     if library is None:
         return function(**given)
-    work = (function, takes_out, library, first, given)
-    x: Any = given.get("x")
-    ours = _is_of(library, x)
-    if ours and not library.is_floating(x):
-        raise TypeError(
-            f"x must be floating point, got {x.dtype}: cast it first, e.g. {library.cast}"
-        )
-    if gradient is not None and ours and library.records(x):
-        if given.get("out") is not None:
-            raise TypeError("x requires grad, and writing out is not recorded: use torch.no_grad()")
-        return library.record(functools.partial(_worked, *work), gradient, arguments)
-    return _worked(*work)
+    if "x" in ours:
+        x = ours["x"]
+        if not library.is_floating(x):
+            raise TypeError(
+                f"x must be floating point, got {x.dtype}: cast it first, e.g. {library.cast}"
+            )
+        if gradient is not None and library.records(x):
+            if given.get("out") is not None:
+                raise TypeError(
+                    "x requires grad, and writing out is not recorded: use torch.no_grad()"
+                )
+
+            def forward() -> Any:
+                return _worked(function, takes_out, library, ours, given)
+
+            return library.record(forward, gradient, arguments)
+    return _worked(function, takes_out, library, ours, given)
 
 
 def _worked(
-    function: Callable[..., Any], takes_out: bool, library: Library, first: Any, given: Any
+    function: Callable[..., Any],
+    takes_out: bool,
+    library: Library,
+    ours: dict[str, Any],
+    given: dict[str, Any],
 ) -> Any:
-    """The result of a function whose arguments are of this library."""
-    x, out = given.get("x"), given.get("out")
+    """The result of a function whose arguments are of this library: these, by name, and all."""
+    first = next(iter(ours.values()))
+    out = given.get("out")
     target = out
-    if out is not None and _is_of(library, out):
+    if out is None:
+        if takes_out and "x" in ours:
+            target = library.empty_like(ours["x"])
+            if target is not None:
+                given["out"] = target
+                ours["out"] = target
+    elif "out" in ours:
         library.check_output(out)
-    elif takes_out and _is_of(library, x):
-        given["out"] = target = library.empty_like(x)
     with library.stream(library.index(first)):
-        for name, value in given.items():
-            if _is_of(library, value):
-                given[name] = library.view(name, value)
+        for name, value in ours.items():
+            given[name] = library.view(name, value)
         result = function(**given)
         if out is not None:
             library.written(out)
         return given_back(result, library, first) if target is None else target
 
 
-def _is_of(library: Library, value: Any) -> bool:
-    return LIBRARY_OF[type(value)] is library
-
-
 def given_back(result: Any, library: Library | None, like: Any = None) -> Any:
     """A result of NumPy or CuPy in the library that its arguments are from."""
     if library is None:
         return result
-    if isinstance(result, np.ndarray | np.generic) or on_device(result):
+    if isinstance(result, (np.ndarray, np.generic)) or on_device(result):
         return library.give(result, like)
     return result.given_to(library) if hasattr(result, "given_to") else result

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.optional import optional
+
+from tests.required import require
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "experiments" / "notebooks" / "pytorch.ipynb"
 CODE = [
@@ -33,7 +34,7 @@ def accuracies(text):
 )
 def test_it_learns_as_well_as_it_says():
     """To half a point: rounding differs between machines. The sizes are the same everywhere."""
-    optional("torch")
+    require("torch")
     names = {"__name__": "__main__"}
     for cell in CODE:
         shown = io.StringIO()

@@ -40,11 +40,11 @@ from cubin.weights import Weights, WeightsError, channel_rows
 
 NAME = "league"
 SEED = 0
-SAMPLE_SHAPE = (128, 512)
+SAMPLE_SHAPE = (64, 512)
 QUICK_SAMPLE_SHAPE = (16, 128)
-TENSORS = 4
+TENSORS = 2
 QUICK_TENSORS = 1
-LINES = 128
+LINES = 64
 """The most output channels of a tensor that are coded."""
 
 LENGTHS = (256, 1024)
@@ -181,16 +181,16 @@ METHODS = {
         allocated, (1.5, 2, 2.5, 3, 3.5, 4), ours("#CC79A7", "D"), (None,), ours=True
     ),
     "refined, gram": Method(
-        solved("refined"), range(1, 5), ours("#E69F00", "o"), calibrated=True, ours=True
+        solved("refined"), range(1, 5), ours("#E69F00", "o"), (128, None), True, ours=True
     ),
     "alternating, gram": Method(
-        solved("alternating"), range(1, 5), ours("#56B4E9", "^"), calibrated=True, ours=True
+        solved("alternating"), range(1, 5), ours("#56B4E9", "^"), (128, None), True, ours=True
     ),
     "optimal, gram": Method(
         solved("optimal"), (1, 2), ours("#0072B2", "v"), (None,), True, ours=True, slow=True
     ),
     "columns, gram": Method(
-        by_columns, (1.25, 1.5, 2, 2.5, 3, 3.5), ours("#009E73", "s"), (None,), True, ours=True
+        by_columns, (1.5, 2, 2.5, 3), ours("#009E73", "s"), (None,), True, ours=True
     ),
     "round to nearest": Method(
         peer(quantizers.round_to_nearest), range(2, 6), theirs("#999999", "x")
@@ -216,7 +216,7 @@ METHODS = {
         lambda w, gram, bits, group: quantizers.gptq(
             w.astype(np.float64), gram.matrix, bits, group
         ),
-        range(2, 6), theirs("#D55E00", "h"), calibrated=True,
+        range(2, 6), theirs("#D55E00", "h"), (128, None), True,
     ),
     "BiLLM": Method(
         lambda w, gram, bits, group: quantizers.billm(w.astype(np.float64), gram.matrix, group),

@@ -106,6 +106,28 @@ def test_rows_hold_the_elements_that_share_a_scale(data):
     assert rows.flat(spread).tolist() == [[row] * rows.length for row in range(rows.count)]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "float16", ml_dtypes.bfloat16, "float32", "float64"])
+@pytest.mark.parametrize("axis", [0, 1, (1, 0), (0, 3), 3])
+def test_rows_of_views(dtype, axis):
+    whole = np.arange(9 * 7 * 4 * 5).reshape(9, 7, 4, 5).astype(dtype)
+    for x in (
+        whole,
+        whole[1:-2, 2:-1],
+        whole[:, :, :, 1:4],
+        whole[::-1],
+        whole[..., ::-1],
+        whole.transpose(1, 0, 2, 3),
+        whole.transpose(0, 3, 1, 2),
+        whole[:, :1],
+        whole[:, :, :0],
+        np.broadcast_to(whole[:1], whole.shape),
+    ):
+        rows = rows_of(x.shape, axis)
+        flat = rows.flat(x)
+        np.testing.assert_array_equal(flat, rows.view(x).reshape(rows.count, rows.length))
+        assert flat.dtype == x.dtype
+
+
 def test_views_of_rows_share_memory():
     x = np.zeros((4, 5, 6))
     for granularity in ({"channel_axis": (2, 0)}, {"group_size": 3}, {}):

@@ -358,12 +358,41 @@ def test_elementwise_loops_on_special_values(rng, monkeypatch, dtype, view):
         (cubin.multibit_grad(x, 2, gy), same_bound),
     ):
         np.testing.assert_array_equal(as_integers(found), as_integers(expected))
-    in_order = x.flags.c_contiguous or x.flags.f_contiguous
-    in_loops = {"signs", "gradient_inside"} if in_order else {"signs"}  # the copy
-    assert used == in_loops
+    assert used == {"signs", "gradient_inside"}
 
 
 HOST = "cubin.core.host.loops"
+
+
+LAYOUTS = {
+    "C": lambda x: x,
+    "Fortran": np.asfortranarray,
+    "turned": lambda x: np.ascontiguousarray(x.transpose(1, 2, 0)).transpose(2, 0, 1),
+    "mirrored": lambda x: x[:, ::-1],
+    "every other": lambda x: np.repeat(x, 2, axis=2)[..., ::2],
+    "repeated": lambda x: np.broadcast_to(x[:, :1], x.shape),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("of_gy", LAYOUTS)
+def test_elementwise_loops_on_every_layout(rng, monkeypatch, dtype, of_x, of_gy):
+    monkeypatch.setattr(blocks, "BLOCK", 500)
+    x, gy = (rng.normal(size=(6, 35, 20)).astype(dtype) for _ in range(2))
+    x, gy = LAYOUTS[of_x](x), LAYOUTS[of_gy](gy)
+    order = np.empty_like(x).strides
+    for bits in (2, rng.integers(0, 3, x.shape), rng.integers(0, 3, (35, 1))):
+        expected = np.where(np.abs(plain(x)) <= bits, plain(gy), 0)
+        gx = cubin.multibit_grad(x, bits, gy)
+        np.testing.assert_array_equal(plain(gx), expected)
+        assert gx.strides == order
+        itself = gy.copy(order="K")
+        cubin.multibit_grad(x, bits, itself, out=itself)
+        np.testing.assert_array_equal(plain(itself), expected)
+    signs = cubin.sign(x)
+    np.testing.assert_array_equal(plain(signs), np.where(plain(x) > 0, 1, -1))
+    assert signs.strides == order
 
 
 def test_loops_are_loaded_for_large_arrays_alone(monkeypatch):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import cubin
-from cubin.codes.levels import level_signs, sum_signs
+from cubin.codes.levels import level_signs
+from cubin.codes.planes import pack_signs
 from cubin.core import floats, passes
 from cubin.core.host import blocks
 from cubin.core.rows import rows_of
@@ -15,7 +16,7 @@ from tests.exhaustive import few
 
 pytest.importorskip("numba")
 
-from cubin.codes import levels_loops
+from cubin.codes import levels_loops, planes_loops
 from cubin.core.host import loops
 from cubin.solvers import greedy_columns_loops, greedy_loops
 
@@ -117,27 +118,32 @@ def test_sums_of_pieces(rng, dtype, kind, levels, shape):
     np.testing.assert_array_equal(count[0], count[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("levels", [1, 2, 5])
-def test_signs_of_columns(rng, dtype, levels):
-    rows, n = 40, 1100
-    signs, _ = side_by_side(rows, n, np.int8, (levels,))
-    signs[...] = rng.integers(-1, 2, signs.shape)
-    scales = rng.normal(size=(levels, rows, 1)).astype(floats.work_dtype(np.dtype(dtype)))
-    expected = np.empty((rows, n), dtype)
-    sum_signs.function(np.ascontiguousarray(signs), scales, y=expected)
-    y, whole = side_by_side(rows, n, dtype)
-    levels_loops.sum_signs(signs, scales, y=y)
-    np.testing.assert_array_equal(y, expected)
-    assert_untouched(whole)
-    code, _ = side_by_side(rows, n, np.uint16)
+def test_codes_to_signs(rng, levels):
+    code, _ = side_by_side(40, 1100, np.uint16)
     code[...] = rng.integers(0, 1 << levels, code.shape)
     for bits in (np.uint8(levels), map_of(rng, code.shape, levels, "columns")):
-        plain, (sign, whole) = np.empty(code.shape, np.int8), side_by_side(rows, n, np.int8)
+        plain, (sign, whole) = np.empty(code.shape, np.int8), side_by_side(40, 1100, np.int8)
         level_signs.function(code, bits, np.uint8(0), sign=plain)
         levels_loops.level_signs(code, bits, np.uint8(0), sign=sign)
         np.testing.assert_array_equal(sign, plain)
         assert_untouched(whole)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 70, 131])
+@pytest.mark.parametrize("n", [1, 7, 8, 27, 521, 1104])
+@pytest.mark.parametrize("columns", [False, True])
+def test_signs_to_planes(rng, count, n, columns):
+    signs = (
+        side_by_side(count, n, np.int8, (3,))[0] if columns else np.empty((3, count, n), np.int8)
+    )
+    signs[...] = rng.integers(-1, 2, signs.shape)
+    expected = np.empty((3, -(-n // 8), count), np.uint8)
+    pack_signs.function(signs, planes=expected)
+    planes, whole = side_by_side(count, expected.shape[1], np.uint8, (3,))
+    planes_loops.pack_signs(signs, planes=planes.swapaxes(1, 2))
+    np.testing.assert_array_equal(planes.swapaxes(1, 2), expected)
+    assert_untouched(whole)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -191,7 +197,8 @@ def test_arrays_whose_rows_lie_side_by_side(rng, monkeypatch, view, mapped, long
     np.testing.assert_array_equal(in_place, y)
     found = cubin.quantize(x, bits, channel_axis=axis)
     np.testing.assert_array_equal(found.scales.reshape(code.scales.shape), code.scales)
-    np.testing.assert_array_equal(rows.flat(found.signs, 1), code.signs)
+    for signs, expected_signs in zip(found.signs, code.signs, strict=True):
+        np.testing.assert_array_equal(rows.flat(signs), expected_signs)
     np.testing.assert_array_equal(found.dequantize(), y)
 
 

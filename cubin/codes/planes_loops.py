@@ -8,11 +8,12 @@ import numpy as np
 
 from cubin.core import memory
 from cubin.core.host.loops import (
+    beside,
     in_rows,
+    lines,
     loop,
     map_of,
     part,
-    place,
     read_only,
     store,
     target,
@@ -26,14 +27,69 @@ _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder=
 _WORDS = read_only((_BITS.view(np.int8) * np.int8(2) - np.int8(1)).view(np.uint64)[:, 0])
 """The eight signs of every byte, an int8 each."""
 
+TILE = 1 << 6
+"""Lines, and bytes of them, that are packed at a time."""
+
 _SHORT = 1 << 5
 """The scales of shorter runs are repeated for each element."""
 
 
+@loop
+def _pack_lines(words: Array, tile: Array, planes: Array) -> None:
+    """Write planes, (levels, width, lines), from words of eight signs, (levels, lines, width).
+
+    They are turned in a tile of `TILE` lines and bytes, so that neighbours are written together.
+    """
+    words, tile, planes = uncounted(words, tile, planes)
+    levels, width, lines = planes.shape
+    ones, one = np.uint64(0x0101010101010101), np.uint64(1)
+    for level in range(levels):
+        for first in range(0, lines, TILE):
+            stop = min(first + TILE, lines)
+            for start in range(0, width, TILE):
+                size = min(TILE, width - start)
+                for i in range(stop - first):
+                    held, packed = words[level, first + i, start : start + size], tile[i]
+                    for j in range(size):
+                        # The lowest bits of a byte are 01 for +1, 11 for -1, and 00 for 0.
+                        bits = held[j] & ~(held[j] >> one) & ones
+                        bits |= bits >> np.uint64(7)
+                        bits |= bits >> np.uint64(14)
+                        packed[j] = np.uint8(bits | bits >> np.uint64(28))
+                for j in range(size):
+                    into = planes[level, start + j, first:stop]
+                    for i in range(stop - first):
+                        into[i] = tile[i, j]
+
+
+@loop
+def _pack_columns(signs: Array, planes: Array) -> None:
+    """Write planes, (levels, width, lines), from signs, (levels, n, pitch)."""
+    signs, planes = uncounted(signs, planes)
+    levels, width, lines = planes.shape
+    none = np.uint8(0)
+    for level in range(levels):
+        for j in range(width):
+            packed = planes[level, j]
+            packed[:] = 0
+            for e in range(8 * j, min(8 * j + 8, signs.shape[1])):
+                sign, bit = signs[level, e, :lines], np.uint8(1 << (e & 7))
+                for i in range(lines):
+                    packed[i] |= bit if sign[i] > 0 else none
+
+
 def pack_signs(signs: Array, *, planes: Array) -> None:
     """`planes.pack_signs`."""
-    for sign, plane in zip(signs, planes, strict=True):
-        place(np.packbits(in_rows(sign) > 0, axis=1, bitorder="little"), plane.T)
+    if beside(signs):
+        _pack_columns(read_only(lines(signs)), planes)
+        return
+    levels, width, count = planes.shape
+    whole, n = in_rows(signs), signs.shape[2]
+    if n % 8:
+        whole = np.zeros((levels, count, 8 * width), np.int8)
+        whole[..., :n] = signs
+    tile = memory.scratch("tile", (TILE, TILE), np.uint8)
+    _pack_lines(read_only(whole.view(np.uint64)), tile, planes)
 
 
 @part

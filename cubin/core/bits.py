@@ -94,7 +94,10 @@ def as_entries(
     if bits.ndim == 0 and not libraries.on_device(bits):
         low = high = int(bits)
     else:
-        low, high = (int(bits.min()), int(bits.max())) if bits.size else (0, 0)
+        # Read as unsigned numbers, negative ones are the largest: one pass over the map is enough.
+        unsigned = bits.view(bits.dtype.str.replace("i", "u"))
+        high = int(unsigned.max()) if bits.size else 0
+        low, high = (int(bits.min()), int(bits.max())) if high > limit else (0, high)
     if low < 0 or high > limit:
         raise ValueError(f"bits must lie in 0 .. {limit}, got {low if low < 0 else high}")
     if libraries.on_device(bits):

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from cubin.core.libraries import Array
-from cubin.core.rows import Rows
+from cubin.core.rows import Rows, flattened
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Box:
         """`array`, (levels, rows, n), as (levels, lines, elements): a view where strides allow."""
         block = array.reshape(len(array), *self.sizes)
         block = block.transpose((0, *(1 + at for at in self.order)))
-        return block.reshape(len(array), self.lines.stop - self.lines.start, -1)
+        count = self.lines.stop - self.lines.start
+        return flattened(block, (len(array), count, math.prod(self.sizes) // count))
 
     def run(self) -> slice | None:
         """The elements of a line that the box has, if they follow each other, else None."""

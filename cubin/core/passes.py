@@ -23,7 +23,7 @@ from cubin.core.host import blocks
 from cubin.core.libraries import Array
 from cubin.core.lines import Lines
 from cubin.core.primitives import Elementwise, Primitive, Raw, Reduction
-from cubin.core.rows import Rows
+from cubin.core.rows import Rows, flattened, runs_of
 
 DEVICE_PIECE = 1 << 13
 """Elements of a piece of a row on a device: one thread block reduces it."""
@@ -253,29 +253,41 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     if not device and size <= blocks.BLOCK and not blocks.pays(size):
         blocks.alone(primitive.function, *inputs, **outputs)
         return
-    if output.flags.f_contiguous and not output.flags.c_contiguous:
+    if not output.flags.c_contiguous:
         # The same elements in the order in which they lie.
-        spread = [a.T if np.ndim(a) == output.ndim else a for a in inputs]
-        if all(np.ndim(a) in (0, output.ndim) for a in inputs):
-            elements(primitive, *spread, **{name: a.T for name, a in outputs.items()})
+        order = sorted(range(output.ndim), key=lambda axis: -abs(output.strides[axis]))
+        if order != list(range(output.ndim)):
+            spread = [_turned(a, order) for a in inputs]
+            elements(primitive, *spread, **{name: _turned(a, order) for name, a in outputs.items()})
             return
     if device:
         primitive(*inputs, **outputs)
         return
     on: Callable[..., None] = primitive.function
-    # Loops take C-contiguous arrays of one shape.
-    if all(_is_plain(a, shape) for a in (*inputs, *outputs.values())):
+    # Loops take C-contiguous arrays of one shape: what else there is among the inputs is copied,
+    # block by block.
+    if all(_is_plain(a, shape) for a in outputs.values()):
         on = primitive.on_host(size)
-    if size <= blocks.BLOCK:
-        blocks.alone(on, *inputs, **outputs)
-        return
+    looped = on is not primitive.function
     spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
 
-    def run(block: blocks.Block) -> None:
+    def run(block: tuple[Any, ...]) -> None:
         cut = [a[block] if np.ndim(a) else a for a in spread]
+        if looped:
+            cut = [blocks.in_order(a) if np.ndim(a) else a for a in cut]
         on(*cut, **{name: a[block] for name, a in outputs.items()})
 
+    if size <= blocks.BLOCK:
+        blocks.alone(run, (...,))
+        return
     blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
+
+
+def _turned(array: Any, order: Sequence[int]) -> Any:
+    """An array that broadcasts to ``len(order)`` axes, with these in another order."""
+    if not np.ndim(array):
+        return array
+    return array.reshape((1,) * (len(order) - array.ndim) + array.shape).transpose(order)
 
 
 def _is_plain(array: Any, shape: tuple[int, ...]) -> bool:
@@ -446,6 +458,12 @@ def write(task: Callable[[Array], None], target: Array, shape: tuple[int, ...]) 
 
     It is a view of `target` where strides allow one, else a copy that is written back.
     """
+    runs = runs_of(target, shape)
+    if runs is not None:
+        flat = np.empty(shape, target.dtype)
+        task(flat)
+        runs[...] = flat.view(runs.dtype).reshape(runs.shape)
+        return
     flat = target.reshape(shape)
     if libraries.on_device(flat) and flat.ndim > 1:
         flat = teams.side_by_side(flat)
@@ -486,7 +504,7 @@ def _over(
                 flat.append(view)
                 continue
             cut = gathered(view[part.block])
-            flat.append(cut.reshape(rows.flat_shape(cut.shape)))
+            flat.append(flattened(cut, rows.flat_shape(cut.shape)))
         task(part, *flat)
 
     blocks.each(run, parts, size)

@@ -277,6 +277,11 @@ def _loops(module: str) -> Any:
         return None
 
 
+def in_order(array: np.ndarray) -> np.ndarray:
+    """`array` as compiled loops take it: C-contiguous and aligned, a copy if need be."""
+    return sys.modules["cubin.core.host.loops"].in_rows(array)
+
+
 def _is_loaded() -> bool:
     return "cubin.core.host.loops" in sys.modules
 

@@ -102,7 +102,7 @@ class Space(NamedTuple):
 
 def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool) -> Space:
     """A `Space` for rows of n elements in the work dtype `kind`."""
-    room, states = _padded(n), 1 << levels
+    room, states = _padded.py_func(n), 1 << levels
     if mapped:
         # Each number of bits fills its columns, and one element is written behind the last.
         room += COLUMNS * levels + 1
@@ -238,7 +238,7 @@ def _mean(equations: Array, level: int, scales: Array) -> float:
     return total / (count if count > 0 else 1.0)
 
 
-@part
+@loop
 def _solve(equations: Array, levels: int, scales: Array) -> float:
     """Write the least-squares scales and return their gain; the equations are overwritten."""
     for p in range(levels):

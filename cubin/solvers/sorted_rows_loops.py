@@ -868,13 +868,14 @@ def _look_up(
     x, bits, lower, table, y = uncounted(x, bits, lower, table, y)
     levels, mapped, cells = len(mirrors) - 1, len(bits) > 0, table.shape[1]
     m, at = np.empty(CHUNK, x.dtype), np.empty(CHUNK, np.uint32)
+    mirror_of_all = mirrors[levels]
     for row in range(len(x)):
         row_lower, row_table, factor = lower[row], table[row], inverse[row]
         if cells <= SELECTED and not mapped:
             if cells > 4:
-                _of_eight(x[row], factor, row_lower, row_table, mirrors[levels], y[row])
+                _of_eight(x[row], factor, row_lower, row_table, mirror_of_all, y[row])
             else:
-                _of_four(x[row], factor, row_lower, row_table, mirrors[levels], y[row])
+                _of_four(x[row], factor, row_lower, row_table, mirror_of_all, y[row])
             continue
         for start in range(0, x.shape[1], CHUNK):
             elements, entries = x[row, start : start + CHUNK], y[row, start : start + CHUNK]
@@ -896,7 +897,7 @@ def _look_up(
                     _find_cells(m, size, row_lower, at)
                 for j in range(size):
                     value = row_table[at[j]]
-                    entries[j] = mirrors[levels] - value if elements[j] <= 0 else value
+                    entries[j] = mirror_of_all - value if elements[j] <= 0 else value
 
 
 # ---------------------------------------------------------------- as the solvers are called

@@ -213,6 +213,60 @@ def below_shannon(column, rows):
     return [float(row["relative_mse"]) < 4.0 ** -float(row[column]) for row in rows]
 
 
+# ---------------------------------------------------------------- others
+
+LEAGUE = table(RESULTS / "league.csv")
+OF_OTHERS = {
+    "round to nearest", "round to nearest, clipped", "HQQ", "NF4", "LSBQ", "LSBQ, ternary",
+    "k-means per row", "GPTQ", "BiLLM",
+}  # fmt: skip
+LIMIT = "entropy-coded scalar"
+BUDGETS = (1.2, 1.8, 2.2, 2.5, 3.2, 4.5)
+KINDS = ("Gaussian", "Laplace", "Student-t, 4 degrees", "pretrained weights")
+
+
+def league(data, column, bits, ours, inputs="1/i", methods=None):
+    """The row of least error, of cubin's methods or the others, that fits into so many bits."""
+    rows = [
+        row
+        for row in LEAGUE
+        if (row["data"], row["inputs"]) == (data, inputs)
+        and float(row["effective_bits"]) <= bits
+        and row["method"] != LIMIT
+        and (row["method"] in OF_OTHERS) != ours
+        and (methods is None or row["method"] in methods)
+    ]
+    return min(rows, key=lambda row: float(row[column]))
+
+
+def league_ratio(data, column, bits, inputs="1/i"):
+    mine, other = (league(data, column, bits, ours, inputs) for ours in (True, False))
+    return float(mine[column]) / float(other[column])
+
+
+def league_ratios():
+    cells = " | ".join("{}" for _ in BUDGETS)
+    for label, column, inputs in (
+        ("weights", "weight_mse", "1/i"),
+        ("outputs, 1/i", "output_mse", "1/i"),
+        ("outputs, i^-1/2", "output_mse", "i^-1/2"),
+    ):
+        for data in KINDS:
+            found = [f"{league_ratio(data, column, bits, inputs):.2f}" for bits in BUDGETS]
+            yield f"| {data}: {label} | {cells} |", found
+
+
+def league_winners():
+    for column in ("weight_mse", "output_mse"):
+        for bits in BUDGETS:
+            figures = []
+            for ours in (True, False):
+                row = league("Gaussian", column, bits, ours)
+                figures += [row["method"], digits(row[column])]
+            label = {"weight_mse": "weights", "output_mse": "outputs"}[column]
+            yield f"| {label}, up to {bits} | {{}}: {{}} | {{}}: {{}} |", figures
+
+
 # ---------------------------------------------------------------- accuracy
 
 DIGITS = RESULTS / "train_mnist"

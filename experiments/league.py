@@ -231,7 +231,8 @@ METHODS = {
 SHOWN = {
     "weight_mse": [
         "greedy", "optimal", "ternary", "budget, optimal", "allocate, optimal",
-        "round to nearest, clipped", "HQQ", "NF4", "LSBQ", "k-means per row", "entropy-coded scalar",
+        "round to nearest, clipped", "HQQ", "NF4", "LSBQ", "k-means per row",
+        "entropy-coded scalar",
     ],
     "output_mse": [
         "refined, gram", "alternating, gram", "optimal, gram", "columns, gram", "GPTQ", "BiLLM",

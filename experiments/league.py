@@ -230,8 +230,9 @@ METHODS = {
 
 SHOWN = {
     "weight_mse": [
-        "greedy", "optimal", "ternary", "budget, optimal", "round to nearest, clipped", "HQQ",
-        "NF4", "LSBQ", "k-means per row", "entropy-coded scalar",
+        "greedy", "optimal", "ternary", "budget, optimal", "allocate, optimal",
+        "round to nearest, clipped", "HQQ", "NF4", "LSBQ", "k-means per row",
+        "entropy-coded scalar",
     ],
     "output_mse": [
         "refined, gram", "alternating, gram", "optimal, gram", "columns, gram", "GPTQ", "BiLLM",

@@ -267,6 +267,61 @@ def league_winners():
             yield f"| {label}, up to {bits} | {{}}: {{}} | {{}}: {{}} |", figures
 
 
+def leads(column, inputs="1/i"):
+    """Where cubin's least error is below the others': (data, bits)."""
+    return {
+        (data, bits)
+        for data in KINDS
+        for bits in BUDGETS
+        if league_ratio(data, column, bits, inputs) < 0.995
+    }
+
+
+def all_kinds(*budgets):
+    return {(data, bits) for data in KINDS for bits in budgets}
+
+
+def same_codes(mine, other, bits):
+    """Whether two methods have the same bits and weight error on all data, at every group size."""
+    pairs = [
+        [row for row in LEAGUE if row["method"] == name and row["bits"] == str(bits)]
+        for name in (mine, other)
+    ]
+    return len(pairs[0]) == len(pairs[1]) > 0 and all(
+        float(a[column]) == pytest.approx(float(b[column]), rel=5e-3)
+        for a, b in zip(*pairs, strict=True)
+        for column in ("effective_bits", "weight_mse")
+    )
+
+
+def above_entropy_coding(data):
+    """Whether every method's weight error is above that of the entropy-coded scalar quantizer."""
+    rows = [row for row in LEAGUE if (row["data"], row["inputs"]) == (data, "1/i")]
+    bits, errors = (
+        np.array([float(row[column]) for row in rows if row["method"] == LIMIT])
+        for column in ("effective_bits", "weight_mse")
+    )
+    return all(
+        float(row["weight_mse"])
+        > np.exp(np.interp(float(row["effective_bits"]), bits, np.log(errors)))
+        for row in rows
+        if row["method"] != LIMIT and float(row["effective_bits"]) <= bits.max()
+    )
+
+
+def bits_of_billm():
+    found = [float(row["effective_bits"]) for row in LEAGUE if row["method"] == "BiLLM"]
+    return [f"{min(found):.1f}", f"{max(found):.1f}"]
+
+
+def in_groups_of_64(method):
+    return float(
+        only(LEAGUE, data="Gaussian", inputs="1/i", method=method, bits=4, group=64)[
+            "effective_bits"
+        ]
+    )
+
+
 # ---------------------------------------------------------------- accuracy
 
 DIGITS = RESULTS / "train_mnist"
@@ -430,6 +485,16 @@ def sentences():
                 ],
             ),
         ],
+        "docs/league.md": [
+            *league_winners(),
+            *league_ratios(),
+            ("With its maps and scales it takes {} to {} effective bits", bits_of_billm()),
+            (
+                "Four bits in groups of 64 are {} effective bits as a binary code and {} as "
+                "integers",
+                [f"{in_groups_of_64(m):.2f}" for m in ("optimal", "round to nearest")],
+            ),
+        ],
         "docs/conventions.md": [
             (
                 "to {} for float32 arrays, {} for float64, {} for float16 and {} for bfloat16",
@@ -507,6 +572,51 @@ CLAIMS = {
             json.loads((RESULTS / "bit_budget.json").read_text())["weights"]["tensors"] == 35
         ),
     },
+    "docs/league.md": {
+        "LSBQ has the codes of `greedy` at 1 bit, of `optimal` at 2 and of `ternary`": lambda: (
+            same_codes("greedy", "LSBQ", 1) and same_codes("optimal", "LSBQ", 2)
+            and same_codes("ternary", "LSBQ, ternary", 1)
+        ),
+        "On the three distributions integers or NF4 are ahead at 4.5 effective bits": lambda: (
+            not leads("weight_mse") & {(data, 4.5) for data in KINDS[:3]}
+            and {league(d, "weight_mse", 4.5, False)["method"] for d in KINDS[:3]} == {"HQQ", "NF4"}
+        ),
+        "Where tails are heavy, `budget` is ahead of all others at 2.2 and 2.5 effective bits": (
+            lambda: {(d, b) for d in KINDS[1:3] for b in (2.2, 2.5)} <= leads("weight_mse")
+            and {league(d, "weight_mse", b, True)["method"] for d in KINDS[1:3] for b in (2.2, 2.5)}
+            == {"budget, optimal"}
+        ),
+        "on the pretrained ones `allocate` is, from 1.8 effective bits on": lambda: all(
+            league(KINDS[3], "weight_mse", b, True)["method"] == "allocate, optimal"
+            and (KINDS[3], b) in leads("weight_mse") for b in BUDGETS[1:]
+        ),
+        "`greedy` is behind rounding to the nearest integer in a searched range at 3.2 and 4.5 "
+        "effective bits, on all data": lambda: all(
+            float(league(d, "weight_mse", b, True, methods={"greedy"})["weight_mse"])
+            > float(league(d, "weight_mse", b, False, methods={"round to nearest, clipped"})
+                    ["weight_mse"])
+            for d in KINDS for b in (3.2, 4.5)
+        ),
+        "cubin's codes are ahead on all data up to 3.2 effective bits": lambda: (
+            leads("output_mse") >= all_kinds(*BUDGETS[:5])
+        ),
+        "at 4.5 GPTQ's integers are, on Gaussian weights": lambda: (
+            (KINDS[0], 4.5) not in leads("output_mse")
+            and league(KINDS[0], "output_mse", 4.5, False)["method"] == "GPTQ"
+        ),
+        "no other method with the Gram matrix fits into 1.2 or 1.8 effective bits": lambda: not any(
+            row["method"] in ("GPTQ", "BiLLM") and float(row["effective_bits"]) <= 1.8
+            for row in LEAGUE
+        ),
+        "GPTQ at 2 bits has less error of the outputs than BiLLM, with fewer bits": lambda: all(
+            float(league(d, "output_mse", 2.2, False, s, {"GPTQ"})["output_mse"])
+            < float(league(d, "output_mse", 9, False, s, {"BiLLM"})["output_mse"])
+            for d in KINDS for s in ("1/i",)
+        ),
+        "No method, cubin's or other, comes down to the entropy-coded scalar quantizer": lambda: (
+            all(map(above_entropy_coding, KINDS))
+        ),
+    },
     "docs/training.md": {
         "In the MLP all maps match": lambda: (
             {verdict("MLP", arm) for arm in [*MAPS, "1 bit"]} == {"matches"}
@@ -550,6 +660,10 @@ PARAMETERS = {
         "A ratio below 1 says",
     ],
     "docs/maps.md": ["mean of 1.4 bits", "is asked for 1.4 bits"],
+    "docs/league.md": [
+        "| error | 1.2 | 1.8 | 2.2 | 2.5 | 3.2 | 4.5 |",
+        *(f"up to {bits}" for bits in BUDGETS),
+    ],
     "docs/training.md": ["mean of 1.4 bits", "95 % intervals", "What 1.4 bits do"],
     "docs/conventions.md": [
         "chunks of 1024",

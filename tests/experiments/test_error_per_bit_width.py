@@ -351,7 +351,7 @@ def test_output_that_is_a_file(tmp_path, net, capsys):
 def test_cuda_without_cupy(net, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     status = experiment.main([str(net), "--device", "cuda"])
-    assert_error(capsys, status, "CuPy is not installed", "--device cpu")
+    assert_error(capsys, status, "CuPy cannot be imported", "--device cpu")
 
 
 def test_cuda_without_a_gpu(net, capsys):

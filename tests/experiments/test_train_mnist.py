@@ -512,7 +512,7 @@ def test_checkpoints_of_other_settings_stop_the_run(tmp_path, capsys, monkeypatc
 def test_cuda_without_cupy(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     status = experiment.main(["--device", "cuda", "--output", str(tmp_path)])
-    assert_error(capsys, status, "CuPy is not installed", "--device cpu")
+    assert_error(capsys, status, "CuPy cannot be imported", "--device cpu")
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--workers", "x"], ["--device", "tpu"]])

@@ -70,9 +70,8 @@ def moments(
     worst: np.ndarray,
 ) -> None:
     """Sums of (x - y)^2, x^2, y^2 and x y over the last axis, and the largest |x - y|."""
-    # Along memory einsum adds in several lanes, and elsewhere one number after the other.
-    x = x.astype(np.float64, order="C")
-    y = approx.astype(np.float64, order="C")
+    x = x.astype(np.float64)
+    y = approx.astype(np.float64)
     power[..., 0] = np.einsum("...i,...i->...", x, x)
     power_of_approx[..., 0] = np.einsum("...i,...i->...", y, y)
     product[..., 0] = np.einsum("...i,...i->...", x, y)

@@ -422,7 +422,8 @@ def partial_results(
         outputs = {name: result[at] for name, result in zip(names, results, strict=True)}
         on(*flat, *(scale[part.rows] for scale in scales), **outputs)
 
-    for_each_part(reduce, rows, *inputs)
+    # Bodies add the elements of one long row more exactly than those of rows side by side.
+    for_each_part(reduce, rows, *inputs, one_by_one=on is primitive.function)
     return results
 
 

@@ -66,6 +66,9 @@ running, or in the caches, is felt for longer than a pause."""
 PAUSE = 0.003
 """Seconds before a call: OpenMP's threads spin on after the one before, and take its processors."""
 
+MINUTES = 30.0
+"""How long the cells may take in all. Those that come then, the random ones last, are left out."""
+
 COMPILING = 300.0
 """Seconds that torch.compile may spend on all cells; those after it go without."""
 
@@ -680,6 +683,10 @@ def argument_parser() -> argparse.ArgumentParser:
         help=f"rounds of a cell (default: {ROUNDS}; quick: {QUICK_ROUNDS})",
     )  # fmt: skip
     parser.add_argument(
+        "--minutes", type=float, default=MINUTES,
+        help="no cell begins after so long; the random ones come last (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="cpu: NumPy; cuda: CuPy; auto: cuda where there is a GPU (default: auto)",
     )  # fmt: skip
@@ -710,9 +717,14 @@ def run(arguments: argparse.Namespace) -> None:
         if (library is np or one.cell.state != grid.FRESH)
         and (one.cell.dtype != "bfloat16" or takes_bfloat16())
     ]
-    rows = []
-    progress = tqdm(placed, unit="cell", disable=None)
+    rows: list[dict[str, str]] = []
+    progress, end = (
+        tqdm(placed, unit="cell", disable=None),
+        time.monotonic() + 60 * arguments.minutes,
+    )
     for one in progress:
+        if time.monotonic() > end:
+            break
         progress.set_postfix_str(one.cell.label[:60])
         alone = one.cell.state == grid.FRESH and one.cell.operation != "import"
         try:
@@ -726,6 +738,10 @@ def run(arguments: argparse.Namespace) -> None:
         for error in timing.errors:
             tqdm.write(f"{one.cell.label}: {error}", file=sys.stderr)
         gc.collect()
+    progress.close()
+    if len(rows) < len(placed):
+        print(f"{len(placed) - len(rows)} of {len(placed)} cells were left out: the time was up")
+    arguments.left_out = len(placed) - len(rows)
     print(grid.summary(rows))
     path = write(arguments, rows, library.__name__)
     print(f"Written: {path}.csv, .png, .md and .json")

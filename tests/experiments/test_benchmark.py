@@ -320,6 +320,15 @@ def test_a_cell_that_fails_is_named(monkeypatch, without_torch, tmp_path, capsys
     assert "multibit, 4x30, groups of 16, float32, 20 bits: ValueError" in captured.err
 
 
+def test_cells_are_left_out_when_the_time_is_up(monkeypatch, without_torch, tmp_path, capsys):
+    placed = [Placed(small("sign"), "64x64", "base", "")]
+    assert run(monkeypatch, tmp_path, placed, "--minutes", "-1") == 0
+    assert rows_of(tmp_path) == []
+    assert "1 of 1 cells were left out" in capsys.readouterr().out
+    origin = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert origin["arguments"]["left_out"] == 1
+
+
 def test_memory_of_a_large_cell(monkeypatch, without_torch):
     monkeypatch.setattr(benchmark, "MEMORY_FROM", 0)
     cell = Cell("sign", (64, 64))

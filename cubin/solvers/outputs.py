@@ -24,7 +24,7 @@ MAX_LEVELS = 8
 ELEMENTS = 1 << 22
 """Weights that are worked on at a time, which bounds the memory."""
 
-RESTARTS = 8
+RESTARTS = 16
 """Starts from scales drawn at random, in the search for the optimum."""
 
 SPREAD = 0.5

@@ -9,9 +9,6 @@ LINES: dict[str, tuple[str, ...]] = {
     "equal magnitudes are the same number": (
         "sum.worst = a.worst >= b.worst || a.worst != a.worst ? a.worst : b.worst;",
     ),
-    "a sign of 0 is dealt with before": (
-        "if (sign) total = sign >= 0 ? plus(total, scale) : minus(total, scale);",
-    ),
     "the cell after the last begins a depth, so it gets no edge; its value is not looked at": (
         "for (int cell = first_used(LEVELS) + leader(); cell <= CELLS; cell += Team::LEADERS)",
     ),

@@ -61,6 +61,7 @@ if (x > 2) {
 PROJECT = {
     "pytest.ini": "[pytest]\ntestpaths = both\nmarkers = kernels\n",
     "both/conftest.py": """
+import cubin.errors
 import cubin.surrogates
 from cubin.core.primitives import REGISTRY
 from tests.ptx.plugin import device, pytest_sessionfinish, pytest_terminal_summary

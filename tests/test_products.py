@@ -116,7 +116,7 @@ def test_products_of_codes_are_exact(given, mapped, xp, host, rng):
         like = cubin.quantize(np.ones(shape, np.float32), bits, **given)
         scales = 2.0 ** rng.integers(-3, 4, like.scales.shape).astype(np.float32)
         return signs, BinaryCode.from_signs(
-            xp.asarray(scales), xp.asarray(signs), xp.asarray(np.asarray(bits)), **given
+            xp.asarray(scales), xp.asarray(signs), xp.asarray(bits) if mapped else bits, **given
         )
 
     (_, one), (_, other) = coded((5, 168)), coded((40, 168))

@@ -67,8 +67,10 @@ def write(path: str | os.PathLike[str], codes: Mapping[str, Any]) -> None:
     ((layout, held),) = packed.values()
     members: dict[str, Any] = held
     text = np.frombuffer(json.dumps({"format": FORMAT, **layout}).encode(), np.uint8)
-    with replacing(path) as file:
-        np.savez(file, layout=text, **members)
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, member in {"layout": text, **members}.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, member, version=(1, 0), allow_pickle=False)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:

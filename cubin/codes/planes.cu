@@ -14,6 +14,7 @@ __global__ void cubin_pack_signs(
   for (long long number = blockIdx.x; number < tiles * levels; number += gridDim.x) {
     const long long level = number / tiles;
     const long long first_line = number % tiles / down * 32, first_byte = number % down * 32;
+#pragma unroll 1  // else there is a second body, for odd numbers of turns
     for (int i = warp; i < 32; i += THREADS / 32) {
       const long long line = first_line + i, start = 8 * (first_byte + lane);
       unsigned int value = 0;

@@ -10,6 +10,7 @@ import numpy as np
 
 from cubin.core import arrays, conversions, libraries
 from cubin.core.libraries import Array
+from cubin.core.windows import patches
 
 __all__ = ["Gram"]
 
@@ -181,7 +182,7 @@ class Gram:
         step = max(1, BLOCK // (math.prod(places) * gram.n))
         with libraries.current_device(x, library):
             for start in range(0, len(x) if x.shape[1] else 0, step):
-                gram.add(_patches(x[start : start + step], kernel, stride, padding, places))
+                gram.add(patches(x[start : start + step], kernel, stride, padding, places))
         gram._library = library
         return gram
 
@@ -298,27 +299,6 @@ def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
     if min(numbers) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return numbers[0], numbers[1]
-
-
-def _patches(
-    x: Array,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    places: list[int],
-) -> Array:
-    """The patches of images, (patches, channels * kernel height * kernel width)."""
-    xp = libraries.library(x)
-    count, channels, height, width = x.shape
-    padded = xp.zeros((count, channels, height + 2 * padding[0], width + 2 * padding[1]), x.dtype)
-    padded[:, :, padding[0] : padding[0] + height, padding[1] : padding[1] + width] = x
-    patches = xp.empty((count, *places, channels, *kernel), x.dtype)
-    for row in range(kernel[0]):
-        for column in range(kernel[1]):
-            down = slice(row, row + stride[0] * (places[0] - 1) + 1, stride[0])
-            across = slice(column, column + stride[1] * (places[1] - 1) + 1, stride[1])
-            patches[..., row, column] = padded[:, :, down, across].transpose(0, 2, 3, 1)
-    return patches.reshape(-1, channels * math.prod(kernel))
 
 
 def __dir__() -> list[str]:

@@ -187,7 +187,7 @@ def relative_mse(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, bfloat16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -230,7 +230,7 @@ def sqnr_db(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, bfloat16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -271,7 +271,7 @@ def cosine_similarity(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, bfloat16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional
@@ -310,7 +310,7 @@ def max_abs_error(
 
     Parameters
     ----------
-    x : array of float16, bfloat16, bfloat16, float32 or float64, any shape
+    x : array of float16, bfloat16, float32 or float64, any shape
     approx : array of x's shape
         The approximation y; cast to x's dtype.
     axis : int or tuple of int, optional

@@ -40,7 +40,7 @@ def sign(x: Array, *, surrogate: str = "ste", **parameters: float) -> Array:
 
     Parameters
     ----------
-    x : JAX array of float16, float32 or float64, any shape
+    x : JAX array of float16, bfloat16, float32 or float64, any shape
     surrogate : str
         A name in `cubin.surrogates.SIGN`, as in `cubin.sign_grad`.
     **parameters : float
@@ -96,7 +96,7 @@ def multibit(
 
     Parameters
     ----------
-    x : JAX array of float16, float32 or float64, any shape
+    x : JAX array of float16, bfloat16, float32 or float64, any shape
     bits : int or integer array that broadcasts to x's shape
         The number of levels of every element, 0 to 16. An int is not traced.
     channel_axis : int or tuple of int, optional

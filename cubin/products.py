@@ -24,6 +24,7 @@ from cubin.codes.binary_code import BinaryCode, decoding_of, library_of
 from cubin.codes.decoding import Decoding
 from cubin.core import arrays, conversions, floats, libraries
 from cubin.core.libraries import Array
+from cubin.core.windows import patches
 
 __all__ = ["conv2d", "linear"]
 
@@ -183,13 +184,13 @@ def conv2d(
             for group in range(count):
                 lines = slice(group * kernels // count, (group + 1) * kernels // count)
                 inputs = slice(group * per_group, (group + 1) * per_group)
-                patches = [
-                    _patches(plane[:, inputs], kernel, strides, paddings, size) for plane in planes
+                seen = [
+                    patches(plane[:, inputs], kernel, strides, paddings, size) for plane in planes
                 ]
                 if scales is None:
-                    found = products.to_lines(patches[0], decoding.part(lines))
+                    found = products.to_lines(seen[0], decoding.part(lines))
                 else:
-                    found = products.signs_to_lines(patches, scales, decoding.part(lines))
+                    found = products.signs_to_lines(seen, scales, decoding.part(lines))
                 shaped = found.reshape(part.stop - part.start, *size, lines.stop - lines.start)
                 y[part, lines] = conversions.rounded(shaped, dtype).transpose(0, 3, 1, 2)
         return libraries.given_back(y, library_of(images)) if coded else y
@@ -224,22 +225,3 @@ def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
     if len(numbers) != 2 or min(numbers) < least:
         raise ValueError(f"{name} must be a number or two, at least {least}, got {value!r}")
     return numbers[0], numbers[1]
-
-
-def _patches(
-    x: Array, kernel: list[int], strides: tuple[int, int], paddings: tuple[int, int],
-    size: list[int],
-) -> Array:  # fmt: skip
-    """What a kernel sees at each position, (positions, elements of a kernel), in new memory."""
-    xp: Any = libraries.library(x)
-    batch, channels, height, width = x.shape
-    (down, right), (above, beside) = strides, paddings
-    padded = xp.zeros((batch, channels, height + 2 * above, width + 2 * beside), x.dtype)
-    padded[:, :, above : above + height, beside : beside + width] = x
-    patches = xp.empty((batch, *size, channels, *kernel), x.dtype)
-    for u in range(kernel[0]):
-        for v in range(kernel[1]):
-            seen = padded[:, :, u : u + down * (size[0] - 1) + 1 : down,
-                          v : v + right * (size[1] - 1) + 1 : right]  # fmt: skip
-            patches[..., u, v] = seen.transpose(0, 2, 3, 1)
-    return patches.reshape(batch * math.prod(size), channels * math.prod(kernel))

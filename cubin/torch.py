@@ -42,7 +42,7 @@ def sign(x: Tensor, *, surrogate: str = "ste", **parameters: float) -> Tensor:
 
     Parameters
     ----------
-    x : tensor of float16, float32 or float64, any shape
+    x : tensor of float16, bfloat16, float32 or float64, any shape
     surrogate : str
         A name in `cubin.surrogates.SIGN`: ``ste``, ``identity``, ``approx_sign``, ``swish_sign``,
         ``tanh``, ``triangle``, or one of your own. As in `cubin.sign_grad`.
@@ -110,7 +110,7 @@ def multibit(
 
     Parameters
     ----------
-    x : tensor of float16, float32 or float64, any shape
+    x : tensor of float16, bfloat16, float32 or float64, any shape
     bits : int or integer tensor that broadcasts to x's shape
         The number of levels of every element, 0 to 16.
     channel_axis : int or tuple of int, optional

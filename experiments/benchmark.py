@@ -32,6 +32,7 @@ from typing import Any
 
 import grid
 import heat_map
+import ml_dtypes
 import numpy as np
 import peers
 import provenance
@@ -223,21 +224,7 @@ class Inputs:
 
 def dtype_of(name: str) -> np.dtype:
     """The dtype of this name; bfloat16 comes from ml_dtypes."""
-    if name != "bfloat16":
-        return np.dtype(name)
-    ml_dtypes = peers.optional("ml_dtypes")
-    if ml_dtypes is None:
-        raise UsageError("bfloat16 needs the package ml_dtypes")
-    return np.dtype(ml_dtypes.bfloat16)
-
-
-def takes_bfloat16() -> bool:
-    """Whether there is such a dtype, and cubin takes it."""
-    try:
-        cubin.sign(np.ones(1, dtype_of("bfloat16")))
-    except (TypeError, UsageError):
-        return False
-    return True
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def mean_mix(size: int) -> list[tuple[int, int]]:
@@ -497,7 +484,7 @@ def measure(cell: Cell, machine: Host | Device, compiler: Compiler, rounds: int)
             expected = candidates[CUBIN]()  # which also compiles its loops
             if cell.size >= MEMORY_FROM:
                 timing.peak_bytes = machine.peak(candidates[CUBIN])
-                timing.result_bytes = nbytes(expected)
+                timing.result_bytes = getattr(expected, "nbytes", 0)
             candidates |= agreeing(inputs, machine, compiler, expected, timing)
             del expected
         timing.samples = samples(candidates, machine, rounds)
@@ -558,14 +545,6 @@ def in_new_memory(call: Call, machine: Host | Device, rounds: int) -> list[float
         memory.release()
         found.append(machine.time(call))
     return found
-
-
-def nbytes(result: Any) -> int:
-    """The memory of a result."""
-    if isinstance(result, cubin.BinaryCode) and not hasattr(result, "nbytes"):
-        kept = (result.scales, result.signs, result.bits)
-        return sum(getattr(part, "nbytes", 0) for part in kept)
-    return getattr(result, "nbytes", 0)
 
 
 def one_line(error: BaseException) -> str:
@@ -714,8 +693,7 @@ def run(arguments: argparse.Namespace) -> None:
     placed = [
         one
         for one in grid.cells(arguments.quick, arguments.operations)
-        if (library is np or one.cell.state != grid.FRESH)
-        and (one.cell.dtype != "bfloat16" or takes_bfloat16())
+        if library is np or one.cell.state != grid.FRESH
     ]
     rows: list[dict[str, str]] = []
     progress, end = (

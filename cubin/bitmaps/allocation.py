@@ -46,7 +46,7 @@ def allocate(
 
     Parameters
     ----------
-    arrays : mapping of str to array of float16, bfloat16, bfloat16, float32 or float64
+    arrays : mapping of str to array of float16, bfloat16, float32 or float64
         Arrays of any library, finite.
     mean_bits : float
         The budget: bits per element over all arrays, `min_bits` to `max_bits`.

@@ -23,7 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from cubin.core import memory
+from cubin.core import floats, memory
 
 Array = Any
 """A NumPy or CuPy array: the two share no base class. At the border, any library's."""
@@ -295,7 +295,7 @@ class _Torch(Library):
             array = imported_cupy().from_dlpack(plain) if plain.is_cuda else plain.numpy()
         except (TypeError, RuntimeError, BufferError) as error:
             raise TypeError(f"{_refused(torch, name, value)} ({error})") from error
-        return array.view(_bfloat16()) if halves else array
+        return array.view(floats.bfloat16()) if halves else array
 
     def give(self, array: Array, like: Any = None) -> Any:
         torch: Any = sys.modules["torch"]
@@ -471,10 +471,6 @@ _HOST_MEMORY = (1, 3, 11)
 """DLPack's numbers of the host's memory: plain, and what CUDA or ROCm have pinned."""
 
 TORCH, JAX, DASK, DLPACK = _Torch(), _Jax(), _Dask(), _Dlpack()
-
-
-def _bfloat16() -> Any:
-    return importlib.import_module("ml_dtypes").bfloat16
 
 
 def _is_cupy(kind: type) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cubin.core import floats
 from cubin.weights.float8 import FLOAT8
 
 Axis = int | tuple[int, ...] | None
@@ -134,17 +135,10 @@ def native_float(array: np.ndarray) -> np.ndarray:
     """Return the array in the native float type that holds its values, a copy only if need be."""
     array = np.asarray(array)
     if array.dtype == BFLOAT16_IN_NUMPY:
-        return array.view(bfloat16())
+        return array.view(floats.bfloat16())
     if array.dtype.name == "bfloat16":
         return array
     return array.astype(f"f{min(array.dtype.itemsize, 8)}", copy=False)
-
-
-def bfloat16() -> np.dtype:
-    """The type of ml_dtypes, which takes a while to import."""
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
 
 
 def not_finite(array: np.ndarray) -> int:

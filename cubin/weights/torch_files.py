@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from cubin.core import floats
 from cubin.weights import float8
 from cubin.weights.float8 import FLOAT8
-from cubin.weights.tensor import Cut, Weight, bfloat16, is_listed, without_graph
+from cubin.weights.tensor import Cut, Weight, is_listed, without_graph
 
 MODELS = ("state_dict", "model_state_dict", "model")
 """Under which of these names a training checkpoint keeps the model beside the optimizer."""
@@ -71,7 +72,7 @@ def load_tensor(path: Path, name: str, dtype: str, cut: Cut) -> np.ndarray:
 
     tensor = tensors_in(path, os.stat(path).st_mtime_ns)[name]
     if dtype == "bfloat16":
-        return tensor.view(torch.int16).numpy().view(bfloat16())[cut]
+        return tensor.view(torch.int16).numpy().view(floats.bfloat16())[cut]
     if dtype in FLOAT8:
         return float8.decode(tensor.view(torch.uint8).numpy()[cut], dtype)
     return tensor.numpy()[cut]

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import csv
 import functools
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from tests.test_multibit import TOLERANCE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-BENCHMARK = RESULTS / "benchmark" / "2026-11-27-amd-epyc-2-cores"
+BENCHMARK = RESULTS / "benchmark" / "2026-11-29-amd-epyc-2-cores"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -54,35 +56,52 @@ def digits(value, count=3):
 NONE = "\u2013"
 """What stands in a table where nothing was timed."""
 
-OTHERS = {"torch.compile": "torch.compile", "PyTorch": "PyTorch eager"}
+
+def _grid():
+    """The module experiments/grid.py, which knows the cells and what is wanted of them."""
+    path = ROOT / "experiments" / "grid.py"
+    spec = importlib.util.spec_from_file_location("experiments_grid", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+grid = _grid()
+GRID = table(BENCHMARK / "benchmark.csv")
+KEPT_PAGES = table(BENCHMARK / "kept-pages" / "benchmark.csv")
+COLUMNS = ("copy", "seconds", "expression", "torch_compile", "torch")
+BIG = grid.BASES["4096x4096"]
 TIMED = {
-    "`multibit`, 1 bit": {"operation": "multibit", "bits": 1, "map": 0},
-    "`multibit`, 2 bits": {"operation": "multibit", "bits": 2, "map": 0},
-    "`multibit`, 3 bits": {"operation": "multibit", "bits": 3, "map": 0},
-    "`multibit`, 4 bits": {"operation": "multibit", "bits": 4, "map": 0},
-    "`multibit`, 8 bits": {"operation": "multibit", "bits": 8, "map": 0},
-    "`multibit`, map of 0 to 4 bits": {"operation": "multibit", "bits": 4, "map": 1},
-    "`alternating`, 2 bits": {"operation": "alternating", "bits": 2, "map": 0},
-    "`alternating`, 4 bits": {"operation": "alternating", "bits": 4, "map": 0},
-    "`alternating`, 8 bits": {"operation": "alternating", "bits": 8, "map": 0},
-    "`sign`": {"operation": "sign", "bits": "", "map": 0},
+    "`sign`": grid.Cell("sign", BIG),
+    "`multibit`, 1 bit": grid.Cell("multibit", BIG, bits=1),
+    "`multibit`, 2 bits": grid.Cell("multibit", BIG),
+    "`multibit`, 3 bits": grid.Cell("multibit", BIG, bits=3),
+    "`multibit`, 4 bits": grid.Cell("multibit", BIG, bits=4),
+    "`multibit`, 8 bits": grid.Cell("multibit", BIG, bits=8),
+    "`multibit`, map of 0 to 2 bits": grid.Cell("multibit", BIG, map="uint8"),
+    "`multibit_grad`": grid.Cell("multibit_grad", BIG),
+    "`quantize`, 2 bits": grid.Cell("quantize", BIG),
+    "`dequantize`, 2 bits": grid.Cell("dequantize", BIG),
+    "`refined`, 2 bits": grid.Cell("refined", BIG),
+    "`alternating`, 2 bits": grid.Cell("alternating", BIG),
+    "`alternating`, 4 bits": grid.Cell("alternating", BIG, bits=4),
+    "`alternating`, 8 bits": grid.Cell("alternating", BIG, bits=8),
 }
-IN_README = ["`multibit`, 1 bit", "`multibit`, 2 bits", "`multibit`, 4 bits",
-             "`multibit`, map of 0 to 4 bits", "`alternating`, 2 bits"]  # fmt: skip
-AS_RATIOS = [*IN_README, "`alternating`, 4 bits"]
-SMALL = {
-    "512 x 512 x 3 x 3, scales per kernel": "512x512x3x3 per kernel",
-    "a million rows of 27 elements": "1e6x27 per row",
+IN_README = ["`sign`", "`multibit`, 1 bit", "`multibit`, 2 bits", "`multibit`, 4 bits",
+             "`multibit`, map of 0 to 2 bits", "`quantize`, 2 bits",
+             "`alternating`, 2 bits"]  # fmt: skip
+OTHERS = {
+    "the NumPy expression": "expression",
+    "PyTorch": "torch",
+    "`torch.compile`": "torch_compile",
+    "the fastest of them": "fastest",
 }
 
 
-def measured(folder, column, candidate, **case):
-    """An entry of a benchmark, or None where the candidate was not timed."""
-    rows = [row for row in table(folder / "benchmark.csv") if row["candidate"] == candidate]
-    try:
-        return float(only(rows, **case)[column])
-    except AssertionError:
-        return None
+def seconds(cell, column="seconds", rows=GRID):
+    """A time of a cell, or None where it was not taken."""
+    row = grid.by_key(rows).get(cell.key)
+    return float(row[column]) if row and row[column] else None
 
 
 def line(label, entries, count=3):
@@ -92,42 +111,46 @@ def line(label, entries, count=3):
 
 
 def times(labels):
-    candidates = ("copy", "cubin", "cubin, new memory", "cubin, NumPy alone", *OTHERS.values())
     for label in labels:
-        case = {"layout": "4096x4096 per row", **TIMED[label]}
-        yield line(label, [measured(BENCHMARK, "median_ms", name, **case) for name in candidates])
+        found = [seconds(TIMED[label], column) for column in COLUMNS]
+        yield line(label, [None if time is None else 1e3 * time for time in found])
 
 
-def ratios(labels):
-    for label in labels:
-        case = {"layout": "4096x4096 per row", **TIMED[label]}
-        others = (*OTHERS.values(), "cubin, NumPy alone")
-        entries = [measured(BENCHMARK, "ratio_to_cubin", name, **case) for name in others]
-        of_copy = measured(BENCHMARK, "fraction_of_copy", "cubin", **case)
-        yield line(label, [*entries, of_copy], 2)
+def in_new_memory(operation):
+    return digits(1e3 * seconds(grid.Cell(operation, BIG, state=grid.NEW)))
 
 
-def ratios_of_small_arrays():
-    folder = BENCHMARK / "other-shapes"
-    for label, layout in SMALL.items():
-        for bits in (2, 4):
-            case = {"operation": "multibit", "layout": layout, "bits": bits, "map": 0}
-            entries = [measured(folder, "ratio_to_cubin", o, **case) for o in OTHERS.values()]
-            yield line(f"{label}, {bits} bits", entries, 2)
+def others():
+    """How many times as long others take, in the geometric mean over all cells."""
+    for label, column in OTHERS.items():
+        means = [grid.geometric_mean(grid.timed(GRID, column, least)) for least in (0, grid.LARGE)]
+        yield line(label, [*means, len(grid.timed(GRID, column))])
 
 
-def with_kept_pages(candidate, widths=(1, 2, 3, 4)):
-    case = {"operation": "multibit", "layout": "4096x4096 per row", "map": 0}
-    folder = BENCHMARK / "kept-pages"
-    return [
-        digits(measured(folder, "ratio_to_cubin", candidate, bits=k, **case), 2) for k in widths
-    ]
+def cells_behind():
+    late = grid.behind(GRID)
+    large = [row for row in GRID if row["over_peer"] and int(row["elements"]) >= grid.LARGE]
+    return [str(len(late)), str(len(large)), str(grid.BEHIND)]
 
 
-def map_over_whole_bits():
-    case = {"operation": "multibit", "layout": "4096x4096 per row", "bits": 4}
-    mapped, whole = (measured(BENCHMARK, "median_ms", "cubin", map=m, **case) for m in (1, 0))
-    return digits(mapped / whole)
+def findings():
+    """What was aimed at, and what was measured."""
+    for found in grid.findings(GRID):
+        unit = {"x": "", "s": " s", "ms": " ms", "MB": " MB"}[found.unit]
+        label, wanted = found.where.replace("|", "\\|"), f"{digits(found.wanted)}{unit}"
+        if found.value is None:
+            yield f"| {label} | {NONE} | {wanted} | |", []
+        else:
+            missed = "" if found.met else " missed"
+            yield f"| {label} | {{}}{unit} | {{}}{unit} |{missed} |", [
+                digits(found.value), digits(found.wanted)]  # fmt: skip
+
+
+def with_kept_pages(column, widths=(1, 2, 3, 4)):
+    """How many times as long as cubin PyTorch takes if the allocator keeps its pages."""
+    cells = [grid.Cell("multibit", BIG, bits=k) for k in widths]
+    ratios = [seconds(c, column, KEPT_PAGES) / seconds(c, rows=KEPT_PAGES) for c in cells]
+    return [digits(ratio, 2) for ratio in ratios]
 
 
 def machine(path):
@@ -423,22 +446,32 @@ def sentences():
         "README.md": [
             ("the median and the 10th to 90th percentile of {} pretrained tensors", [TENSORS]),
             *times(IN_README),
-            ("Medians on {} cores of an {}, where", machine(BENCHMARK / "benchmark")),
+            ("Medians on {} cores of an {}.", machine(BENCHMARK / "benchmark")),
+            ("`multibit` of 2 bits takes {} ms", [in_new_memory("multibit")]),
+            (
+                "From 65,536 elements on, {} of {} cells take longer than {} times their fastest "
+                "peer",
+                cells_behind(),
+            ),
         ],
         "docs/performance.md": [
             ("recorded on {} cores of an {} (", machine(BENCHMARK / "benchmark")),
             *times(TIMED),
-            *ratios(AS_RATIOS),
-            ("takes {} times as long as 4 bits for all", [map_over_whole_bits()]),
-            *ratios_of_small_arrays(),
+            *others(),
+            ("{} of {} cells take longer than {} times their fastest peer", cells_behind()),
+            *findings(),
             ("Arrays below {} elements do not use the compiled loops", [f"{blocks.COMPILED:,}"]),
+            (
+                "`sign` takes {} ms and `multibit` of 2 bits {} ms",
+                [in_new_memory("sign"), in_new_memory("multibit")],
+            ),
             ("a result of {} MB or more", [str(memory.LARGE >> 20)]),
             ("up to {} MB are kept", [str(memory._limit >> 20)]),
             (
                 "takes {}, {}, {} and {} times as long as cubin at 1, 2, 3 and 4 bits",
-                with_kept_pages("torch.compile"),
+                with_kept_pages("torch_compile"),
             ),
-            ("eager PyTorch {} to {} times as long", with_kept_pages("PyTorch eager", (1, 4))),
+            ("eager PyTorch {} to {} times as long", with_kept_pages("torch", (1, 4))),
             ("rows of up to {} elements take one launch", [longest_row(teams.GREEDY, 8)]),
             (
                 "up to {} where the length is a multiple of 4, with at most four levels and no map",
@@ -532,11 +565,6 @@ def sentences():
 
 CLAIMS = {
     "docs/performance.md": {
-        "at 1 and 2 bits takes about as long as all else": lambda: all(
-            1.5 < measured(BENCHMARK, "ratio_to_cubin", "cubin, new memory", **TIMED[label],
-                           layout="4096x4096 per row") < 2.5
-            for label in IN_README[:2]
-        ),
         "`optimal` takes far longer": lambda: all(
             error("time", "optimal", k, "seconds") > 50 * error("time", "greedy", k, "seconds")
             for k in (2, 3, 4, 5)

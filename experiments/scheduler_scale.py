@@ -2,9 +2,9 @@
 
 The files of a checkpoint of 10^5 tensors and 10^13 weights are written as headers in front of
 holes, and read as `python -m cubin error` reads them. Its tasks are made and pickled, for several
-sizes of a task. What a task costs Dask's scheduler is measured with real tasks that compute nothing, what a
-weight costs a worker with an array. A simulation of the workers then gives the time of the run. The
-script prints a table and writes scheduler_scale.csv and .json to the output folder.
+sizes of a task. What a task costs Dask's scheduler is measured with real tasks that compute
+nothing, what a weight costs a worker with an array. A simulation of the workers then gives the time
+of the run. The script prints a table and writes scheduler_scale.csv and .json to the output folder.
 """
 
 from __future__ import annotations

@@ -34,10 +34,9 @@ from tqdm import tqdm
 
 from cubin.analysis import measure, tasks
 from cubin.analysis.measure import Sweep, cuts_of, entry_of
-from cubin.analysis.sweep import sweep_of
 from cubin.analysis.tasks import Piece, Result, batches
 from cubin.commands.arguments import UsageError, make_folder
-from cubin.commands.error import Chosen
+from cubin.commands.error import Chosen, sweep_for
 from cubin.weights import Weights
 
 NAME = "scheduler_scale"
@@ -145,7 +144,7 @@ def pieces_of(weights: Weights, sweep: Sweep) -> Iterator[Piece]:
 @functools.cache
 def a_result() -> Result:
     """The result of a small tensor, which is as long a message as that of a large one."""
-    sweep = sweep_of(BITS, ("greedy",))
+    sweep = sweep_for(BITS, ("greedy",), None, None)
     x = np.random.default_rng(SEED).standard_normal((64, 64), np.float32)
     return measure.measure(sweep, entry_of(sweep, "x", x, 0), ())
 
@@ -250,7 +249,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, simulate, print and write the results; return the exit status."""
     layers = QUICK_LAYERS if arguments.quick else LAYERS
     count = 100 if arguments.quick else arguments.tasks
-    sweep = sweep_of(BITS, ("greedy",))
+    sweep = sweep_for(BITS, ("greedy",), None, None)
     make_folder(arguments.output)
     before = measure.PART, tasks.BATCH
     try:

@@ -30,6 +30,9 @@ _WORDS = read_only((_BITS.view(np.int8) * np.int8(2) - np.int8(1)).view(np.uint6
 TILE = 1 << 6
 """Lines, and bytes of them, that are packed at a time."""
 
+SHORT_LINE = 1 << 3
+"""Bytes of a line from which on they are packed one after the other."""
+
 _SHORT = 1 << 5
 """The scales of shorter runs are repeated for each element."""
 
@@ -63,6 +66,26 @@ def _pack_lines(words: Array, tile: Array, planes: Array) -> None:
 
 
 @loop
+def _pack_short_lines(words: Array, planes: Array) -> None:
+    """The same for lines of few bytes: a byte of many lines at a time."""
+    words, planes = uncounted(words, planes)
+    levels, width, lines = planes.shape
+    ones, one = np.uint64(0x0101010101010101), np.uint64(1)
+    # The product has bit 0 of byte k at bit 56 + k.
+    gather = np.uint64(0x0102040810204080)
+    for level in range(levels):
+        held = words[level].reshape(-1)
+        for first in range(0, lines, TILE):
+            stop = min(first + TILE, lines)
+            for j in range(width):
+                source, into = held[first * width + j :], planes[level, j, first:stop]
+                for i in range(stop - first):
+                    word = source[i * width]
+                    bits = word & ~(word >> one) & ones
+                    into[i] = np.uint8(bits * gather >> np.uint64(56))
+
+
+@loop
 def _pack_columns(signs: Array, planes: Array) -> None:
     """Write planes, (levels, width, lines), from signs, (levels, n, pitch)."""
     signs, planes = uncounted(signs, planes)
@@ -88,8 +111,11 @@ def pack_signs(signs: Array, *, planes: Array) -> None:
     if n % 8:
         whole = np.zeros((levels, count, 8 * width), np.int8)
         whole[..., :n] = signs
-    tile = memory.scratch("tile", (TILE, TILE), np.uint8)
-    _pack_lines(read_only(whole.view(np.uint64)), tile, planes)
+    words = read_only(whole.view(np.uint64))
+    if width < SHORT_LINE:
+        _pack_short_lines(words, planes)
+        return
+    _pack_lines(words, memory.scratch("tile", (TILE, TILE), np.uint8), planes)
 
 
 @part

@@ -97,8 +97,10 @@ def takes_whole_rows(primitive: Raw, rows: Rows, x: Array, bits: Bits) -> bool:
     if libraries.on_device(x):
         return primitive.launch.takes(rows.length, x.dtype, bits.levels, bits.mapped)
     on = form(primitive, x, rows.size)
-    body_alone = primitive.loops_from is not None and on is primitive.function
-    return rows.length <= blocks.BLOCK and not body_alone
+    if on is primitive.function:
+        return rows.length <= blocks.BLOCK and primitive.loops_from is None
+    # Loops go through a row chunk by chunk, and a piece of it fits the cache.
+    return rows.length <= (blocks.PIECE if primitive.loops_from is None else blocks.BLOCK)
 
 
 def whole_rows(

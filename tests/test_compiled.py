@@ -407,6 +407,31 @@ def test_loops_are_loaded_for_large_arrays_alone(monkeypatch):
     assert greedy.level_scale.on_host(1000) is greedy.level_scale.function
 
 
+def test_loops_are_loaded_once_much_was_done_without_them(monkeypatch):
+    monkeypatch.setattr(blocks, "COMPILED", 10)
+    monkeypatch.setattr(blocks, "LOADING", 1000)
+    monkeypatch.setattr(blocks, "LOADING_IN_ALL", 5000)
+    monkeypatch.setattr(blocks, "_so_far", blocks._SoFar())
+    body, compiled = greedy.codes.function, greedy_loops.codes
+    monkeypatch.delitem(sys.modules, HOST)
+    assert [greedy.codes.on_host(9) for _ in range(1000)] == [body] * 1000
+    assert [greedy.codes.on_host(900) for _ in range(6)] == [body] * 5 + [compiled]
+
+
+@pytest.mark.parametrize("length", [blocks.BLOCK + 1, blocks.PIECE, blocks.PIECE + 1])
+def test_rows_of_a_piece_are_whole_in_loops_and_cut_in_bodies(monkeypatch, rng, length):
+    x = (rng.normal(size=(2, length)) * np.exp(rng.normal(size=(2, length)))).astype(np.float32)
+    for bits in (3, rng.integers(0, 4, x.shape)):
+        code = cubin.quantize(x, bits, channel_axis=0)
+        y = cubin.multibit(x, bits, channel_axis=0)
+        with monkeypatch.context() as patched:
+            patched.setattr(blocks, "pays", lambda size: False)
+            plain = cubin.quantize(x, bits, channel_axis=0)
+            assert code == plain
+            np.testing.assert_array_equal(y, cubin.multibit(x, bits, channel_axis=0))
+            np.testing.assert_array_equal(y, plain.dequantize())
+
+
 def test_loops_that_round_in_another_way_follow_the_size_alone(monkeypatch):
     primitive = search_rows.solve_rows
     monkeypatch.setattr(primitive, "loops_from", 1000)

@@ -20,6 +20,7 @@ from cubin.core.host.loops import (
     uncounted,
 )
 from cubin.core.libraries import Array
+from cubin.core.rows import flattened
 from cubin.core.sums import CHUNK
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
@@ -29,6 +30,9 @@ _WORDS = read_only((_BITS.view(np.int8) * np.int8(2) - np.int8(1)).view(np.uint6
 
 TILE = 1 << 6
 """Lines, and bytes of them, that are packed at a time."""
+
+FEW_LINES = 1 << 3
+"""Lines of a tile from which on a byte of all of them is written at a time."""
 
 SHORT_LINE = 1 << 3
 """Bytes of a line from which on they are packed one after the other."""
@@ -59,6 +63,11 @@ def _pack_lines(words: Array, tile: Array, planes: Array) -> None:
                         bits |= bits >> np.uint64(7)
                         bits |= bits >> np.uint64(14)
                         packed[j] = np.uint8(bits | bits >> np.uint64(28))
+                if stop - first < FEW_LINES:
+                    for i in range(stop - first):
+                        for j in range(size):
+                            planes[level, start + j, first + i] = tile[i, j]
+                    continue
                 for j in range(size):
                     into = planes[level, start + j, first:stop]
                     for i in range(stop - first):
@@ -179,6 +188,9 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
     """`planes.sum_planes`."""
     levels, width, lines = planes.shape
     levels = levels if np.ndim(bits) else min(levels, int(bits))
+    if lines > 1 and width <= SHORT_LINE and scales.shape[2] == 1:
+        _sum_short_lines(planes[:levels], bits, scales[:levels], shift, y)
+        return
     by_line = memory.scratch("planes", (levels, lines, width), np.uint8)
     for level in range(levels):
         by_line[level] = in_rows(planes[level].T)
@@ -193,3 +205,22 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
         read_only(np.ascontiguousarray(base)), _WORDS, words, words.view(np.int8), values,
     )  # fmt: skip
     store(values, y)
+
+
+def _sum_short_lines(planes: Array, bits: Any, scales: Array, shift: Any, y: Array) -> None:
+    """`sum_planes` for lines of few bytes with a scale each, or one for all: as a single line.
+
+    It has the unused bits at the end of each line as elements.
+    """
+    levels, width, lines = planes.shape
+    flat = np.ascontiguousarray(planes.transpose(0, 2, 1)).reshape(levels, -1, 1)
+    n, whole = y.shape[1], 8 * width
+    if np.ndim(bits):
+        depths = np.zeros((lines, whole), np.uint8)
+        depths[:, :n] = bits
+        bits = depths.reshape(1, -1)
+    values = y if n == whole and y.flags.c_contiguous else np.empty((lines, whole), y.dtype)
+    of_line = shift.reshape(1, -1) if np.ndim(shift) else shift
+    sum_planes(flat, bits, scales.reshape(levels, 1, -1), of_line, y=values.reshape(1, -1))
+    if values is not y:
+        y[...] = flattened(values[:, :n], (y.size,)).reshape(y.shape)

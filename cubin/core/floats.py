@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ def nearest(number: float, dtype: Any) -> np.float64:
         return np.float64(rounded(np.float64(number), dtype))
 
 
+@functools.lru_cache(maxsize=1 << 8)
 def magnitudes_up_to(bound: float, dtype: Any) -> Any:
     """How many magnitudes of a float dtype are at most `bound`: those with smaller bit patterns."""
     near = np.asarray(np.abs(rounded(np.float64(bound), dtype)))

@@ -60,9 +60,10 @@ cubin: no more are needed to say who is faster."""
 SAMPLE = 2e-4
 """Seconds that a sample takes at least: short calls are repeated."""
 
-SHORT = 0.05
-"""Seconds of a call up to which the same candidate is called right before: what another has left
-running, or in the caches, is felt for longer than a pause."""
+SHORT, WARM = 0.05, 0.003
+"""Seconds of a call up to which the same candidate is called right before, and for how long it is:
+what another has left in the caches is felt, and processors that pause take up to a millisecond to
+wake."""
 
 PAUSE = 0.003
 """Seconds before a call: OpenMP's threads spin on after the one before, and take its processors."""
@@ -532,8 +533,11 @@ def samples(
         for name in order.permutation(names):
             if threaded:
                 time.sleep(PAUSE)
-            if first[name] < SHORT:
+            end = time.perf_counter() + WARM
+            while first[name] < SHORT:
                 candidates[name]()
+                if time.perf_counter() > end:
+                    break
             found[name].append(machine.time(candidates[name], repeats[name]))
     return found
 

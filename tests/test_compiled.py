@@ -407,6 +407,31 @@ def test_loops_are_loaded_for_large_arrays_alone(monkeypatch):
     assert greedy.level_scale.on_host(1000) is greedy.level_scale.function
 
 
+def test_loops_are_loaded_once_much_was_done_without_them(monkeypatch):
+    monkeypatch.setattr(blocks, "COMPILED", 10)
+    monkeypatch.setattr(blocks, "LOADING", 1000)
+    monkeypatch.setattr(blocks, "LOADING_IN_ALL", 5000)
+    monkeypatch.setattr(blocks, "_so_far", blocks._SoFar())
+    body, compiled = greedy.codes.function, greedy_loops.codes
+    monkeypatch.delitem(sys.modules, HOST)
+    assert [greedy.codes.on_host(9) for _ in range(1000)] == [body] * 1000
+    assert [greedy.codes.on_host(900) for _ in range(6)] == [body] * 5 + [compiled]
+
+
+@pytest.mark.parametrize("length", [blocks.BLOCK + 1, blocks.PIECE, blocks.PIECE + 1])
+def test_rows_of_a_piece_are_whole_in_loops_and_cut_in_bodies(monkeypatch, rng, length):
+    x = (rng.normal(size=(2, length)) * np.exp(rng.normal(size=(2, length)))).astype(np.float32)
+    for bits in (3, rng.integers(0, 4, x.shape)):
+        code = cubin.quantize(x, bits, channel_axis=0)
+        y = cubin.multibit(x, bits, channel_axis=0)
+        with monkeypatch.context() as patched:
+            patched.setattr(blocks, "pays", lambda size: False)
+            plain = cubin.quantize(x, bits, channel_axis=0)
+            assert code == plain
+            np.testing.assert_array_equal(y, cubin.multibit(x, bits, channel_axis=0))
+            np.testing.assert_array_equal(y, plain.dequantize())
+
+
 def test_loops_that_round_in_another_way_follow_the_size_alone(monkeypatch):
     primitive = search_rows.solve_rows
     monkeypatch.setattr(primitive, "loops_from", 1000)
@@ -540,7 +565,8 @@ loops = {
         x, bits, np.ones((2, 2), f), np.ones((2, 9), f), *scratch(f), np.ones((2, 9), f)),
     planes_loops._sum_planes: (
         read_only(np.ones((2, 2, 2), np.uint8)), bits, read_only(np.ones((2, 2, 1), f)),
-        planes_loops._WORDS, np.ones(128, np.uint64), np.ones(1024, np.int8), np.ones((2, 9), f)),
+        read_only(np.ones((2, 1), f)), planes_loops._WORDS, np.ones(128, np.uint64),
+        np.ones(1024, np.int8), np.ones((2, 9), f)),
     signs_loops._signs: (x[0], np.ones(9, f)),
     signs_loops._clip: (x[0], f(1), x[0], np.ones(9, f)),
 }
@@ -583,6 +609,7 @@ def test_sums_of_planes(rng, dtype, levels, runs, shape):
     scales[-1:, 1:2] = np.nan  # which does not count where no element has a code
     bits = rng.integers(0, levels + 1, shape).astype(np.uint8)
     bits[1:2] = max(levels - 1, 0)
+    shift = rng.normal(size=(shape[0], runs)).astype(dtype).astype(work)
     for depth in (bits, np.uint8(levels)):
         signs = rng.choice(np.array([-1, 1], np.int8), (levels, *shape))
         signs *= np.greater(depth, np.arange(levels)[:, None, None])
@@ -592,15 +619,17 @@ def test_sums_of_planes(rng, dtype, levels, runs, shape):
             pack(signs, planes=planes)
             held[pack] = planes
         np.testing.assert_array_equal(*held.values())
-        total = np.zeros(shape, work)
-        for level in range(levels):
-            step = np.repeat(scales[level], shape[1] // runs, axis=1)
-            signed = np.where(signs[level] > 0, step, -step)
-            total = np.where(signs[level] != 0, total + signed, total)
-        for add_up in (sum_planes, planes_loops.sum_planes):
-            for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
-                add_up(planes, depth, scales, y=y)
-                np.testing.assert_array_equal(plain(y), plain(total.astype(dtype)))
+        for base in (0, shift):
+            total = np.zeros(shape, work)
+            total += np.repeat(base, shape[1] // runs, axis=1) if np.ndim(base) else base
+            for level in range(levels):
+                step = np.repeat(scales[level], shape[1] // runs, axis=1)
+                signed = np.where(signs[level] > 0, step, -step)
+                total = np.where(signs[level] != 0, total + signed, total)
+            for add_up in (sum_planes, planes_loops.sum_planes):
+                for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
+                    add_up(planes, depth, scales, base, y=y)
+                    np.testing.assert_array_equal(plain(y), plain(total.astype(dtype)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

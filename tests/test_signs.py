@@ -8,6 +8,7 @@ from hypothesis.extra import numpy as hnp
 from ml_dtypes import finfo
 
 import cubin
+from cubin.core import floats
 from tests import reference
 from tests.reference import plain
 
@@ -163,6 +164,28 @@ def test_out_of_the_wrong_kind():
         cubin.sign(x, out=[[0.0] * 3] * 2)
     with pytest.raises(ValueError, match="read-only"):
         cubin.sign(x, out=np.broadcast_to(np.float32(0), (2, 3)))
+
+
+BOUNDS = [0, 1, 255, 256, -0.0, -1.0, 2.0**-149, 1e-8, 0.1, 65504.0, 65519.0, 65520.0, 1e39, np.inf,
+          np.nan]  # fmt: skip
+
+
+@pytest.mark.parametrize("bound", [*BOUNDS, *map(np.float64, BOUNDS), np.float16(0.1)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_mask_of_all_patterns(dtype, bound):
+    if isinstance(bound, float) and not isinstance(bound, np.generic):
+        limit = float(floats.nearest(bound, np.dtype(dtype)))  # as NumPy compares
+    else:
+        limit = float(bound)
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    with np.errstate(all="ignore"):
+        if dtype in ("float16", "bfloat16"):
+            x = patterns.view(dtype)
+        else:
+            edge = np.array(limit, dtype)
+            near = np.nextafter(edge, np.array([-np.inf, np.inf], dtype))
+            x = np.concatenate([patterns.view(np.float16).astype(dtype), [edge], near, -near])
+        np.testing.assert_array_equal(cubin.ste_mask(x, bound), abs(x.astype(np.float64)) <= limit)
 
 
 @pytest.mark.parametrize("function", [cubin.sign, cubin.ste_mask])

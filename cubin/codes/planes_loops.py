@@ -20,6 +20,7 @@ from cubin.core.host.loops import (
     uncounted,
 )
 from cubin.core.libraries import Array
+from cubin.core.rows import flattened
 from cubin.core.sums import CHUNK
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
@@ -29,6 +30,12 @@ _WORDS = read_only((_BITS.view(np.int8) * np.int8(2) - np.int8(1)).view(np.uint6
 
 TILE = 1 << 6
 """Lines, and bytes of them, that are packed at a time."""
+
+FEW_LINES = 1 << 3
+"""Lines of a tile from which on a byte of all of them is written at a time."""
+
+SHORT_LINE = 1 << 3
+"""Bytes of a line from which on they are packed one after the other."""
 
 _SHORT = 1 << 5
 """The scales of shorter runs are repeated for each element."""
@@ -56,10 +63,35 @@ def _pack_lines(words: Array, tile: Array, planes: Array) -> None:
                         bits |= bits >> np.uint64(7)
                         bits |= bits >> np.uint64(14)
                         packed[j] = np.uint8(bits | bits >> np.uint64(28))
+                if stop - first < FEW_LINES:
+                    for i in range(stop - first):
+                        for j in range(size):
+                            planes[level, start + j, first + i] = tile[i, j]
+                    continue
                 for j in range(size):
                     into = planes[level, start + j, first:stop]
                     for i in range(stop - first):
                         into[i] = tile[i, j]
+
+
+@loop
+def _pack_short_lines(words: Array, planes: Array) -> None:
+    """The same for lines of few bytes: a byte of many lines at a time."""
+    words, planes = uncounted(words, planes)
+    levels, width, lines = planes.shape
+    ones, one = np.uint64(0x0101010101010101), np.uint64(1)
+    # The product has bit 0 of byte k at bit 56 + k.
+    gather = np.uint64(0x0102040810204080)
+    for level in range(levels):
+        held = words[level].reshape(-1)
+        for first in range(0, lines, TILE):
+            stop = min(first + TILE, lines)
+            for j in range(width):
+                source, into = held[first * width + j :], planes[level, j, first:stop]
+                for i in range(stop - first):
+                    word = source[i * width]
+                    bits = word & ~(word >> one) & ones
+                    into[i] = np.uint8(bits * gather >> np.uint64(56))
 
 
 @loop
@@ -88,8 +120,11 @@ def pack_signs(signs: Array, *, planes: Array) -> None:
     if n % 8:
         whole = np.zeros((levels, count, 8 * width), np.int8)
         whole[..., :n] = signs
-    tile = memory.scratch("tile", (TILE, TILE), np.uint8)
-    _pack_lines(read_only(whole.view(np.uint64)), tile, planes)
+    words = read_only(whole.view(np.uint64))
+    if width < SHORT_LINE:
+        _pack_short_lines(words, planes)
+        return
+    _pack_lines(words, memory.scratch("tile", (TILE, TILE), np.uint8), planes)
 
 
 @part
@@ -111,21 +146,28 @@ def _add_signs_of_each(scale: Array, sign: Array, y: Array) -> None:
 
 @loop
 def _sum_planes(
-    planes: Array, bits: Array, scales: Array, table: Array, words: Array, signs: Array, y: Array
-) -> None:
+    planes: Array, bits: Array, scales: Array, shift: Array, table: Array, words: Array,
+    signs: Array, y: Array,
+) -> None:  # fmt: skip
     """Write the sums of scales, (levels, lines or 1, runs), times planes, (levels, lines, bytes).
 
-    `words` and `signs` are the same scratch, for the signs of a chunk.
+    They begin with the shift, (lines or 1, runs), and with 0 where that has no runs. `words` and
+    `signs` are the same scratch, for the signs of a chunk.
     """
-    planes, bits, scales = uncounted(planes, bits, scales)
+    planes, bits, scales, shift = uncounted(planes, bits, scales, shift)
     table, words, signs, y = uncounted(table, words, signs, y)
     length, runs = y.shape[1], scales.shape[2]
+    run = length // max(1, runs)
     for line in range(len(y)):
         scaled = line if scales.shape[1] > 1 else 0
         for start in range(0, length, CHUNK):
             stop = min(start + CHUNK, length)
             total, sign = y[line, start:stop], signs[: stop - start]
             total[:] = 0
+            if shift.shape[1]:
+                for at in range(start // run, -(-stop // run)):
+                    first, last = max(at * run, start) - start, min(at * run + run, stop) - start
+                    total[first:last] = shift[scaled, at]
             for level in range(len(planes)):
                 held = planes[level, line, start >> 3 : (stop + 7) >> 3]
                 for j in range(held.size):
@@ -137,25 +179,48 @@ def _sum_planes(
                 if runs == length:
                     _add_signs_of_each(scales[level, scaled, start:stop], sign, total)
                     continue
-                run = length // runs
                 for at in range(start // run, -(-stop // run)):
                     first, last = max(at * run, start) - start, min(at * run + run, stop) - start
                     _add_signs(scales[level, scaled, at], sign[first:last], total[first:last])
 
 
-def sum_planes(planes: Array, bits: Any, scales: Array, *, y: Array) -> None:
+def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array) -> None:
     """`planes.sum_planes`."""
     levels, width, lines = planes.shape
     levels = levels if np.ndim(bits) else min(levels, int(bits))
+    if lines > 1 and width <= SHORT_LINE and scales.shape[2] == 1:
+        _sum_short_lines(planes[:levels], bits, scales[:levels], shift, y)
+        return
     by_line = memory.scratch("planes", (levels, lines, width), np.uint8)
     for level in range(levels):
         by_line[level] = in_rows(planes[level].T)
     values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
     run = y.shape[1] // max(1, scales.shape[2])
     held = scales[:levels].repeat(run, axis=2) if 1 < run < _SHORT else scales[:levels]
+    base = shift if np.ndim(shift) else np.empty((1, 0), scales.dtype)
+    base = base.repeat(run, axis=1) if 1 < run < _SHORT else base
     words = memory.scratch("words", (CHUNK // 8,), np.uint64)
     _sum_planes(
-        read_only(by_line), map_of(bits, lines), read_only(np.ascontiguousarray(held)), _WORDS,
-        words, words.view(np.int8), values,
+        read_only(by_line), map_of(bits, lines), read_only(np.ascontiguousarray(held)),
+        read_only(np.ascontiguousarray(base)), _WORDS, words, words.view(np.int8), values,
     )  # fmt: skip
     store(values, y)
+
+
+def _sum_short_lines(planes: Array, bits: Any, scales: Array, shift: Any, y: Array) -> None:
+    """`sum_planes` for lines of few bytes with a scale each, or one for all: as a single line.
+
+    It has the unused bits at the end of each line as elements.
+    """
+    levels, width, lines = planes.shape
+    flat = np.ascontiguousarray(planes.transpose(0, 2, 1)).reshape(levels, -1, 1)
+    n, whole = y.shape[1], 8 * width
+    if np.ndim(bits):
+        depths = np.zeros((lines, whole), np.uint8)
+        depths[:, :n] = bits
+        bits = depths.reshape(1, -1)
+    values = y if n == whole and y.flags.c_contiguous else np.empty((lines, whole), y.dtype)
+    of_line = shift.reshape(1, -1) if np.ndim(shift) else shift
+    sum_planes(flat, bits, scales.reshape(levels, 1, -1), of_line, y=values.reshape(1, -1))
+    if values is not y:
+        y[...] = flattened(values[:, :n], (y.size,)).reshape(y.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,17 @@ def nearest(number: float, dtype: Any) -> np.float64:
     """The number of a float dtype that is nearest a Python number."""
     with np.errstate(over="ignore"):
         return np.float64(rounded(np.float64(number), dtype))
+
+
+@functools.lru_cache(maxsize=1 << 8)
+def magnitudes_up_to(bound: float, dtype: Any) -> Any:
+    """How many magnitudes of a float dtype are at most `bound`: those with smaller bit patterns."""
+    near = np.asarray(np.abs(rounded(np.float64(bound), dtype)))
+    word = as_integers(near)[()]
+    one = word.dtype.type(1)
+    if not bound >= 0:
+        return word.dtype.type(0)
+    return word if near.astype(np.float64) > bound else word + one
 
 
 def with_sign_of(r: np.ndarray, magnitude: Any) -> np.ndarray:

@@ -97,8 +97,10 @@ def takes_whole_rows(primitive: Raw, rows: Rows, x: Array, bits: Bits) -> bool:
     if libraries.on_device(x):
         return primitive.launch.takes(rows.length, x.dtype, bits.levels, bits.mapped)
     on = form(primitive, x, rows.size)
-    body_alone = primitive.loops_from is not None and on is primitive.function
-    return rows.length <= blocks.BLOCK and not body_alone
+    if on is primitive.function:
+        return rows.length <= blocks.BLOCK and primitive.loops_from is None
+    # Loops go through a row chunk by chunk, and a piece of it fits the cache.
+    return rows.length <= (blocks.PIECE if primitive.loops_from is None else blocks.BLOCK)
 
 
 def whole_rows(
@@ -134,7 +136,8 @@ def whole_rows(
         return
     itemsize = floats.work_dtype(inputs[0].dtype).itemsize
     block = blocks.rows_block(out.size, itemsize)
-    _over(list(_blocks_of_rows(rows, block, _together(rows, inputs[0]))), task, rows, inputs)
+    parts = list(_blocks_of_rows(rows, block, _together(rows, inputs[0])))
+    _over(parts, task, rows, inputs, work=_work_of_levels(static[0]))
 
 
 def for_each_whole_rows(
@@ -180,7 +183,8 @@ def for_each_whole_rows(
         )
         # In steps of eight rows, so that blocks of columns do not share bytes.
         together = max(_together(rows, x), 8 if size >= 8 * rows.length else 1)
-        _over(list(_blocks_of_rows(rows, size, together)), task, rows, inputs)
+        parts = list(_blocks_of_rows(rows, size, together))
+        _over(parts, task, rows, inputs, work=_work_of_levels(levels))
         return
     xp = libraries.library(x)
     flat: list[Any] = [_side_by_side(a, rows) for a in inputs]
@@ -385,9 +389,9 @@ def for_each_searched(
     parts = list(_blocks_of_rows(rows, rows_at_once * rows.length))
     if len(parts) > 1 and rows.count * rows.length * states >= LONG_SEARCH:
         with progress.counted(task, name, "block", len(parts)) as task:
-            _over(parts, task, rows, inputs, device)
+            _over(parts, task, rows, inputs, device, 2)
     else:
-        _over(parts, task, rows, inputs, device)
+        _over(parts, task, rows, inputs, device, 2)
 
 
 def row_slices(x: Array) -> list[slice]:
@@ -482,8 +486,12 @@ def _over(
     rows: Rows,
     inputs: Sequence[Any],
     device: bool = False,
+    work: int = 1,
 ) -> None:
-    """Call ``task(part, *inputs)`` for all parts, each input as (rows, n)."""
+    """Call ``task(part, *inputs)`` for all parts, each input as (rows, n).
+
+    `work` is roughly how many times as long a task takes as one that reads and writes once.
+    """
     size = rows.count * rows.length
 
     def gathered(array: Array) -> Array:
@@ -508,7 +516,11 @@ def _over(
             flat.append(flattened(cut, rows.flat_shape(cut.shape)))
         task(part, *flat)
 
-    blocks.each(run, parts, size)
+    blocks.each(run, parts, size * work)
+
+
+def _work_of_levels(levels: int) -> int:
+    return max(1, levels // 2)
 
 
 def _together(rows: Rows, x: Array) -> int:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.core.floats import as_integers, in_work_dtype, is_nan, where, with_sign_of
+from cubin.core import memory
+from cubin.core.floats import (
+    as_integers,
+    in_work_dtype,
+    is_nan,
+    magnitudes_up_to,
+    where,
+    with_sign_of,
+)
 from cubin.core.primitives import FLOATS, elementwise
 
 
@@ -30,7 +38,7 @@ def signs(x: np.ndarray, *, y: np.ndarray) -> None:
 )
 def inside_bits(x: np.ndarray, bits: np.ndarray, *, mask: np.ndarray) -> None:
     """|x| <= bits, compared exactly."""
-    np.less_equal(np.abs(in_work_dtype(x)), bits, out=mask)
+    _inside(x, bits, mask)
 
 
 @elementwise(
@@ -41,7 +49,23 @@ def inside_bits(x: np.ndarray, bits: np.ndarray, *, mask: np.ndarray) -> None:
 )
 def inside(x: np.ndarray, bound: np.ndarray, *, mask: np.ndarray) -> None:
     """|x| <= bound, compared in float64."""
-    np.less_equal(np.abs(in_work_dtype(x)), bound, out=mask)
+    _inside(x, bound, mask)
+
+
+def _inside(x: np.ndarray, bound: np.ndarray, mask: np.ndarray) -> None:
+    """|x| <= bound, compared exactly.
+
+    Bit patterns of magnitudes are in the order of the magnitudes, with NaN above all. So one number
+    is compared as a pattern, which NumPy does fast in all dtypes.
+    """
+    if np.ndim(bound):
+        np.less_equal(np.abs(in_work_dtype(x)), bound, out=mask)
+        return
+    word = as_integers(x)
+    top = word.dtype.type(1 << (8 * word.itemsize - 1))
+    magnitude = memory.scratch("magnitude", x.shape, word.dtype)
+    np.bitwise_and(word, top - word.dtype.type(1), out=magnitude)
+    np.less(magnitude, magnitudes_up_to(float(bound), x.dtype), out=mask)
 
 
 @elementwise(

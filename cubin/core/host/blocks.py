@@ -35,7 +35,7 @@ PIECE = 1 << 18
 THREADED = 1 << 22
 """Elements from which on NumPy's bodies use threads: 16 MB of float32."""
 
-LOOPS_THREADED = 1 << 20
+LOOPS_THREADED = 1 << 21
 """The same for compiled loops. They start sooner: they hardly need the GIL."""
 
 COMPILED = 1 << 12
@@ -43,6 +43,10 @@ COMPILED = 1 << 12
 
 LOADING = 1 << 20
 """Elements from which on Numba is loaded, which takes half a second."""
+
+LOADING_IN_ALL = 1 << 23
+"""Elements of all arrays so far, each at least `COMPILED`, from which on it is loaded, too: going
+on without it would soon take longer."""
 
 WORKERS = 16
 """The most threads. With so many, memory is the limit, and the scratch of all stays small."""
@@ -249,13 +253,26 @@ def _workers() -> int:
 # ---------------------------------------------------------------- which form
 
 
+class _SoFar:
+    """Elements that NumPy's bodies have worked on in this process, roughly."""
+
+    elements = 0
+
+
+_so_far = _SoFar()
+
+
 def pays(size: int) -> bool:
     """Whether to use compiled loops for `size` elements; False without Numba.
 
     This may depend on what the process has loaded: the loops give the same bits as NumPy's bodies.
     """
-    if size < COMPILED or (size < LOADING and not _is_loaded()):
+    if size < COMPILED:
         return False
+    if not _is_loaded():
+        _so_far.elements += size
+        if size < LOADING and _so_far.elements < LOADING_IN_ALL:
+            return False
     return _numba_works()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,13 @@ from cubin import solvers
 from cubin.calibration import Gram, matrix_for
 from cubin.codes.binary_code import BinaryCode, assemble
 from cubin.core import arrays, conversions, libraries, passes
-from cubin.core.bits import as_bits
+from cubin.core.bits import Bits, as_bits
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 from cubin.core.signs import inside, inside_bits, signs
 from cubin.gradients import multibit_grad, sign_grad
 from cubin.solvers import outputs
+from cubin.solvers.precisions import encode as encode_precisions
 from cubin.solvers.solver import solver_of
 
 
@@ -225,6 +228,7 @@ def quantize(
     iterations: int | None = 2,
     importance: Array | None = None,
     gram: Gram | None = None,
+    precisions: Sequence[int] | None = None,
     check_finite: bool = True,
 ) -> BinaryCode:
     """The scales and signs that approximate `x`.
@@ -254,6 +258,9 @@ def quantize(
         the layer's outputs is minimised, :math:`\\sum_w (w - q) H (w - q)^T` over the lines w of
         `x`, of shape (m, n) or (m, ...) with n elements in a line. With ``channel_axis=0`` or
         groups, at most 8 bits, and not with the greedy solver.
+    precisions : sequence of int, optional
+        Numbers of levels, ascending and ending on `bits`, which is no map then: the code has the
+        best scales for each of them, and ``code.at(p)`` is the code of p levels. See the notes.
     check_finite : bool
         Whether to look for NaN and infinity in `x` first.
 
@@ -266,14 +273,15 @@ def quantize(
     Raises
     ------
     TypeError
-        If `x` or `importance` is not floating point, `bits` is not integer, `gram` is no `Gram`, or
-        libraries are mixed.
+        If `x` or `importance` is not floating point, `bits` or one of `precisions` is no integer,
+        `gram` is no `Gram`, or libraries are mixed.
     ValueError
         If `x` has a NaN or infinity (the message names the first such row), `bits` is out of
         range or does not broadcast, `group_size` does not divide the last axis, the solver is
         unknown, or `importance` is negative or not finite, or given to the greedy solver. If `gram`
         is of another number of inputs than a line has, or given to the greedy solver, with an
-        importance, or where scales are neither per line nor per group.
+        importance, or where scales are neither per line nor per group. If `precisions` are empty, do
+        not ascend from 1 or more, do not end on `bits`, or come with a bit map.
 
     See Also
     --------
@@ -321,6 +329,14 @@ def quantize(
     its diagonal is added where errors are carried on, and nowhere else. Matrix products make up
     most of the work; they repeat to the bit on the same machine, with the same number of threads.
 
+    With `precisions` the solver finds the codes of the first one alone. Its planes are kept, and each
+    further level takes the signs of the residual; after each, all scales are refitted by least
+    squares, with the importance or in the metric of H [4]_. Where the solver goes on with
+    iterations, every element then takes the nearest of the sums that its added levels can have, and
+    the scales are refitted, in turn; with `gram` errors are carried on, too. So the error falls with
+    every precision. Each has scales of its own, those of least squares also after the greedy
+    solver. Those of the higher ones may be negative and need not descend.
+
     References
     ----------
     .. [1] Y. Guo et al., "Network Sketching: Exploiting Binary Structure in Deep CNNs",
@@ -329,6 +345,8 @@ def quantize(
        ICLR 2018, arXiv:1802.00150.
     .. [3] E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
        Transformers", ICLR 2023, arXiv:2210.17323.
+    .. [4] G. Park et al., "AnyBCQ: Hardware Efficient Flexible Binary-Coded Quantization for
+       Multi-Precision LLMs", arXiv:2510.10467, 2025.
 
     Examples
     --------
@@ -352,20 +370,26 @@ def quantize(
         checked = as_bits(bits, x, limit=rule.most_bits, look=True)
         weights = _weights(importance, x, solver)
         matrix = None if gram is None else _matrix(gram, x, rows, checked.levels, solver, weights)
+        steps = (checked.levels,) if precisions is None else _precisions(precisions, checked)
         # If every element counts, the scales of a row are finite only if the row is: then the
         # scales are checked, and x need not be read once more.
         scales_show = checked.levels > 0 and not checked.mapped and weights is None
         if check_finite and not scales_show:
             _check_finite(x, rows)
         if matrix is not None:
-            scales, planes = outputs.encode(x, checked, rows, rule, matrix)
+            first = checked if precisions is None else as_bits(steps[0], x)
+            scales, planes = outputs.encode(x, first, rows, rule, matrix, steps[1:])
+        elif precisions is not None:
+            scales, planes = encode_precisions(x, steps, rows, rule, weights)
         else:
             scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
         if check_finite and not bool(xp.isfinite(scales).all()):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
-        scales = scales.reshape(checked.levels, *rows.scale_shape)
-        return assemble(scales, planes, checked.entries, rows)
+        scales = scales.reshape(sum(steps), *rows.scale_shape)
+        lower, scales = scales[: sum(steps[:-1])], scales[sum(steps[:-1]) :]
+        code = assemble(scales, planes, checked.entries, rows)
+        return code if precisions is None else code.with_precisions(steps, lower)
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
@@ -379,6 +403,26 @@ def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
             "the greedy solver takes no importance: use refined, alternating or optimal"
         )
     return arrays.as_importance(entries, x)
+
+
+def _precisions(precisions: Sequence[int], bits: Bits) -> tuple[int, ...]:
+    """The precisions, checked against the bits."""
+    try:
+        listed = tuple(precisions)
+    except TypeError:
+        raise TypeError(f"precisions must be a sequence of integers, got {precisions!r}") from None
+    steps = tuple(arrays.as_integer("each of precisions", step) for step in listed)
+    if bits.mapped:
+        raise ValueError(
+            "precisions need one number of bits for all elements, got a map of shape "
+            f"{bits.entries.shape}"
+        )
+    ascend = all(low < high for low, high in itertools.pairwise((0, *steps)))
+    if not ascend or not steps or steps[-1] != bits.levels:
+        raise ValueError(
+            f"precisions must ascend from 1 or more and end on bits = {bits.levels}, got {steps}"
+        )
+    return steps
 
 
 def _matrix(

@@ -16,6 +16,7 @@ import numpy as np
 from cubin.core import libraries
 from cubin.core.libraries import Array
 from cubin.solvers.codebook import solved
+from cubin.solvers.signed_sums import SignedSums
 
 COLUMNS = 64
 """Inputs whose changes are carried on to all others by one matrix product."""
@@ -77,6 +78,8 @@ class Lines:
     groups : list of array of int
         The inputs that share scales.
     scales : array of float64, shape (groups, levels, lines)
+    fixed : int
+        The signs of so many levels stay as they are given; all scales are refitted.
 
     Attributes
     ----------
@@ -89,12 +92,19 @@ class Lines:
     """
 
     def __init__(
-        self, metric: Metric, weights: Array, depths: Any, groups: list[Array], scales: Array
+        self,
+        metric: Metric,
+        weights: Array,
+        depths: Any,
+        groups: list[Array],
+        scales: Array,
+        fixed: int = 0,
     ) -> None:
         xp = self._xp = libraries.library(weights)
         self._metric, self._groups = metric, groups
         self.weights, self.scales = weights, scales.copy()
-        self._depths = depths
+        self._depths, self._fixed = depths, fixed
+        self._numbers = xp.arange(weights.shape[1])
         every = xp.unique(depths) if np.ndim(depths) else xp.asarray([depths])
         self._every = [int(depth) for depth in every]
         self.group_of = np.empty(len(weights), np.int64)
@@ -113,6 +123,7 @@ class Lines:
             for scale, sign in zip(self.scales[number], self._signs(group), strict=True):
                 self.values[group] += scale * sign
         self.slope = self._metric.gram @ (self.weights - self.values)
+        self._add_up_fixed()
 
     def _signs(self, group: Array) -> list[Array]:
         """The signs at each level, 0 where a weight has no code."""
@@ -129,47 +140,41 @@ class Lines:
 
     def _tabulate(self) -> None:
         """For each group and number of bits: the sums that its levels can have, sorted."""
-        xp = self._xp
-        levels = self.scales.shape[1]
-        self._tables: list[dict[int, tuple[Array, Array, Array]]] = []
-        for of_group in self.scales:
-            tables = {}
-            for depth in self._every:
-                depth = min(depth, levels)
-                codes = xp.arange(1 << depth, dtype=np.uint16)[:, None]
-                sums = xp.zeros((1 << depth, of_group.shape[1]))
-                for level in range(depth):
-                    sums += ((codes >> np.uint16(level) & 1) * 2.0 - 1) * of_group[level]
-                rank = xp.argsort(sums, axis=0, kind="stable")
-                sums = xp.take_along_axis(sums, rank, 0)
-                edges = (sums[1:] + sums[:-1]) / 2
-                tables[depth] = edges, sums, rank.astype(np.uint16)
-            self._tables.append(tables)
+        self._tables = [
+            {depth: SignedSums(of_group[self._fixed : depth]) for depth in self._every}
+            for of_group in self.scales
+        ]
+
+    def _add_up_fixed(self) -> None:
+        """The values of the levels whose signs stay."""
+        if not self._fixed:
+            return
+        self._below = self._xp.zeros_like(self.values)
+        for number, group in enumerate(self._groups):
+            signs = self._signs(group)[: self._fixed]
+            for scale, sign in zip(self.scales[number], signs, strict=False):
+                self._below[group] += scale * sign
 
     def _nearest(self, column: int, wanted: Array) -> tuple[Array, Array]:
         """The nearest sum to what each line wants at an input, and its code."""
+        if not self._fixed:
+            return self._nearest_sum(column, wanted)
+        below = self._below[column]
+        value, code = self._nearest_sum(column, wanted - below)
+        kept = self.codes[column] & np.uint16((1 << self._fixed) - 1)
+        return below + value, (code << np.uint16(self._fixed)) | kept
+
+    def _nearest_sum(self, column: int, wanted: Array) -> tuple[Array, Array]:
         tables = self._tables[self.group_of[column]]
         if len(self._every) == 1:
-            return self._bisected(tables[self._every[0]], wanted)
+            return tables[self._every[0]].nearest(wanted, self._numbers)
         xp = self._xp
         value, code = xp.zeros_like(wanted), xp.zeros(wanted.shape, np.uint16)
         for depth in self._every:
             here = self._depths[column] == depth
-            near, its_code = self._bisected(tables[depth], wanted)
+            near, its_code = tables[depth].nearest(wanted, self._numbers)
             value, code = xp.where(here, near, value), xp.where(here, its_code, code)
         return value, code
-
-    def _bisected(self, table: tuple[Array, Array, Array], wanted: Array) -> tuple[Array, Array]:
-        (edges, sums, rank), xp, lines = table, self._xp, len(wanted)
-        every = xp.arange(lines)
-        position = xp.zeros(lines, np.int64)
-        step = len(sums) >> 1
-        while step:
-            edge = xp.take(edges, (position + (step - 1)) * lines + every)
-            position += (wanted > edge) * step
-            step >>= 1
-        entry = position * lines + every
-        return xp.take(sums, entry), xp.take(rank, entry)
 
     def carry_on(self) -> None:
         """Take codes input by input, and carry the error of each on to the inputs that follow.
@@ -233,6 +238,7 @@ class Lines:
             self.slope -= (gram if whole else gram[:, group]) @ (renewed - values)
             self.values[group] = renewed
         self._tabulate()
+        self._add_up_fixed()
 
     def _blocks(self) -> Iterator[slice]:
         count = len(self.weights)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cubin.codes.decoding import unpacked
+from cubin.codes.decoding import codes_of
 from cubin.codes.encoding import Encoding
 from cubin.core import conversions, libraries, progress
 from cubin.core.bits import Bits
@@ -37,8 +38,12 @@ LEAST_GAIN = 1e-9
 """By how much of its error a line must get better for the search to go on: more than rounding."""
 
 
-def encode(x: Array, bits: Bits, rows: Rows, solver: Solver, gram: Array) -> tuple[Array, Array]:
+def encode(
+    x: Array, bits: Bits, rows: Rows, solver: Solver, gram: Array, higher: Sequence[int] = ()
+) -> tuple[Array, Array]:
     """The scales of `x` in its dtype, (levels, rows), and its planes, as `solvers.encode`.
+
+    With further precisions, `higher`, they are as those of `precisions.encode`.
 
     Parameters
     ----------
@@ -51,24 +56,27 @@ def encode(x: Array, bits: Bits, rows: Rows, solver: Solver, gram: Array) -> tup
         One of those that refit.
     gram : array of float64, shape (n, n)
         Of the n inputs that are the elements of a line.
+    higher : sequence of int
+        Numbers of levels, ascending, beyond those of `bits`, which is no map then.
     """
     lines = x.reshape(len(x), len(gram))
     depths = bits.values.reshape(lines.shape) if bits.mapped else bits.values
     flat = _rows_of_lines(lines.shape, rows.group_size)
     groups = flat.count // max(1, len(lines))
-    encoding = Encoding(lines, bits.levels, flat)
+    precisions = (bits.levels, *higher)
+    encoding = Encoding(lines, precisions[-1], flat, sum(precisions))
     if x.size and bits.levels:
         metric = Metric(gram)
-        step = max(1, ELEMENTS // max(lines.shape[1], groups << bits.levels))
+        step = max(1, ELEMENTS // max(lines.shape[1], groups << precisions[-1]))
         for start in progress.over(range(0, len(lines), step), "lines", "block"):
             block = slice(start, min(start + step, len(lines)))
             part = depths[block] if bits.mapped else depths
             some = Bits(part, part, bits.levels)
-            scales, codes = _of_lines(lines[block], some, rows.group_size, solver, metric)
-            narrow = conversions.narrowed(scales, encoding.scales.dtype).reshape(bits.levels, -1, 1)
+            scales, codes = _of_lines(lines[block], some, higher, rows.group_size, solver, metric)
+            narrow = conversions.narrowed(scales, encoding.scales.dtype).reshape(len(scales), -1, 1)
             here = Part(slice(start * groups, block.stop * groups), slice(0, 1), (block, ...))
             shape = (-1, flat.length)
-            of_rows = part.reshape(shape) if bits.mapped else part
+            of_rows = part.reshape(shape) if bits.mapped else np.uint8(precisions[-1])
             encoding.store(here, codes.reshape(shape), of_rows, list(narrow))
     return conversions.rounded(encoding.scales, x.dtype), encoding.planes
 
@@ -78,9 +86,17 @@ def _rows_of_lines(shape: tuple[int, ...], group_size: int | None) -> Rows:
 
 
 def _of_lines(
-    x: Array, bits: Bits, group_size: int | None, solver: Solver, metric: Metric
+    x: Array,
+    bits: Bits,
+    higher: Sequence[int],
+    group_size: int | None,
+    solver: Solver,
+    metric: Metric,
 ) -> tuple[Array, Array]:
-    """Scales, (levels, lines, groups), and packed codes, (lines, n), of some lines."""
+    """Scales, (levels, lines, groups), and packed codes, (lines, n), of some lines.
+
+    The scales of all precisions follow each other.
+    """
     xp = libraries.library(x)
     count, n = x.shape
     rows = _rows_of_lines(x.shape, group_size)
@@ -95,10 +111,7 @@ def _of_lines(
 
     def start(on_weights: Solver, importance: Array | None) -> tuple[Array, Array]:
         scales, planes = encode_weights(weights, bits, rows, on_weights, importance)
-        signs = unpacked(planes, bits.entries, x.shape)
-        code = xp.zeros(x.shape, np.uint16)
-        for level in range(bits.levels):
-            code |= (signs[level] > 0).astype(np.uint16) << np.uint16(level)
+        code = codes_of(planes, x.shape)
         scales = scales.reshape(bits.levels, count, len(groups)).transpose(2, 0, 1)
         return xp.ascontiguousarray(scales), xp.ascontiguousarray(code.T[metric.order])
 
@@ -110,28 +123,33 @@ def _of_lines(
     depths = bits.values.T[metric.order] if bits.mapped else bits.values
     weights = xp.ascontiguousarray(weights.T[metric.order])
     best = solve(metric, weights, depths, groups, starts, solver)
-    return _in_order(best, bits, groups, xp.where(finite, unit, np.nan), position)
+    _put_in_order(best, groups, bits.mapped)
+    tables = [best.scales]
+    for levels in higher:
+        best = extended(metric, weights, groups, best, levels, solver)
+        tables.append(best.scales)
+    unit = xp.where(finite, unit, np.nan)
+    scales = (xp.concatenate(tables, axis=1) * unit).transpose(1, 2, 0)
+    return scales, best.codes[position].T
 
 
-def _in_order(
-    best: Best, bits: Bits, groups: list[Array], unit: Array, position: Array
-) -> tuple[Array, Array]:
-    """Scales that are not negative and, without a map, descend, and the codes that go with them."""
-    xp = libraries.library(unit)
-    codes, scales = xp.zeros_like(best.codes), xp.zeros_like(best.scales)
+def _put_in_order(best: Best, groups: list[Array], mapped: bool) -> None:
+    """Make scales not negative and, without a map, descend, with the codes that go with them."""
+    xp = libraries.library(best.codes)
+    levels = best.scales.shape[1]
     for number, group in enumerate(groups):
         values = best.scales[number]
-        order = xp.arange(bits.levels)[:, None] + xp.zeros(values.shape, np.int64)
-        if not bits.mapped:
+        order = xp.arange(levels)[:, None] + xp.zeros(values.shape, np.int64)
+        if not mapped:
             order = xp.argsort(-abs(values), axis=0, kind="stable")
         values = xp.take_along_axis(values, order, 0)
-        scales[number] = abs(values) * unit
-        old, new = best.codes[group], xp.zeros(codes[group].shape, np.uint16)
-        for level in range(bits.levels):
+        best.scales[number] = abs(values)
+        old = best.codes[group]
+        new = xp.zeros_like(old)
+        for level in range(levels):
             bit = (old >> order[level].astype(np.uint16) & 1) ^ (values[level] < 0)
             new |= bit.astype(np.uint16) << np.uint16(level)
-        codes[group] = new
-    return scales.transpose(1, 2, 0), codes[position].T
+        best.codes[group] = new
 
 
 class Best:
@@ -199,6 +217,39 @@ def solve(
         bits = (flips << np.arange(levels)[:, None, None]).sum(axis=0).astype(np.uint16)
         lines.give(best.codes ^ xp.asarray(bits))
         lines.refit()
+        _alternate(best, lines, None)
+    return best
+
+
+def extended(
+    metric: Metric,
+    weights: Array,
+    groups: list[Array],
+    lower: Best,
+    levels: int,
+    solver: Solver,
+) -> Best:
+    """The codes and scales of least output error that are found with `levels` levels.
+
+    The codes of `lower` stay. Its levels and the added ones have scales of their own. No line has a
+    larger error than if each added level took the signs of the residual.
+    """
+    xp = libraries.library(weights)
+    codes, scales = lower.codes, lower.scales
+    fixed = scales.shape[1]
+    for level in range(fixed, levels):
+        scales = xp.concatenate([scales, xp.zeros_like(scales[:, :1])], axis=1)
+        lines = Lines(metric, weights, np.uint8(level + 1), groups, scales, fixed)
+        lines.give(codes)
+        # The scale of the level is still 0, so that its signs change no value.
+        lines.codes |= (weights > lines.values).astype(np.uint16) << np.uint16(level)
+        lines.refit()
+        codes, scales = lines.codes, lines.scales
+    best = Best(lines)
+    carried = Lines(metric, weights, np.uint8(levels), groups, scales, fixed)
+    carried.give(codes)
+    _search(best, carried, solver.iterations)
+    if solver.name == "optimal":
         _alternate(best, lines, None)
     return best
 

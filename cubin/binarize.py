@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from cubin import solvers
 from cubin.calibration import Gram, matrix_for
 from cubin.codes.binary_code import BinaryCode, assemble
 from cubin.core import arrays, conversions, libraries, passes
-from cubin.core.bits import Bits, as_bits
+from cubin.core.bits import as_bits, as_precisions
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 from cubin.core.signs import inside, inside_bits, signs
@@ -280,8 +279,8 @@ def quantize(
         range or does not broadcast, `group_size` does not divide the last axis, the solver is
         unknown, or `importance` is negative or not finite, or given to the greedy solver. If `gram`
         is of another number of inputs than a line has, or given to the greedy solver, with an
-        importance, or where scales are neither per line nor per group. If `precisions` are empty, do
-        not ascend from 1 or more, do not end on `bits`, or come with a bit map.
+        importance, or where scales are neither per line nor per group. If `precisions` are empty,
+        do not ascend from 1 or more, do not end on `bits`, or come with a bit map.
 
     See Also
     --------
@@ -329,12 +328,12 @@ def quantize(
     its diagonal is added where errors are carried on, and nowhere else. Matrix products make up
     most of the work; they repeat to the bit on the same machine, with the same number of threads.
 
-    With `precisions` the solver finds the codes of the first one alone. Its planes are kept, and each
-    further level takes the signs of the residual; after each, all scales are refitted by least
+    With `precisions` the solver finds the codes of the first one alone. Its planes are kept, and
+    each further level takes the signs of the residual; after each, all scales are refitted by least
     squares, with the importance or in the metric of H [4]_. Where the solver goes on with
     iterations, every element then takes the nearest of the sums that its added levels can have, and
-    the scales are refitted, in turn; with `gram` errors are carried on, too. So the error falls with
-    every precision. Each has scales of its own, those of least squares also after the greedy
+    the scales are refitted, in turn; with `gram` errors are carried on, too. So the error falls
+    with every precision. Each has scales of its own, those of least squares also after the greedy
     solver. Those of the higher ones may be negative and need not descend.
 
     References
@@ -370,7 +369,9 @@ def quantize(
         checked = as_bits(bits, x, limit=rule.most_bits, look=True)
         weights = _weights(importance, x, solver)
         matrix = None if gram is None else _matrix(gram, x, rows, checked.levels, solver, weights)
-        steps = (checked.levels,) if precisions is None else _precisions(precisions, checked)
+        steps: tuple[int, ...] = (checked.levels,)
+        if precisions is not None:
+            steps = as_precisions(precisions, checked.entries)
         # If every element counts, the scales of a row are finite only if the row is: then the
         # scales are checked, and x need not be read once more.
         scales_show = checked.levels > 0 and not checked.mapped and weights is None
@@ -387,9 +388,11 @@ def quantize(
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
         scales = scales.reshape(sum(steps), *rows.scale_shape)
-        lower, scales = scales[: sum(steps[:-1])], scales[sum(steps[:-1]) :]
-        code = assemble(scales, planes, checked.entries, rows)
-        return code if precisions is None else code.with_precisions(steps, lower)
+        lower = sum(steps[:-1])
+        tables, scales = scales[:lower], scales[lower:]
+        if precisions is None:
+            return assemble(scales, planes, checked.entries, rows)
+        return assemble(scales, planes, checked.entries, rows, precisions=steps, tables=tables)
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
@@ -403,26 +406,6 @@ def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
             "the greedy solver takes no importance: use refined, alternating or optimal"
         )
     return arrays.as_importance(entries, x)
-
-
-def _precisions(precisions: Sequence[int], bits: Bits) -> tuple[int, ...]:
-    """The precisions, checked against the bits."""
-    try:
-        listed = tuple(precisions)
-    except TypeError:
-        raise TypeError(f"precisions must be a sequence of integers, got {precisions!r}") from None
-    steps = tuple(arrays.as_integer("each of precisions", step) for step in listed)
-    if bits.mapped:
-        raise ValueError(
-            "precisions need one number of bits for all elements, got a map of shape "
-            f"{bits.entries.shape}"
-        )
-    ascend = all(low < high for low, high in itertools.pairwise((0, *steps)))
-    if not ascend or not steps or steps[-1] != bits.levels:
-        raise ValueError(
-            f"precisions must ascend from 1 or more and end on bits = {bits.levels}, got {steps}"
-        )
-    return steps
 
 
 def _matrix(

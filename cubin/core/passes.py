@@ -398,7 +398,7 @@ def row_slices(x: Array) -> list[slice]:
 
 
 def tiles(x: Array) -> Iterator[tuple[slice, slice]]:
-    """Blocks, of rows and of elements, that tile `x`, (rows, n): on the host each fits the cache."""
+    """Blocks of rows and of elements that tile `x`, (rows, n): on the host each fits the cache."""
     shape = x.shape
     size = x.size if libraries.on_device(x) else blocks.BLOCK
     for cuts in blocks.tile(shape, size):

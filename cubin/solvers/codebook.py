@@ -140,9 +140,7 @@ def fitted(
     return xp.stack(scales) if levels else xp.zeros((0, len(rows))), gain
 
 
-def gained(
-    gram: list[list[Array]], target: list[Array], scales: list[Array], zero: Array
-) -> Array:
+def gained(gram: list[list[Array]], target: list[Array], scales: list[Array], zero: Array) -> Array:
     """How much scales take off the sum of squares. The system is that of `solved`."""
     gain = zero
     for i, scale in enumerate(scales):

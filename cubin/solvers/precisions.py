@@ -64,11 +64,11 @@ def encode(
 
     def extend(part: Part, x: Array, code: Array, weight: Array | None = None) -> None:
         residuals = Residuals(x, code, first, weight, mirrored=solver.name != "greedy")
-        scales = [residuals.in_units_of_x()]
+        tables = [residuals.table()]
         for wanted in precisions[1:]:
             extended(residuals, wanted, limit(solver))
-            scales.append(residuals.in_units_of_x())
-        every = residuals.xp.concatenate(scales)[:, :, None]
+            tables.append(residuals.table())
+        every = residuals.xp.concatenate(tables)[:, :, None]
         narrow = conversions.narrowed(every, floats.work_dtype(x.dtype))
         encoding.store(part, residuals.code, np.uint8(levels), list(narrow))
 
@@ -118,6 +118,8 @@ class Residuals:
     mirrored : bool
         Whether the codes of -x are those of x, negated: a residual of 0 then has the sign -1 where
         x > 0, else +1. If not, it has -1.
+    shifted : bool
+        Whether there is a constant beside the levels.
 
     Attributes
     ----------
@@ -125,14 +127,23 @@ class Residuals:
     levels : int
     scales : array of float64, shape (levels, rows)
         In units of the rows. They may be negative.
+    shift : array of float64, shape (rows,)
     errors : array of float64, shape (rows,)
         The weighted sums of squares that the levels leave, in these units.
     """
 
     def __init__(
-        self, x: Array, code: Array, levels: int, importance: Array | None, *, mirrored: bool
+        self,
+        x: Array,
+        code: Array,
+        levels: int,
+        importance: Array | None,
+        *,
+        mirrored: bool,
+        shifted: bool,
     ) -> None:
         xp = self.xp = libraries.library(x)
+        self.code, self.levels = xp.ascontiguousarray(code), levels
         self._x = conversions.widened(xp.ascontiguousarray(x))
         self._unit, self._valid = power_of_two(xp, abs(self._x))
         self._x /= self._unit
@@ -140,26 +151,37 @@ class Residuals:
         self._weight = None
         if importance is not None:
             self._weight = relative_weights(xp, importance, np.uint8(levels))
-        self._mirrored = mirrored
-        count = len(code)
-        self.code, self.levels = xp.ascontiguousarray(code), levels
-        self._gram, self._target = xp.zeros((0, 0, count)), xp.zeros((0, count))
-        self._square = xp.zeros(count)
+        self._mirrored, self._shifted = mirrored, shifted
+        self._square, self._middle = xp.zeros(len(x)), xp.zeros(len(x))
+        if shifted:
+            # Squares are summed of what lies about the mean, which may be far from 0.
+            for rows, cut in self._tiles():
+                self._middle[rows] += _row_sums(self._x[rows, cut].copy())
+            self._middle /= x.shape[1]
+            self._x -= self._middle[:, None]
         for rows, cut in self._tiles():
-            x = self._x[rows, cut]
-            self._square[rows] += _row_sums(x * self._weighted(x, rows, cut))
+            here = self._x[rows, cut]
+            self._square[rows] += _row_sums(here * self._weighted(here, rows, cut))
+        # The system of the least squares: the shift comes first, if there is one.
+        self._gram, self._target = xp.zeros((0, 0, len(x))), xp.zeros((0, len(x)))
         self._fit(0)
 
-    def in_units_of_x(self) -> Array:
-        """The scales; NaN in rows that are not finite."""
-        scales = self.scales * self._unit[:, 0]
-        scales[:, ~self._valid] = np.nan
-        return scales
+    def table(self) -> Array:
+        """The scales in units of x, and then the shift, if there is one, (scales, rows).
+
+        They are NaN in rows that are not finite.
+        """
+        table = self.scales.copy()
+        if self._shifted:
+            table = self.xp.concatenate([table, (self.shift + self._middle)[None]])
+        table *= self._unit[:, 0]
+        table[:, ~self._valid] = np.nan
+        return table
 
     def add_level(self) -> None:
         """Add a level with the signs of the residual, and refit all scales."""
         xp = self.xp
-        # Whatever is positive comes nearest with any positive scale.
+        # With any positive scale, a level of the residual's sign comes nearest.
         self.scales = xp.concatenate([self.scales, xp.ones((1, len(self.code)))])
         self.levels += 1
         self._take_nearest(self.levels - 1)
@@ -177,56 +199,61 @@ class Residuals:
         part = copy.copy(self)
         part._x, part._unit, part._valid = self._x[rows], self._unit[rows], self._valid[rows]
         part._weight = None if self._weight is None else self._weight[rows]
-        part._square = self._square[rows]
-        part.code, part.errors = self.code[rows], self.errors[rows]
+        part._square, part._middle = self._square[rows], self._middle[rows]
+        part.code, part.errors, part.shift = self.code[rows], self.errors[rows], self.shift[rows]
         part.scales = self.scales[:, rows]
         part._gram, part._target = self._gram[..., rows], self._target[:, rows]
         return part
 
     def put(self, rows: Array, part: Residuals) -> None:
-        """Take over the codes and scales of some rows, which have as many levels."""
-        self.code[rows], self.errors[rows] = part.code, part.errors
+        """Take over the codes and scales of some rows, given by their numbers."""
+        self.code[rows], self.errors[rows], self.shift[rows] = part.code, part.errors, part.shift
         self.scales[:, rows] = part.scales
         self._gram[..., rows], self._target[:, rows] = part._gram, part._target
 
     def _take_nearest(self, first: int) -> None:
         """Give the levels from `first` on the signs whose sum is nearest to the residual."""
         sums = SignedSums(self.scales[first:])
-        kept = np.uint16((1 << first) - 1)
+        kept, added = np.uint16((1 << first) - 1), np.uint16((1 << (self.levels - first)) - 1)
         code = self.xp.empty_like(self.code)
         for rows, cut in self._tiles():
             old, x = self.code[rows, cut], self._x[rows, cut]
-            wanted = x.copy()
+            wanted = x - self.shift[rows, None]
             for level in range(first):
                 wanted -= self.scales[level, rows, None] * _signs(old, level)
             numbers = self.xp.arange(rows.start, rows.stop)[:, None]
             if self._mirrored:
                 flipped = x <= 0
                 _, near = sums.nearest(wanted * (1 - 2.0 * flipped), numbers)
-                near ^= flipped * np.uint16((1 << (self.levels - first)) - 1)
+                near ^= flipped * added
             else:
                 _, near = sums.nearest(wanted, numbers)
             code[rows, cut] = (old & kept) | (near << np.uint16(first))
         self.code = code
 
     def _fit(self, first: int) -> None:
-        """Refit all scales, where the codes of the levels from `first` on are new."""
+        """Refit the shift and all scales, where the codes of the levels from `first` on are new."""
         xp, count = self.xp, len(self.code)
-        gram, target = xp.zeros((self.levels, self.levels, count)), xp.zeros((self.levels, count))
-        gram[:first, :first] = self._gram[:first, :first]
-        target[:first] = self._target[:first]
+        unknowns = self._shifted + self.levels
+        known = min(len(self._target), self._shifted + first)
+        gram, target = xp.zeros((unknowns, unknowns, count)), xp.zeros((unknowns, count))
+        gram[:known, :known], target[:known] = self._gram[:known, :known], self._target[:known]
         for rows, cut in self._tiles():
             code, x = self.code[rows, cut], self._x[rows, cut]
-            signs = [_signs(code, level) for level in range(self.levels)]
-            for i in range(first, self.levels):
-                weighted = self._weighted(signs[i], rows, cut)
+            columns = [_signs(code, level) for level in range(self.levels)]
+            if self._shifted:
+                columns.insert(0, xp.ones(x.shape))
+            for i in range(known, unknowns):
+                weighted = self._weighted(columns[i], rows, cut)
                 target[i, rows] += _row_sums(weighted * x)
                 for j in range(i + 1):
-                    gram[i, j, rows] += _row_sums(weighted * signs[j])
-        triangle = [list(gram[i, : i + 1]) for i in range(self.levels)]
-        scales = solved(triangle, list(target), xp)
-        self._gram, self._target, self.scales = gram, target, xp.stack(scales)
-        self.errors = self._square - gained(triangle, list(target), scales, xp.zeros(count))
+                    gram[i, j, rows] += _row_sums(weighted * columns[j])
+        triangle = [list(gram[i, : i + 1]) for i in range(unknowns)]
+        found = solved(triangle, list(target), xp)
+        gain = gained(triangle, list(target), found, xp.zeros(count))
+        self._gram, self._target, self.errors = gram, target, self._square - gain
+        self.shift = found[0] if self._shifted else xp.zeros(count)
+        self.scales = xp.stack(found[self._shifted :])
 
     def _weighted(self, values: Array, rows: slice, cut: slice) -> Array:
         return values if self._weight is None else values * self._weight[rows, cut]

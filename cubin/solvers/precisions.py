@@ -63,7 +63,8 @@ def encode(
     weights = () if importance is None else (importance,)
 
     def extend(part: Part, x: Array, code: Array, weight: Array | None = None) -> None:
-        residuals = Residuals(x, code, first, weight, mirrored=solver.name != "greedy")
+        mirrored = solver.name != "greedy"
+        residuals = Residuals(x, code, first, weight, mirrored=mirrored, shifted=False)
         tables = [residuals.table()]
         for wanted in precisions[1:]:
             extended(residuals, wanted, limit(solver))

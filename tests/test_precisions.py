@@ -23,6 +23,7 @@ from tests.exhaustive import few
 from tests.required import require
 
 SOLVERS = ["greedy", "refined", "alternating", "optimal"]
+DTYPES = [np.float16, bfloat16, np.float32, np.float64]
 GRANULARITIES = [
     {},
     {"channel_axis": 0},
@@ -53,8 +54,8 @@ def weighted_error(x, approx, weights=1.0):
 # ---------------------------------------------------------------- scales and signs
 
 
-@pytest.mark.parametrize("where", few(GRANULARITIES, {}, {"channel_axis": 1}, {"group_size": 4}))
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("where", few(GRANULARITIES, {"channel_axis": 1}, {"group_size": 4}))
+@pytest.mark.parametrize("solver", few(SOLVERS, "greedy", "alternating"))
 @pytest.mark.parametrize("weighted", [False, True])
 def test_scales_are_of_least_squares(xp, host, rng, where, solver, weighted):
     if solver == "greedy" and weighted:
@@ -98,12 +99,12 @@ def test_added_levels_take_the_sign_of_the_residual(solver, where, rng):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_first_precision_is_the_solver_alone(solver, xp, rng):
+def test_the_first_precision_is_the_solver_alone(solver, xp, host, rng):
     x = xp.asarray(rng.standard_normal((6, 40)).astype(np.float32))
     first = cubin.quantize(x, 4, solver=solver, precisions=(2, 4), channel_axis=0).at(2)
     alone = cubin.quantize(x, 2, solver=solver, channel_axis=0)
     if solver == "greedy":  # its scales are fitted
-        np.testing.assert_array_equal(first.signs, alone.signs)
+        np.testing.assert_array_equal(host(first.signs), host(alone.signs))
         assert cubin.errors.relative_mse(x, first.dequantize()) < cubin.errors.relative_mse(
             x, alone.dequantize()
         )
@@ -249,8 +250,8 @@ def test_both_libraries_find_the_same(device, host, rng):
         assert theirs.to_host().at(2).planes.tolist() == ours.at(2).planes.tolist()
 
 
-@pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float32, np.float64])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", few(DTYPES, np.float16, bfloat16))
+@pytest.mark.parametrize("solver", few(SOLVERS, "greedy", "alternating"))
 def test_dtypes(xp, host, rng, dtype, solver):
     x = rng.standard_normal((4, 64)).astype(dtype)
     code = cubin.quantize(xp.asarray(x), 4, solver=solver, precisions=(1, 2, 4), channel_axis=0)
@@ -267,7 +268,7 @@ def test_dtypes(xp, host, rng, dtype, solver):
         np.testing.assert_allclose(approx, (scales[:, :, None] * signs).sum(axis=0), rtol=0.02)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", few(SOLVERS, "greedy", "alternating"))
 def test_sizes(solver, xp, host):
     for x, where in (
         (np.float64(1.5), {}),
@@ -310,6 +311,20 @@ def outputs_lost(x, approx, matrix):
     return np.einsum("li,ij,lj->l", lost, matrix, lost)
 
 
+def lost_by_signs(line, signs, levels, root):
+    """The output error of a line whose added levels take the signs of the residual.
+
+    The Gram matrix is the root times its transpose.
+    """
+    chain = signs.astype(np.float64)
+    while True:
+        scales = np.linalg.lstsq((chain @ root).T, line @ root, rcond=None)[0]
+        residual = line - scales @ chain
+        if len(chain) == levels:
+            return float(((residual @ root) ** 2).sum())
+        chain = np.vstack([chain, np.where(residual > 0, 1.0, -1.0)])
+
+
 @pytest.fixture
 def layer(rng):
     """Weights, and a Gram matrix of inputs that go together."""
@@ -334,13 +349,8 @@ def test_with_a_gram_matrix(layer, solver, where):
         for i, line in enumerate(x):
             signs = code.signs[:, i].astype(np.float64)
             for (low, high), lost in zip(itertools.pairwise(precisions), errors[1:], strict=True):
-                chain = signs[:low]
-                for _ in range(low, high):
-                    scales = np.linalg.lstsq((chain @ root).T, line @ root, rcond=None)[0]
-                    chain = np.vstack([chain, np.where(line - scales @ chain > 0, 1.0, -1.0)])
-                seen = chain @ root
-                scales = np.linalg.lstsq(seen.T, line @ root, rcond=None)[0]
-                assert lost[i] <= ((line @ root - scales @ seen) ** 2).sum() * (1 + 1e-9)
+                by_signs = lost_by_signs(line, signs[:low], high, root)
+                assert lost[i] <= by_signs * (1 + 1e-9)
             for precision in precisions:
                 part = code.at(precision)
                 of_line = part.signs[:, i].astype(np.float64)
@@ -348,15 +358,22 @@ def test_with_a_gram_matrix(layer, solver, where):
                 assert np.abs(slope).max() < 1e-8 * np.abs(of_line @ gram.matrix @ line).max()
 
 
-def test_errors_are_carried_on(layer):
-    """The codes of a Gram matrix beat those that know of the weights alone."""
-    x, gram = layer
-    plain, knowing = (
-        cubin.quantize(x, 3, solver="refined", precisions=(1, 3), channel_axis=0, gram=g)
-        for g in (None, gram)
+def test_errors_are_carried_on(rng):
+    """Codes that know of the inputs beat signs of the residual, and renewing them helps."""
+    x = rng.standard_normal((32, 64))
+    basis = np.linalg.qr(rng.standard_normal((64, 64)))[0]
+    gram = cubin.Gram(64).add(np.diag(np.arange(1, 65) ** -0.5) @ basis.T)
+    root = np.linalg.cholesky(gram.matrix)
+    refined, alternating = (
+        cubin.quantize(x, 3, solver=solver, precisions=(1, 3), channel_axis=0, gram=gram)
+        for solver in ("refined", "alternating")
     )
-    lost = [outputs_lost(x, c.dequantize(), gram.matrix).sum() for c in (plain, knowing)]
-    assert lost[1] < 0.8 * lost[0]
+    signs = sum(lost_by_signs(x[i], refined.at(1).signs[:, i], 3, root) for i in range(32))
+    lost = [
+        outputs_lost(x, code.dequantize(), gram.matrix).sum() for code in (refined, alternating)
+    ]
+    assert lost[0] < 0.9 * signs
+    assert lost[1] < 0.9 * lost[0]
 
 
 def test_a_gram_matrix_on_a_device(layer, device, host):
@@ -551,7 +568,7 @@ def test_equality_is_that_of_the_last_precision(code):
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
-@pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_files_keep_all_tables(suffix, dtype, rng, tmp_path):
     path = tmp_path / f"code.{suffix}"
     x = rng.standard_normal((6, 5, 8)).astype(dtype)

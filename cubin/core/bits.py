@@ -116,7 +116,7 @@ def _low_bytes(integers: np.ndarray) -> np.ndarray:
     return integers.view(np.dtype(low))["low"]  # type: ignore[call-overload]
 
 
-def as_precisions(value: object, entries: Any) -> tuple[int, ...]:
+def as_precisions(value: Any, entries: Any) -> tuple[int, ...]:
     """`value` as numbers of levels that ascend and end on the bits, which are no map.
 
     `entries` are those of `Bits`.
@@ -130,7 +130,7 @@ def as_precisions(value: object, entries: Any) -> tuple[int, ...]:
         a map.
     """
     try:
-        listed = tuple(value)  # type: ignore[call-overload]
+        listed = tuple(value)
     except TypeError:
         raise TypeError(f"precisions must be a sequence of integers, got {value!r}") from None
     precisions = tuple(arrays.as_integer("each of precisions", one) for one in listed)

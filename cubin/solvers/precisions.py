@@ -163,6 +163,9 @@ class Residuals:
         for rows, cut in self._tiles():
             here = self._x[rows, cut]
             self._square[rows] += _row_sums(here * self._weighted(here, rows, cut))
+        self.scales: Array
+        self.shift: Array
+        self.errors: Array
         # The system of the least squares: the shift comes first, if there is one.
         self._gram, self._target = xp.zeros((0, 0, len(x))), xp.zeros((0, len(x)))
         self._fit(0)

@@ -127,7 +127,6 @@ def run(arguments: argparse.Namespace) -> int:
         writer.writerow([field.name for field in dataclasses.fields(Result)])
         writer.writerows(dataclasses.astuple(result) for result in results)
     origin = provenance.record(vars(arguments), SEED, ("onnx", "safetensors", "rapidocr"))
-    origin["omissions"] = omissions.record()
     path = arguments.output / f"{NAME}.json"
     path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     print(f"Written to {arguments.output}: {NAME}.csv, .json")

@@ -181,6 +181,34 @@ def seconds_by_solver():
         )
 
 
+TOGETHER = RESULTS / "any_precision.csv"
+
+
+def of_precision(solver, bits, column="together"):
+    wanted = {"data": "pretrained weights", "solver": solver, "bits": bits}
+    return float(only(table(TOGETHER), **wanted)[column])
+
+
+def errors_by_precision():
+    columns = [(2, "together"), (3, "alone"), (3, "together"), (4, "alone"), (4, "together")]
+    cells = " | ".join("{}" for _ in columns)
+    for solver in SOLVERS:
+        found = [f"{of_precision(solver, *column):.4f}" for column in columns]
+        yield f"| {solver} | {cells} |", found
+
+
+def same_as_alone(solver, other):
+    """Whether a solver has the same errors in a code of several precisions as another alone."""
+    return all(
+        of_precision(solver, bits) == pytest.approx(of_precision(other, bits, "alone"), rel=1e-3)
+        for bits in (2, 3, 4)
+    )
+
+
+def cost_of_precisions(solver):
+    return of_precision(solver, 4) / of_precision(solver, 4, "alone")
+
+
 BUDGET = table(RESULTS / "bit_budget.csv")
 GAUSSIAN = [row for row in BUDGET if row["source"] == "Gaussian"]
 
@@ -464,6 +492,15 @@ def sentences():
             ("samples and on {} weight tensors", [COMPARED]),
             ("; {} cores of an {})", machine(COMPARISON)),
             *seconds_by_solver(),
+            (
+                "Medians over {} weight tensors of the relative squared error",
+                [digits(of_precision("greedy", 2, "tensors"))],
+            ),
+            *errors_by_precision(),
+            (
+                "with `optimal` the error at 4 bits is {} times as large",
+                [digits(cost_of_precisions("optimal"), 2)],
+            ),
         ],
         "docs/maps.md": [
             (
@@ -547,6 +584,20 @@ CLAIMS = {
         "`greedy` at 4 bits; `refined` does not.": lambda: (
             all(median(solver, 3) < median("greedy", 4) for solver in SOLVERS[2:])
             and median("refined", 3) > median("greedy", 4)
+        ),
+        "`refined` adds levels in the same way alone, so that nothing is lost, and `greedy`, whose "
+        "scales are fitted here, too, comes to the same codes.": lambda: (
+            same_as_alone("refined", "refined") and same_as_alone("greedy", "refined")
+        ),
+        "With two iterations `alternating` has less error at 4 bits than alone": lambda: (
+            cost_of_precisions("alternating, 2 iterations") < 1
+        ),
+        "But codes that are best alone lose": lambda: all(
+            cost_of_precisions(solver) > 1.5 for solver in SOLVERS[3:]
+        ),
+        "It is still the least of all codes of several precisions.": lambda: all(
+            of_precision("optimal", bits) == min(of_precision(s, bits) for s in SOLVERS)
+            for bits in (2, 3, 4)
         ),
         "On these weights every other solver at 4 bits has a smaller median error than `greedy` "
         "at 5 bits.": lambda: all(median(s, 4) < median("greedy", 5) for s in SOLVERS[1:]),

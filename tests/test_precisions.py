@@ -100,7 +100,7 @@ def test_added_levels_take_the_sign_of_the_residual(solver, where, rng):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_first_precision_is_the_solver_alone(solver, xp, host, rng):
-    x = xp.asarray(rng.standard_normal((6, 40)).astype(np.float32))
+    x = xp.asarray(rng.standard_normal((6, 40)))
     first = cubin.quantize(x, 4, solver=solver, precisions=(2, 4), channel_axis=0).at(2)
     alone = cubin.quantize(x, 2, solver=solver, channel_axis=0)
     if solver == "greedy":  # its scales are fitted
@@ -166,6 +166,16 @@ def test_more_iterations_end_lower(rng):
         errors.append(float(cubin.errors.relative_mse(x, code.dequantize())))
     assert errors[0] > 1.02 * errors[1]
     assert errors[1] > errors[2]
+
+
+def test_ties(xp, host):
+    """Where nothing is left, the greedy sign is -1, and the others mirror: -1 only where x > 0."""
+    x = np.array([2.0, 0.0, -2.0, 0.0])
+    for solver, expected in (("optimal", [-1, 1, 1, 1]), ("greedy", [-1, -1, -1, -1])):
+        code = cubin.quantize(xp.asarray(x), 3, solver=solver, precisions=(2, 3))
+        np.testing.assert_array_equal(host(code.at(2).dequantize()), x)
+        np.testing.assert_array_equal(host(code.signs)[2], expected)
+        np.testing.assert_array_equal(host(code.dequantize()), x)
 
 
 small = numpy_strategies.arrays(

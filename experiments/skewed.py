@@ -87,7 +87,7 @@ def table(found: Sequence[Result]) -> str:
 def argument_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("results"), metavar="FOLDER")
+    parser.add_argument("--output", type=Path, default=Path("output"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="smaller samples")
     return parser
 

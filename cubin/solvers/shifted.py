@@ -52,7 +52,9 @@ def encode(
     shift = libraries.library(x).zeros(rows.count, encoding.scales.dtype)
 
     def solve(part: Part, x: Array, bits: Any, weight: Array | None = None) -> None:
-        wide, xp = conversions.widened(x), libraries.library(x)
+        xp = libraries.library(x)
+        # In C order, whatever that of x is: it is the order of the sums.
+        wide = xp.ascontiguousarray(conversions.widened(x))
         # In units of a power of two no square overflows, and nothing is rounded.
         unit, valid = power_of_two(xp, abs(wide))
         wide = xp.where(valid[:, None], wide / unit, 0)
@@ -201,7 +203,9 @@ def _fitted(
     xp = libraries.library(x)
     # Elements of 0 bits have weights, too: they are approximated by the shift.
     every = np.uint8(bits.levels)
-    weight = None if importance is None else relative_weights(xp, importance, every)
+    weight = importance
+    if weight is not None:
+        weight = xp.ascontiguousarray(relative_weights(xp, weight, every))
     mean = _mean(x)
     fit = _search(Block(x - mean, weight, bits), -mean[:, 0], solver)
     scales, codes = in_order(fit.scales, fit.codes.T, bits.mapped)

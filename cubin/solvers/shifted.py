@@ -55,6 +55,7 @@ def encode(
         xp = libraries.library(x)
         # In C order, whatever that of x is: it is the order of the sums.
         wide = xp.ascontiguousarray(conversions.widened(x))
+        bits = xp.ascontiguousarray(bits) if np.ndim(bits) else bits
         # In units of a power of two no square overflows, and nothing is rounded.
         unit, valid = power_of_two(xp, abs(wide))
         wide = xp.where(valid[:, None], wide / unit, 0)
@@ -201,11 +202,11 @@ def _fitted(
 ) -> tuple[Array, Array, Array]:
     """Scales, (levels, rows), codes and shifts, (rows,), of a solver that refits."""
     xp = libraries.library(x)
-    # Elements of 0 bits have weights, too: they are approximated by the shift.
-    every = np.uint8(bits.levels)
-    weight = importance
-    if weight is not None:
-        weight = xp.ascontiguousarray(relative_weights(xp, weight, every))
+    weight = None
+    if importance is not None:
+        # Elements of 0 bits have weights, too: they are approximated by the shift.
+        every = np.uint8(bits.levels)
+        weight = xp.ascontiguousarray(relative_weights(xp, importance, every))
     mean = _mean(x)
     fit = _search(Block(x - mean, weight, bits), -mean[:, 0], solver)
     scales, codes = in_order(fit.scales, fit.codes.T, bits.mapped)

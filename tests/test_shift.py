@@ -103,11 +103,11 @@ def test_parts_and_copies(xp, host, rng):
         first = code.truncate(1)
         assert (first.shift == code.shift).all()
         np.testing.assert_array_equal(host(first.dequantize()), values(first.to_host()))
-        for other in (copy.copy(code), copy.deepcopy(code), code.truncate(3)):
+        for other in (copy.copy(code), code.truncate(3)):
             assert other == code
         moved = code.to_host()
         assert type(moved.shift) is np.ndarray
-        assert pickle.loads(pickle.dumps(moved)) == moved
+        assert pickle.loads(pickle.dumps(moved)) == copy.deepcopy(moved) == moved
         if xp is not np:
             assert moved.to_device() == code
         packed = BinaryCode(code.scales, code.planes, code.bits, shape=code.shape,
@@ -343,7 +343,7 @@ def greedy(x, bits, **given):
 
 @pytest.mark.parametrize("given", GRANULARITIES, ids=str)
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", few(DTYPES, bfloat16, np.float32))
 def test_greedy_takes_the_mean_first(dtype, mapped, given, xp, host, rng):
     x = rng.exponential(size=(4, 5, 6)).astype(dtype)
     bits = rng.integers(0, 4, x.shape) if mapped else 3
@@ -385,7 +385,7 @@ def test_greedy_in_layouts_and_blocks(rng, monkeypatch):
 def problem(data, most=12, dtype=np.float64):
     """x of one row, its bits and weights."""
     n = data.draw(st.integers(1, most))
-    levels = data.draw(st.integers(1, max(1, min(3, most // n))))
+    levels = data.draw(st.integers(1, max(1, min(3, 12 // n))))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     kind = data.draw(st.sampled_from(["normal", "exponential", "integers", "offset"]))
     x = {
@@ -417,7 +417,7 @@ def least_error(x, bits, weights):
     return least
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.data())
 def test_against_all_codes(data):
     x, bits, importance = problem(data)
@@ -436,9 +436,9 @@ def test_against_all_codes(data):
 def test_share_of_optima(levels):
     """`optimal` finds nine in ten of the optima, also in skewed rows."""
     found = []
-    for seed in range(40):
+    for seed in range(30):
         rng = np.random.default_rng(seed)
-        n = int(rng.integers(3, 12 // levels + 1))
+        n = int(rng.integers(3, 10 // levels + 2))
         x = rng.exponential(size=n) if seed % 2 else rng.normal(size=n)
         limit = least_error(x, np.full(n, levels), np.ones(n))
         error = error_of(x, levels, solver="optimal", shift=True)
@@ -459,7 +459,7 @@ def test_shift_and_scales_are_those_of_least_squares(data):
         assert abs((weights * rest * level).sum()) <= 1e-11 * size
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.data())
 def test_no_row_is_worse_than_without(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -485,14 +485,12 @@ def test_no_row_is_worse_than_without(data):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_what_a_shift_makes_exact(solver, xp, host):
     for x, bits in (
-        (np.full(9, 0.1), 0),
         (np.full(9, 0.1), 2),
         (np.array([1.0, 3, 3, 1]), 1),
         (np.arange(8.0) + 100, 3),
     ):
-        for dtype in (np.float32, np.float64):
-            code = cubin.quantize(xp.asarray(x.astype(dtype)), bits, solver=solver, shift=True)
-            np.testing.assert_allclose(host(code.dequantize()), x.astype(dtype), rtol=1e-6)
+        code = cubin.quantize(xp.asarray(x.astype(np.float32)), bits, solver=solver, shift=True)
+        np.testing.assert_allclose(host(code.dequantize()), x.astype(np.float32), rtol=1e-6)
 
 
 @pytest.mark.kernels
@@ -535,7 +533,7 @@ def test_rows_have_nothing_to_do_with_each_other(solver, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("wrong", few([np.nan, np.inf, -np.inf], np.inf))
 def test_rows_that_hold_no_number(wrong, solver, xp, host, rng):
     x = rng.exponential(size=(5, 12)).astype(np.float32)
     options = {"channel_axis": 0, "solver": solver, "shift": True}
@@ -560,8 +558,8 @@ def test_large_and_small_numbers(solver, rng):
         np.testing.assert_allclose(np.ldexp(other.shift, -power), code.shift, rtol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0), (1,), (2, 1)])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0), (2, 1)], ids=str)
+@pytest.mark.parametrize("solver", few(SOLVERS, "greedy", "refined"))
 def test_shapes(solver, shape, xp, host):
     code = cubin.quantize(xp.ones(shape), 2, solver=solver, shift=True)
     assert code.shift.shape == ()

@@ -16,7 +16,7 @@ from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 from cubin.core.signs import inside, inside_bits, signs
 from cubin.gradients import multibit_grad, sign_grad
-from cubin.solvers import outputs
+from cubin.solvers import outputs, shifted
 from cubin.solvers.precisions import encode as encode_precisions
 from cubin.solvers.solver import solver_of
 
@@ -227,6 +227,7 @@ def quantize(
     iterations: int | None = 2,
     importance: Array | None = None,
     gram: Gram | None = None,
+    shift: bool = False,
     precisions: Sequence[int] | None = None,
     check_finite: bool = True,
 ) -> BinaryCode:
@@ -257,6 +258,9 @@ def quantize(
         the layer's outputs is minimised, :math:`\\sum_w (w - q) H (w - q)^T` over the lines w of
         `x`, of shape (m, n) or (m, ...) with n elements in a line. With ``channel_axis=0`` or
         groups, at most 8 bits, and not with the greedy solver.
+    shift : bool
+        Whether each row gets a constant c, too, :math:`x \\approx c + \\sum_i a_i b_i`: for data
+        that are not symmetric about zero. Elements of 0 bits are approximated by it.
     precisions : sequence of int, optional
         Numbers of levels, ascending and ending on `bits`, which is no map then: the code has the
         best scales for each of them, and ``code.at(p)`` is the code of p levels. See the notes.
@@ -266,14 +270,14 @@ def quantize(
     Returns
     -------
     BinaryCode
-        ``quantize(x, ...).dequantize()`` equals ``multibit(x, ...)``. The scales are not negative
-        and, except from the greedy solver and under a map, descend.
+        Without a shift, ``quantize(x, ...).dequantize()`` equals ``multibit(x, ...)``. The scales
+        are not negative and, except from the greedy solver and under a map, descend.
 
     Raises
     ------
     TypeError
         If `x` or `importance` is not floating point, `bits` or one of `precisions` is no integer,
-        `gram` is no `Gram`, or libraries are mixed.
+        `gram` is no `Gram`, `shift` is no bool, or libraries are mixed.
     ValueError
         If `x` has a NaN or infinity (the message names the first such row), `bits` is out of
         range or does not broadcast, `group_size` does not divide the last axis, the solver is
@@ -318,23 +322,32 @@ def quantize(
     the device. In all other cases rows are sorted, and the solver synchronises to see whether they
     have converged and to check the importance.
 
+    With ``shift`` the greedy solver takes the mean of a row, over all its elements, and then its
+    levels of what is left. The others solve for the shift together with the scales: it is the
+    scale of one more level in B, whose signs are all +1. ``refined`` begins with it,
+    ``alternating`` with the greedy codes of what the mean leaves. ``optimal`` is the best that is
+    found from several shifts, which is not always the code of least error. None of the three has a
+    larger error in any row than without a shift. They sort and fit rows in float64, and
+    synchronise on a device.
+
     With ``gram`` the codes are found input by input, those of the largest mean square first, and
     the error of each is carried on to the inputs that follow [3]_. Then the scales are refitted in
     the metric of H, those of one group after the other. ``refined`` ends there. ``alternating``
     then renews the codes, input by input, and the scales in turn: `iterations` times, or with None
     until the error stops falling. ``optimal`` does that from several starts. The codes start from
     scales that minimise the error with the diagonal of H as the importance. No line has a larger
-    output error than with the same solver and no Gram matrix. H may be singular: 1 % of the mean of
-    its diagonal is added where errors are carried on, and nowhere else. Matrix products make up
-    most of the work; they repeat to the bit on the same machine, with the same number of threads.
+    output error than with the same solver and no Gram matrix. A shift is fitted together with the
+    scales, and makes no line worse. H may be singular: 1 % of the mean of its diagonal is added
+    where errors are carried on, and nowhere else. Matrix products make up most of the work; they
+    repeat to the bit on the same machine, with the same number of threads.
 
     With `precisions` the solver finds the codes of the first one alone. Its planes are kept, and
     each further level takes the signs of the residual; after each, all scales are refitted by least
     squares, with the importance or in the metric of H [4]_. Where the solver goes on with
     iterations, every element then takes the nearest of the sums that its added levels can have, and
     the scales are refitted, in turn; with `gram` errors are carried on, too. So the error falls
-    with every precision. Each has scales of its own, those of least squares also after the greedy
-    solver. Those of the higher ones may be negative and need not descend.
+    with every precision. Each has scales, and a shift, of its own, those of least squares after the
+    greedy solver, too. Scales of the higher ones may be negative and need not descend.
 
     References
     ----------
@@ -364,6 +377,8 @@ def quantize(
     x = arrays.as_floats("x", x)
     rows = rows_of(x.shape, channel_axis, group_size)
     rule = solver_of(solver, iterations)
+    if not isinstance(shift, (bool, np.bool_)):
+        raise TypeError(f"shift must be True or False, got {type(shift).__qualname__}")
     xp = libraries.library(x)
     with libraries.current_device(x):
         checked = as_bits(bits, x, limit=rule.most_bits, look=True)
@@ -379,20 +394,23 @@ def quantize(
             _check_finite(x, rows)
         if matrix is not None:
             first = checked if precisions is None else as_bits(steps[0], x)
-            scales, planes = outputs.encode(x, first, rows, rule, matrix, steps[1:])
+            scales, planes = outputs.encode(x, first, rows, rule, matrix, bool(shift), steps[1:])
         elif precisions is not None:
-            scales, planes = encode_precisions(x, steps, rows, rule, weights)
+            scales, planes = encode_precisions(x, steps, rows, rule, weights, bool(shift))
+        elif shift:
+            found = shifted.encode(x, checked, rows.as_stored(x), rule, weights)
+            scales, planes = xp.concatenate([found[0], found[2][None]]), found[1]
         else:
             scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
         if check_finite and not bool(xp.isfinite(scales).all()):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
-        scales = scales.reshape(sum(steps), *rows.scale_shape)
-        lower = sum(steps[:-1])
-        tables, scales = scales[:lower], scales[lower:]
-        if precisions is None:
-            return assemble(scales, planes, checked.entries, rows)
-        return assemble(scales, planes, checked.entries, rows, precisions=steps, tables=tables)
+        scales = scales.reshape(len(scales), *rows.scale_shape)
+        own = len(scales) - bool(shift) - checked.levels
+        tables, scales = scales[:own], scales[own:]
+        constant = scales[checked.levels, ...] if shift else None
+        code = (scales[: checked.levels], planes, checked.entries, rows, constant)
+        return assemble(*code) if precisions is None else assemble(*code, steps, tables)
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:

@@ -401,6 +401,46 @@ def test_a_gram_matrix_on_a_device(layer, device, host):
 # ---------------------------------------------------------------- a shift
 
 
+@pytest.mark.parametrize("where", [{"channel_axis": 0}, {"group_size": 4}])
+@pytest.mark.parametrize("solver", few(SOLVERS, "greedy", "alternating"))
+@pytest.mark.parametrize("kind", ["plain", "weighted", "gram"])
+def test_every_precision_has_a_shift(xp, host, rng, where, solver, kind):
+    if solver == "greedy" and kind != "plain":
+        return
+    x = rng.standard_exponential((5, 12))
+    more, root = {}, np.eye(12)
+    weights = rng.random(x.shape) if kind == "weighted" else np.ones(x.shape)
+    if kind == "weighted":
+        more["importance"] = xp.asarray(weights)
+    if kind == "gram":
+        inputs = rng.standard_normal((40, 12)) @ rng.standard_normal((12, 12))
+        more["gram"] = cubin.Gram(12).add(xp.asarray(inputs))
+        root = np.linalg.cholesky(inputs.T @ inputs / 40)
+    given_to = {"solver": solver, "shift": True, **where, **more}
+    code = cubin.quantize(xp.asarray(x), 4, precisions=(1, 2, 4), **given_to)
+    if solver != "greedy":
+        assert code.at(1) == cubin.quantize(xp.asarray(x), 1, **given_to)
+    last = np.inf
+    for precision in (1, 2, 4):
+        part = code.at(precision)
+        assert part.shift.shape == part.scales.shape[1:]
+        lost = (x - host(part.dequantize())) * np.sqrt(weights) @ root
+        errors = (lost**2).sum(axis=1)
+        assert (errors < last).all()
+        last = errors
+        if kind == "gram" and "group_size" in where:
+            continue  # groups are fitted one after the other
+        signs = host(part.signs)
+        for row, members in rows_of(x, where):
+            columns = np.vstack([signs[(slice(None), *members)], np.ones(len(members[0]))])
+            values = np.array([*host(part.scales)[(slice(None), *row)], host(part.shift)[row]])
+            seen = columns @ root if kind == "gram" else columns * np.sqrt(weights[members])
+            wanted = x[members] @ root if kind == "gram" else x[members] * np.sqrt(weights[members])
+            best = np.linalg.lstsq(seen.T, wanted, rcond=None)[0]
+            errors = [((wanted - v @ seen) ** 2).sum() for v in (values, best)]
+            assert errors[0] <= errors[1] * (1 + 1e-6) + 1e-20
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_shift_is_fitted_together_with_the_scales(xp, host, rng, weighted):
     x = rng.standard_exponential((6, 40)) + 1000
@@ -516,6 +556,7 @@ def test_shifts_of_precisions(code, tmp_path):
         precisions=(1, 2), tables=np.array([3.0, 5.0]),
     )  # fmt: skip
     np.testing.assert_array_equal(scalar.at(1).dequantize(), np.full(3, 2.0))
+    assert isinstance(scalar.at(1).shift, np.ndarray)
 
 
 def test_parts_and_copies_keep_the_precisions(code):

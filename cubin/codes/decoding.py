@@ -180,15 +180,6 @@ def coded(bits: Any, level: int, shape: tuple[int, ...], like: Array) -> Array:
     return plane[0]
 
 
-def codes_of(planes: Array, shape: tuple[int, ...]) -> Array:
-    """The packed codes, uint16 of a shape: bit i is set where level i has the sign +1."""
-    codes = libraries.library(planes).zeros(shape, np.uint16)
-    for level in range(len(planes)):
-        sign = unpacked(planes[level : level + 1], np.uint8(1), shape)[0]
-        codes |= (sign > 0).astype(np.uint16) << np.uint16(level)
-    return codes
-
-
 def packed(signs: Array, bits: Any) -> Array:
     """The planes of signs, (levels, \\*shape).
 
@@ -210,6 +201,15 @@ def packed(signs: Array, bits: Any) -> Array:
             of_level = sign.reshape(1, lines.count, lines.length)
             passes.form(pack_signs, signs)(of_level, planes=planes[level : level + 1])
     return planes
+
+
+def codes_of(planes: Array, shape: tuple[int, ...]) -> Array:
+    """The codes of all elements, uint16: bit i is set where level i has the sign +1."""
+    codes = libraries.library(planes).zeros(shape, np.uint16)
+    for level in range(len(planes)):
+        (sign,) = unpacked(planes[level : level + 1], np.uint8(1), shape)
+        codes |= (sign > 0).astype(np.uint16) << np.uint16(level)
+    return codes
 
 
 def unpacked(planes: Array, bits: Any, shape: tuple[int, ...]) -> Array:

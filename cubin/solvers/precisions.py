@@ -22,11 +22,12 @@ from cubin.core.libraries import Array
 from cubin.core.passes import Part
 from cubin.core.rows import Rows
 from cubin.solvers import encode as encode_first
+from cubin.solvers import shifted
 from cubin.solvers.codebook import gained, solved
 from cubin.solvers.search import limit
-from cubin.solvers.signed_sums import SignedSums
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import power_of_two, relative_weights
+from cubin.solvers.tables import Tables
 
 LEAST_GAIN = 1e-9
 """By how much of its error a row must get better to go on: more than rounding."""
@@ -38,6 +39,7 @@ def encode(
     rows: Rows,
     solver: Solver,
     importance: Array | None = None,
+    shift: bool = False,
 ) -> tuple[Array, Array]:
     """The scales of all precisions of `x`, in its dtype, and its planes.
 
@@ -49,27 +51,34 @@ def encode(
     rows : Rows
     solver : Solver
     importance : array of x's shape, optional
+    shift : bool
+        Whether there is one, for each precision.
 
     Returns
     -------
-    scales : array, shape (sum of the precisions, rows)
-        Those of one precision after the other.
+    scales : array, shape (scales, rows)
+        Those of one precision after the other, each followed by its shift, if there is one.
     planes : array of uint8, shape (levels, width, lines)
     """
     first, levels = precisions[0], precisions[-1]
     bits = Bits(np.uint8(first), np.uint8(first), first)
-    found, planes = encode_first(x, bits, rows.as_stored(x), solver, importance)
-    encoding = Encoding(x, levels, rows, sum(precisions))
+    xp, given = libraries.library(x), (x, bits, rows.as_stored(x), solver, importance)
+    if shift:
+        found, planes, constant = shifted.encode(*given)
+        found = xp.concatenate([found, constant[None]])
+    else:
+        found, planes = encode_first(*given)
+    encoding = Encoding(x, levels, rows, sum(precisions) + shift * len(precisions))
     weights = () if importance is None else (importance,)
 
     def extend(part: Part, x: Array, code: Array, weight: Array | None = None) -> None:
         mirrored = solver.name != "greedy"
-        residuals = Residuals(x, code, first, weight, mirrored=mirrored, shifted=False)
+        residuals = Residuals(x, code, first, weight, mirrored=mirrored, shifted=shift)
         tables = [residuals.table()]
         for wanted in precisions[1:]:
             extended(residuals, wanted, limit(solver))
             tables.append(residuals.table())
-        every = residuals.xp.concatenate(tables)[:, :, None]
+        every = xp.concatenate(tables)[:, :, None]
         narrow = conversions.narrowed(every, floats.work_dtype(x.dtype))
         encoding.store(part, residuals.code, np.uint8(levels), list(narrow))
 
@@ -81,7 +90,7 @@ def encode(
         )
     scales = conversions.rounded(encoding.scales, x.dtype)
     if solver.name != "greedy":  # the others end on scales of least squares
-        scales[:first] = found
+        scales[: len(found)] = found
     return scales, encoding.planes
 
 
@@ -175,10 +184,10 @@ class Residuals:
 
         They are NaN in rows that are not finite.
         """
-        table = self.scales.copy()
+        table = self.scales
         if self._shifted:
             table = self.xp.concatenate([table, (self.shift + self._middle)[None]])
-        table *= self._unit[:, 0]
+        table = table * self._unit[:, 0] + 0.0  # never -0.0
         table[:, ~self._valid] = np.nan
         return table
 
@@ -217,8 +226,9 @@ class Residuals:
 
     def _take_nearest(self, first: int) -> None:
         """Give the levels from `first` on the signs whose sum is nearest to the residual."""
-        sums = SignedSums(self.scales[first:])
-        kept, added = np.uint16((1 << first) - 1), np.uint16((1 << (self.levels - first)) - 1)
+        added = self.levels - first
+        tables = Tables(self.scales[first:], self.xp.zeros(len(self.code)), [added])
+        kept, every = np.uint16((1 << first) - 1), np.uint16((1 << added) - 1)
         code = self.xp.empty_like(self.code)
         for rows, cut in self._tiles():
             old, x = self.code[rows, cut], self._x[rows, cut]
@@ -228,10 +238,10 @@ class Residuals:
             numbers = self.xp.arange(rows.start, rows.stop)[:, None]
             if self._mirrored:
                 flipped = x <= 0
-                _, near = sums.nearest(wanted * (1 - 2.0 * flipped), numbers)
-                near ^= flipped * added
+                _, near = tables.nearest(wanted * (1 - 2.0 * flipped), added, numbers)
+                near ^= flipped * every
             else:
-                _, near = sums.nearest(wanted, numbers)
+                _, near = tables.nearest(wanted, added, numbers)
             code[rows, cut] = (old & kept) | (near << np.uint16(first))
         self.code = code
 

@@ -516,6 +516,7 @@ def test_shifts_of_precisions(code, tmp_path):
         precisions=(1, 2), tables=np.array([3.0, 5.0]),
     )  # fmt: skip
     np.testing.assert_array_equal(scalar.at(1).dequantize(), np.full(3, 2.0))
+    assert isinstance(scalar.at(1).shift, np.ndarray)
 
 
 def test_parts_and_copies_keep_the_precisions(code):

@@ -171,9 +171,9 @@ def unpack(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, 
     axis = tuple(axis) if isinstance(axis, list) else axis
     scales, bits, planes = (members[part] for part in PARTS)
     more = {part: members[part] for part in OPTIONAL if part in members}
-    for part, key in OPTIONAL.items():
-        if bool(layout.get(key)) is not (part in more):
-            raise ValueError(f"its layout does not say whether there is a {key}")
+    shifted, several = layout.get("shift", False), "precisions" in layout
+    if shifted is not ("shift" in more) or several is not ("tables" in more):
+        raise ValueError("its layout does not say which arrays there are")
     if not bits.dtype == planes.dtype == np.uint8 or any(
         array.dtype.char not in MEMBERS["scales"] for array in (scales, *more.values())
     ):

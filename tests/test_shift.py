@@ -284,6 +284,13 @@ def test_products_of_codes(shifted, of_x, of_w, mapped, xp, host, rng):
     np.testing.assert_array_equal(host(products.linear(x, w)), x_values @ w_values.T)
 
 
+@pytest.mark.parametrize("length", [1, 7, 33, 65])
+def test_products_of_codes_whose_lines_are_no_whole_bytes(length, xp, host, rng):
+    x, w = (with_shift(xp, rng, (lines, length), 2, channel_axis=0) for lines in (3, 5))
+    expected = host(x.dequantize()) @ host(w.dequantize()).T
+    np.testing.assert_array_equal(host(products.linear(x, w)), expected)
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("of_x", [None, {}, {"channel_axis": 0}])
 def test_convolutions(of_x, mapped, xp, host, rng):

@@ -16,6 +16,7 @@ from ml_dtypes import bfloat16
 
 import cubin
 from cubin import BinaryCode, products
+from cubin.codes import products as arithmetic
 from cubin.core import passes
 from tests import reference
 from tests.exhaustive import few
@@ -236,13 +237,14 @@ def test_damaged_files(change, suffix, rng, tmp_path, monkeypatch):
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("levels", [0, 1, 3])
-def test_products_with_floats(levels, mapped, given, xp, host, rng):
+def test_products_with_floats(levels, mapped, given, xp, host, rng, monkeypatch):
     """Of few rows and of many: multiples of 1/8, so that all sums are exact."""
     bits = rng.integers(0, levels + 1, (9, 24)) if mapped else levels
     if mapped and levels:
         bits[0, 0] = levels
     code = with_shift(xp, rng, (9, 24), bits, **given)
     w = values(code.to_host())
+    monkeypatch.setattr(arithmetic, "TILE", 100)
     for rows in (1, 2, 40):
         x = rng.integers(-4, 5, (rows, 24)).astype(np.float32)
         found = products.linear(xp.asarray(x), code)
@@ -282,6 +284,13 @@ def test_products_of_codes(shifted, of_x, of_w, mapped, xp, host, rng):
 
     (x, x_values), (w, w_values) = coded((5, 72), "x", of_x), coded((7, 72), "w", of_w)
     np.testing.assert_array_equal(host(products.linear(x, w)), x_values @ w_values.T)
+
+
+@pytest.mark.parametrize("length", [1, 7, 33, 65])
+def test_products_of_codes_whose_lines_are_no_whole_bytes(length, xp, host, rng):
+    x, w = (with_shift(xp, rng, (lines, length), 2, channel_axis=0) for lines in (3, 5))
+    expected = host(x.dequantize()) @ host(w.dequantize()).T
+    np.testing.assert_array_equal(host(products.linear(x, w)), expected)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -627,6 +636,20 @@ def test_no_line_is_worse_in_its_outputs(case, xp, rng):
     for name in ("none", "weights"):
         assert (errors["shift"] <= errors[name] * (1 + 1e-9) + 1e-12).all(), name
     assert errors["shift"].sum() < errors["none"].sum()
+
+
+@pytest.mark.parametrize("solver", ["refined", "alternating"])
+def test_no_line_is_worse_where_a_shift_is_for_nothing(solver, rng):
+    """Lines that are symmetric about zero: a search with a shift alone would end up worse on some."""
+    for _ in range(3):
+        w, inputs = rng.normal(size=(20, 8)), spread_inputs(rng, 8)
+        gram = cubin.Gram(8).add(inputs)
+        errors = [
+            errors_of_lines(w, cubin.quantize(w, 2, channel_axis=0, solver=solver, gram=gram,
+                                              shift=shift).dequantize(), gram.matrix)
+            for shift in (False, True)
+        ]  # fmt: skip
+        assert (errors[1] <= errors[0] * (1 + 1e-9)).all()
 
 
 def test_shift_and_scales_are_of_least_squares_in_the_metric(rng):

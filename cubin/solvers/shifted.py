@@ -65,7 +65,7 @@ def encode(
             scales, codes, constant = _greedy(wide, some, unit, shift.dtype)
         else:
             scales, codes, constant = _fitted(wide, some, weight, solver)
-        shift[part.rows] = conversions.narrowed(constant * unit + 0.0, shift.dtype)  # never -0.0
+        shift[part.rows] = conversions.narrowed(constant * unit, shift.dtype)
         narrow = conversions.narrowed((scales * unit)[:, :, None], shift.dtype)
         encoding.store(part, codes, bits, list(narrow))
 

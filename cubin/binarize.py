@@ -266,8 +266,9 @@ def quantize(
     Returns
     -------
     BinaryCode
-        ``quantize(x, ...).dequantize()`` equals ``multibit(x, ...)``. The scales are not negative
-        and, except from the greedy solver and under a map, descend.
+        ``quantize(x, ...).dequantize()`` equals ``multibit(x, ...)``, unless there are `precisions`.
+        Without them the scales are not negative and, except from the greedy solver and under a map,
+        descend.
 
     Raises
     ------

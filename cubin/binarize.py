@@ -270,8 +270,9 @@ def quantize(
     Returns
     -------
     BinaryCode
-        Without a shift, ``quantize(x, ...).dequantize()`` equals ``multibit(x, ...)``. The scales
-        are not negative and, except from the greedy solver and under a map, descend.
+        Without a shift and `precisions`, ``quantize(x, ...).dequantize()`` equals
+        ``multibit(x, ...)``. Without `precisions` the scales are not negative and, except from the
+        greedy solver and under a map, descend.
 
     Raises
     ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ from cubin import solvers
 from cubin.calibration import Gram, matrix_for
 from cubin.codes.binary_code import BinaryCode, assemble
 from cubin.core import arrays, conversions, libraries, passes
-from cubin.core.bits import as_bits
+from cubin.core.bits import as_bits, as_precisions
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 from cubin.core.signs import inside, inside_bits, signs
 from cubin.gradients import multibit_grad, sign_grad
-from cubin.solvers import outputs
+from cubin.solvers import outputs, shifted
+from cubin.solvers.precisions import encode as encode_precisions
 from cubin.solvers.solver import solver_of
 
 
@@ -225,6 +227,8 @@ def quantize(
     iterations: int | None = 2,
     importance: Array | None = None,
     gram: Gram | None = None,
+    shift: bool = False,
+    precisions: Sequence[int] | None = None,
     check_finite: bool = True,
 ) -> BinaryCode:
     """The scales and signs that approximate `x`.
@@ -254,26 +258,34 @@ def quantize(
         the layer's outputs is minimised, :math:`\\sum_w (w - q) H (w - q)^T` over the lines w of
         `x`, of shape (m, n) or (m, ...) with n elements in a line. With ``channel_axis=0`` or
         groups, at most 8 bits, and not with the greedy solver.
+    shift : bool
+        Whether each row gets a constant c, too, :math:`x \\approx c + \\sum_i a_i b_i`: for data
+        that are not symmetric about zero. Elements of 0 bits are approximated by it.
+    precisions : sequence of int, optional
+        Numbers of levels, ascending and ending on `bits`, which is no map then: the code has the
+        best scales for each of them, and ``code.at(p)`` is the code of p levels. See the notes.
     check_finite : bool
         Whether to look for NaN and infinity in `x` first.
 
     Returns
     -------
     BinaryCode
-        ``quantize(x, ...).dequantize()`` equals ``multibit(x, ...)``. The scales are not negative
-        and, except from the greedy solver and under a map, descend.
+        Without a shift and `precisions`, ``quantize(x, ...).dequantize()`` equals
+        ``multibit(x, ...)``. Without `precisions` the scales are not negative and, except from the
+        greedy solver and under a map, descend.
 
     Raises
     ------
     TypeError
-        If `x` or `importance` is not floating point, `bits` is not integer, `gram` is no `Gram`, or
-        libraries are mixed.
+        If `x` or `importance` is not floating point, `bits` or one of `precisions` is no integer,
+        `gram` is no `Gram`, `shift` is no bool, or libraries are mixed.
     ValueError
         If `x` has a NaN or infinity (the message names the first such row), `bits` is out of
         range or does not broadcast, `group_size` does not divide the last axis, the solver is
         unknown, or `importance` is negative or not finite, or given to the greedy solver. If `gram`
         is of another number of inputs than a line has, or given to the greedy solver, with an
-        importance, or where scales are neither per line nor per group.
+        importance, or where scales are neither per line nor per group. If `precisions` are empty,
+        do not ascend from 1 or more, do not end on `bits`, or come with a bit map.
 
     See Also
     --------
@@ -311,15 +323,32 @@ def quantize(
     the device. In all other cases rows are sorted, and the solver synchronises to see whether they
     have converged and to check the importance.
 
+    With ``shift`` the greedy solver takes the mean of a row, over all its elements, and then its
+    levels of what is left. The others solve for the shift together with the scales: it is the
+    scale of one more level in B, whose signs are all +1. ``refined`` begins with it,
+    ``alternating`` with the greedy codes of what the mean leaves. ``optimal`` is the best that is
+    found from several shifts, which is not always the code of least error. None of the three has a
+    larger error in any row than without a shift. They sort and fit rows in float64, and
+    synchronise on a device.
+
     With ``gram`` the codes are found input by input, those of the largest mean square first, and
     the error of each is carried on to the inputs that follow [3]_. Then the scales are refitted in
     the metric of H, those of one group after the other. ``refined`` ends there. ``alternating``
     then renews the codes, input by input, and the scales in turn: `iterations` times, or with None
     until the error stops falling. ``optimal`` does that from several starts. The codes start from
     scales that minimise the error with the diagonal of H as the importance. No line has a larger
-    output error than with the same solver and no Gram matrix. H may be singular: 1 % of the mean of
-    its diagonal is added where errors are carried on, and nowhere else. Matrix products make up
-    most of the work; they repeat to the bit on the same machine, with the same number of threads.
+    output error than with the same solver and no Gram matrix. A shift is fitted together with the
+    scales, and makes no line worse. H may be singular: 1 % of the mean of its diagonal is added
+    where errors are carried on, and nowhere else. Matrix products make up most of the work; they
+    repeat to the bit on the same machine, with the same number of threads.
+
+    With `precisions` the solver finds the codes of the first one alone. Its planes are kept, and
+    each further level takes the signs of the residual; after each, all scales are refitted by least
+    squares, with the importance or in the metric of H [4]_. Where the solver goes on with
+    iterations, every element then takes the nearest of the sums that its added levels can have, and
+    the scales are refitted, in turn; with `gram` errors are carried on, too. So the error falls
+    with every precision. Each has scales, and a shift, of its own, those of least squares after the
+    greedy solver, too. Scales of the higher ones may be negative and need not descend.
 
     References
     ----------
@@ -329,6 +358,8 @@ def quantize(
        ICLR 2018, arXiv:1802.00150.
     .. [3] E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
        Transformers", ICLR 2023, arXiv:2210.17323.
+    .. [4] G. Park et al., "AnyBCQ: Hardware Efficient Flexible Binary-Coded Quantization for
+       Multi-Precision LLMs", arXiv:2510.10467, 2025.
 
     Examples
     --------
@@ -347,25 +378,40 @@ def quantize(
     x = arrays.as_floats("x", x)
     rows = rows_of(x.shape, channel_axis, group_size)
     rule = solver_of(solver, iterations)
+    if not isinstance(shift, (bool, np.bool_)):
+        raise TypeError(f"shift must be True or False, got {type(shift).__qualname__}")
     xp = libraries.library(x)
     with libraries.current_device(x):
         checked = as_bits(bits, x, limit=rule.most_bits, look=True)
         weights = _weights(importance, x, solver)
         matrix = None if gram is None else _matrix(gram, x, rows, checked.levels, solver, weights)
+        steps: tuple[int, ...] = (checked.levels,)
+        if precisions is not None:
+            steps = as_precisions(precisions, checked.entries)
         # If every element counts, the scales of a row are finite only if the row is: then the
         # scales are checked, and x need not be read once more.
         scales_show = checked.levels > 0 and not checked.mapped and weights is None
         if check_finite and not scales_show:
             _check_finite(x, rows)
         if matrix is not None:
-            scales, planes = outputs.encode(x, checked, rows, rule, matrix)
+            first = checked if precisions is None else as_bits(steps[0], x)
+            scales, planes = outputs.encode(x, first, rows, rule, matrix, bool(shift), steps[1:])
+        elif precisions is not None:
+            scales, planes = encode_precisions(x, steps, rows, rule, weights, bool(shift))
+        elif shift:
+            found = shifted.encode(x, checked, rows.as_stored(x), rule, weights)
+            scales, planes = xp.concatenate([found[0], found[2][None]]), found[1]
         else:
             scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
         if check_finite and not bool(xp.isfinite(scales).all()):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
-        scales = scales.reshape(checked.levels, *rows.scale_shape)
-        return assemble(scales, planes, checked.entries, rows)
+        scales = scales.reshape(len(scales), *rows.scale_shape)
+        own = len(scales) - bool(shift) - checked.levels
+        tables, scales = scales[:own], scales[own:]
+        constant = scales[checked.levels, ...] if shift else None
+        code = (scales[: checked.levels], planes, checked.entries, rows, constant)
+        return assemble(*code) if precisions is None else assemble(*code, steps, tables)
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:

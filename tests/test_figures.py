@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import functools
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -173,6 +174,8 @@ def longest_row(room, levels, mapped=False, multiple=1):
 # ---------------------------------------------------------------- errors
 
 COMPARISON = RESULTS / "solver_comparison.csv"
+SKEWED = RESULTS / "skewed.csv"
+SKEWED_DATA = ("exponential", "ReLU of a Gaussian")
 SOLVERS = ["greedy", "refined", "alternating, 2 iterations", "alternating, converged", "optimal"]
 
 
@@ -202,6 +205,46 @@ def seconds_by_solver():
             f"| {bits} bits | {cells} |",
             [f"{ms:.0f}" if ms > 100 else digits(ms) for ms in found],
         )
+
+
+def errors_with_a_shift():
+    for data, bits in [*itertools.product(SKEWED_DATA, range(1, 5)), ("Gaussian", 2)]:
+        rows = [
+            only(table(SKEWED), data=data, solver=solver, bits=bits, shift=shift)
+            for solver in ("greedy", "refined", "alternating", "optimal")
+            for shift in (0, 1)
+        ]
+        found = [f"{float(row['relative_mse']):.4f}" for row in rows]
+        cells = " | ".join("{} → {}" for _ in range(4))
+        yield f"| {data}, {bits} | {cells} |", found
+
+
+TOGETHER = RESULTS / "any_precision.csv"
+
+
+def of_precision(solver, bits, column="together"):
+    wanted = {"data": "pretrained weights", "solver": solver, "bits": bits}
+    return float(only(table(TOGETHER), **wanted)[column])
+
+
+def errors_by_precision():
+    columns = [(2, "together"), (3, "alone"), (3, "together"), (4, "alone"), (4, "together")]
+    cells = " | ".join("{}" for _ in columns)
+    for solver in SOLVERS:
+        found = [f"{of_precision(solver, *column):.4f}" for column in columns]
+        yield f"| {solver} | {cells} |", found
+
+
+def same_as_alone(solver, other):
+    """Whether a solver has the same errors in a code of several precisions as another alone."""
+    return all(
+        of_precision(solver, bits) == pytest.approx(of_precision(other, bits, "alone"), rel=1e-3)
+        for bits in (2, 3, 4)
+    )
+
+
+def cost_of_precisions(solver):
+    return of_precision(solver, 4) / of_precision(solver, 4, "alone")
 
 
 BUDGET = table(RESULTS / "bit_budget.csv")
@@ -497,6 +540,16 @@ def sentences():
             ("samples and on {} weight tensors", [COMPARED]),
             ("; {} cores of an {})", machine(COMPARISON)),
             *seconds_by_solver(),
+            *errors_with_a_shift(),
+            (
+                "Medians over {} weight tensors of the relative squared error",
+                [digits(of_precision("greedy", 2, "tensors"))],
+            ),
+            *errors_by_precision(),
+            (
+                "with `optimal` the error at 4 bits is {} times as large",
+                [digits(cost_of_precisions("optimal"), 2)],
+            ),
         ],
         "docs/maps.md": [
             (
@@ -575,6 +628,20 @@ CLAIMS = {
         "`greedy` at 4 bits; `refined` does not.": lambda: (
             all(median(solver, 3) < median("greedy", 4) for solver in SOLVERS[2:])
             and median("refined", 3) > median("greedy", 4)
+        ),
+        "`refined` adds levels in the same way alone, so that nothing is lost, and `greedy`, whose "
+        "scales are fitted here, too, comes to the same codes.": lambda: (
+            same_as_alone("refined", "refined") and same_as_alone("greedy", "refined")
+        ),
+        "With two iterations `alternating` has less error at 4 bits than alone": lambda: (
+            cost_of_precisions("alternating, 2 iterations") < 1
+        ),
+        "But codes that are best alone lose": lambda: all(
+            cost_of_precisions(solver) > 1.5 for solver in SOLVERS[3:]
+        ),
+        "It is still the least of all codes of several precisions.": lambda: all(
+            of_precision("optimal", bits) == min(of_precision(s, bits) for s in SOLVERS)
+            for bits in (2, 3, 4)
         ),
         "On these weights every other solver at 4 bits has a smaller median error than `greedy` "
         "at 5 bits.": lambda: all(median(s, 4) < median("greedy", 5) for s in SOLVERS[1:]),

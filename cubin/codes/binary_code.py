@@ -14,7 +14,7 @@ from cubin.codes import products
 from cubin.codes.cost import effective_bits, payload_bits
 from cubin.codes.decoding import Decoding, coded, packed, unpacked
 from cubin.core import arrays, conversions, floats, libraries
-from cubin.core.bits import as_entries
+from cubin.core.bits import MAX_BITS, as_entries, as_precisions
 from cubin.core.libraries import Array
 from cubin.core.lines import lines_of
 from cubin.core.rows import Rows, rows_of
@@ -46,11 +46,20 @@ class BinaryCode:
     shift : float array of the scale shape, optional
         A constant of each row that is added to its elements, in the dtype of the scales. Elements
         of 0 bits are approximated by it.
+    precisions : sequence of int, optional
+        Numbers of levels that have scales of their own, ascending and ending on `bits`, which is no
+        map then. `scales` are those of the last one.
+    tables : float array, shape (t, \\*scale shape), optional
+        With `precisions`: for each lower one its scales and, if there is a shift, its shift, one
+        precision after the other, in the dtype of the scales.
 
     Attributes
     ----------
     scales, planes, bits, shape, channel_axis, group_size, shift
-        As above.
+        As above. Of a code of several precisions they are those of the last one, as are all values
+        and comparisons; `at` gives the others.
+    precisions, tables
+        As above, or None.
 
     Raises
     ------
@@ -84,9 +93,13 @@ class BinaryCode:
         channel_axis: int | tuple[int, ...] | None = None,
         group_size: int | None = None,
         shift: Array | None = None,
+        precisions: Sequence[int] | None = None,
+        tables: Array | None = None,
     ) -> None:
-        parts = {"scales": scales, "planes": planes, "bits": bits, "shift": shift}
-        self._library, (scales, planes, bits, shift) = libraries.all_viewed(parts)
+        parts = {
+            "scales": scales, "planes": planes, "bits": bits, "shift": shift, "tables": tables
+        }  # fmt: skip
+        self._library, (scales, planes, bits, shift, tables) = libraries.all_viewed(parts)
         scales = arrays.as_floats("scales", scales)
         libraries.library(scales, planes)  # not a mixture
         planes = planes if libraries.on_device(planes) else np.asarray(planes)
@@ -107,7 +120,8 @@ class BinaryCode:
                 raise ValueError(f"bits go up to {levels}, but there are {len(planes)} levels")
             planes = libraries.library(planes).ascontiguousarray(planes)
             _check_bits(planes, entries, rows)
-            self._fill(scales, planes, entries, rows, shift)
+            listed, tables = _checked_tables(precisions, tables, entries, scales, shift, rows)
+            self._fill(scales, planes, entries, rows, shift, listed, tables)
 
     @classmethod
     def from_signs(
@@ -168,11 +182,20 @@ class BinaryCode:
     """The library that the arrays are given in: all work is on NumPy's or CuPy's."""
 
     def _fill(
-        self, scales: Array, planes: Array, entries: Any, rows: Rows, shift: Array | None
+        self,
+        scales: Array,
+        planes: Array,
+        entries: Any,
+        rows: Rows,
+        shift: Array | None,
+        precisions: tuple[int, ...] | None,
+        tables: Array | None,
     ) -> None:
         self._rows = rows
         self._scales = scales
         self._shift = shift
+        self.precisions = precisions
+        self._tables: Any = tables
         self._planes = planes
         self._bits: Any = int(entries) if isinstance(entries, np.generic) else entries.copy()
         self.channel_axis = rows.channel_axis
@@ -193,6 +216,11 @@ class BinaryCode:
     def shift(self) -> Any:
         """The constant that is added to the elements of each row, or None."""
         return None if self._shift is None else libraries.given_back(self._shift, self._library)
+
+    @property
+    def tables(self) -> Any:
+        """The scales and shifts of the lower precisions, shape (t, \\*scale shape), or None."""
+        return None if self._tables is None else libraries.given_back(self._tables, self._library)
 
     @property
     def planes(self) -> Array:
@@ -221,10 +249,11 @@ class BinaryCode:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that planes, scales, a shift and a bit map take."""
+        """The bytes that planes, scales of all precisions, shifts and a bit map take."""
         of_map = 0 if isinstance(self._bits, int) else self._bits.nbytes
         of_shift = 0 if self._shift is None else self._shift.nbytes
-        return int(self._planes.nbytes + self._scales.nbytes + of_shift + of_map)
+        of_tables = 0 if self._tables is None else self._tables.nbytes
+        return int(self._planes.nbytes + self._scales.nbytes + of_tables + of_shift + of_map)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -244,8 +273,8 @@ class BinaryCode:
     @property
     def effective_bits(self) -> float:
         """Bits per element in all: the codes, the entropy of the map, the scales and shifts."""
-        shifted = self._shift is not None
-        return effective_bits(self._bits, self._rows, self._scales.dtype, shifted)
+        shifted, tables = self._shift is not None, 0 if self._tables is None else len(self._tables)
+        return effective_bits(self._bits, self._rows, self._scales.dtype, shifted, tables)
 
     def dequantize(self) -> Array:
         """The approximation ``shift + sum_i scales[i] * signs[i]``, in x's shape and dtype.
@@ -260,7 +289,10 @@ class BinaryCode:
             return libraries.given_back(y, self._library)
 
     def __eq__(self, other: object) -> bool:
-        """Whether shape, dtype, granularity, bits, scales, shift and signs are all the same."""
+        """Whether shape, dtype, granularity, bits, scales, shift and signs are all the same.
+
+        Of codes of several precisions, the last one counts.
+        """
         if not isinstance(other, BinaryCode):
             return NotImplemented
         if libraries.on_device(self._scales) != libraries.on_device(other._scales):
@@ -306,7 +338,9 @@ class BinaryCode:
         bits = self._bits if np.ndim(self._bits) == 0 else move(self._bits)
         entries = np.uint8(bits) if np.ndim(bits) == 0 else bits
         shift = None if self._shift is None else move(self._shift)
-        return assemble(move(self._scales), move(self._planes), entries, self._rows, shift)
+        tables = None if self._tables is None else move(self._tables)
+        scales, planes = move(self._scales), move(self._planes)
+        return assemble(scales, planes, entries, self._rows, shift, self.precisions, tables)
 
     def _facts(self) -> list[tuple[str, str]]:
         granularity = "per tensor"
@@ -324,6 +358,8 @@ class BinaryCode:
         ]
         if self._shift is not None:
             facts.append(("shift", "one per row of scales"))
+        if self.precisions is not None:
+            facts.append(("precisions", ", ".join(map(str, self.precisions))))
         # Reading a map on a device waits for the device, which a display must not do.
         if not (mapped and libraries.on_device(self._bits)):
             facts += [
@@ -401,6 +437,8 @@ class BinaryCode:
         ----------
         levels : int
             0 to k. Elements with more bits have so many in the result. A shift stays as it is.
+            One of `precisions` has the scales and the shift of that precision, and the result keeps
+            those of the lower ones.
 
         Raises
         ------
@@ -420,9 +458,59 @@ class BinaryCode:
             raise ValueError(f"levels must lie in 0 .. {len(self._planes)}, got {count}")
         with libraries.current_device(self._planes):
             entries = np.minimum(self._entries, np.uint8(count))
-            scales, planes = self._scales[:count], self._planes[:count]
-            code = assemble(scales, planes, entries, self._rows, self._shift)
+            planes, precisions, tables = self._planes[:count], None, None
+            scales, shift = self._scales[:count], self._shift
+            if self.precisions is not None and count in self.precisions:
+                precisions = self.precisions[: self.precisions.index(count) + 1]
+                scales, shift, tables = self._tables_of(precisions)
+            code = assemble(scales, planes, entries, self._rows, shift, precisions, tables)
             return code.given_to(self._library)
+
+    def at(self, precision: int) -> BinaryCode:
+        """The code of one of the precisions, with its own scales; it shares the planes.
+
+        Parameters
+        ----------
+        precision : int
+            One of `precisions`.
+
+        Raises
+        ------
+        TypeError
+            If `precision` is no integer.
+        ValueError
+            If it is none of `precisions`, or the code has none.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> x = np.array([-1.0, 3.0, 0.5, 1.5])
+        >>> code = cubin.quantize(x, 2, precisions=(1, 2))
+        >>> code.at(1).scales, code.at(2).scales
+        (array([1.5]), array([2., 1.]))
+        """
+        levels = arrays.as_integer("precision", precision)
+        if self.precisions is None or levels not in self.precisions:
+            listed = "none: it was made without them"
+            if self.precisions is not None:
+                listed = ", ".join(map(str, self.precisions))
+            raise ValueError(
+                f"precision must be one of those of the code, got {levels}; it has {listed}"
+            )
+        code = self.truncate(levels)
+        alone = assemble(code._scales, code._planes, code._entries, code._rows, code._shift)
+        return alone.given_to(self._library)
+
+    def _tables_of(self, precisions: tuple[int, ...]) -> tuple[Array, Array | None, Array]:
+        """The scales and shift of the last of the first precisions, and the tables before it."""
+        *lower, last = precisions
+        shifted = self._shift is not None
+        start = sum(lower) + len(lower) * shifted
+        if precisions == self.precisions:
+            return self._scales, self._shift, self._tables
+        stop = start + last
+        shift = self._tables[stop, ...] if shifted else None
+        return self._tables[start:stop], shift, self._tables[:start]
 
     def __getitem__(self, lines: slice) -> BinaryCode:
         """The code of some lines, ``code[3:5]`` as ``x[3:5]``: a view, which shares the planes.
@@ -449,21 +537,25 @@ class BinaryCode:
         rows = rows_of(shape, self.channel_axis, self.group_size)
         # The axes that number the rows are the first ones of `order`.
         first = rows.order.index(0)
-        scales, shift = self._scales, self._shift
+        scales, shift, tables = self._scales, self._shift, self._tables
         if first < len(rows.scale_shape):
             before = (slice(None),) * first
             scales = scales[(slice(None), *before, cut)]
+            tables = None if tables is None else tables[(slice(None), *before, cut)]
             shift = None if shift is None else shift[(*before, cut)]
         entries = self._entries
         if np.ndim(entries) == len(shape) and entries.shape[0] > 1:
             entries = entries[cut]
-        code = assemble(scales, self._planes[..., cut], entries, rows, shift)
+        planes = self._planes[..., cut]
+        code = assemble(scales, planes, entries, rows, shift, self.precisions, tables)
         return code.given_to(self._library)
 
     # ------------------------------------------------------------ other formats
 
     def to_bcq(self) -> tuple[Array, Array]:
         """The code as LUT-GEMM and AnyBCQ read it (binary coding quantization) [1]_ [2]_.
+
+        Of several precisions it is the last one; `at` gives the scales of the others.
 
         Returns
         -------
@@ -559,6 +651,98 @@ class BinaryCode:
             )
             return code.given_to(library)
 
+    @classmethod
+    def from_uniform(
+        cls,
+        q: Array,
+        scale: Array,
+        zero: Array,
+        *,
+        bits: int | None = None,
+        channel_axis: int | tuple[int, ...] | None = None,
+        group_size: int | None = None,
+    ) -> BinaryCode:
+        """The code of integers that stand for ``scale * (q - zero)``, as of GPTQ, AWQ or HQQ.
+
+        The k bits of an integer are k levels whose scales halve, the largest first, and a shift:
+
+        .. math:: a_i = s\\, 2^{k-2-i}, \\quad c = s \\left(\\tfrac{2^k - 1}{2} - z\\right)
+
+        so that the signs of a level are a bit of the integers, which they give back exactly.
+
+        Parameters
+        ----------
+        q : integer array, any shape
+            In 0 .. 2^k - 1.
+        scale : float array that broadcasts to the scale shape
+            Its dtype is that of the code.
+        zero : real number or array that broadcasts to the scale shape
+            The integer that stands for 0; it may lie between two.
+        bits : int, optional
+            k, 1 to 16. By default as many as the largest of the integers has, and at least 1.
+        channel_axis : int or tuple of int, optional
+        group_size : int, optional
+
+        Returns
+        -------
+        BinaryCode
+            Its scales and shift are rounded to the dtype of `scale`.
+
+        Raises
+        ------
+        TypeError
+            If `q` is not integer, `scale` not floating point, `zero` not real, `bits` no integer,
+            or libraries are mixed.
+        ValueError
+            If an integer or `bits` is out of range, or `scale` or `zero` does not broadcast.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> code = cubin.BinaryCode.from_uniform(np.array([0, 5, 7]), np.float32(0.5), 4)
+        >>> code.dequantize(), code.scales.tolist(), code.shift.tolist()
+        (array([-2. ,  0.5,  1.5], dtype=float32), [1.0, 0.5, 0.25], -0.25)
+        """
+        parts = {"q": q, "scale": scale, "zero": zero}
+        library, (q, scale, zero) = libraries.all_viewed(parts)
+        q = q if libraries.on_device(q) else arrays.as_host_array("q", q)
+        if q.dtype.kind not in "iu":
+            raise TypeError(f"q must be an integer array, got {q.dtype}")
+        scale = arrays.as_floats("scale", scale)
+        xp = libraries.library(q, scale)
+        if not libraries.on_device(zero):
+            zero = arrays.as_host_array("zero", zero)
+            zero = xp.asarray(zero) if zero.ndim == 0 else zero  # a number for either library
+        libraries.library(scale, zero)  # not a mixture
+        if zero.dtype.kind not in "iu" and not floats.is_float(zero.dtype):
+            raise TypeError(f"zero must be a real number or an array of them, got {zero.dtype}")
+        rows = rows_of(q.shape, channel_axis, group_size)
+        for name, array in (("scale", scale), ("zero", zero)):
+            arrays.check_broadcasts(name, array, rows.scale_shape, "the scale shape")
+        with libraries.current_device(scale):
+            least, most = (int(q.min()), int(q.max())) if q.size else (0, 0)
+            count = max(1, most.bit_length())
+            count = count if bits is None else arrays.as_integer("bits", bits)
+            if not 1 <= count <= MAX_BITS:
+                raise ValueError(f"bits must lie in 1 .. {MAX_BITS}, got {count}")
+            if least < 0 or most >= 1 << count:
+                wrong = least if least < 0 else most
+                raise ValueError(
+                    f"q of {count} bits must lie in 0 .. {(1 << count) - 1}, got {wrong}"
+                )
+            step = xp.broadcast_to(conversions.widened(scale), rows.scale_shape)
+            middle = ((1 << count) - 1) / 2 - zero.astype(np.float64)
+            scales = xp.stack([step * 2.0 ** (count - 2 - level) for level in range(count)])
+            shift = xp.asarray(step * middle + 0.0)  # never -0.0
+            planes = []
+            for level in range(count):
+                bit = (q >> (count - 1 - level) & 1).astype(np.int8)
+                planes.append(packed(bit[None] * 2 - 1, np.uint8(1)))
+            return assemble(
+                conversions.narrowed(scales, scale.dtype), xp.concatenate(planes), np.uint8(count),
+                rows, conversions.narrowed(shift, scale.dtype),
+            ).given_to(library)  # fmt: skip
+
     def to_q1_0(self) -> Array:
         """The code as blocks of ggml's type ``Q1_0``: a float16 scale and 16 bytes of signs.
 
@@ -629,10 +813,11 @@ class BinaryCode:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the code to a file: as ``.safetensors`` if its name ends so, else as ``.npz``.
 
-        The arrays are ``scales``, ``planes``, ``bits`` and, if the code has one, ``shift``; nothing
-        is pickled. A bit map is packed to its entropy, and only the signs that exist are stored
-        then. In an ``.npz`` archive, which is not compressed, ``layout`` (JSON) has the shape and
-        the granularity; in ``.safetensors`` the metadata has. `save_all` describes that format.
+        The arrays are ``scales``, ``planes``, ``bits`` and, if the code has them, ``shift`` and
+        ``tables``; nothing is pickled. A bit map is packed to its entropy, and only the signs that
+        exist are stored then. In an ``.npz`` archive, which is not compressed, ``layout`` (JSON)
+        has the shape and the granularity; in ``.safetensors`` the metadata has. `save_all`
+        describes that format.
 
         An existing file is replaced only once the new one is complete and on the disk. Until then
         the new file lies in the same folder, as ``cubin-*.part``. It takes over the permissions of
@@ -691,9 +876,10 @@ class BinaryCode:
         """Write several codes to one ``.safetensors`` file, as `save` writes one.
 
         The tensors of a code are ``<name>.scales``, ``<name>.planes``, ``<name>.bits`` and, if it
-        has a shift, ``<name>.shift``, of a code with the name "" ``scales`` and so on. The metadata
-        has ``format`` and, as JSON, ``codes``: for each name the shape, channel axis, group size
-        and levels, the shape of a map, and whether there is a shift.
+        has a shift or several precisions, ``<name>.shift`` and ``<name>.tables``, of a code with
+        the name "" ``scales`` and so on. The metadata has ``format`` and, as JSON, ``codes``: for
+        each name the shape, channel axis, group size and levels, the shape of a map, whether there
+        is a shift, and the precisions.
 
         Parameters
         ----------
@@ -733,14 +919,20 @@ class BinaryCode:
 
 
 def assemble(
-    scales: Array, planes: Array, entries: Any, rows: Rows, shift: Array | None = None
+    scales: Array,
+    planes: Array,
+    entries: Any,
+    rows: Rows,
+    shift: Array | None = None,
+    precisions: tuple[int, ...] | None = None,
+    tables: Array | None = None,
 ) -> BinaryCode:
     """A code whose parts are known to fit. They are not checked, which would wait for a device.
 
     `entries` are the bits, a uint8 scalar or a uint8 array that broadcasts to the shape.
     """
     code = BinaryCode.__new__(BinaryCode)
-    code._fill(scales, planes, entries, rows, shift)
+    code._fill(scales, planes, entries, rows, shift, precisions, tables)
     return code
 
 
@@ -783,6 +975,28 @@ def _checked_shift(shift: Any, scales: Array, rows: Rows) -> Any:
             f"shift has shape {shift.shape}, but the scales of a level have {rows.scale_shape}"
         )
     return shift
+
+
+def _checked_tables(
+    precisions: Any, tables: Any, entries: Any, scales: Array, shift: Any, rows: Rows
+) -> tuple[tuple[int, ...] | None, Any]:
+    """Precisions and their tables, checked against the rest of a code."""
+    if precisions is None and tables is None:
+        return None, None
+    if precisions is None or tables is None:
+        raise ValueError("precisions and tables go together, but one of them is missing")
+    listed = as_precisions(precisions, entries)
+    tables = arrays.as_floats("tables", tables)
+    libraries.library(scales, tables)  # not a mixture
+    if tables.dtype != scales.dtype:
+        raise TypeError(f"tables must be {scales.dtype}, as the scales are, got {tables.dtype}")
+    count = sum(listed[:-1]) + (len(listed) - 1) * (shift is not None)
+    if tables.shape != (count, *rows.scale_shape):
+        raise ValueError(
+            f"tables have shape {tables.shape}, but the precisions {listed} need "
+            f"{(count, *rows.scale_shape)}"
+        )
+    return listed, tables
 
 
 def _equal(one: Array, other: Array) -> bool:

@@ -26,18 +26,21 @@ class Encoding:
     levels : int
     rows : Rows
         The layout of `x`.
+    scales : int, optional
+        The scales of a row, where it has several for a level.
 
     Attributes
     ----------
-    scales : array in the work dtype, shape (levels, rows)
+    scales : array in the work dtype, shape (scales, rows)
     planes : array of uint8, shape (levels, width, lines)
     """
 
-    def __init__(self, x: Array, levels: int, rows: Rows) -> None:
+    def __init__(self, x: Array, levels: int, rows: Rows, scales: int | None = None) -> None:
         self.rows = rows
         self._lines = lines = lines_of(x.shape)
         self._xp = xp = libraries.library(x)
-        self.scales = xp.zeros((levels, rows.count), floats.work_dtype(x.dtype))
+        count = levels if scales is None else scales
+        self.scales = xp.zeros((count, rows.count), floats.work_dtype(x.dtype))
         self.planes = xp.zeros((levels, lines.width, lines.count), np.uint8)
         self._unpack = passes.form(level_signs, x)
         self._pack = passes.form(pack_signs, x)
@@ -61,10 +64,11 @@ class Encoding:
             Packed: bit i is the sign of level i.
         bits : uint8 scalar or array of shape (rows, n)
         scales : list of array, shape (rows, 1)
-            For each level.
+            All scales of a row: one for each level, if it has no more.
         """
-        for level, scale in enumerate(scales):
-            self.scales[level, part.rows] = scale[:, 0]
+        for number, scale in enumerate(scales):
+            self.scales[number, part.rows] = scale[:, 0]
+        for level in range(len(self.planes)):
             sign = passes.scratch("signs", (1, *code.shape), np.int8, code)
             self._unpack(code, bits, np.uint8(level), sign=sign[0])
             self._place(part, slice(level, level + 1), sign)

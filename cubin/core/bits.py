@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -113,3 +114,34 @@ def _low_bytes(integers: np.ndarray) -> np.ndarray:
     offset = 0 if sys.byteorder == "little" else size - 1
     low = {"names": ["low"], "formats": [np.uint8], "offsets": [offset], "itemsize": size}
     return integers.view(np.dtype(low))["low"]  # type: ignore[call-overload]
+
+
+def as_precisions(value: Any, entries: Any) -> tuple[int, ...]:
+    """`value` as numbers of levels that ascend and end on the bits, which are no map.
+
+    `entries` are those of `Bits`.
+
+    Raises
+    ------
+    TypeError
+        If `value` is no sequence of integers.
+    ValueError
+        If it is empty, does not ascend from 1 or more, or does not end on the bits; or if there is
+        a map.
+    """
+    try:
+        listed = tuple(value)
+    except TypeError:
+        raise TypeError(f"precisions must be a sequence of integers, got {value!r}") from None
+    precisions = tuple(arrays.as_integer("each of precisions", one) for one in listed)
+    if not isinstance(entries, np.generic):
+        raise ValueError(
+            "precisions need one number of bits for all elements, got a map of shape "
+            f"{entries.shape}"
+        )
+    ascend = all(low < high for low, high in itertools.pairwise((0, *precisions)))
+    if not ascend or not precisions or precisions[-1] != entries:
+        raise ValueError(
+            f"precisions must ascend from 1 or more and end on bits = {entries}, got {precisions}"
+        )
+    return precisions

@@ -401,6 +401,15 @@ def row_slices(x: Array) -> list[slice]:
     return [rows for (rows,) in blocks.tile((len(x),), max(1, blocks.BLOCK // x.shape[1]))]
 
 
+def tiles(x: Array) -> Iterator[tuple[slice, slice]]:
+    """Blocks of rows and of elements that tile `x`, (rows, n): on the host each fits the cache."""
+    shape = x.shape
+    size = x.size if libraries.on_device(x) else blocks.BLOCK
+    for cuts in blocks.tile(shape, size):
+        rows, cut = (slice(*cut.indices(n)) for cut, n in zip(cuts, shape, strict=True))
+        yield rows, cut
+
+
 def is_long(rows: Rows, x: Array) -> bool:
     """Whether `for_each_part` cuts the rows of `x` into pieces."""
     return rows.length > blocks.BLOCK and not libraries.on_device(x)

@@ -136,13 +136,19 @@ def fitted(
                 gram[i][j] = gram[i][j] + (weighted * signs[j]).sum(axis=0)
             gram[i][i] = gram[i][i] + total
     scales = solved(gram, target, xp)
+    gain = gained(gram, target, scales, zero)
+    return xp.stack(scales) if levels else xp.zeros((0, len(rows))), gain
+
+
+def gained(gram: list[list[Array]], target: list[Array], scales: list[Array], zero: Array) -> Array:
+    """How much scales take off the sum of squares. The system is that of `solved`."""
     gain = zero
-    for i in range(levels):
-        row = gram[i][i] * scales[i]
+    for i, scale in enumerate(scales):
+        row = gram[i][i] * scale
         for j in range(i):
             row = row + 2 * gram[i][j] * scales[j]
-        gain = gain + scales[i] * (2 * target[i] - row)
-    return xp.stack(scales) if levels else xp.zeros((0, len(rows))), gain
+        gain = gain + scale * (2 * target[i] - row)
+    return gain
 
 
 def solved(gram: list[list[Array]], target: list[Array], xp: Any) -> list[Array]:

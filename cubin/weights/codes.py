@@ -39,7 +39,7 @@ class StoredCode:
     mapped : bool
         Whether it has a bit map.
     nbytes : int
-        Bytes of its planes, scales, shift and map in the file.
+        Bytes of its planes, scales, shifts and map in the file.
     """
 
     name: str
@@ -139,8 +139,9 @@ def widest(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         "used": False,
         "scales": "bfloat16",
         "shift": True,
+        "precisions": list(range(1, MAX_BITS + 1)),
     }
-    return {"layout": layout, **dict.fromkeys(files.PARTS, entry)}
+    return {"layout": layout, **dict.fromkeys((*files.PARTS, *files.OPTIONAL), entry)}
 
 
 def write_code(file: BinaryIO, name: str, code: BinaryCode, base: int) -> dict[str, Any]:

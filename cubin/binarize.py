@@ -8,7 +8,7 @@ import numpy as np
 
 from cubin import solvers
 from cubin.calibration import Gram, matrix_for
-from cubin.codes.binary_code import BinaryCode, assemble
+from cubin.codes.binary_code import BinaryCode, assemble, joined
 from cubin.core import arrays, conversions, libraries, passes
 from cubin.core.bits import as_bits
 from cubin.core.libraries import Array
@@ -157,7 +157,8 @@ def multibit(
     channel_axis : int or tuple of int, optional
         One scale per level for each index of this axis (these axes). Default: one for the tensor.
     group_size : int, optional
-        One scale per level for every run of this many elements of the last axis.
+        One scale per level for every run of this many elements of the last axis. The last run may
+        be shorter, and is all of the axis where that has fewer elements.
     solver : {"greedy", "refined", "alternating", "optimal"}
     iterations : int or None
     importance : array that broadcasts to x's shape, optional
@@ -178,9 +179,9 @@ def multibit(
         If `x` or `importance` is not floating point, `bits` is not integer, or libraries are
         mixed.
     ValueError
-        If `bits` is out of range or does not broadcast, `group_size` does not divide the last
-        axis, `out` has another shape, the solver is unknown, or `importance` is negative or not
-        finite, or given to the greedy solver.
+        If `bits` is out of range or does not broadcast, `group_size` is less than 1, `out` has
+        another shape, the solver is unknown, or `importance` is negative or not finite, or given to
+        the greedy solver.
 
     See Also
     --------
@@ -210,7 +211,19 @@ def multibit(
         weights = _weights(importance, x, solver)
         x = libraries.apart(x, y)
         weights = None if weights is None else libraries.apart(weights, y)
-        solvers.approximate(x, checked, rows.as_stored(x), y, rule, weights)
+        if len(rows.sections) == 1:
+            solvers.approximate(x, checked, rows.as_stored(x), y, rule, weights)
+        else:
+            for section in rows.sections:
+                multibit(
+                    section.of(x),
+                    section.of(checked.values),
+                    group_size=section.rows.group_size,
+                    solver=solver,
+                    iterations=iterations,
+                    importance=section.of(weights),
+                    out=section.of(y),
+                )
     return y if out is None else out
 
 
@@ -239,7 +252,8 @@ def quantize(
     channel_axis : int or tuple of int, optional
         One scale per level for each index of this axis (these axes). Default: one for the tensor.
     group_size : int, optional
-        One scale per level for every run of this many elements of the last axis.
+        One scale per level for every run of this many elements of the last axis. The last run may
+        be shorter, and is all of the axis where that has fewer elements.
     solver : {"greedy", "refined", "alternating", "optimal"}
         How the scales and signs are found; see the notes.
     iterations : int or None
@@ -270,10 +284,10 @@ def quantize(
         libraries are mixed.
     ValueError
         If `x` has a NaN or infinity (the message names the first such row), `bits` is out of
-        range or does not broadcast, `group_size` does not divide the last axis, the solver is
-        unknown, or `importance` is negative or not finite, or given to the greedy solver. If `gram`
-        is of another number of inputs than a line has, or given to the greedy solver, with an
-        importance, or where scales are neither per line nor per group.
+        range or does not broadcast, `group_size` is less than 1, the solver is unknown, or
+        `importance` is negative or not finite, or given to the greedy solver. If `gram` is of
+        another number of inputs than a line has, or given to the greedy solver, with an importance,
+        or where scales are neither per line nor per group.
 
     See Also
     --------
@@ -357,15 +371,31 @@ def quantize(
         scales_show = checked.levels > 0 and not checked.mapped and weights is None
         if check_finite and not scales_show:
             _check_finite(x, rows)
-        if matrix is not None:
-            scales, planes = outputs.encode(x, checked, rows, rule, matrix)
+        if matrix is None and len(rows.sections) > 1:
+            codes = [
+                quantize(
+                    section.of(x),
+                    section.of(checked.values),
+                    group_size=section.rows.group_size,
+                    solver=solver,
+                    iterations=iterations,
+                    importance=section.of(weights),
+                    check_finite=False,
+                )
+                for section in rows.sections
+            ]
+            code = joined(codes, checked.entries, rows)
         else:
-            scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
-        if check_finite and not bool(xp.isfinite(scales).all()):
+            if matrix is not None:
+                scales, planes = outputs.encode(x, checked, rows, rule, matrix)
+            else:
+                scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
+            scales = scales.reshape(checked.levels, *rows.scale_shape)
+            code = assemble(scales, planes, checked.entries, rows)
+        if check_finite and not bool(xp.isfinite(code.scales).all()):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
-        scales = scales.reshape(checked.levels, *rows.scale_shape)
-        return assemble(scales, planes, checked.entries, rows)
+        return code
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
@@ -407,8 +437,7 @@ def _matrix(
 def _check_finite(x: Array, rows: Rows) -> None:
     """ValueError that names the first row with NaN or infinity, if there is one."""
     xp = libraries.library(x)
-    inner = tuple(range(len(rows.scale_shape), len(rows.order)))
-    finite = xp.isfinite(rows.view(x)).all(axis=inner)
+    finite = rows.reduced(xp.all, xp.isfinite(x))
     if not bool(finite.all()):
         first = int(finite.ravel().argmin())
         index = tuple(int(i) for i in np.unravel_index(first, rows.scale_shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,11 @@ class Decoding:
         last = max((axis for axis in range(1, len(split)) if wide.shape[1 + axis] > 1), default=0)
         self._runs = split[1 : last + 1]
         self.run = math.prod(split[last + 1 :])
+        self._period = 0
+        if len(rows.sections) > 1:
+            # Groups begin at multiples of this, also where a line has several axes.
+            self._period = rows.shape[-1]
+            self._group, self.run = self.run, math.gcd(self.run, self._period)
         self._scales = wide.reshape(wide.shape[: last + 2])
 
     def scales(self, lines: slice, elements: slice | None = None) -> Array:
@@ -70,12 +76,27 @@ class Decoding:
         levels, count = cut.shape[:2]
         spread = xp.broadcast_to(cut, (levels, count, *self._runs))
         spread = spread.reshape(levels, count, math.prod(self._runs))
-        if elements is None or spread.shape[2] == 1:
+        if spread.shape[2] == 1 or (elements is None and not self._period):
             return spread
-        start, stop = elements.start, elements.stop
-        if start % self.run == 0 == stop % self.run:
+        start, stop = (0, self.lines.length) if elements is None else (elements.start, elements.stop)
+        whole = start % self.run == 0 == stop % self.run
+        if whole and not self._period:
             return spread[..., start // self.run : stop // self.run]
-        return spread[..., xp.arange(start, stop) // self.run]
+        return spread[..., self._place(xp.arange(start, stop, self.run if whole else 1))]
+
+    def starts(self) -> Sequence[int]:
+        """Where in a line a run begins whose scales may differ from those of the run before."""
+        if not self._period:
+            return range(0, self.lines.length, max(1, self.run))
+        axes = range(0, self.lines.length, self._period)
+        return [axis + at for axis in axes for at in range(0, self._period, self._group)]
+
+    def _place(self, elements: Any) -> Any:
+        """The numbers, within a line, of the scales of some elements."""
+        if not self._period:
+            return elements // self.run
+        groups = -(-self._period // self._group)
+        return elements // self._period * groups + elements % self._period // self._group
 
     def bits(self, lines: slice, elements: slice | None = None) -> Any:
         """The bits of some elements: a uint8 scalar, or an array of shape (lines, n)."""
@@ -179,3 +200,37 @@ def unpacked(planes: Array, bits: Any, shape: tuple[int, ...]) -> Array:
             sign = (bit.reshape(shape) * 2).view(np.int8) - 1
             signs[level] = sign * (xp.asarray(bits) > level)
     return signs
+
+
+def joined_planes(sections: Sequence[tuple[Array, tuple[int, ...]]], shape: tuple[int, ...]) -> Array:
+    """The planes of an array, from the planes and shapes of sections of its last axis.
+
+    The planes of all sections have the same levels.
+    """
+    xp: Any = libraries.library(sections[0][0])
+    levels, lines = len(sections[0][0]), lines_of(shape)
+    ends, inner = [own[-1] for _, own in sections], math.prod(lines.inner[:-1])
+    if not any(end % 8 for end in (ends[:-1] if inner == 1 else ends)):
+        # Every section has bytes of its own.
+        parts = [
+            planes.reshape(levels, inner, planes.shape[1] // max(1, inner), lines.count)
+            for planes, _ in sections
+        ]
+        joined = xp.concatenate(parts, axis=2)
+        return joined.reshape(levels, lines.width, lines.count)
+    result = xp.empty((levels, lines.width, lines.count), np.uint8)
+    pack = passes.form(pack_signs, result, lines.count * lines.length)
+
+    def join(cut: slice, _: slice) -> None:
+        count = cut.stop - cut.start
+        for level in range(levels):
+            signs = [
+                unpacked(planes[level : level + 1, :, cut], np.uint8(1), (count, inner, own[-1]))
+                for planes, own in sections
+            ]
+            of_lines = xp.concatenate(signs, axis=-1).reshape(1, count, lines.length)
+            pack(of_lines, planes=result[level : level + 1, :, cut])
+
+    step = max(1, passes.LINES_AT_ONCE // max(1, lines.length))
+    passes.for_each_lines(join, lines, 1, result, step)
+    return result

@@ -65,6 +65,11 @@ class Encoding:
         """
         for level, scale in enumerate(scales):
             self.scales[level, part.rows] = scale[:, 0]
+        self.pack(part, code, bits)
+
+    def pack(self, part: Part, code: Array, bits: Any) -> None:
+        """Write the signs of a part alone."""
+        for level in range(len(self.planes)):
             sign = passes.scratch("signs", (1, *code.shape), np.int8, code)
             self._unpack(code, bits, np.uint8(level), sign=sign[0])
             self._place(part, slice(level, level + 1), sign)

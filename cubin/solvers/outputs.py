@@ -54,9 +54,10 @@ def encode(x: Array, bits: Bits, rows: Rows, solver: Solver, gram: Array) -> tup
     """
     lines = x.reshape(len(x), len(gram))
     depths = bits.values.reshape(lines.shape) if bits.mapped else bits.values
-    flat = _rows_of_lines(lines.shape, rows.group_size)
-    groups = flat.count // max(1, len(lines))
-    encoding = Encoding(lines, bits.levels, flat)
+    groups = rows.count // max(1, len(lines))
+    encoding = Encoding(lines, bits.levels, rows_of(lines.shape, 0))
+    work = encoding.scales.dtype
+    scales = libraries.library(x).zeros((bits.levels, len(lines), groups), work)
     if x.size and bits.levels:
         metric = Metric(gram)
         step = max(1, ELEMENTS // max(lines.shape[1], groups << bits.levels))
@@ -64,48 +65,60 @@ def encode(x: Array, bits: Bits, rows: Rows, solver: Solver, gram: Array) -> tup
             block = slice(start, min(start + step, len(lines)))
             part = depths[block] if bits.mapped else depths
             some = Bits(part, part, bits.levels)
-            scales, codes = _of_lines(lines[block], some, rows.group_size, solver, metric)
-            narrow = conversions.narrowed(scales, encoding.scales.dtype).reshape(bits.levels, -1, 1)
-            here = Part(slice(start * groups, block.stop * groups), slice(0, 1), (block, ...))
-            shape = (-1, flat.length)
-            of_rows = part.reshape(shape) if bits.mapped else part
-            encoding.store(here, codes.reshape(shape), of_rows, list(narrow))
-    return conversions.rounded(encoding.scales, x.dtype), encoding.planes
-
-
-def _rows_of_lines(shape: tuple[int, ...], group_size: int | None) -> Rows:
-    return rows_of(shape, 0 if group_size is None else None, group_size)
+            found, codes = _of_lines(lines[block], some, rows, solver, metric)
+            scales[:, block] = conversions.narrowed(found, work)
+            encoding.pack(Part(block, slice(0, 1), (block, ...)), codes, part)
+    scales = scales.reshape(bits.levels, rows.count)
+    return conversions.rounded(scales, x.dtype), encoding.planes
 
 
 def _of_lines(
-    x: Array, bits: Bits, group_size: int | None, solver: Solver, metric: Metric
+    x: Array, bits: Bits, rows: Rows, solver: Solver, metric: Metric
 ) -> tuple[Array, Array]:
-    """Scales, (levels, lines, groups), and packed codes, (lines, n), of some lines."""
+    """Scales, (levels, lines, groups), and packed codes, (lines, n), of some lines.
+
+    `rows` are those of the whole array, whose lines may have several axes.
+    """
     xp = libraries.library(x)
     count, n = x.shape
-    rows = _rows_of_lines(x.shape, group_size)
+    # Groups lie within the last axis.
+    grouped = rows.group_size is not None
+    length = rows.shape[-1] if grouped else n
+    own = rows_of((x.size // length, length), None if grouped else 0, rows.group_size)
     position = xp.argsort(metric.order)
-    groups = [xp.sort(group) for group in position.reshape(-1, group_size or n)]
+    starts = range(0, length, rows.group_size or n)
+    cuts = [slice(at, min(at + starts.step, length)) for at in starts]
+    groups = [xp.sort(group[cut]) for group in position.reshape(-1, length) for cut in cuts]
     # Lines are solved in units of their largest weight, so that squares do not overflow.
     weights = conversions.widened(x)
     unit = abs(weights).max(axis=1)
     finite = xp.isfinite(unit)
     unit = xp.where(finite & (unit > 0), unit, 1.0)
     weights = xp.where(finite[:, None], weights / unit[:, None], 0.0)
+    flat = weights.reshape(own.shape)
+    depths = bits.values.reshape(own.shape) if bits.mapped else bits.values
+    bits_of_flat = Bits(depths, depths, bits.levels)
 
     def start(on_weights: Solver, importance: Array | None) -> tuple[Array, Array]:
-        scales, planes = encode_weights(weights, bits, rows, on_weights, importance)
-        signs = unpacked(planes, bits.entries, x.shape)
-        code = xp.zeros(x.shape, np.uint16)
-        for level in range(bits.levels):
-            code |= (signs[level] > 0).astype(np.uint16) << np.uint16(level)
-        scales = scales.reshape(bits.levels, count, len(groups)).transpose(2, 0, 1)
-        return xp.ascontiguousarray(scales), xp.ascontiguousarray(code.T[metric.order])
+        scales, codes = [], []
+        for section in own.sections:
+            some = bits_of_flat.of(section)
+            w, weight = section.of(flat), section.of(importance)
+            found, planes = encode_weights(w, some, section.rows, on_weights, weight)
+            scales.append(found.reshape(bits.levels, *section.rows.scale_shape))
+            signs = unpacked(planes, some.entries, w.shape)
+            code = xp.zeros(w.shape, np.uint16)
+            for level in range(bits.levels):
+                code |= (signs[level] > 0).astype(np.uint16) << np.uint16(level)
+            codes.append(code)
+        of_lines = own.joined(scales).reshape(bits.levels, count, len(groups)).transpose(2, 0, 1)
+        code = own.joined(codes).reshape(x.shape)
+        return xp.ascontiguousarray(of_lines), xp.ascontiguousarray(code.T[metric.order])
 
     # The importance of an input is its mean square. The best scales with it are a better start than
     # those of the solver itself.
     searching = solver if solver.name == "optimal" else solver_of("alternating", None)
-    importance = xp.broadcast_to(metric.squares, x.shape)
+    importance = xp.broadcast_to(metric.squares, x.shape).reshape(own.shape)
     starts = [start(solver, None), start(searching, importance)]
     depths = bits.values.T[metric.order] if bits.mapped else bits.values
     weights = xp.ascontiguousarray(weights.T[metric.order])

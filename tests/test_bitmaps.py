@@ -17,7 +17,13 @@ from cubin.core.rows import rows_of
 
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 RANKED = [bitmaps.top_down, bitmaps.bottom_up, bitmaps.middle_out]
-GRANULARITIES = [{}, {"channel_axis": 0}, {"channel_axis": 1}, {"group_size": 3}]
+GRANULARITIES = [
+    {},
+    {"channel_axis": 0},
+    {"channel_axis": 1},
+    {"group_size": 3},
+    {"group_size": 4},
+]
 
 
 def quantiles(distribution, size):
@@ -287,7 +293,11 @@ def test_budget_meets_its_mean_and_is_never_worse(
 
 @pytest.mark.parametrize(
     ("dtype", "granularity"),
-    [("float16", {"group_size": 3}), ("float32", {}), ("float64", {"channel_axis": 1})],
+    [
+        ("float16", {"group_size": 3}),
+        ("float32", {"group_size": 4}),
+        ("float64", {"channel_axis": 1}),
+    ],
 )
 def test_budget_on_either_library(xp, host, rng, monkeypatch, dtype, granularity):
     monkeypatch.setattr(budgets, "_SWEEPS", 1)
@@ -363,7 +373,7 @@ def test_budget_does_not_depend_on_threads(monkeypatch, rng):
         ({"max_bits": 17}, ValueError, r"max_bits must lie in 0 \.\. 16, got 17"),
         ({"min_bits": 1.0}, TypeError, "min_bits must be an integer, got float"),
         ({"channel_axis": 2}, ValueError, "channel_axis 2 is out of range"),
-        ({"group_size": 4}, ValueError, "group_size 4 does not divide"),
+        ({"group_size": 0}, ValueError, "group_size must be at least 1"),
         ({"channel_axis": 0, "group_size": 3}, ValueError, "exclude each other"),
     ],
 )
@@ -747,7 +757,9 @@ def test_bounds_of_numbers_beyond_float32():
         assert bound.left == 0
 
 
-@pytest.mark.parametrize("granularity", [{}, {"channel_axis": 0}, {"group_size": 20}])
+@pytest.mark.parametrize(
+    "granularity", [{}, {"channel_axis": 0}, {"group_size": 20}, {"group_size": 70}]
+)
 @pytest.mark.parametrize("distribution", [stats.norm(), stats.t(3)])
 def test_budget_of_an_array_that_few_magnitudes_stand_for(monkeypatch, distribution, granularity):
     x = distribution.rvs((40, 500), random_state=0) * np.exp(np.linspace(-2, 2, 40))[:, None]

@@ -169,7 +169,7 @@ def test_greedy_across_chunks(rng, axis, dtype):
     same(cubin.multibit(cut(rng, x), lazy_bits, channel_axis=axis).compute(), found[0])
 
 
-@pytest.mark.parametrize("group_size", [3, 10, 30])
+@pytest.mark.parametrize("group_size", [3, 10, 30, 4, 13, 64])
 def test_groups_that_chunks_cut_are_as_numpys(rng, group_size):
     x = values(rng, (4, 30))
     lazy = da.from_array(x, chunks=(3, (7, 1, 20, 2)))
@@ -295,7 +295,7 @@ def test_chunks_on_a_device(device, rng):
         (lambda x: cubin.multibit_grad(x, np.full(12, -1), x), ValueError, r"got -1"),
         (lambda x: cubin.multibit(x, da.ones(12)), TypeError, "bits must be an integer"),
         (lambda x: cubin.multibit(x, da.ones(5, dtype=int)), ValueError, "bits of shape"),
-        (lambda x: cubin.multibit(x, 2, group_size=5), ValueError, "does not divide"),
+        (lambda x: cubin.multibit(x, 2, group_size=0), ValueError, "at least 1"),
         (lambda x: cubin.multibit(x, 2, channel_axis=2), ValueError, "out of range"),
         (lambda x: cubin.multibit(x, 2, solver="best"), ValueError, "solver must be one of"),
         (lambda x: cubin.multibit(x, 2, importance=x), ValueError, "takes no importance"),

@@ -288,6 +288,7 @@ LAYOUTS = [
     {"channel_axis": 1},
     {"channel_axis": (2, 0)},
     {"group_size": 5},
+    {"group_size": 4},
 ]
 
 

@@ -78,7 +78,9 @@ class Decoding:
         spread = spread.reshape(levels, count, math.prod(self._runs))
         if spread.shape[2] == 1 or (elements is None and not self._period):
             return spread
-        start, stop = (0, self.lines.length) if elements is None else (elements.start, elements.stop)
+        start, stop = (
+            (0, self.lines.length) if elements is None else (elements.start, elements.stop)
+        )
         whole = start % self.run == 0 == stop % self.run
         if whole and not self._period:
             return spread[..., start // self.run : stop // self.run]
@@ -202,7 +204,9 @@ def unpacked(planes: Array, bits: Any, shape: tuple[int, ...]) -> Array:
     return signs
 
 
-def joined_planes(sections: Sequence[tuple[Array, tuple[int, ...]]], shape: tuple[int, ...]) -> Array:
+def joined_planes(
+    sections: Sequence[tuple[Array, tuple[int, ...]]], shape: tuple[int, ...]
+) -> Array:
     """The planes of an array, from the planes and shapes of sections of its last axis.
 
     The planes of all sections have the same levels.

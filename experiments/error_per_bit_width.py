@@ -76,7 +76,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--group-size",
         type=parse_group_size,
         metavar="N",
-        help="scales for every N consecutive weights of an output channel "
+        help="scales for every N consecutive weights of an output channel, and for those left over "
         "(default: all weights of the channel)",
     )
     return parser

@@ -217,7 +217,7 @@ def multibit(
             for section in rows.sections:
                 multibit(
                     section.of(x),
-                    section.of(checked.values),
+                    section.of(checked.entries),
                     group_size=section.rows.group_size,
                     solver=solver,
                     iterations=iterations,
@@ -375,7 +375,7 @@ def quantize(
             codes = [
                 quantize(
                     section.of(x),
-                    section.of(checked.values),
+                    section.of(checked.entries),
                     group_size=section.rows.group_size,
                     solver=solver,
                     iterations=iterations,

@@ -127,9 +127,8 @@ def test_two_launches(device, rng, options, kernel, mapped):
 @pytest.mark.parametrize("view", [lambda a: a[::-1, ::2], lambda a: a.T, lambda a: a[:, 1:]])
 def test_views_and_results_in_place(xp, host, rng, view):
     base = rng.normal(size=(10, 13)).astype(np.float32)
-    x = view(base)
-    expected = cubin.multibit(x.copy(), 2, group_size=4)
-    held = view(xp.asarray(base.copy()))
+    held = view(xp.asarray(base))
+    expected = host(cubin.multibit(held.copy(), 2, group_size=4))
     same(host(cubin.multibit(held, 2, group_size=4)), expected)
     assert cubin.multibit(held, 2, group_size=4, out=held) is held
     same(host(held), expected)
@@ -172,7 +171,8 @@ def test_slices_and_levels(xp, host, rng):
     same(host(code[2:5].dequantize()), host(code.dequantize())[2:5])
     assert code.truncate(2) == cubin.quantize(x, 2, group_size=4)
     assert "per group of 4, the last of 3, 36 per level" in repr(code)
-    same(host(code.scales)[0, ..., 1], np.abs(host(x)[..., 4:]).mean(axis=-1))
+    means = np.abs(host(x)[..., 4:]).mean(axis=-1)
+    np.testing.assert_allclose(host(code.scales)[0, ..., 1], means, rtol=1e-12)
 
 
 def test_groups_of_other_sizes_are_not_equal():

@@ -260,10 +260,10 @@ def test_lines_that_are_not_finite(rng):
 
 
 def test_weights_of_convolutions(rng):
-    w = rng.standard_normal((4, 2, 3, 3)).astype(np.float32)
+    w = rng.standard_normal((4, 2, 3, 5)).astype(np.float32)
     images = rng.standard_normal((5, 2, 6, 6))
-    gram = cubin.Gram.of_conv(images, 3, padding=1)
-    for where in ({"channel_axis": 0}, {"channel_axis": -4}, {"group_size": 3}, {"group_size": 2}):
+    gram = cubin.Gram.of_conv(images, (3, 5), padding=1)
+    for where in ({"channel_axis": 0}, {"channel_axis": -4}, {"group_size": 5}, {"group_size": 4}):
         code = cubin.quantize(w, 2, solver="alternating", gram=gram, **where)
         plain = cubin.quantize(w, 2, solver="alternating", **where)
         assert code.shape == w.shape

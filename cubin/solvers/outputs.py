@@ -86,8 +86,8 @@ def _of_lines(
     length = rows.shape[-1] if grouped else n
     own = rows_of((x.size // length, length), None if grouped else 0, rows.group_size)
     position = xp.argsort(metric.order)
-    starts = range(0, length, rows.group_size or n)
-    cuts = [slice(at, min(at + starts.step, length)) for at in starts]
+    step = rows.group_size or n
+    cuts = [slice(at, min(at + step, length)) for at in range(0, length, step)]
     groups = [xp.sort(group[cut]) for group in position.reshape(-1, length) for cut in cuts]
     # Lines are solved in units of their largest weight, so that squares do not overflow.
     weights = conversions.widened(x)

@@ -120,8 +120,11 @@ def test_two_launches(device, rng, options, kernel, mapped):
     assert len(launches) == 1  # which does not look at groups
     code = cubin.quantize(x, 2, group_size=16)
     with ptx.launches() as launches:
+        products.linear(x[:2], code)
+    assert ["multiply_lines" in one.kernel for one in launches].count(True) == 2
+    with ptx.launches() as launches:
         code.dequantize()
-    assert ["sum_planes" in one.kernel for one in launches].count(True) == 1
+    assert ["sum_planes" in one.kernel for one in launches].count(True) == 2
 
 
 @pytest.mark.parametrize("view", [lambda a: a[::-1, ::2], lambda a: a.T, lambda a: a[:, 1:]])

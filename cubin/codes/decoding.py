@@ -58,12 +58,37 @@ class Decoding:
         last = max((axis for axis in range(1, len(split)) if wide.shape[1 + axis] > 1), default=0)
         self._runs = split[1 : last + 1]
         self.run = math.prod(split[last + 1 :])
-        self._period = 0
+        self._period = self._group = 0
         if len(rows.sections) > 1:
             # Groups begin at multiples of this, also where a line has several axes.
             self._period = rows.shape[-1]
             self._group, self.run = self.run, math.gcd(self.run, self._period)
         self._scales = wide.reshape(wide.shape[: last + 2])
+
+    def sections(self) -> list[tuple[slice, Decoding]]:
+        """Elements of the lines, and their decoding: two where a last group is shorter.
+
+        Both have runs of one length then. They are a single section, which has a scale for parts of
+        runs, where the shorter group does not begin at a byte, or lines have several axes.
+        """
+        length = self.lines.length
+        whole = length // self._group * self._group if self._period == length > 0 else 0
+        if not whole or whole % 8:
+            return [(slice(0, length), self)]
+        cuts = [(slice(0, whole), self._group), (slice(whole, length), length - whole)]
+        return [(cut, self._section(cut, run)) for cut, run in cuts]
+
+    def _section(self, elements: slice, run: int) -> Decoding:
+        part = copy.copy(self)
+        groups = slice(elements.start // self._group, -(-elements.stop // self._group))
+        part.lines = Lines(self.lines.count, (elements.stop - elements.start,))
+        part.planes = self.planes[:, elements.start // 8 : -(-elements.stop // 8)]
+        part._scales, part._runs = self._scales[..., groups], (groups.stop - groups.start,)
+        part._shape = (*self._shape[:-1], part.lines.length)
+        if np.ndim(self._bits) and self._bits.shape[-1] > 1:
+            part._bits = self._bits[..., elements]
+        part._period, part.run = 0, run
+        return part
 
     def scales(self, lines: slice, elements: slice | None = None) -> Array:
         """The scales, (levels, lines or 1, runs), of the runs of some lines.
@@ -148,7 +173,10 @@ class Decoding:
 
     def write_all(self, y: Array) -> None:
         """Write all values to `y`, an array of (lines, n)."""
+        for elements, section in self.sections():
+            section._write_runs(y[:, elements])
 
+    def _write_runs(self, y: Array) -> None:
         def task(lines: slice, elements: slice) -> None:
             self.write(y[lines, elements], lines, elements)
 

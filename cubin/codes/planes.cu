@@ -42,7 +42,8 @@ template<class T, class W, bool MAP>
 __global__ void cubin_sum_planes(
     const unsigned char* planes, const unsigned char* bits, const W* scales, T* y,
     long long lines, long long length, long long width, long long level_step, long long byte_step,
-    long long run, long long runs, long long scaled_lines, int levels) {
+    long long run, long long runs, long long scaled_lines, long long y_step,
+    int levels) {
   __shared__ unsigned char tile[16][32][33];
   const long long down = (width + 31) / 32, tiles = (lines + 31) / 32 * down;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -68,7 +69,7 @@ __global__ void cubin_sum_planes(
           const W step = scale[level * scaled_lines * runs];
           total = tile[level][at / 8][i] >> at % 8 & 1 ? plus(total, step) : minus(total, step);
         }
-        y[line * length + element] = T(total);
+        y[line * y_step + element] = T(total);
       }
     }
     __syncthreads();

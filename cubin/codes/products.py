@@ -125,6 +125,11 @@ _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=
 
 def to_lines(x: Array, decoding: Decoding) -> Array:
     """``x @ values.T``: rows of x, (b, n) in the work dtype, times the lines, as (b, m)."""
+    found = [_to_lines(x[:, elements], part) for elements, part in decoding.sections()]
+    return sum(found[1:], start=found[0])
+
+
+def _to_lines(x: Array, decoding: Decoding) -> Array:
     xp: Any = libraries.library(x)
     decoding = decoding.in_dtype(x.dtype)
     lines, levels = decoding.lines, decoding.levels
@@ -147,6 +152,12 @@ def to_lines(x: Array, decoding: Decoding) -> Array:
 
 def from_lines(x: Array, decoding: Decoding) -> Array:
     """``x @ values``: rows of x, (b, m) in the work dtype, times the columns, as (b, n)."""
+    xp: Any = libraries.library(x)
+    found = [_from_lines(x, part) for _, part in decoding.sections()]
+    return xp.concatenate(found, axis=1) if len(found) > 1 else found[0]
+
+
+def _from_lines(x: Array, decoding: Decoding) -> Array:
     xp: Any = libraries.library(x)
     decoding = decoding.in_dtype(x.dtype)
     y = xp.zeros((len(x), decoding.lines.length), x.dtype)

@@ -128,6 +128,28 @@ def test_groups(rng, solver):
         )
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("chunks", [(8, 32, 2), (8, 34)])
+def test_shorter_last_groups(rng, solver, chunks):
+    x, gy = values(rng, (6, 42)), values(rng, (6, 42))
+    lazy = da.from_array(x, chunks=(4, chunks))
+    bits, weights = rng.integers(0, 3, x.shape), rng.random(42).astype("float32")
+    bits[:, 40:] = 3  # the shorter groups alone have a third level
+    options = {"group_size": 4, "solver": solver}
+    if solver != "greedy":
+        options["importance"] = weights
+    for number in (3, bits, da.from_array(bits, chunks=(6, 21))):
+        plain = number if isinstance(number, int) else bits
+        found = cubin.multibit(lazy, number, **options)
+        assert found.chunks == lazy.chunks
+        same(found.compute(), cubin.multibit(x, plain, **options))
+    for surrogate in ("scaled_clip", "scale_aware"):
+        same(
+            cubin.multibit_grad(lazy, bits, gy, group_size=4, surrogate=surrogate).compute(),
+            cubin.multibit_grad(x, bits, gy, group_size=4, surrogate=surrogate),
+        )
+
+
 @pytest.mark.parametrize("solver", ["refined", "alternating"])
 def test_the_whole_array_chooses_the_form(rng, solver):
     # In arrays of this size these solvers add up in another order than in those of a chunk's.

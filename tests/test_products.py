@@ -310,7 +310,8 @@ def test_registers_suffice(primitive, templates, arch, device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given", [{"channel_axis": 0}, {"channel_axis": 1}, {}, {"group_size": 128}]
+    "given",
+    [{"channel_axis": 0}, {"channel_axis": 1}, {}, {"group_size": 128}, {"group_size": 100}],
 )
 def test_signs_are_never_unpacked_as_a_whole(given, rng):
     """Making, decoding and multiplying a code takes a fraction of an int8 for each sign."""

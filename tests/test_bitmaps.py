@@ -11,7 +11,7 @@ from scipy import stats
 
 import cubin
 from cubin import bitmaps
-from cubin.bitmaps import allocation, budgets, parts, selection, threshold
+from cubin.bitmaps import allocation, budgets, parts, patterns, selection, threshold
 from cubin.core.host import blocks
 from cubin.core.rows import rows_of
 from tests import reference
@@ -331,6 +331,16 @@ def test_budget_does_not_depend_on_the_unit(rng, dtype, powers):
         np.testing.assert_array_equal(
             bitmaps.budget(np.ldexp(x, power), 1.5, channel_axis=0), expected
         )
+
+
+def test_budget_measures_shorter_groups_with_their_own_scales(xp, rng):
+    x = rng.standard_normal((4, 3, 10)) * np.exp(rng.standard_normal((4, 3, 10)))
+    bits = rng.integers(0, 3, x.shape).astype(np.int8)
+    held, rows = xp.asarray(x), rows_of(x.shape, None, 4)
+    whole = budgets._Whole(held, rows, 0, 2, 0, patterns.exponent(held))
+    found = whole.squared_error(xp.asarray(bits), whole.fit(xp.asarray(bits)))
+    known = squared_error(x, bits, group_size=4)
+    assert math.ldexp(found, 2 * whole.exponent) == pytest.approx(known, rel=1e-12)
 
 
 def test_budget_puts_its_bits_where_they_count(rng):

@@ -69,6 +69,23 @@ def test_both_parts_are_as_arrays_of_their_own(xp, host, rng, shape, group, solv
         assert not host(code.signs)[levels:, ..., own].any()
 
 
+@pytest.mark.parametrize("shape", [(), (13,), (5, 1), (1, 13), (1, 1)])
+def test_maps_and_importance_that_broadcast(xp, host, rng, shape):
+    x = xp.asarray(rng.normal(size=(5, 13)))
+    bits, weights = xp.asarray(rng.integers(0, 4, shape)), xp.asarray(rng.uniform(0.5, 2, shape))
+    spread = [xp.asarray(np.broadcast_to(host(a), (5, 13)).copy()) for a in (bits, weights)]
+    options = {"group_size": 4, "solver": "refined"}
+    expected = cubin.multibit(x, spread[0], importance=spread[1], **options)
+    same(host(cubin.multibit(x, bits, importance=weights, **options)), host(expected))
+    code = cubin.quantize(x, bits, importance=weights, **options)
+    same(host(code.dequantize()), host(expected))
+    assert np.shape(code.bits) == shape
+    v = xp.asarray(rng.normal(size=(3, 13)))
+    np.testing.assert_allclose(
+        host(products.linear(v, code)), host(v) @ host(expected).T, atol=1e-12
+    )
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_group_that_is_larger_than_the_axis_is_all_of_it(xp, host, rng, solver):
     x = xp.asarray(rng.normal(size=(3, 2, 5)))

@@ -36,18 +36,19 @@ _PATCHES = 1 << 22
 def linear(x: Array | BinaryCode, code: BinaryCode) -> Array:
     """The product of rows of x with the lines of a code: ``x @ code.dequantize().T``.
 
-    .. math:: y_{bi} = \\sum_e x_{be} \\sum_l a_{l,r(i,e)} b_{l,i,e}
+    .. math:: y_{bi} = \\sum_e x_{be} \\big(c_{r(i,e)} + \\sum_l a_{l,r(i,e)} b_{l,i,e}\\big)
 
     Sums are accumulated in float32, or in float64 if x or the code has float64, in an order that
     depends on the shapes. Where BLAS multiplies, beyond 16 rows of x times levels, it decides the
-    order. The sums of scales are not rounded to the dtype of a float16 code.
+    order. The sums of scales are not rounded to the dtype of a float16 code. The shift c is 0 where
+    the code has none.
 
     Parameters
     ----------
     x : float array, shape (..., n); or BinaryCode of shape (b, n)
         Of float16, bfloat16, float32 or float64, of any library, on the device of `code`.
     code : BinaryCode of shape (m, n)
-        Of any granularity, with or without a bit map.
+        Of any granularity, with or without a bit map or a shift.
 
     Returns
     -------
@@ -176,7 +177,7 @@ def conv2d(
             # A code comes as the signs of each level, and their scales for each image.
             planes, scales = [], None
             if one is not None:
-                some = one.part(part)
+                some = one.part(part).as_levels()
                 planes = [some.signs(p).reshape(-1, *images.shape[1:]) for p in range(some.levels)]
                 scales = some.scales(slice(0, some.lines.count))[..., 0]
             else:

@@ -50,6 +50,9 @@ def codes(rng):
         cubin.quantize(x.astype(bfloat16), 2, group_size=5),
         cubin.quantize(x, np.arange(6) % 3, group_size=9),
         cubin.quantize(x[:, 0], bits[:, 0], group_size=4, solver="alternating"),
+        cubin.quantize(x, 2, channel_axis=0, shift=True),
+        cubin.quantize(x.astype(bfloat16), bits, group_size=3, shift=True),
+        cubin.quantize(x, 0, shift=True),
     ]
 
 
@@ -143,7 +146,7 @@ def test_the_first_levels(codes, host):
             bits = np.minimum(code.bits, levels)
             expected = BinaryCode.from_signs(
                 code.scales[:levels], code.signs[:levels], bits,
-                channel_axis=code.channel_axis, group_size=code.group_size,
+                channel_axis=code.channel_axis, group_size=code.group_size, shift=code.shift,
             )  # fmt: skip
             assert cut == expected
             np.testing.assert_array_equal(cut.dequantize(), expected.dequantize())

@@ -275,3 +275,51 @@ def test_rows_with_a_shorter_one_have_no_view():
     assert (rows.scale_shape, rows.count) == ((2, 2), 4)
     with pytest.raises(ValueError, match="reshape"):
         rows.view(np.ones((2, 5)))
+
+
+@pytest.mark.parametrize("solver", few(SOLVERS, "greedy", "alternating"))
+@pytest.mark.parametrize("shape", [(5, 13), (5, 12), (2, 3, 7)])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_shifts_of_shorter_groups(xp, host, rng, solver, shape, mapped):
+    x = rng.exponential(size=shape)
+    bits = rng.integers(0, 4, shape) if mapped else 2
+    group, cut = 4 if shape[-1] < 12 else 8, cut_of(shape, 4 if shape[-1] < 12 else 8)
+    code = cubin.quantize(xp.asarray(x), bits, group_size=group, solver=solver, shift=True)
+    assert code.shift.shape == code.scales.shape[1:]
+    for own, at, size in ((slice(0, cut), slice(0, -1), group),
+                          (slice(cut, None), slice(-1, None), shape[-1] - cut)):  # fmt: skip
+        some = bits if np.ndim(bits) == 0 else bits[..., own]
+        alone = cubin.quantize(xp.asarray(x[..., own]), some, group_size=size, solver=solver,
+                               shift=True)  # fmt: skip
+        same(host(code.shift)[..., at], host(alone.shift))
+        same(host(code.dequantize())[..., own], host(alone.dequantize()))
+    if len(shape) == 2:
+        v, values = xp.asarray(rng.normal(size=(3, shape[1]))), host(code.dequantize())
+        found = host(products.linear(v, code))
+        np.testing.assert_allclose(found, host(v) @ values.T, atol=1e-11)
+        found = host(products.linear(code, code))
+        np.testing.assert_allclose(found, values @ values.T, atol=1e-11)
+
+
+@pytest.mark.parametrize("solver", ["refined", "alternating"])
+def test_shifts_with_a_gram(rng, solver):
+    w = rng.exponential(size=(4, 2, 5))
+    gram = cubin.Gram(10).add(rng.standard_normal((64, 10)) @ rng.standard_normal((10, 10)))
+    options = {"group_size": 3, "solver": solver, "gram": gram}
+    code = cubin.quantize(w, 2, shift=True, **options)
+    assert code.shift.shape == (4, 2, 2)
+    ours, others = (
+        float(cubin.errors.output_mse(w, c.dequantize(), gram))
+        for c in (code, cubin.quantize(w, 2, **options))
+    )
+    assert ours <= others * (1 + 1e-9)
+
+
+def test_files_of_shifts_of_shorter_groups(tmp_path, rng):
+    x = rng.exponential(size=(6, 13)).astype(np.float16)
+    code = cubin.quantize(x, 2, group_size=4, shift=True)
+    assert code.effective_bits == pytest.approx(2 + 3 * 24 * 16 / 78)
+    for name in ("c.npz", "c.safetensors"):
+        code.save(tmp_path / name)
+        assert BinaryCode.load(tmp_path / name) == code
+    assert code[2:4] == cubin.quantize(x[2:4], 2, group_size=4, shift=True)

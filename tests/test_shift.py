@@ -447,7 +447,7 @@ def test_share_of_optima(levels):
     found = []
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        n = int(rng.integers(3, 10 // levels + 2))
+        n = int(rng.integers(3, 10 // levels + 1))
         x = rng.exponential(size=n) if seed % 2 else rng.normal(size=n)
         limit = least_error(x, np.full(n, levels), np.ones(n))
         error = error_of(x, levels, solver="optimal", shift=True)
@@ -491,7 +491,7 @@ def test_no_row_is_worse_than_without(data):
     assert (errors[1] <= errors[0] * (1 + 1e-9) + 1e-13 * power).all()
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", few(SOLVERS, "greedy", "alternating"))
 def test_what_a_shift_makes_exact(solver, xp, host):
     for x, bits in (
         (np.full(9, 0.1), 2),
@@ -514,7 +514,7 @@ def test_both_libraries_find_the_same(dtype, solver, device, rng):
         (bits, {"channel_axis": 0}),
         (2, {"group_size": 12}),
     ]
-    for depth, where in cases[: 2 if solver == "optimal" else 4]:
+    for depth, where in cases[: 1 if solver == "optimal" else 4]:
         ours = cubin.quantize(x, depth, solver=solver, shift=True, **where)
         theirs = cubin.quantize(device.asarray(x), depth, solver=solver, shift=True, **where)
         assert type(theirs.shift) is type(device.zeros(1))
@@ -541,7 +541,7 @@ def test_rows_have_nothing_to_do_with_each_other(solver, rng, monkeypatch):
     assert cubin.quantize(x, 3, importance=importance, **options) == code
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", few(SOLVERS, "greedy", "refined"))
 @pytest.mark.parametrize("wrong", few([np.nan, np.inf, -np.inf], np.inf))
 def test_rows_that_hold_no_number(wrong, solver, xp, host, rng):
     x = rng.exponential(size=(5, 12)).astype(np.float32)
@@ -640,7 +640,7 @@ def test_no_line_is_worse_in_its_outputs(case, xp, rng):
 
 @pytest.mark.parametrize("solver", ["refined", "alternating"])
 def test_no_line_is_worse_where_a_shift_is_for_nothing(solver, rng):
-    """Lines that are symmetric about zero: a search with a shift alone would end up worse on some."""
+    """Lines that are symmetric about zero: a search with a shift alone ends up worse."""
     for _ in range(3):
         w, inputs = rng.normal(size=(20, 8)), spread_inputs(rng, 8)
         gram = cubin.Gram(8).add(inputs)

@@ -252,7 +252,8 @@ class BinaryCode:
     def dequantize(self) -> Array:
         """The approximation ``shift + sum_i scales[i] * signs[i]``, in x's shape and dtype.
 
-        The levels are added to the shift, if there is one, in their order.
+        The levels are added to the shift, if there is one, in their order, and what these additions
+        round away is added at the end.
         """
         with libraries.current_device(self._scales, self._library):
             y = libraries.result(self.shape, self._scales.dtype, self._scales)

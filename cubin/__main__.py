@@ -161,7 +161,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=parse_group_size,
         metavar="N",
-        help="scales for every N consecutive weights of an output channel",
+        help="scales for every N consecutive weights of an output channel, and for those left over",
     )
     parser.add_argument(
         "--iterations",

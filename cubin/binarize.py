@@ -9,7 +9,7 @@ import numpy as np
 
 from cubin import solvers
 from cubin.calibration import Gram, matrix_for
-from cubin.codes.binary_code import BinaryCode, assemble
+from cubin.codes.binary_code import BinaryCode, assemble, joined
 from cubin.core import arrays, conversions, libraries, passes
 from cubin.core.bits import as_bits, as_precisions
 from cubin.core.libraries import Array
@@ -159,7 +159,8 @@ def multibit(
     channel_axis : int or tuple of int, optional
         One scale per level for each index of this axis (these axes). Default: one for the tensor.
     group_size : int, optional
-        One scale per level for every run of this many elements of the last axis.
+        One scale per level for every run of this many elements of the last axis. The last run may
+        be shorter, and is all of the axis where that has fewer elements.
     solver : {"greedy", "refined", "alternating", "optimal"}
     iterations : int or None
     importance : array that broadcasts to x's shape, optional
@@ -180,9 +181,9 @@ def multibit(
         If `x` or `importance` is not floating point, `bits` is not integer, or libraries are
         mixed.
     ValueError
-        If `bits` is out of range or does not broadcast, `group_size` does not divide the last
-        axis, `out` has another shape, the solver is unknown, or `importance` is negative or not
-        finite, or given to the greedy solver.
+        If `bits` is out of range or does not broadcast, `group_size` is less than 1, `out` has
+        another shape, the solver is unknown, or `importance` is negative or not finite, or given to
+        the greedy solver.
 
     See Also
     --------
@@ -212,7 +213,19 @@ def multibit(
         weights = _weights(importance, x, solver)
         x = libraries.apart(x, y)
         weights = None if weights is None else libraries.apart(weights, y)
-        solvers.approximate(x, checked, rows.as_stored(x), y, rule, weights)
+        if len(rows.sections) == 1:
+            solvers.approximate(x, checked, rows.as_stored(x), y, rule, weights)
+        else:
+            for section in rows.sections:
+                multibit(
+                    section.of(x),
+                    section.of(checked.entries),
+                    group_size=section.rows.group_size,
+                    solver=solver,
+                    iterations=iterations,
+                    importance=section.of(weights),
+                    out=section.of(y),
+                )
     return y if out is None else out
 
 
@@ -243,7 +256,8 @@ def quantize(
     channel_axis : int or tuple of int, optional
         One scale per level for each index of this axis (these axes). Default: one for the tensor.
     group_size : int, optional
-        One scale per level for every run of this many elements of the last axis.
+        One scale per level for every run of this many elements of the last axis. The last run may
+        be shorter, and is all of the axis where that has fewer elements.
     solver : {"greedy", "refined", "alternating", "optimal"}
         How the scales and signs are found; see the notes.
     iterations : int or None
@@ -281,11 +295,11 @@ def quantize(
         `gram` is no `Gram`, `shift` is no bool, or libraries are mixed.
     ValueError
         If `x` has a NaN or infinity (the message names the first such row), `bits` is out of
-        range or does not broadcast, `group_size` does not divide the last axis, the solver is
-        unknown, or `importance` is negative or not finite, or given to the greedy solver. If `gram`
-        is of another number of inputs than a line has, or given to the greedy solver, with an
-        importance, or where scales are neither per line nor per group. If `precisions` are empty,
-        do not ascend from 1 or more, do not end on `bits`, or come with a bit map.
+        range or does not broadcast, `group_size` is less than 1, the solver is unknown, or
+        `importance` is negative or not finite, or given to the greedy solver. If `gram` is of
+        another number of inputs than a line has, or given to the greedy solver, with an importance,
+        or where scales are neither per line nor per group. If `precisions` are empty, do not ascend
+        from 1 or more, do not end on `bits`, or come with a bit map.
 
     See Also
     --------
@@ -393,25 +407,44 @@ def quantize(
         scales_show = checked.levels > 0 and not checked.mapped and weights is None
         if check_finite and not scales_show:
             _check_finite(x, rows)
-        if matrix is not None:
-            first = checked if precisions is None else as_bits(steps[0], x)
-            scales, planes = outputs.encode(x, first, rows, rule, matrix, bool(shift), steps[1:])
-        elif precisions is not None:
-            scales, planes = encode_precisions(x, steps, rows, rule, weights, bool(shift))
-        elif shift:
-            found = shifted.encode(x, checked, rows.as_stored(x), rule, weights)
-            scales, planes = xp.concatenate([found[0], found[2][None]]), found[1]
+        if matrix is None and len(rows.sections) > 1:
+            codes = [
+                quantize(
+                    section.of(x),
+                    section.of(checked.entries),
+                    group_size=section.rows.group_size,
+                    solver=solver,
+                    iterations=iterations,
+                    importance=section.of(weights),
+                    shift=shift,
+                    precisions=precisions,
+                    check_finite=False,
+                )
+                for section in rows.sections
+            ]
+            code = joined(codes, checked.entries, rows)
         else:
-            scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
-        if check_finite and not bool(xp.isfinite(scales).all()):
+            if matrix is not None:
+                first = checked if precisions is None else as_bits(steps[0], x)
+                scales, planes = outputs.encode(x, first, rows, rule, matrix, bool(shift), steps[1:])
+            elif precisions is not None:
+                scales, planes = encode_precisions(x, steps, rows, rule, weights, bool(shift))
+            elif shift:
+                found = shifted.encode(x, checked, rows.as_stored(x), rule, weights)
+                scales, planes = xp.concatenate([found[0], found[2][None]]), found[1]
+            else:
+                scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
+            scales = scales.reshape(len(scales), *rows.scale_shape)
+            own = len(scales) - bool(shift) - checked.levels
+            tables, scales = scales[:own], scales[own:]
+            constant = scales[checked.levels, ...] if shift else None
+            parts = (scales[: checked.levels], planes, checked.entries, rows, constant)
+            code = assemble(*parts) if precisions is None else assemble(*parts, steps, tables)
+        stored = [part for part in (code.scales, code.shift, code.tables) if part is not None]
+        if check_finite and not all(bool(xp.isfinite(part).all()) for part in stored):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
-        scales = scales.reshape(len(scales), *rows.scale_shape)
-        own = len(scales) - bool(shift) - checked.levels
-        tables, scales = scales[:own], scales[own:]
-        constant = scales[checked.levels, ...] if shift else None
-        code = (scales[: checked.levels], planes, checked.entries, rows, constant)
-        return assemble(*code) if precisions is None else assemble(*code, steps, tables)
+        return code
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:
@@ -453,8 +486,7 @@ def _matrix(
 def _check_finite(x: Array, rows: Rows) -> None:
     """ValueError that names the first row with NaN or infinity, if there is one."""
     xp = libraries.library(x)
-    inner = tuple(range(len(rows.scale_shape), len(rows.order)))
-    finite = xp.isfinite(rows.view(x)).all(axis=inner)
+    finite = rows.reduced(xp.all, xp.isfinite(x))
     if not bool(finite.all()):
         first = int(finite.ravel().argmin())
         index = tuple(int(i) for i in np.unravel_index(first, rows.scale_shape))

@@ -173,7 +173,8 @@ def _cut_axes(x: Any, rows: Rows) -> dict[int, int]:
     """
     if rows.group_size is not None:
         last, size = x.ndim - 1, rows.group_size
-        whole = all(length % size == 0 for length in x.chunks[last])
+        ends = np.cumsum(x.chunks[last])
+        whole = all(end % size == 0 or end == x.shape[last] for end in ends)
         return {} if whole else {last: max(size, max(x.chunks[last]) // size * size)}
     inner = rows.order[len(rows.scale_shape) :]
     return {axis: -1 for axis in inner if sum(length > 0 for length in x.chunks[axis]) > 1}
@@ -213,6 +214,14 @@ def _multibit(
     cut = _cut_axes(x, rows) if x.size else {}
     if cut and solver != "greedy":
         _check_whole(x, rows, f"the solver {solver} looks at whole rows")
+    if len(rows.sections) > 1:
+        parts = []
+        for section in rows.sections:
+            own = {name: section.of(value) for name, value in operands.items()}
+            parts.append(
+                _multibit(own, section.rows, meta, bits, solver=solver, iterations=iterations)
+            )
+        return dask.array.concatenate(parts, axis=-1).rechunk(x.chunks)
     if cut and rows.group_size is None:
         return _scattered(operands, bits, levels, rows, meta)
     if cut:

@@ -96,7 +96,8 @@ class Multibit:
     channel_axis : int or tuple of int, optional
         One scale per level for each index of this axis (these axes). Default: one for the tensor.
     group_size : int, optional
-        One scale per level for every run of this many elements of the last axis.
+        One scale per level for every run of this many elements of the last axis; the last of them
+        may be shorter.
     solver : {"greedy", "refined", "alternating", "optimal"}
         As in `cubin.quantize`.
     surrogate : {"bits_clip", "scaled_clip", "scale_aware"}

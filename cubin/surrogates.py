@@ -16,6 +16,7 @@ whole arrays; `MULTIBIT` has these by name.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -328,6 +329,18 @@ def bits_clip(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
     passes.elements(gradient_inside, x, bits.values, gy, gx=gx)
 
 
+def _by_section(rule: MultibitRule) -> MultibitRule:
+    """A rule that looks at scales, run on each section of the rows."""
+
+    @functools.wraps(rule)
+    def run(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
+        for section in rows.sections:
+            of = section.of
+            rule(of(x), bits.of(section), of(gy), section.rows, of(gx))
+
+    return run
+
+
 _SCALES = """
 // |a| <= the sum of an element's scales; false for NaN. The difference is exact where it is 0.
 template<class W, class... Scales>
@@ -359,6 +372,7 @@ def gradient_inside_scales(
     where(np.abs(floats.in_work_dtype(x)) <= total, gy, out=gx)
 
 
+@_by_section
 def scaled_clip(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
     """The gradient passes where |x| does not exceed the largest value that its codes can give.
 
@@ -377,6 +391,7 @@ def scaled_clip(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
     passes.elements_of_rows(gradient_inside_scales, rows, (x, bits.values, gy), scales, out=gx)
 
 
+@_by_section
 def scale_aware(x: Array, bits: Bits, gy: Array, rows: Rows, gx: Array) -> None:
     """The gradient through the scales, which is exact, and through the signs, straight through.
 

@@ -76,7 +76,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--group-size",
         type=parse_group_size,
         metavar="N",
-        help="scales for every N consecutive weights of an output channel "
+        help="scales for every N consecutive weights of an output channel, and for those left over "
         "(default: all weights of the channel)",
     )
     return parser
@@ -183,7 +183,7 @@ def run(arguments: argparse.Namespace) -> int:
         tensors = tensors[:: math.ceil(len(tensors) / QUICK_TENSORS)]
         size = QUICK_SAMPLE_SIZE
     axis, group_size = arguments.channel_axis, arguments.group_size
-    chosen = choose(tensors, axis, group_size, library.__name__, omissions)
+    chosen = choose(tensors, axis, group_size, library.__name__)
     sweep = sweep_for(arguments.bits, "greedy", group_size, 2)
     make_folder(arguments.output)
 

@@ -27,7 +27,7 @@ def rows(shape, channel_axis=None, group_size=None):
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     axes = [axis % len(shape) for axis in axes]
     if group_size is not None:
-        for row in np.ndindex(*shape[:-1], shape[-1] // group_size):
+        for row in np.ndindex(*shape[:-1], -(-shape[-1] // group_size)):
             found[row] = []
     else:
         for row in itertools.product(*(range(shape[axis]) for axis in axes)):
@@ -51,7 +51,7 @@ def greedy(x, bits, channel_axis=None, group_size=None):
     bits = np.broadcast_to(np.asarray(bits), x.shape)
     found = rows(x.shape, channel_axis, group_size)
     if group_size is not None:
-        scale_shape = (*x.shape[:-1], x.shape[-1] // group_size)
+        scale_shape = (*x.shape[:-1], -(-x.shape[-1] // group_size))
     elif channel_axis is None:
         scale_shape = ()
     else:

@@ -109,9 +109,11 @@ def test_kinds_of_arrays(weights, rng):
         x = weights[row.name]
         y = cubin.multibit(x, 1, channel_axis=x.ndim - 1)
         assert row.relative_mse == float(cubin.errors.relative_mse(x, y))
-    groups = error_per_bit_width(weights["dense"], bits=[2], group_size=8)
-    y = cubin.multibit(weights["dense"], 2, group_size=8)
-    assert groups.rows[0].relative_mse == float(cubin.errors.relative_mse(weights["dense"], y))
+    for size in (8, 7):  # 7 leaves shorter groups
+        groups = error_per_bit_width(weights["dense"], bits=[2], group_size=size)
+        y = cubin.multibit(weights["dense"], 2, group_size=size)
+        known = float(cubin.errors.relative_mse(weights["dense"], y))
+        assert groups.rows[0].relative_mse == known
     whole = error_per_bit_width(weights["dense"], bits=[2], channel_axis=None)
     y = cubin.multibit(weights["dense"], 2)
     assert whole.rows[0].relative_mse == float(cubin.errors.relative_mse(weights["dense"], y))
@@ -239,8 +241,8 @@ def test_arguments(rng):
         error_per_bit_width(x, bits=[1.5])
     with pytest.raises(ValueError, match="solver"):
         error_per_bit_width(x, solvers=["magic"])
-    with pytest.raises(ValueError, match="array 'w': group_size 4"):
-        error_per_bit_width({"w": x}, group_size=4)
+    with pytest.raises(ValueError, match="array 'w': channel_axis 2"):
+        error_per_bit_width({"w": x}, channel_axis=2)
     with pytest.raises(TypeError, match="array 'w'"):
         error_per_bit_width({"w": x.astype(int)})
     with pytest.raises(ValueError, match=r"array 'w'.*NaN"):
@@ -308,12 +310,8 @@ def test_one_bad_array_does_not_stop_the_others(weights, array, reason):
     assert reason in why
 
 
-def test_an_array_that_groups_or_an_axis_do_not_fit_is_skipped(rng):
+def test_an_array_that_an_axis_does_not_fit_is_skipped(rng):
     arrays = {"conv": rng.normal(size=(4, 3, 7, 7)), "fc": rng.normal(size=(4, 64))}
-    table = error_per_bit_width(arrays, bits=[1], group_size=64)
-    assert [row.name for row in table.rows] == ["fc"]
-    assert table.skipped[0][0] == "conv"
-    assert "group_size 64 does not divide the length 7" in table.skipped[0][1]
     table = error_per_bit_width(arrays, bits=[1], channel_axis=3)
     assert [name for name, _ in table.skipped] == ["fc"]
 

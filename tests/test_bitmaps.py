@@ -11,13 +11,20 @@ from scipy import stats
 
 import cubin
 from cubin import bitmaps
-from cubin.bitmaps import allocation, budgets, parts, selection, threshold
+from cubin.bitmaps import allocation, budgets, parts, patterns, selection, threshold
 from cubin.core.host import blocks
 from cubin.core.rows import rows_of
+from tests import reference
 
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 RANKED = [bitmaps.top_down, bitmaps.bottom_up, bitmaps.middle_out]
-GRANULARITIES = [{}, {"channel_axis": 0}, {"channel_axis": 1}, {"group_size": 3}]
+GRANULARITIES = [
+    {},
+    {"channel_axis": 0},
+    {"channel_axis": 1},
+    {"group_size": 3},
+    {"group_size": 4},
+]
 
 
 def quantiles(distribution, size):
@@ -287,7 +294,11 @@ def test_budget_meets_its_mean_and_is_never_worse(
 
 @pytest.mark.parametrize(
     ("dtype", "granularity"),
-    [("float16", {"group_size": 3}), ("float32", {}), ("float64", {"channel_axis": 1})],
+    [
+        ("float16", {"group_size": 3}),
+        ("float32", {"group_size": 4}),
+        ("float64", {"channel_axis": 1}),
+    ],
 )
 def test_budget_on_either_library(xp, host, rng, monkeypatch, dtype, granularity):
     monkeypatch.setattr(budgets, "_SWEEPS", 1)
@@ -320,6 +331,16 @@ def test_budget_does_not_depend_on_the_unit(rng, dtype, powers):
         np.testing.assert_array_equal(
             bitmaps.budget(np.ldexp(x, power), 1.5, channel_axis=0), expected
         )
+
+
+def test_budget_measures_shorter_groups_with_their_own_scales(xp, rng):
+    x = rng.standard_normal((4, 3, 10)) * np.exp(rng.standard_normal((4, 3, 10)))
+    bits = rng.integers(0, 3, x.shape).astype(np.int8)
+    held, rows = xp.asarray(x), rows_of(x.shape, None, 4)
+    whole = budgets._Whole(held, rows, 0, 2, 0, patterns.exponent(held))
+    found = whole.squared_error(xp.asarray(bits), whole.fit(xp.asarray(bits)))
+    known = squared_error(x, bits, group_size=4)
+    assert math.ldexp(found, 2 * whole.exponent) == pytest.approx(known, rel=1e-12)
 
 
 def test_budget_puts_its_bits_where_they_count(rng):
@@ -363,7 +384,7 @@ def test_budget_does_not_depend_on_threads(monkeypatch, rng):
         ({"max_bits": 17}, ValueError, r"max_bits must lie in 0 \.\. 16, got 17"),
         ({"min_bits": 1.0}, TypeError, "min_bits must be an integer, got float"),
         ({"channel_axis": 2}, ValueError, "channel_axis 2 is out of range"),
-        ({"group_size": 4}, ValueError, "group_size 4 does not divide"),
+        ({"group_size": 0}, ValueError, "group_size must be at least 1"),
         ({"channel_axis": 0, "group_size": 3}, ValueError, "exclude each other"),
     ],
 )
@@ -632,8 +653,9 @@ def test_no_map_of_0_and_1_is_better_than_ternary(seed, shape, dtype, kind, gran
     bits = bitmaps.ternary(x, importance=None if weigh is None else weights, **granularity)
     assert bits.dtype == np.int8
     assert bits.shape == shape
-    rows = rows_of(shape, **granularity)
-    for own, found, weight in zip(*map(rows.flat, (x, bits, weights)), strict=True):
+    for members in reference.rows(shape, **granularity).values():
+        where = tuple(np.array(members).T)
+        own, found, weight = x[where], bits[where], weights[where]
         kept = np.abs(own[found == 1])
         assert kept.size == 0 or np.abs(own[found == 0]).max(initial=-1) < kept.min()
         every = np.array(list(itertools.product((0, 1), repeat=len(own))))
@@ -747,7 +769,9 @@ def test_bounds_of_numbers_beyond_float32():
         assert bound.left == 0
 
 
-@pytest.mark.parametrize("granularity", [{}, {"channel_axis": 0}, {"group_size": 20}])
+@pytest.mark.parametrize(
+    "granularity", [{}, {"channel_axis": 0}, {"group_size": 20}, {"group_size": 60}]
+)
 @pytest.mark.parametrize("distribution", [stats.norm(), stats.t(3)])
 def test_budget_of_an_array_that_few_magnitudes_stand_for(monkeypatch, distribution, granularity):
     x = distribution.rvs((40, 500), random_state=0) * np.exp(np.linspace(-2, 2, 40))[:, None]

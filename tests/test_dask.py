@@ -128,6 +128,28 @@ def test_groups(rng, solver):
         )
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("chunks", [(8, 32, 2), (8, 34)])
+def test_shorter_last_groups(rng, solver, chunks):
+    x, gy = values(rng, (6, 42)), values(rng, (6, 42))
+    lazy = da.from_array(x, chunks=(4, chunks))
+    bits, weights = rng.integers(0, 3, x.shape), rng.random(42).astype("float32")
+    bits[:, 40:] = 3  # the shorter groups alone have a third level
+    options = {"group_size": 4, "solver": solver}
+    if solver != "greedy":
+        options["importance"] = weights
+    for number in (3, bits, da.from_array(bits, chunks=(6, 21))):
+        plain = number if isinstance(number, int) else bits
+        found = cubin.multibit(lazy, number, **options)
+        assert found.chunks == lazy.chunks
+        same(found.compute(), cubin.multibit(x, plain, **options))
+    for surrogate in ("scaled_clip", "scale_aware"):
+        same(
+            cubin.multibit_grad(lazy, bits, gy, group_size=4, surrogate=surrogate).compute(),
+            cubin.multibit_grad(x, bits, gy, group_size=4, surrogate=surrogate),
+        )
+
+
 @pytest.mark.parametrize("solver", ["refined", "alternating"])
 def test_the_whole_array_chooses_the_form(rng, solver):
     # In arrays of this size these solvers add up in another order than in those of a chunk's.
@@ -169,7 +191,7 @@ def test_greedy_across_chunks(rng, axis, dtype):
     same(cubin.multibit(cut(rng, x), lazy_bits, channel_axis=axis).compute(), found[0])
 
 
-@pytest.mark.parametrize("group_size", [3, 10, 30])
+@pytest.mark.parametrize("group_size", [3, 10, 30, 4, 13, 64])
 def test_groups_that_chunks_cut_are_as_numpys(rng, group_size):
     x = values(rng, (4, 30))
     lazy = da.from_array(x, chunks=(3, (7, 1, 20, 2)))
@@ -295,7 +317,7 @@ def test_chunks_on_a_device(device, rng):
         (lambda x: cubin.multibit_grad(x, np.full(12, -1), x), ValueError, r"got -1"),
         (lambda x: cubin.multibit(x, da.ones(12)), TypeError, "bits must be an integer"),
         (lambda x: cubin.multibit(x, da.ones(5, dtype=int)), ValueError, "bits of shape"),
-        (lambda x: cubin.multibit(x, 2, group_size=5), ValueError, "does not divide"),
+        (lambda x: cubin.multibit(x, 2, group_size=0), ValueError, "at least 1"),
         (lambda x: cubin.multibit(x, 2, channel_axis=2), ValueError, "out of range"),
         (lambda x: cubin.multibit(x, 2, solver="best"), ValueError, "solver must be one of"),
         (lambda x: cubin.multibit(x, 2, importance=x), ValueError, "takes no importance"),

@@ -40,7 +40,7 @@ def test_sign(values, surrogate, parameters):
 
 
 @pytest.mark.parametrize("layout", [{}, {"channel_axis": -1}, {"channel_axis": (0, 1)},
-                                    {"group_size": 3}])  # fmt: skip
+                                    {"group_size": 3}, {"group_size": 4}])  # fmt: skip
 @pytest.mark.parametrize("solver", few(["greedy", "alternating", "optimal"], "greedy"))
 @pytest.mark.parametrize("rule", ["bits_clip", "scaled_clip", "scale_aware"])
 @pytest.mark.parametrize("mapped", [False, True])

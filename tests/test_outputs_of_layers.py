@@ -51,16 +51,16 @@ def least_error(w, matrix, bits):
 
 
 def granularities(n):
-    return [{"channel_axis": 0}, {"group_size": n // 2}]
+    return [{"channel_axis": 0}, {"group_size": n // 2}, {"group_size": n // 2 + 1}]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("groups", [False, True])
-def test_no_line_is_worse_than_without(xp, host, rng, solver, mapped, groups):
+@pytest.mark.parametrize("granularity", range(3))
+def test_no_line_is_worse_than_without(xp, host, rng, solver, mapped, granularity):
     w = rng.standard_normal((5, 8)).astype(np.float32)
     inputs = spread_inputs(rng, 8)
-    where = granularities(8)[groups]
+    where = granularities(8)[granularity]
     bits = rng.integers(0, 4, w.shape).astype(np.uint8) if mapped else 2
     matrix = inputs.T @ inputs / len(inputs)
     gram = cubin.Gram(8).add(xp.asarray(inputs))
@@ -260,10 +260,10 @@ def test_lines_that_are_not_finite(rng):
 
 
 def test_weights_of_convolutions(rng):
-    w = rng.standard_normal((4, 2, 3, 3)).astype(np.float32)
+    w = rng.standard_normal((4, 2, 3, 5)).astype(np.float32)
     images = rng.standard_normal((5, 2, 6, 6))
-    gram = cubin.Gram.of_conv(images, 3, padding=1)
-    for where in ({"channel_axis": 0}, {"channel_axis": -4}, {"group_size": 3}):
+    gram = cubin.Gram.of_conv(images, (3, 5), padding=1)
+    for where in ({"channel_axis": 0}, {"channel_axis": -4}, {"group_size": 5}, {"group_size": 4}):
         code = cubin.quantize(w, 2, solver="alternating", gram=gram, **where)
         plain = cubin.quantize(w, 2, solver="alternating", **where)
         assert code.shape == w.shape

@@ -47,6 +47,8 @@ GRANULARITIES = [
     {"channel_axis": (1, 0)},
     {"group_size": 24},
     {"group_size": 3},
+    {"group_size": 40},
+    {"group_size": 25},
 ]
 
 
@@ -88,7 +90,7 @@ def test_products_of_every_shape(data):
         data.draw(st.integers(1, most), name) for name, most in zip("mnb", (40, 70, 5), strict=True)
     )
     rng = np.random.default_rng(data.draw(st.integers(0, 99), "seed"))
-    groups = [{"group_size": size} for size in range(1, n + 1) if n % size == 0]
+    groups = [{"group_size": size} for size in range(1, n + 2)]
     kinds = [{}, {"channel_axis": 0}, {"channel_axis": 1}, *groups]
     of_w, of_x = (data.draw(st.sampled_from(kinds), name) for name in ("w", "x"))
     bits = data.draw(st.sampled_from([0, 1, 2, 3, rng.integers(0, 4, (m, n))]), "bits")
@@ -104,7 +106,9 @@ def test_products_of_every_shape(data):
     np.testing.assert_allclose(found, coded.dequantize() @ values.T, atol=1e-11)
 
 
-@pytest.mark.parametrize("given", [{}, {"channel_axis": 0}, {"group_size": 8}, {"group_size": 6}])
+@pytest.mark.parametrize(
+    "given", [{}, {"channel_axis": 0}, *({"group_size": size} for size in (8, 6, 64, 50))]
+)
 @pytest.mark.parametrize("mapped", [False, True])
 def test_products_of_codes_are_exact(given, mapped, xp, host, rng):
     """With scales that are powers of two, integers."""
@@ -306,7 +310,8 @@ def test_registers_suffice(primitive, templates, arch, device, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given", [{"channel_axis": 0}, {"channel_axis": 1}, {}, {"group_size": 128}]
+    "given",
+    [{"channel_axis": 0}, {"channel_axis": 1}, {}, {"group_size": 128}, {"group_size": 100}],
 )
 def test_signs_are_never_unpacked_as_a_whole(given, rng):
     """Making, decoding and multiplying a code takes a fraction of an int8 for each sign."""

@@ -297,6 +297,8 @@ def test_powers_of_two_scale_through(rng, solver, dtype, mapped):
         ((7,), {"channel_axis": 0}),
         ((5, 6), {"channel_axis": 1}),
         ((5, 6), {"group_size": 3}),
+        ((5, 7), {"group_size": 3}),
+        ((2, 3, 5), {"group_size": 4}),
         ((4, 3, 5), {"channel_axis": (2, 0)}),
         ((2, 3, 2, 2, 4), {"group_size": 2}),
         ((2, 3, 1, 2, 2, 3), {"channel_axis": (1, 4)}),

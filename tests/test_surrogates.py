@@ -288,6 +288,7 @@ LAYOUTS = [
     {"channel_axis": 1},
     {"channel_axis": (2, 0)},
     {"group_size": 5},
+    {"group_size": 6},
 ]
 
 
@@ -379,7 +380,7 @@ def through_signs(x, bits, gy, layout):
     return gradient
 
 
-@pytest.mark.parametrize(("layout", "levels"), list(zip(LAYOUTS, [4, 4, 3, 2, 2], strict=True)))
+@pytest.mark.parametrize(("layout", "levels"), list(zip(LAYOUTS, [4, 4, 3, 2, 2, 2], strict=True)))
 def test_scale_aware(xp, host, rng, layout, levels):
     x, gy = rng.normal(size=(2, 2, 6, 10))
     bits = 1 + np.indices(x.shape).sum(axis=0) % levels

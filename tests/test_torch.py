@@ -70,7 +70,7 @@ def test_gradients_of_the_sign_are_the_tapes(rng, name, dtype):
 
 @pytest.mark.parametrize("rule", ["bits_clip", "scaled_clip", "scale_aware"])
 @pytest.mark.parametrize("solver", ["greedy", "refined", "alternating", "optimal"])
-@pytest.mark.parametrize("layout", [{}, {"channel_axis": 0}, {"group_size": 3}])
+@pytest.mark.parametrize("layout", [{}, {"channel_axis": 0}, {"group_size": 3}, {"group_size": 4}])
 def test_gradients_of_multibit_are_the_tapes(rng, rule, solver, layout):
     values = rng.normal(size=(4, 6)).astype(np.float32)
     seed = rng.normal(size=(4, 6)).astype(np.float32)

@@ -79,7 +79,8 @@ def error_per_bit_width(
         One scale per level for each index of this axis (these axes); None for one per tensor. It
         is not used where an array brings its own. "auto" is 0, or none with groups.
     group_size : int, optional
-        One scale per level for every run of this many elements of the last axis, in all arrays.
+        One scale per level for every run of this many elements of the last axis, in all arrays; the
+        last of them may be shorter.
     iterations : int or None
         As in `cubin.quantize`.
     importance : mapping of str to array, optional

@@ -97,7 +97,8 @@ def budget(
         One scale per level for each index of this axis (these axes), as in `cubin.quantize`.
         Default: one for the tensor.
     group_size : int, optional
-        One scale per level for every run of this many elements of the last axis.
+        One scale per level for every run of this many elements of the last axis, the last of which
+        may be shorter.
 
     Returns
     -------
@@ -206,18 +207,36 @@ class _Whole:
     def search(self) -> tuple[_Search, Array]:
         """A search on some magnitudes that stand for all, and the numbers of their rows.
 
-        There are some `_POINTS` of them, or all. Each is the mean of some elements of a row that
-        are next to each other in order of size: the fewer, the more of the row's power they have.
+        There are some `_POINTS` of them, or all.
         """
-        xp, rows, size = libraries.library(self.x), self.rows, self.x.size
+        xp, size = libraries.library(self.x), self.x.size
         draw = np.random.default_rng(0).integers
         points = max(_POINTS, size // _EACH)
+        drawn, first = [], 0
+        for section in self.rows.sections:
+            rows = section.rows
+            share = max(1, points * rows.size // size)
+            m, weights, chosen = self.drawn(section.of(self.x), rows, share, draw)
+            drawn.append((m, weights, first + chosen))
+            first += rows.count
+        m, weights, chosen = drawn[0] if len(drawn) == 1 else _side_by_side(drawn, self.rows)
+        return _Search(m, weights, self.low, self.high, self.total / size), xp.asarray(chosen)
+
+    def drawn(
+        self, x: Array, rows: Rows, points: int, draw: Callable[..., np.ndarray]
+    ) -> tuple[Array, Array, np.ndarray]:
+        """Magnitudes of a section, (rows, n), how many each stands for, and their rows.
+
+        Each is the mean of some elements of a row that are next to each other in order of size: the
+        fewer, the more of the row's power they have.
+        """
+        xp = libraries.library(x)
         length = min(rows.length, max(points // rows.count, _LEAST), _POINTS)
         count = min(rows.count, max(1, points // length))
         drawn = min(rows.length, _DRAWN * length, _BLOCK)
         chosen = _spread(rows.count, (count,), draw)
         # Axes of length 1 stand where there are no axes.
-        view = rows.view(self.x)[None, ..., None]
+        view = rows.view(x)[None, ..., None]
         found = []
         step = max(1, _BLOCK // drawn)
         for start in range(0, count, step):
@@ -228,7 +247,7 @@ class _Whole:
             m = self.magnitudes(view[tuple(xp.asarray(axis) for axis in (*outer, *inner))])
             found.append(_condensed(m, length) if drawn > length else (m, xp.ones(m.shape)))
         m, weights = map(xp.concatenate, zip(*found, strict=True))
-        return _Search(m, weights, self.low, self.high, self.total / size), xp.asarray(chosen)
+        return m, weights, chosen
 
     def magnitudes(self, x: Array) -> Array:
         m = libraries.library(x).ldexp(patterns.magnitudes(x), -self.exponent)
@@ -268,6 +287,23 @@ class _Whole:
         bits = spend(gains, self.x, self.rows, self.total - self.low * self.x.size)
         bits += np.int8(self.low)
         return bits
+
+
+def _side_by_side(
+    drawn: list[tuple[Array, Array, np.ndarray]], rows: Rows
+) -> tuple[Array, Array, np.ndarray]:
+    """What is drawn of sections as one: a section stands for as many elements as it has."""
+    xp, length = libraries.library(drawn[0][0]), max(m.shape[1] for m, _, _ in drawn)
+    found, counts = [], []
+    for (m, weights, _), section in zip(drawn, rows.sections, strict=True):
+        # Magnitudes that stand for no element fill up shorter rows.
+        filled = xp.zeros((len(m), length), m.dtype), xp.zeros((len(m), length))
+        filled[0][:, : m.shape[1]] = m
+        filled[1][:, : m.shape[1]] = weights * (section.rows.size / float(weights.sum()))
+        found.append(filled[0])
+        counts.append(filled[1])
+    chosen = np.concatenate([chosen for _, _, chosen in drawn])
+    return xp.concatenate(found), xp.concatenate(counts), chosen
 
 
 def _spread(size: int, shape: tuple[int, ...], draw: Callable[..., np.ndarray]) -> np.ndarray:

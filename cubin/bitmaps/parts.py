@@ -37,15 +37,26 @@ def over_tiles(
     """Call ``task(own, *inputs)`` for tiles of the rows, and write to `out` what it returns.
 
     `own` is the slice of the rows that a tile is of, the inputs arrays of shape (rows, n). Tiles
-    come in any order, from several threads.
+    come in any order, from several threads. Rows are numbered section by section.
     """
+    start = 0
+    for section in rows.sections:
+        own = map(section.of, inputs)
+        _over_section(task, section.rows, start, *own, out=section.of(out))
+        start += section.rows.count
+
+
+def _over_section(
+    task: Callable[..., Array | None], rows: Rows, start: int, *inputs: Array, out: Array | None
+) -> None:
+    """`over_tiles` for rows of one length, the first of which has the number `start`."""
     device = any(map(libraries.on_device, inputs))
     view = None if out is None else rows.view(out)
 
     def run(part: passes.Part, *flat: Array) -> None:
         found = None if out is None else libraries.library(out).empty(flat[0].shape, out.dtype)
         tiles = [(slice(None), slice(None))] if device else _tiles(*flat[0].shape)
-        first = part.rows.start or 0
+        first = start + (part.rows.start or 0)
         for tile in tiles:
             own = slice(first + (tile[0].start or 0), None)
             own = slice(own.start, own.start + len(flat[0][tile[0]]))
@@ -69,6 +80,12 @@ def _tiles(count: int, length: int) -> Iterator[tuple[slice, slice]]:
 def row_scales(x: Array, bits: Any, levels: int, rows: Rows) -> list[Array]:
     """The greedy scales of all rows, (rows, 1) for each level, in the work dtype.
 
-    `bits` is a uint8 scalar, or an array of uint8 of x's shape.
+    `bits` is a uint8 scalar, or an array of uint8 of x's shape. Rows are numbered as in
+    `over_tiles`.
     """
-    return greedy.row_scales(x, Bits(bits, bits, levels), rows)
+    given = Bits(bits, bits, levels)
+    found = [
+        greedy.row_scales(section.of(x), given.of(section), section.rows)
+        for section in rows.sections
+    ]
+    return [libraries.library(x).concatenate(scales) for scales in zip(*found, strict=True)]

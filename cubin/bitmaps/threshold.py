@@ -47,7 +47,8 @@ def ternary(
         One scale for each index of this axis (these axes), as in `cubin.quantize`. Default: one
         for the tensor.
     group_size : int, optional
-        One scale for every run of this many elements of the last axis.
+        One scale for every run of this many elements of the last axis, the last of which may be
+        shorter.
     importance : array of floats that broadcasts to x's shape, optional
         The weights w of the squared errors, finite and not negative. Default: 1. Elements of
         weight 0 follow their magnitude. Use a solver that takes the importance, such as
@@ -96,16 +97,17 @@ def ternary(
         bits = xp.zeros(x.shape, np.int8)
         if not x.size:
             return bits
-        # Sums of |x| as a share of the row's largest, so that none overflows.
-        m = patterns.magnitudes(rows.flat(x))
-        w = None if weights is None else rows.flat(weights)
-        least = xp.concatenate(
-            [_least_kept(m[cut], None if w is None else w[cut]) for cut in _cuts(*m.shape)]
-        )
-        # No magnitude reaches infinity: no element is kept where the least is that.
-        kept = m >= least
-        view = rows.view(bits)
-        view[...] = kept.reshape(view.shape)
+        for section in rows.sections:
+            weight = section.of(weights)
+            m = patterns.magnitudes(section.rows.flat(section.of(x)))
+            w = None if weight is None else section.rows.flat(weight)
+            least = xp.concatenate(
+                [_least_kept(m[cut], None if w is None else w[cut]) for cut in _cuts(*m.shape)]
+            )
+            # No magnitude reaches infinity: no element is kept where the least is that.
+            kept = m >= least
+            view = section.rows.view(section.of(bits))
+            view[...] = kept.reshape(view.shape)
         return bits
 
 
@@ -123,6 +125,7 @@ def _least_kept(m: Array, w: Array | None) -> Array:
     else:
         order = xp.argsort(m, axis=1, kind="stable")[:, ::-1]
         m, w = xp.take_along_axis(m, order, axis=1), xp.take_along_axis(w, order, axis=1)
+    # Sums of |x| as a share of the row's largest, so that none overflows.
     largest = m[:, :1].astype(np.float64)
     unit = xp.where(largest > 0, largest, 1.0)
     heaviest = None if w is None else w.max(axis=1, keepdims=True).astype(np.float64)

@@ -12,7 +12,7 @@ import numpy as np
 
 from cubin.codes import products
 from cubin.codes.cost import effective_bits, payload_bits
-from cubin.codes.decoding import Decoding, coded, packed, unpacked
+from cubin.codes.decoding import Decoding, coded, joined_planes, packed, unpacked
 from cubin.core import arrays, conversions, floats, libraries
 from cubin.core.bits import MAX_BITS, as_entries, as_precisions
 from cubin.core.libraries import Array
@@ -33,7 +33,8 @@ class BinaryCode:
     ----------
     scales : float array, shape (k, \\*scale shape)
         The scale shape is () per tensor, the lengths of the channel axes in the order given per
-        channel, and ``x.shape[:-1] + (n_groups,)`` per group.
+        channel, and ``x.shape[:-1] + (ceil(n / group_size),)`` per group, for n elements on the
+        last axis.
     planes : uint8 array, shape (k, w, m)
         For m lines of w bytes. Bits beyond the end of a line, and those of elements without a code
         at the level, are 0.
@@ -43,6 +44,7 @@ class BinaryCode:
         The shape of x.
     channel_axis : int or tuple of int, optional
     group_size : int, optional
+        The last group of each line of the last axis may be shorter.
     shift : float array of the scale shape, optional
         A constant of each row that is added to its elements, in the dtype of the scales. Elements
         of 0 bits are approximated by it.
@@ -349,6 +351,8 @@ class BinaryCode:
             granularity = f"per channel, axis {self.channel_axis}"
         elif self.group_size is not None:
             granularity = f"per group of {self.group_size}"
+            if len(self._rows.sections) > 1:
+                granularity += f", the last of {self._rows.sections[-1].rows.length}"
         mapped = np.ndim(self._bits) > 0
         facts = [
             ("shape", str(self.shape)),
@@ -569,7 +573,8 @@ class BinaryCode:
         ------
         ValueError
             If the code has another rank than 2, a bit map, a shift, lines whose length is no
-            multiple of 32, or scales that are neither for the tensor, for lines nor for groups.
+            multiple of 32, scales that are neither for the tensor, for lines nor for groups, or a
+            shorter last group in each line.
 
         References
         ----------
@@ -596,6 +601,11 @@ class BinaryCode:
             raise ValueError("binary coding quantization has no shift, but this code has one")
         if self.channel_axis not in (None, (), 0, (0,)):
             raise ValueError(f"scales must be those of lines, got channel_axis={self.channel_axis}")
+        if len(self._rows.sections) > 1:
+            raise ValueError(
+                f"this form has groups of one length, but group_size={self.group_size} leaves a "
+                f"shorter last one in lines of {self.shape[1]} elements"
+            )
         lines, bits = self.shape[0], self._bits
         xp = libraries.library(self._planes)
         with libraries.current_device(self._planes):
@@ -755,8 +765,8 @@ class BinaryCode:
         Raises
         ------
         ValueError
-            If the code has not one bit for each element, groups of 128 and the dtype float16, or
-            has a shift.
+            If the code has not one bit for each element, whole groups of 128 and the dtype float16,
+            or has a shift.
 
         Examples
         --------
@@ -765,11 +775,12 @@ class BinaryCode:
         (2, 36)
         """
         plain = isinstance(self._bits, int) and self._bits == 1 and self._scales.dtype == np.float16
-        if self.group_size != 128 or not plain:
+        whole = self.group_size == 128 and self.shape[-1] % 128 == 0
+        if not (whole and plain):
             raise ValueError(
-                "Q1_0 has 1 bit, groups of 128 and float16 scales, got a code of "
-                f"{self._scales.dtype} with bits {np.shape(self._bits) or self._bits} and "
-                f"group_size={self.group_size}"
+                "Q1_0 has 1 bit, whole groups of 128 and float16 scales, got a code of "
+                f"{self._scales.dtype} and shape {self.shape} with bits "
+                f"{np.shape(self._bits) or self._bits} and group_size={self.group_size}"
             )
         if self._shift is not None:
             raise ValueError("Q1_0 has no shift, but this code has one")
@@ -935,6 +946,32 @@ def assemble(
     code = BinaryCode.__new__(BinaryCode)
     code._fill(scales, planes, entries, rows, shift, precisions, tables)
     return code
+
+
+def joined(sections: Sequence[BinaryCode], entries: Any, rows: Rows) -> BinaryCode:
+    """The code of an array, from those of the sections of its rows.
+
+    A section of which no element has a level has no scales for it: they are 0.
+    """
+    levels = max(len(code._planes) for code in sections)
+    scales = rows.joined([_filled(code._scales, levels) for code in sections])
+    planes = [(_filled(code._planes, levels), code.shape) for code in sections]
+    shifts = [code._shift for code in sections if code._shift is not None]
+    shift = rows.joined(shifts) if shifts else None
+    tables = [code._tables for code in sections if code._tables is not None]
+    held = joined_planes(planes, rows.shape)
+    precisions = sections[0].precisions
+    joint = rows.joined(tables) if tables else None
+    return assemble(scales, held, entries, rows, shift, precisions, joint)
+
+
+def _filled(array: Array, levels: int) -> Array:
+    """An array of some levels with zeros for those that it lacks."""
+    if len(array) == levels:
+        return array
+    filled = libraries.library(array).zeros((levels, *array.shape[1:]), array.dtype)
+    filled[: len(array)] = array
+    return filled
 
 
 def library_of(code: BinaryCode) -> libraries.Library | None:

@@ -51,8 +51,7 @@ def effective_bits(
         scales = int(bits) * rows.count
     else:
         spread = np.broadcast_to(libraries.to_host(bits), rows.shape)
-        inner = tuple(range(len(rows.scale_shape), len(rows.order)))
-        scales = int(rows.view(spread).max(axis=inner).sum(dtype=np.int64))
+        scales = int(rows.reduced(np.max, spread).sum(dtype=np.int64))
     stored = scales + rows.count * (shifted + tables)
     width = 8 * np.dtype(dtype).itemsize
     return payload_bits(bits, rows.shape) + map_entropy(bits, rows.shape) + stored * width / size

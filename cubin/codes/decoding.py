@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,12 +67,43 @@ class Decoding:
         last = max((axis for axis in range(1, len(split)) if wide.shape[1 + axis] > 1), default=0)
         self._runs = split[1 : last + 1]
         self.run = math.prod(split[last + 1 :])
+        self._period = self._group = 0
+        if len(rows.sections) > 1:
+            # Groups begin at multiples of this, also where a line has several axes.
+            self._period = rows.shape[-1]
+            self._group, self.run = self.run, math.gcd(self.run, self._period)
         return wide.reshape(wide.shape[: last + 2])
 
     @property
     def shifted(self) -> bool:
         """Whether there is a shift."""
         return self._shift is not None
+
+    def sections(self) -> list[tuple[slice, Decoding]]:
+        """Elements of the lines, and their decoding: two where a last group is shorter.
+
+        Both have runs of one length then. They are a single section, which has a scale for parts of
+        runs, where the shorter group does not begin at a byte, or lines have several axes.
+        """
+        length = self.lines.length
+        whole = length // self._group * self._group if self._period == length > 0 else 0
+        if not whole or whole % 8:
+            return [(slice(0, length), self)]
+        cuts = [(slice(0, whole), self._group), (slice(whole, length), length - whole)]
+        return [(cut, self._section(cut, run)) for cut, run in cuts]
+
+    def _section(self, elements: slice, run: int) -> Decoding:
+        part = copy.copy(self)
+        groups = slice(elements.start // self._group, -(-elements.stop // self._group))
+        part.lines = Lines(self.lines.count, (elements.stop - elements.start,))
+        part.planes = self.planes[:, elements.start // 8 : -(-elements.stop // 8)]
+        part._scales, part._runs = self._scales[..., groups], (groups.stop - groups.start,)
+        part._shift = None if self._shift is None else self._shift[..., groups]
+        part._shape = (*self._shape[:-1], part.lines.length)
+        if np.ndim(self._bits) and self._bits.shape[-1] > 1:
+            part._bits = self._bits[..., elements]
+        part._period, part.run = 0, run
+        return part
 
     def scales(self, lines: slice, elements: slice | None = None) -> Array:
         """The scales, (levels, lines or 1, runs), of the runs of some lines.
@@ -91,12 +123,29 @@ class Decoding:
         levels, count = cut.shape[:2]
         spread = xp.broadcast_to(cut, (levels, count, *self._runs))
         spread = spread.reshape(levels, count, math.prod(self._runs))
-        if elements is None or spread.shape[2] == 1:
+        if spread.shape[2] == 1 or (elements is None and not self._period):
             return spread
-        start, stop = elements.start, elements.stop
-        if start % self.run == 0 == stop % self.run:
+        start, stop = (
+            (0, self.lines.length) if elements is None else (elements.start, elements.stop)
+        )
+        whole = start % self.run == 0 == stop % self.run
+        if whole and not self._period:
             return spread[..., start // self.run : stop // self.run]
-        return spread[..., xp.arange(start, stop) // self.run]
+        return spread[..., self._place(xp.arange(start, stop, self.run if whole else 1))]
+
+    def starts(self) -> Sequence[int]:
+        """Where in a line a run begins whose scales may differ from those of the run before."""
+        if not self._period:
+            return range(0, self.lines.length, max(1, self.run))
+        axes = range(0, self.lines.length, self._period)
+        return [axis + at for axis in axes for at in range(0, self._period, self._group)]
+
+    def _place(self, elements: Any) -> Any:
+        """The numbers, within a line, of the scales of some elements."""
+        if not self._period:
+            return elements // self.run
+        groups = -(-self._period // self._group)
+        return elements // self._period * groups + elements % self._period // self._group
 
     def bits(self, lines: slice, elements: slice | None = None) -> Any:
         """The bits of some elements: a uint8 scalar, or an array of shape (lines, n)."""
@@ -163,7 +212,10 @@ class Decoding:
 
     def write_all(self, y: Array) -> None:
         """Write all values to `y`, an array of (lines, n)."""
+        for elements, section in self.sections():
+            section._write_runs(y[:, elements])
 
+    def _write_runs(self, y: Array) -> None:
         def task(lines: slice, elements: slice) -> None:
             self.write(y[lines, elements], lines, elements)
 
@@ -226,3 +278,39 @@ def unpacked(planes: Array, bits: Any, shape: tuple[int, ...]) -> Array:
             sign = (bit.reshape(shape) * 2).view(np.int8) - 1
             signs[level] = sign * (xp.asarray(bits) > level)
     return signs
+
+
+def joined_planes(
+    sections: Sequence[tuple[Array, tuple[int, ...]]], shape: tuple[int, ...]
+) -> Array:
+    """The planes of an array, from the planes and shapes of sections of its last axis.
+
+    The planes of all sections have the same levels.
+    """
+    xp: Any = libraries.library(sections[0][0])
+    levels, lines = len(sections[0][0]), lines_of(shape)
+    ends, inner = [own[-1] for _, own in sections], math.prod(lines.inner[:-1])
+    if not any(end % 8 for end in (ends[:-1] if inner == 1 else ends)):
+        # Every section has bytes of its own.
+        parts = [
+            planes.reshape(levels, inner, planes.shape[1] // max(1, inner), lines.count)
+            for planes, _ in sections
+        ]
+        joined = xp.concatenate(parts, axis=2)
+        return joined.reshape(levels, lines.width, lines.count)
+    result = xp.empty((levels, lines.width, lines.count), np.uint8)
+    pack = passes.form(pack_signs, result, lines.count * lines.length)
+
+    def join(cut: slice, _: slice) -> None:
+        count = cut.stop - cut.start
+        for level in range(levels):
+            signs = [
+                unpacked(planes[level : level + 1, :, cut], np.uint8(1), (count, inner, own[-1]))
+                for planes, own in sections
+            ]
+            of_lines = xp.concatenate(signs, axis=-1).reshape(1, count, lines.length)
+            pack(of_lines, planes=result[level : level + 1, :, cut])
+
+    step = max(1, passes.LINES_AT_ONCE // max(1, lines.length))
+    passes.for_each_lines(join, lines, 1, result, step)
+    return result

@@ -68,6 +68,10 @@ class Encoding:
         """
         for number, scale in enumerate(scales):
             self.scales[number, part.rows] = scale[:, 0]
+        self.pack(part, code, bits)
+
+    def pack(self, part: Part, code: Array, bits: Any) -> None:
+        """Write the signs of a part alone."""
         for level in range(len(self.planes)):
             sign = passes.scratch("signs", (1, *code.shape), np.int8, code)
             self._unpack(code, bits, np.uint8(level), sign=sign[0])

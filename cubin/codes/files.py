@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import lzma
 import math
@@ -233,8 +234,8 @@ def _scales(stored: np.ndarray, layout: dict[str, Any]) -> np.ndarray:
 
 def _used(bits: np.ndarray, rows: Rows, levels: int) -> np.ndarray:
     """Which scales, (levels, *scale shape), some element has."""
-    inner = tuple(range(len(rows.scale_shape), len(rows.order)))
-    most = rows.view(np.broadcast_to(bits, rows.shape)).max(axis=inner, initial=0)
+    largest = functools.partial(np.max, initial=0)
+    most = rows.reduced(largest, np.broadcast_to(bits, rows.shape))
     return most > np.arange(levels).reshape(-1, *(1,) * most.ndim)
 
 

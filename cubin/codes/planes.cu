@@ -43,7 +43,8 @@ template<class T, class W, bool MAP>
 __global__ void cubin_sum_planes(
     const unsigned char* planes, const unsigned char* bits, const W* scales, const W* shift, T* y,
     long long lines, long long length, long long width, long long level_step, long long byte_step,
-    long long run, long long runs, long long scaled_lines, int levels) {
+    long long run, long long runs, long long scaled_lines, long long y_step,
+    int levels) {
   __shared__ unsigned char tile[16][32][33];
   const long long down = (width + 31) / 32, tiles = (lines + 31) / 32 * down;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -72,7 +73,7 @@ __global__ void cubin_sum_planes(
           if (shift) lost = plus(lost, plus(minus(total, minus(rounded, added)), minus(step, added)));
           total = rounded;
         }
-        y[line * length + element] = T(lost == lost ? plus(total, lost) : total);
+        y[line * y_step + element] = T(lost == lost ? plus(total, lost) : total);
       }
     }
     __syncthreads();

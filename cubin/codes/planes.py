@@ -68,7 +68,8 @@ def _sum_launch(planes: Array, bits: Any, scales: Array, shift: Any, y: Array) -
     _, scaled_lines, runs = scales.shape
     template = (C_TYPES[y.dtype.char], C_TYPES[scales.dtype.char], str(mapped).lower())
     sizes = (lines, y.shape[1], width, planes.strides[0], planes.strides[1],
-             y.shape[1] // max(1, runs), runs, scaled_lines)  # fmt: skip
+             y.shape[1] // max(1, runs), runs, scaled_lines,
+             y.strides[0] // y.itemsize)  # fmt: skip
     numbers = (*map(np.int64, sizes), np.int32(levels))
     grid = min(_tiles(lines, width), 1 << 16)
     return Launch(template, grid, _THREADS, (planes, held, scales, shift, y, *numbers))
@@ -100,6 +101,7 @@ def sum_planes(
         away is kept, and added at the end: a sum then is off by hardly more than half a unit in its
         last place, which the codes of uniform integers need.
     y : array of shape (lines, n)
+        The elements of a line lie side by side in memory.
     """
     lines, length = y.shape
     total = memory.scratch("total", y.shape, scales.dtype)

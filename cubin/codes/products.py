@@ -126,6 +126,11 @@ _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=
 
 def to_lines(x: Array, decoding: Decoding) -> Array:
     """``x @ values.T``: rows of x, (b, n) in the work dtype, times the lines, as (b, m)."""
+    found = [_to_lines(x[:, elements], part) for elements, part in decoding.sections()]
+    return sum(found[1:], start=found[0])
+
+
+def _to_lines(x: Array, decoding: Decoding) -> Array:
     xp: Any = libraries.library(x)
     decoding = decoding.in_dtype(x.dtype)
     lines, levels = decoding.lines, decoding.levels
@@ -152,6 +157,12 @@ def to_lines(x: Array, decoding: Decoding) -> Array:
 
 def from_lines(x: Array, decoding: Decoding) -> Array:
     """``x @ values``: rows of x, (b, m) in the work dtype, times the columns, as (b, n)."""
+    xp: Any = libraries.library(x)
+    found = [_from_lines(x, part) for _, part in decoding.sections()]
+    return xp.concatenate(found, axis=1) if len(found) > 1 else found[0]
+
+
+def _from_lines(x: Array, decoding: Decoding) -> Array:
     xp: Any = libraries.library(x)
     decoding = decoding.in_dtype(x.dtype)
     y = xp.zeros((len(x), decoding.lines.length), x.dtype)
@@ -190,26 +201,24 @@ def between(one: Decoding, other: Decoding, dtype: Any) -> Array:
     """
     one, other = one.as_levels(), other.as_levels()
     length = one.lines.length
-    run = int(np.gcd(one.run, other.run))
     xp: Any = libraries.library(one.planes)
     total = xp.zeros((one.lines.count, other.lines.count), np.float64)
     if not (total.size and length):
         return conversions.rounded(total, dtype)
-    counted = not (one.mapped or other.mapped) and (run % 8 == 0 or run == length)
+    cuts = _cuts(length, one, other)
+    counted = not (one.mapped or other.mapped) and all(cut.start % 8 == 0 for cut in cuts)
     scales = [of.scales(slice(0, of.lines.count)).astype(np.float64) for of in (one, other)]
-    words = [_words(of, run) for of in (one, other)] if counted else []
     signs = [] if counted else [[of.signs(at) for at in range(of.levels)] for of in (one, other)]
-    for start in range(0, length, run):
-        cut = slice(start, start + run)
+    for cut in cuts:
+        words = [_words(of, cut) for of in (one, other)] if counted else []
         for p in range(one.levels):
             for q in range(other.levels):
                 if counted:
-                    a, b = (words[0][p][:, start // run], words[1][q][:, start // run])
-                    dots = run - 2.0 * _counts(a, b)
+                    dots = (cut.stop - cut.start) - 2.0 * _counts(words[0][p], words[1][q])
                 else:
                     dots = _dots(signs[0][p][:, cut], signs[1][q][:, cut])
-                a_scale = scales[0][p][:, start // one.run, None]
-                b_scale = scales[1][q][:, start // other.run]
+                a_scale = scales[0][p][:, cut.start // one.run, None]
+                b_scale = scales[1][q][:, cut.start // other.run]
                 total += a_scale * b_scale * dots
     return conversions.rounded(total, dtype)
 
@@ -228,24 +237,28 @@ def signs_to_lines(signs: list[Array], scales: Array, decoding: Decoding) -> Arr
         return total
     each = decoding.scales(slice(0, lines.count)).astype(np.float64)
     others = [decoding.signs(q) for q in range(decoding.levels)]
+    cuts = _cuts(lines.length, decoding)
     for sign, scale in zip(signs, scales.astype(np.float64), strict=True):
         own = xp.repeat(scale, rows // len(scale))[:, None]
         for q, other in enumerate(others):
-            for number, start in enumerate(range(0, lines.length, decoding.run)):
-                cut = slice(start, start + decoding.run)
-                total += own * each[q][:, number] * _dots(sign[:, cut], other[:, cut])
+            for cut in cuts:
+                scale_of_cut = each[q][:, cut.start // decoding.run]
+                total += own * scale_of_cut * _dots(sign[:, cut], other[:, cut])
     return total
 
 
-def _words(of: Decoding, run: int) -> Array:
-    """The bits of each level, line and run, (levels, lines, runs, words), filled up with zeros."""
+def _cuts(length: int, *codes: Decoding) -> list[slice]:
+    """The runs of elements of a line that share their scales in each of some codes."""
+    starts = sorted({start for code in codes for start in code.starts()})
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], length], strict=True)]
+
+
+def _words(of: Decoding, cut: slice) -> Array:
+    """The bits of some elements, (levels, lines, words), filled up with zeros."""
     xp: Any = libraries.library(of.planes)
-    width = -(-run // 8)
-    levels, count = of.levels, of.lines.count
-    runs = of.lines.length // run
-    words = xp.zeros((levels, count, runs, -(-width // 8) * 8), np.uint8)
-    held = of.planes[:levels].transpose(0, 2, 1).reshape(levels, count, runs, width)
-    words[..., :width] = held
+    held = of.planes[: of.levels, cut.start // 8 : -(-cut.stop // 8)].transpose(0, 2, 1)
+    words = xp.zeros((*held.shape[:2], -(-held.shape[2] // 8) * 8), np.uint8)
+    words[..., : held.shape[2]] = held
     return words.view(np.uint64)
 
 

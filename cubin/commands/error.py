@@ -96,42 +96,16 @@ def channel_axis(weight: Weight, asked: int | str) -> Axis:
 
 
 def choose(
-    weights: Sequence[Weight],
-    asked: int | str,
-    group_size: int | None,
-    library: str,
-    omissions: Omissions,
+    weights: Sequence[Weight], asked: int | str, group_size: int | None, library: str
 ) -> list[Chosen]:
-    """Choose the axes of weights, and those that the group size divides; report the others.
+    """Choose the axes of weights.
 
     Raises
     ------
     UsageError
-        If there are none, or a weight has not the axis that is asked for.
+        If a weight has not the axis that is asked for.
     """
-    every = [Chosen(w, channel_axis(w, asked), group_size, library) for w in weights]
-    if group_size is None:
-        return every
-    kept = [chosen for chosen in every if chosen.channel_length % group_size == 0]
-    if not kept:
-        lengths = sorted({chosen.channel_length for chosen in every})
-        listed = ", ".join(map(str, lengths[:8])) + (", ..." if len(lengths) > 8 else "")
-        raise UsageError(
-            f"--group-size {group_size} divides the channels of no tensor; "
-            f"choose a divisor of one of their lengths: {listed}"
-        )
-    if len(kept) < len(every):
-        print(
-            f"Left out {len(every) - len(kept)} of {len(every)} weight tensors: "
-            f"the group size {group_size} does not divide their channels.",
-            file=sys.stderr,
-        )
-        omissions.left_out += [
-            replace(chosen.weight, reason=f"channels that groups of {group_size} do not divide")
-            for chosen in every
-            if chosen.channel_length % group_size != 0
-        ]
-    return kept
+    return [Chosen(w, channel_axis(w, asked), group_size, library) for w in weights]
 
 
 def sweep_for(bits: Any, solvers: Any, group_size: int | None, iterations: int | None) -> Sweep:
@@ -345,9 +319,7 @@ def run(arguments: argparse.Namespace) -> int:
     library = array_library(arguments.device).__name__
     weights = Weights(arguments.paths, arguments.include, arguments.exclude)
     omissions = Omissions(weights, arguments.strict)
-    chosen = choose(
-        weights.tensors, arguments.channel_axis, arguments.group_size, library, omissions
-    )
+    chosen = choose(weights.tensors, arguments.channel_axis, arguments.group_size, library)
     sweep = sweep_for(arguments.bits, arguments.solver, arguments.group_size, arguments.iterations)
     planned = plan(chosen, sweep, arguments.workers)
     if arguments.plan:

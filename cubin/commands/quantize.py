@@ -102,9 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     sweep_for(arguments.bits, arguments.solver, arguments.group_size, arguments.iterations)
     weights = Weights(arguments.paths, arguments.include, arguments.exclude)
     omissions = Omissions(weights, arguments.strict)
-    chosen = choose(
-        weights.tensors, arguments.channel_axis, arguments.group_size, library, omissions
-    )
+    chosen = choose(weights.tensors, arguments.channel_axis, arguments.group_size, library)
     totals: dict[str, Any] = {"tensors": 0, "weights": 0, "effective": 0.0}
 
     def counted() -> Iterator[tuple[str, BinaryCode]]:

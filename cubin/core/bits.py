@@ -11,6 +11,7 @@ import numpy as np
 
 from cubin.core import arrays, libraries
 from cubin.core.libraries import Array
+from cubin.core.rows import Section
 
 MAX_BITS = 16
 """The most levels of an element."""
@@ -45,6 +46,13 @@ class Bits:
             return self
         entries = libraries.apart(self.entries, out)
         return Bits(entries, _spread(entries, out), self.levels)
+
+    def of(self, section: Section) -> Bits:
+        """The bits of a section of the array."""
+        if not self.mapped or section.elements is None:
+            return self
+        values = section.of(self.values)
+        return Bits(values, values, self.levels)
 
 
 def as_bits(value: object, x: Array, *, limit: int = MAX_BITS, look: bool = False) -> Bits:

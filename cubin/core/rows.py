@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -24,7 +25,8 @@ class Rows:
     shape : tuple of int
         The array's shape.
     split : tuple of int
-        The shape with the last axis split into groups, if there are groups, else `shape`.
+        The shape with the last axis split into groups, if there are groups, else `shape`. A last
+        group that is shorter counts as a whole one there: only the `sections` have views then.
     order : tuple of int
         The axes of `split`: first those that number the rows, then those within a row.
     scale_shape : tuple of int
@@ -57,7 +59,7 @@ class Rows:
 
     @cached_property
     def length(self) -> int:
-        """The number of elements of a row."""
+        """The number of elements of a row; of all but the shorter ones at the end."""
         return math.prod(self.inner_shape)
 
     @cached_property
@@ -86,6 +88,37 @@ class Rows:
         inner = sorted(self.order[count:], key=lambda axis: -abs(array.strides[axis]))
         return dataclasses.replace(self, order=(*self.order[:count], *inner))
 
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """The rows in parts whose rows have one length: groups, and the shorter ones at the end.
+
+        Where all rows have one length, they are a single section.
+        """
+        size, length = self.group_size, self.shape[-1] if self.shape else 0
+        if size is None or size > length or length % size == 0:
+            return (Section(self, None),)
+        *leading, groups = self.scale_shape
+        whole = (groups - 1) * size
+        cuts = (slice(0, whole), size), (slice(whole, length), length - whole)
+        return tuple(
+            Section(_rows_of((*leading, cut.stop - cut.start), None, own), cut) for cut, own in cuts
+        )
+
+    def joined(self, parts: Sequence[Array]) -> Array:
+        """What the sections have for each row, (..., \\*scale shape), for all rows."""
+        if len(parts) == 1:
+            return parts[0]
+        return libraries.library(parts[0]).concatenate(parts, axis=-1)
+
+    def reduced(self, reduce: Callable[..., Array], array: Array) -> Array:
+        """``reduce(values, axis=...)`` over the elements of each row, of shape `scale_shape`."""
+        found = []
+        for section in self.sections:
+            rows = section.rows
+            inner = tuple(range(len(rows.scale_shape), len(rows.order)))
+            found.append(reduce(rows.view(section.of(array)), axis=inner))
+        return self.joined(found)
+
     def flat_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """The shape (rows, elements) of a part of the view that has shape `shape`."""
         leading = len(self.scale_shape)
@@ -99,6 +132,28 @@ class Rows:
         """Scales of shape `scale_shape` so that they broadcast to an array of shape `split`."""
         spread = scale.reshape(self.scale_shape + (1,) * len(self.inner_shape))
         return spread.transpose(np.argsort(self.order).tolist())
+
+
+@dataclass(frozen=True)
+class Section:
+    """Some elements of the last axis of an array, as an array whose rows have one length.
+
+    Attributes
+    ----------
+    rows : Rows
+        The layout of these elements.
+    elements : slice or None
+        Which they are; None for all, of an array of any rank.
+    """
+
+    rows: Rows
+    elements: slice | None
+
+    def of(self, array: Any) -> Any:
+        """The section of an array, or of one that broadcasts to it; scalars and None stay."""
+        if self.elements is None or np.ndim(array) == 0 or array.shape[-1] == 1:
+            return array
+        return array[..., self.elements]
 
 
 def flattened(array: Array, shape: tuple[int, ...]) -> Array:
@@ -139,8 +194,8 @@ def rows_of(
     TypeError
         If `channel_axis` or `group_size` is no integer (or tuple of integers).
     ValueError
-        If both are given, an axis is out of range or repeated, or `group_size` does not divide
-        the length of the last axis.
+        If both are given, an axis is out of range or repeated, or `group_size` is less than 1 or
+        given for a 0-d array.
     """
     size = None if group_size is None else as_integer("group_size", group_size)
     return _rows_of(tuple(shape), plain_axes(channel_axis), size)
@@ -161,13 +216,11 @@ def _rows_of(
             raise ValueError(f"group_size must be at least 1, got {group_size}")
         if ndim == 0:
             raise ValueError("group_size needs an array with at least one axis, got a 0-d array")
-        if shape[-1] % group_size:
-            raise ValueError(
-                f"group_size {group_size} does not divide the length {shape[-1]} of the last axis "
-                f"of x, whose shape is {shape}"
-            )
-        scale_shape = (*shape[:-1], shape[-1] // group_size)
-        split, order = (*scale_shape, group_size), tuple(range(ndim + 1))
+        length = shape[-1]
+        scale_shape = (*shape[:-1], -(-length // group_size))
+        # A group that is larger than the axis is one shorter group: rows of one length.
+        own = min(group_size, length) if length else group_size
+        split, order = (*scale_shape, own), tuple(range(ndim + 1))
         return Rows(shape, split, order, scale_shape, group_size=group_size)
     axes = () if channel_axis is None else axes_of("channel_axis", channel_axis, shape)
     rest = tuple(axis for axis in range(ndim) if axis not in axes)

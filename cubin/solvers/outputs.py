@@ -72,11 +72,12 @@ def encode(
     """
     lines = x.reshape(len(x), len(gram))
     depths = bits.values.reshape(lines.shape) if bits.mapped else bits.values
-    flat = _rows_of_lines(lines.shape, rows.group_size)
-    groups = flat.count // max(1, len(lines))
+    groups = rows.count // max(1, len(lines))
     precisions = (bits.levels, *higher)
     count = sum(precisions) + shift * len(precisions)
-    encoding = Encoding(lines, precisions[-1], flat, count)
+    encoding = Encoding(lines, precisions[-1], rows_of(lines.shape, 0))
+    work = encoding.scales.dtype
+    scales = libraries.library(x).zeros((count, len(lines), groups), work)
     if x.size and (bits.levels or shift):
         metric = Metric(gram)
         step = max(1, ELEMENTS // max(lines.shape[1], groups << precisions[-1]))
@@ -84,20 +85,11 @@ def encode(
             block = slice(start, min(start + step, len(lines)))
             part = depths[block] if bits.mapped else depths
             some = Bits(part, part, bits.levels)
-            here = Part(slice(start * groups, block.stop * groups), slice(0, 1), (block, ...))
-            scales, codes = _of_lines(
-                lines[block], some, higher, rows.group_size, solver, metric, shift
-            )
-            narrow = conversions.narrowed(scales, encoding.scales.dtype)
-            narrow = narrow.reshape(count, (block.stop - start) * groups, 1)
-            shape = (-1, flat.length)
-            of_rows = part.reshape(shape) if bits.mapped else np.uint8(precisions[-1])
-            encoding.store(here, codes.reshape(shape), of_rows, list(narrow))
-    return conversions.rounded(encoding.scales, x.dtype), encoding.planes
-
-
-def _rows_of_lines(shape: tuple[int, ...], group_size: int | None) -> Rows:
-    return rows_of(shape, 0 if group_size is None else None, group_size)
+            found, codes = _of_lines(lines[block], some, higher, rows, solver, metric, shift)
+            scales[:, block] = conversions.narrowed(found, work)
+            of_rows = part if bits.mapped else np.uint8(precisions[-1])
+            encoding.pack(Part(block, slice(0, 1), (block, ...)), codes, of_rows)
+    return conversions.rounded(scales.reshape(count, rows.count), x.dtype), encoding.planes
 
 
 class Start(NamedTuple):
@@ -119,41 +111,58 @@ def _of_lines(
     x: Array,
     bits: Bits,
     higher: Sequence[int],
-    group_size: int | None,
+    rows: Rows,
     solver: Solver,
     metric: Metric,
     shift: bool,
 ) -> tuple[Array, Array]:
-    """Scales, (scales, lines, groups), and packed codes, (lines, n), of some lines."""
+    """Scales, (scales, lines, groups), and packed codes, (lines, n), of some lines.
+
+    `rows` are those of the whole array, whose lines may have several axes.
+    """
     xp = libraries.library(x)
     count, n = x.shape
-    rows = _rows_of_lines(x.shape, group_size)
+    # Groups lie within the last axis.
+    grouped = rows.group_size is not None
+    length = rows.shape[-1] if grouped else n
+    own = rows_of((x.size // length, length), None if grouped else 0, rows.group_size)
     position = xp.argsort(metric.order)
-    groups = [xp.sort(group) for group in position.reshape(-1, group_size or n)]
+    step = rows.group_size or n
+    cuts = [slice(at, min(at + step, length)) for at in range(0, length, step)]
+    groups = [xp.sort(group[cut]) for group in position.reshape(-1, length) for cut in cuts]
     # Lines are solved in units of their largest weight, so that squares do not overflow.
     weights = conversions.widened(x)
     unit = abs(weights).max(axis=1)
     finite = xp.isfinite(unit)
     unit = xp.where(finite & (unit > 0), unit, 1.0)
     weights = xp.where(finite[:, None], weights / unit[:, None], 0.0)
+    flat = weights.reshape(own.shape)
+    depths = bits.values.reshape(own.shape) if bits.mapped else bits.values
+    bits_of_flat = Bits(depths, depths, bits.levels)
 
     def start(on_weights: Solver, importance: Array | None, shift: bool) -> Start:
-        constant = None
-        if shift:
-            found = shifted.encode(weights, bits, rows, on_weights, importance)
-            scales, planes, constant = found
-            constant = xp.ascontiguousarray(constant.reshape(count, len(groups)).T)
-        else:
-            scales, planes = encode_weights(weights, bits, rows, on_weights, importance)
-        code = codes_of(planes, x.shape)
-        scales = scales.reshape(bits.levels, count, len(groups)).transpose(2, 0, 1)
-        codes = xp.ascontiguousarray(code.T[metric.order])
-        return Start(xp.ascontiguousarray(scales), constant, codes)
+        scales, codes, constants = [], [], []
+        for section in own.sections:
+            some = bits_of_flat.of(section)
+            w, weight = section.of(flat), section.of(importance)
+            if shift:
+                found, planes, constant = shifted.encode(w, some, section.rows, on_weights, weight)
+                constants.append(constant.reshape(section.rows.scale_shape))
+            else:
+                found, planes = encode_weights(w, some, section.rows, on_weights, weight)
+            scales.append(found.reshape(bits.levels, *section.rows.scale_shape))
+            codes.append(codes_of(planes, w.shape))
+        of_lines = own.joined(scales).reshape(bits.levels, count, len(groups)).transpose(2, 0, 1)
+        code = own.joined(codes).reshape(x.shape)
+        joined = own.joined(constants).reshape(count, len(groups)).T if shift else None
+        constant = None if joined is None else xp.ascontiguousarray(joined)
+        codes_of_inputs = xp.ascontiguousarray(code.T[metric.order])
+        return Start(xp.ascontiguousarray(of_lines), constant, codes_of_inputs)
 
     # The importance of an input is its mean square. The best scales with it are a better start than
     # those of the solver itself.
     searching = solver if solver.name == "optimal" else solver_of("alternating", None)
-    importance = xp.broadcast_to(metric.squares, x.shape)
+    importance = xp.broadcast_to(metric.squares, x.shape).reshape(own.shape)
     depths = bits.values.T[metric.order] if bits.mapped else bits.values
     of_inputs = xp.ascontiguousarray(weights.T[metric.order])
 

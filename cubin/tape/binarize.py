@@ -60,7 +60,8 @@ def multibit(
     channel_axis : int or tuple of int, optional
         One scale per level for each index of this axis (these axes). Default: one for the tensor.
     group_size : int, optional
-        One scale per level for every run of this many elements of the last axis.
+        One scale per level for every run of this many elements of the last axis; the last of them
+        may be shorter.
     solver : str
         How codes and scales are found, as for `cubin.multibit`.
     surrogate : str

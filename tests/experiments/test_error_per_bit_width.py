@@ -164,14 +164,6 @@ def test_groups_are_taken_within_a_channel(tmp_path, rng, axis):
     assert errors["w"][2] == pytest.approx(greedy_error(channels.reshape(-1, 6), 2), rel=1e-9)
 
 
-def test_tensors_that_the_group_size_does_not_divide_are_reported(tmp_path, net, capsys):
-    status, errors = run(tmp_path, net, "--group-size", 128, "--bits", "1", "--quick")
-    assert status == 0
-    assert "Left out 2 of 3" in capsys.readouterr().err
-    assert "gaussian" in errors
-    assert not {"half", "fortran"} & set(errors)
-
-
 @pytest.fixture
 def with_nan(tmp_path, rng):
     """Two sound weights and one with values that are not finite."""
@@ -239,14 +231,13 @@ def test_strict_refuses_weights_of_float8(tmp_path, with_float8, capsys):
 
 def test_verbose_lists_what_is_left_out(tmp_path, net, capsys):
     out = tmp_path / "out"
-    arguments = [str(net), "--quick", "--bits", "1", "--group-size", "128", "--output", str(out)]
+    arguments = [str(net), "--quick", "--bits", "1", "--output", str(out)]
     assert experiment.main([*arguments, "--verbose"]) == 0
     printed = capsys.readouterr().out
     assert "bias (5, float64): of rank 1" in printed
-    assert "half (8x2x3x3, float16): channels that groups of 128 do not divide" in printed
     origin = json.loads((out / f"{NAME}.json").read_text())
     names = [tensor["name"] for tensor in origin["omissions"]["left_out"]]
-    assert names == ["bias", "half", "fortran"]
+    assert names == ["bias"]
 
 
 @pytest.mark.parametrize("group", [None, 4])
@@ -337,11 +328,6 @@ def test_channel_axis_that_does_not_exist(tmp_path, net, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_group_size_that_divides_nothing(net, capsys):
-    status = experiment.main([str(net), "--group-size", "7"])
-    assert_error(capsys, status, "--group-size 7", "18, 256, 1000")
-
-
 def test_output_that_is_a_file(tmp_path, net, capsys):
     (tmp_path / "out").write_text("")
     status = experiment.main([str(net), "--output", str(tmp_path / "out")])
@@ -385,8 +371,7 @@ def test_arrays_are_moved_to_the_device_one_by_one(net, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "stand_in", types.SimpleNamespace(asarray=asarray))
     weights = experiment.Weights([net])
-    omissions = experiment.Omissions(weights, strict=False)
-    chosen = experiment.choose(weights.tensors, "auto", None, "stand_in", omissions)
+    chosen = experiment.choose(weights.tensors, "auto", None, "stand_in")
 
     assert len(chosen) == 3
     for count, one in enumerate(chosen, start=1):

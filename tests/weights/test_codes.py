@@ -20,6 +20,7 @@ def codes(rng):
         "vector": cubin.quantize(x[0].astype(np.float32), 1),
         "deep": cubin.quantize(x.reshape(2, 3, 19), 2, channel_axis=(0, 1), solver="refined"),
         "groups": cubin.quantize(x[:, :16], 2, group_size=4),
+        "shorter groups": cubin.quantize(x, 2, group_size=8),
         "map": cubin.quantize(x, rng.integers(0, 4, x.shape), channel_axis=0),
         "map of rows": cubin.quantize(x, np.arange(6)[:, None] % 3, channel_axis=0),
         "none": cubin.quantize(x, 0),
@@ -48,7 +49,7 @@ def test_codes_come_back(tmp_path, codes):
 def test_the_file_is_as_documented_to_the_library(tmp_path, codes):
     save(tmp_path / "c.safetensors", codes)
     stored = safetensors.numpy.load_file(tmp_path / "c.safetensors")
-    for name in ("plain", "deep", "groups"):
+    for name in ("plain", "deep", "groups", "shorter groups"):
         signs, planes = codes[name].signs, stored[f"{name}.planes"]
         flat = signs.reshape(len(signs), signs.shape[1], -1)
         levels, lines, length = flat.shape

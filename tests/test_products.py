@@ -201,6 +201,29 @@ def test_convolutions(shape, kernels, stride, padding, groups, mapped, xp, host,
         np.testing.assert_allclose(host(found), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(("shape", "kernels", "stride", "padding", "groups"), CONVOLUTIONS)
+def test_gradients_of_convolutions(shape, kernels, stride, padding, groups, xp, host, rng):
+    """The sums of images times gradients are those of results times their gradients."""
+    w = rng.normal(size=kernels)
+    code = cubin.quantize(xp.asarray(w.astype(np.float32)), rng.integers(0, 3, kernels))
+    pairs = [value if isinstance(value, tuple) else (value, value) for value in (stride, padding)]
+    values = host(code.dequantize()).astype(np.float64)
+    for dtype in (np.float16, np.float32):
+        x = rng.normal(size=shape)
+        y = convolved(x, values, *pairs, groups)
+        g = rng.normal(size=y.shape).astype(dtype)
+        found = host(products.conv2d_grad(xp.asarray(g), code, shape, stride, padding, groups))
+        assert (found.dtype, found.shape) == (dtype, shape)
+        room = 1e-2 if dtype == np.float16 else 1e-4
+        assert abs((found * x).sum() - (g * y).sum()) <= room * np.abs(g).sum()
+        # Each element by itself: the result of an image of zeros but for one.
+        for at in rng.integers(0, x.size, 3):
+            one = np.zeros(x.size)
+            one[at] = 1
+            expected = (g * convolved(one.reshape(shape), values, *pairs, groups)).sum()
+            assert abs(found.flat[at] - expected) <= room * max(1, abs(expected))
+
+
 def test_a_padded_position_is_zero_and_not_minus_one(xp, host):
     x = cubin.quantize(xp.ones((1, 1, 1, 1)), 1)
     code = cubin.quantize(xp.ones((1, 1, 3, 3)), 1)

@@ -1,10 +1,10 @@
 """How fast products with packed codes are, beside those with floats, and what the weights take.
 
 Weights of two shapes are coded with 1 to 4 bits and scales per row. They multiply batches of 1 to
-512 rows of floats, and codes of 1 bit those of 1 bit. Beside them NumPy (CuPy on a GPU) multiplies in
-float32, and PyTorch, where it is installed, in float32, bfloat16 and with dynamic int8. Rounds call
-every candidate once, in another order each time. The limit of bandwidth is the time in which main
-memory gives the weights: those that lie in a cache may beat it.
+512 rows of floats, and codes of 1 bit those of 1 bit. Beside them NumPy (CuPy on a GPU) multiplies
+in float32, and PyTorch, where it is installed, in float32, bfloat16 and with dynamic int8. Rounds
+call every candidate once, in another order each time. The limit of bandwidth is the time in which
+main memory gives the weights: those that lie in a cache may beat it.
 
 It prints a table and what follows from it, and writes products.csv, .png and .json (where the
 figures come from, and the findings) to the output folder.

@@ -173,7 +173,7 @@ def conv2d(
             # A code comes as the signs of each level, and their scales for each image.
             planes, scales = [], None
             if one is not None:
-                some = one.part(part)
+                some = one.part(part).as_levels()
                 planes = [some.signs(p).reshape(-1, *images.shape[1:]) for p in range(some.levels)]
                 scales = some.scales(slice(0, some.lines.count))[..., 0]
             else:

@@ -540,7 +540,8 @@ loops = {
         x, bits, np.ones((2, 2), f), np.ones((2, 9), f), *scratch(f), np.ones((2, 9), f)),
     planes_loops._sum_planes: (
         read_only(np.ones((2, 2, 2), np.uint8)), bits, read_only(np.ones((2, 2, 1), f)),
-        planes_loops._WORDS, np.ones(128, np.uint64), np.ones(1024, np.int8), np.ones((2, 9), f)),
+        read_only(np.ones((2, 1), f)), planes_loops._WORDS, np.ones(128, np.uint64),
+        np.ones(1024, np.int8), np.ones((2, 9), f)),
     signs_loops._signs: (x[0], np.ones(9, f)),
     signs_loops._clip: (x[0], f(1), x[0], np.ones(9, f)),
 }
@@ -583,6 +584,7 @@ def test_sums_of_planes(rng, dtype, levels, runs, shape):
     scales[-1:, 1:2] = np.nan  # which does not count where no element has a code
     bits = rng.integers(0, levels + 1, shape).astype(np.uint8)
     bits[1:2] = max(levels - 1, 0)
+    shift = rng.normal(size=(shape[0], runs)).astype(dtype).astype(work)
     for depth in (bits, np.uint8(levels)):
         signs = rng.choice(np.array([-1, 1], np.int8), (levels, *shape))
         signs *= np.greater(depth, np.arange(levels)[:, None, None])
@@ -592,15 +594,17 @@ def test_sums_of_planes(rng, dtype, levels, runs, shape):
             pack(signs, planes=planes)
             held[pack] = planes
         np.testing.assert_array_equal(*held.values())
-        total = np.zeros(shape, work)
-        for level in range(levels):
-            step = np.repeat(scales[level], shape[1] // runs, axis=1)
-            signed = np.where(signs[level] > 0, step, -step)
-            total = np.where(signs[level] != 0, total + signed, total)
-        for add_up in (sum_planes, planes_loops.sum_planes):
-            for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
-                add_up(planes, depth, scales, y=y)
-                np.testing.assert_array_equal(plain(y), plain(total.astype(dtype)))
+        for base in (0, shift):
+            total = np.zeros(shape, work)
+            total += np.repeat(base, shape[1] // runs, axis=1) if np.ndim(base) else base
+            for level in range(levels):
+                step = np.repeat(scales[level], shape[1] // runs, axis=1)
+                signed = np.where(signs[level] > 0, step, -step)
+                total = np.where(signs[level] != 0, total + signed, total)
+            for add_up in (sum_planes, planes_loops.sum_planes):
+                for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
+                    add_up(planes, depth, scales, base, y=y)
+                    np.testing.assert_array_equal(plain(y), plain(total.astype(dtype)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

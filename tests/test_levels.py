@@ -16,9 +16,9 @@ from tests.reference import plain
 DTYPES = [np.float16, bfloat16, np.float32, np.float64]
 
 
-def definition(signs, scales, dtype):
+def definition(signs, scales, dtype, shift=0):
     """Sums over levels in the work dtype; where a sign is 0 nothing is added."""
-    total = np.zeros(signs.shape[1:], scales.dtype)
+    total = np.zeros(signs.shape[1:], scales.dtype) + shift
     for sign, scale in zip(signs, scales, strict=True):
         signed = np.where(sign > 0, scale, -scale)
         total = np.where(sign != 0, total + signed, total)
@@ -37,14 +37,15 @@ def sample(rng, levels, lines, n, dtype):
     return signs, bits, scales
 
 
-def added(xp, signs, bits, scales, dtype):
+def added(xp, signs, bits, scales, dtype, shift=0):
     """What the primitives make of signs: packed, and added up."""
     levels, lines, n = signs.shape
     # Planes that are part of larger ones: only lines lie side by side.
     planes = xp.zeros((levels, -(-n // 8) + 1, lines + 2), np.uint8)[:, 1:, 1:-1]
     pack_signs(xp.asarray(signs), planes=planes)
     y = xp.empty((lines, n), dtype)
-    sum_planes(planes, bits if bits.ndim == 0 else xp.asarray(bits), xp.asarray(scales), y=y)
+    bits, shift = (a if np.ndim(a) == 0 else xp.asarray(a) for a in (bits, shift))
+    sum_planes(planes, bits, xp.asarray(scales), shift, y=y)
     return planes, y
 
 
@@ -69,6 +70,10 @@ def test_scales_of_runs_and_for_all_lines(runs, lines, xp, host, rng):
     _, y = added(xp, signs, bits, scales, np.float32)
     spread = np.broadcast_to(np.repeat(scales, 33 // runs, axis=2), signs.shape)
     np.testing.assert_array_equal(host(y), definition(signs, spread, np.float32))
+    shift = rng.normal(size=(lines, runs)).astype(np.float32)
+    _, y = added(xp, signs, bits, scales, np.float32, shift)
+    shift = np.repeat(shift, 33 // runs, axis=1)
+    np.testing.assert_array_equal(host(y), definition(signs, spread, np.float32, shift))
 
 
 @pytest.mark.kernels

@@ -21,7 +21,7 @@ from cubin.core.rows import Rows, rows_of
 
 
 class BinaryCode:
-    """An array as levels of scales and signs: ``x ~ sum_i scales[i] * signs[i]``.
+    """An array as levels of scales and signs: ``x ~ shift + sum_i scales[i] * signs[i]``.
 
     The signs are packed, one bit each, in planes. An array has a line for each index of its first
     axis (one line if its rank is 0 or 1). Byte j of line i, ``planes[level, j, i]``, has the signs
@@ -43,10 +43,13 @@ class BinaryCode:
         The shape of x.
     channel_axis : int or tuple of int, optional
     group_size : int, optional
+    shift : float array of the scale shape, optional
+        A constant of each row that is added to its elements, in the dtype of the scales. Elements
+        of 0 bits are approximated by it.
 
     Attributes
     ----------
-    scales, planes, bits, shape, channel_axis, group_size
+    scales, planes, bits, shape, channel_axis, group_size, shift
         As above.
 
     Raises
@@ -80,9 +83,10 @@ class BinaryCode:
         shape: Sequence[int],
         channel_axis: int | tuple[int, ...] | None = None,
         group_size: int | None = None,
+        shift: Array | None = None,
     ) -> None:
-        parts = {"scales": scales, "planes": planes, "bits": bits}
-        self._library, (scales, planes, bits) = libraries.all_viewed(parts)
+        parts = {"scales": scales, "planes": planes, "bits": bits, "shift": shift}
+        self._library, (scales, planes, bits, shift) = libraries.all_viewed(parts)
         scales = arrays.as_floats("scales", scales)
         libraries.library(scales, planes)  # not a mixture
         planes = planes if libraries.on_device(planes) else np.asarray(planes)
@@ -96,13 +100,14 @@ class BinaryCode:
                 f"(k, {lines.width}, {lines.count}), got {planes.shape}"
             )
         _check_scales(scales, len(planes), rows)
+        shift = _checked_shift(shift, scales, rows)
         with libraries.current_device(scales):
             entries, levels = as_entries(bits, rows.shape, scales, look=True)
             if levels > len(planes):
                 raise ValueError(f"bits go up to {levels}, but there are {len(planes)} levels")
             planes = libraries.library(planes).ascontiguousarray(planes)
             _check_bits(planes, entries, rows)
-            self._fill(scales, planes, entries, rows)
+            self._fill(scales, planes, entries, rows, shift)
 
     @classmethod
     def from_signs(
@@ -113,6 +118,7 @@ class BinaryCode:
         *,
         channel_axis: int | tuple[int, ...] | None = None,
         group_size: int | None = None,
+        shift: Array | None = None,
     ) -> BinaryCode:
         """The code of signs that are not packed.
 
@@ -124,6 +130,7 @@ class BinaryCode:
         bits : int or integer array that broadcasts to x's shape
         channel_axis : int or tuple of int, optional
         group_size : int, optional
+        shift : float array of the scale shape, optional
 
         Raises
         ------
@@ -138,8 +145,8 @@ class BinaryCode:
         >>> code.dequantize()
         array([ 3., -2.,  2.])
         """
-        parts = {"scales": scales, "signs": signs, "bits": bits}
-        library, (scales, signs, bits) = libraries.all_viewed(parts)
+        parts = {"scales": scales, "signs": signs, "bits": bits, "shift": shift}
+        library, (scales, signs, bits, shift) = libraries.all_viewed(parts)
         scales = arrays.as_floats("scales", scales)
         libraries.library(scales, signs)  # not a mixture
         signs = signs if libraries.on_device(signs) else np.asarray(signs)
@@ -149,18 +156,23 @@ class BinaryCode:
             raise ValueError("signs must have the levels as their first axis, got a 0-d array")
         rows = rows_of(signs.shape[1:], channel_axis, group_size)
         _check_scales(scales, len(signs), rows)
+        shift = _checked_shift(shift, scales, rows)
         with libraries.current_device(scales):
             entries, levels = as_entries(bits, rows.shape, scales, look=True)
             if levels > len(signs):
                 raise ValueError(f"bits go up to {levels}, but there are {len(signs)} levels")
-            return assemble(scales, packed(signs, entries), entries, rows).given_to(library)
+            code = assemble(scales, packed(signs, entries), entries, rows, shift)
+            return code.given_to(library)
 
     _library: libraries.Library | None = None
     """The library that the arrays are given in: all work is on NumPy's or CuPy's."""
 
-    def _fill(self, scales: Array, planes: Array, entries: Any, rows: Rows) -> None:
+    def _fill(
+        self, scales: Array, planes: Array, entries: Any, rows: Rows, shift: Array | None
+    ) -> None:
         self._rows = rows
         self._scales = scales
+        self._shift = shift
         self._planes = planes
         self._bits: Any = int(entries) if isinstance(entries, np.generic) else entries.copy()
         self.channel_axis = rows.channel_axis
@@ -176,6 +188,11 @@ class BinaryCode:
     def scales(self) -> Array:
         """The scales, shape (k, \\*scale shape)."""
         return libraries.given_back(self._scales, self._library)
+
+    @property
+    def shift(self) -> Any:
+        """The constant that is added to the elements of each row, or None."""
+        return None if self._shift is None else libraries.given_back(self._shift, self._library)
 
     @property
     def planes(self) -> Array:
@@ -204,9 +221,10 @@ class BinaryCode:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that planes, scales and a bit map take."""
+        """The bytes that planes, scales, a shift and a bit map take."""
         of_map = 0 if isinstance(self._bits, int) else self._bits.nbytes
-        return int(self._planes.nbytes + self._scales.nbytes + of_map)
+        of_shift = 0 if self._shift is None else self._shift.nbytes
+        return int(self._planes.nbytes + self._scales.nbytes + of_shift + of_map)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -225,11 +243,15 @@ class BinaryCode:
 
     @property
     def effective_bits(self) -> float:
-        """Bits per element in all: the codes, the entropy of the bit map and the scales."""
-        return effective_bits(self._bits, self._rows, self._scales.dtype)
+        """Bits per element in all: the codes, the entropy of the map, the scales and shifts."""
+        shifted = self._shift is not None
+        return effective_bits(self._bits, self._rows, self._scales.dtype, shifted)
 
     def dequantize(self) -> Array:
-        """The approximation ``sum_i scales[i] * signs[i]``, in the shape and dtype of x."""
+        """The approximation ``shift + sum_i scales[i] * signs[i]``, in x's shape and dtype.
+
+        The levels are added to the shift, if there is one, in their order.
+        """
         with libraries.current_device(self._scales, self._library):
             y = libraries.result(self.shape, self._scales.dtype, self._scales)
             if y.size:
@@ -238,7 +260,7 @@ class BinaryCode:
             return libraries.given_back(y, self._library)
 
     def __eq__(self, other: object) -> bool:
-        """Whether all of shape, dtype, granularity, bits, scales and signs are the same."""
+        """Whether shape, dtype, granularity, bits, scales, shift and signs are all the same."""
         if not isinstance(other, BinaryCode):
             return NotImplemented
         if libraries.on_device(self._scales) != libraries.on_device(other._scales):
@@ -248,16 +270,17 @@ class BinaryCode:
             and self._rows == other._rows
             and np.shape(self._bits) == np.shape(other._bits)
             and self._scales.shape == other._scales.shape
+            and (self._shift is None) == (other._shift is None)
         ):
             return False
         xp = libraries.library(self._scales)
         with libraries.current_device(self._scales):
             # Arrays on another device are copied to this one.
-            bits, scales, planes = map(xp.asarray, (other._bits, other._scales, other._planes))
-            wide = conversions.computable(self._scales)
+            bits, planes = map(xp.asarray, (other._bits, other._planes))
             return (
                 bool((xp.asarray(self._bits) == bits).all())
-                and bool(xp.array_equal(wide, conversions.computable(scales), equal_nan=True))
+                and _equal(self._scales, xp.asarray(other._scales))
+                and (self._shift is None or _equal(self._shift, xp.asarray(other._shift)))
                 and bool(xp.array_equal(self._planes, planes))
             )
 
@@ -282,7 +305,8 @@ class BinaryCode:
     def _moved(self, move: Callable[[Array], Array]) -> BinaryCode:
         bits = self._bits if np.ndim(self._bits) == 0 else move(self._bits)
         entries = np.uint8(bits) if np.ndim(bits) == 0 else bits
-        return assemble(move(self._scales), move(self._planes), entries, self._rows)
+        shift = None if self._shift is None else move(self._shift)
+        return assemble(move(self._scales), move(self._planes), entries, self._rows, shift)
 
     def _facts(self) -> list[tuple[str, str]]:
         granularity = "per tensor"
@@ -298,6 +322,8 @@ class BinaryCode:
             ("bits", f"map of shape {self._bits.shape}" if mapped else str(self._bits)),
             ("scales", f"{granularity}, {self._rows.count:,} per level"),
         ]
+        if self._shift is not None:
+            facts.append(("shift", "one per row of scales"))
         # Reading a map on a device waits for the device, which a display must not do.
         if not (mapped and libraries.on_device(self._bits)):
             facts += [
@@ -346,12 +372,12 @@ class BinaryCode:
     # ------------------------------------------------------------ parts
 
     def truncate(self, levels: int) -> BinaryCode:
-        """The code of the first levels alone; it shares the planes, and scales are not refitted.
+        """The code of the first levels alone; it shares the planes, and nothing is refitted.
 
         Parameters
         ----------
         levels : int
-            0 to k. Elements with more bits have so many in the result.
+            0 to k. Elements with more bits have so many in the result. A shift stays as it is.
 
         Raises
         ------
@@ -371,7 +397,8 @@ class BinaryCode:
             raise ValueError(f"levels must lie in 0 .. {len(self._planes)}, got {count}")
         with libraries.current_device(self._planes):
             entries = np.minimum(self._entries, np.uint8(count))
-            code = assemble(self._scales[:count], self._planes[:count], entries, self._rows)
+            scales, planes = self._scales[:count], self._planes[:count]
+            code = assemble(scales, planes, entries, self._rows, self._shift)
             return code.given_to(self._library)
 
     def __getitem__(self, lines: slice) -> BinaryCode:
@@ -399,13 +426,15 @@ class BinaryCode:
         rows = rows_of(shape, self.channel_axis, self.group_size)
         # The axes that number the rows are the first ones of `order`.
         first = rows.order.index(0)
-        scales = self._scales
+        scales, shift = self._scales, self._shift
         if first < len(rows.scale_shape):
-            scales = scales[(slice(None),) * (1 + first) + (cut,)]
+            before = (slice(None),) * first
+            scales = scales[(slice(None), *before, cut)]
+            shift = None if shift is None else shift[(*before, cut)]
         entries = self._entries
         if np.ndim(entries) == len(shape) and entries.shape[0] > 1:
             entries = entries[cut]
-        code = assemble(scales, self._planes[..., cut], entries, rows)
+        code = assemble(scales, self._planes[..., cut], entries, rows, shift)
         return code.given_to(self._library)
 
     # ------------------------------------------------------------ other formats
@@ -423,8 +452,8 @@ class BinaryCode:
         Raises
         ------
         ValueError
-            If the code has another rank than 2, a bit map, lines whose length is no multiple of 32,
-            or scales that are neither for the tensor, for lines nor for groups.
+            If the code has another rank than 2, a bit map, a shift, lines whose length is no
+            multiple of 32, or scales that are neither for the tensor, for lines nor for groups.
 
         References
         ----------
@@ -447,6 +476,8 @@ class BinaryCode:
                 "only a code of shape (m, n) with n a multiple of 32 and without a map has this "
                 f"form, got {self.shape} with bits {np.shape(self._bits) or self._bits}"
             )
+        if self._shift is not None:
+            raise ValueError("binary coding quantization has no shift, but this code has one")
         if self.channel_axis not in (None, (), 0, (0,)):
             raise ValueError(f"scales must be those of lines, got channel_axis={self.channel_axis}")
         lines, bits = self.shape[0], self._bits
@@ -516,7 +547,8 @@ class BinaryCode:
         Raises
         ------
         ValueError
-            If the code has not one bit for each element, groups of 128 and the dtype float16.
+            If the code has not one bit for each element, groups of 128 and the dtype float16, or
+            has a shift.
 
         Examples
         --------
@@ -531,6 +563,8 @@ class BinaryCode:
                 f"{self._scales.dtype} with bits {np.shape(self._bits) or self._bits} and "
                 f"group_size={self.group_size}"
             )
+        if self._shift is not None:
+            raise ValueError("Q1_0 has no shift, but this code has one")
         xp = libraries.library(self._planes)
         with libraries.current_device(self._planes):
             count = self._rows.count
@@ -572,10 +606,10 @@ class BinaryCode:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the code to a file: as ``.safetensors`` if its name ends so, else as ``.npz``.
 
-        The arrays are ``scales``, ``planes`` and ``bits``; nothing is pickled. A bit map is packed
-        to its entropy, and only the signs that exist are stored then. In an ``.npz`` archive, which
-        is not compressed, ``layout`` (JSON) has the shape and the granularity; in ``.safetensors``
-        the metadata has. `save_all` describes that format.
+        The arrays are ``scales``, ``planes``, ``bits`` and, if the code has one, ``shift``; nothing
+        is pickled. A bit map is packed to its entropy, and only the signs that exist are stored
+        then. In an ``.npz`` archive, which is not compressed, ``layout`` (JSON) has the shape and
+        the granularity; in ``.safetensors`` the metadata has. `save_all` describes that format.
 
         An existing file is replaced only once the new one is complete and on the disk. Until then
         the new file lies in the same folder, as ``cubin-*.part``. It takes over the permissions of
@@ -633,10 +667,10 @@ class BinaryCode:
     def save_all(path: str | os.PathLike[str], codes: Mapping[str, BinaryCode]) -> None:
         """Write several codes to one ``.safetensors`` file, as `save` writes one.
 
-        The tensors of a code are ``<name>.scales``, ``<name>.planes`` and ``<name>.bits``, of a
-        code with the name "" ``scales``, ``planes`` and ``bits``. The metadata has ``format`` and,
-        as JSON, ``codes``: for each name the shape, channel axis, group size and levels, and the
-        shape of a map.
+        The tensors of a code are ``<name>.scales``, ``<name>.planes``, ``<name>.bits`` and, if it
+        has a shift, ``<name>.shift``, of a code with the name "" ``scales`` and so on. The metadata
+        has ``format`` and, as JSON, ``codes``: for each name the shape, channel axis, group size
+        and levels, the shape of a map, and whether there is a shift.
 
         Parameters
         ----------
@@ -675,13 +709,15 @@ class BinaryCode:
         return codes
 
 
-def assemble(scales: Array, planes: Array, entries: Any, rows: Rows) -> BinaryCode:
+def assemble(
+    scales: Array, planes: Array, entries: Any, rows: Rows, shift: Array | None = None
+) -> BinaryCode:
     """A code whose parts are known to fit. They are not checked, which would wait for a device.
 
     `entries` are the bits, a uint8 scalar or a uint8 array that broadcasts to the shape.
     """
     code = BinaryCode.__new__(BinaryCode)
-    code._fill(scales, planes, entries, rows)
+    code._fill(scales, planes, entries, rows, shift)
     return code
 
 
@@ -692,7 +728,7 @@ def library_of(code: BinaryCode) -> libraries.Library | None:
 
 def decoding_of(code: BinaryCode) -> Decoding:
     """The values of a code, which are computed block by block."""
-    return Decoding(code._scales, code._planes, code._entries, code._rows)
+    return Decoding(code._scales, code._planes, code._entries, code._rows, code._shift)
 
 
 # ---------------------------------------------------------------- products
@@ -754,6 +790,28 @@ def _check_scales(scales: Array, levels: int, rows: Rows) -> None:
             f"{rows.shape} with channel_axis={rows.channel_axis} and group_size={rows.group_size} "
             f"need {(levels, *rows.scale_shape)}"
         )
+
+
+def _checked_shift(shift: Any, scales: Array, rows: Rows) -> Any:
+    """A shift, checked against the scales; None where there is none."""
+    if shift is None:
+        return None
+    shift = arrays.as_floats("shift", shift)
+    libraries.library(scales, shift)  # not a mixture
+    if shift.dtype != scales.dtype:
+        raise TypeError(f"shift must be {scales.dtype}, as the scales are, got {shift.dtype}")
+    if shift.shape != rows.scale_shape:
+        raise ValueError(
+            f"shift has shape {shift.shape}, but the scales of a level have {rows.scale_shape}"
+        )
+    return shift
+
+
+def _equal(one: Array, other: Array) -> bool:
+    """Whether floats of one dtype are the same; NaN equals NaN."""
+    xp = libraries.library(one)
+    pair = conversions.computable(one), conversions.computable(other)
+    return bool(xp.array_equal(*pair, equal_nan=True))
 
 
 def _check_bits(planes: Array, entries: Any, rows: Rows) -> None:

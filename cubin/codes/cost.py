@@ -1,4 +1,4 @@
-"""The cost of a code in bits per element: signs, bit map and scales."""
+"""The cost of a code in bits per element: signs, bit map, scales and shifts."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def map_entropy(bits: Array, shape: tuple[int, ...]) -> float:
     return abs(float(-(share * np.log2(share)).sum())) * bits.size / math.prod(shape)
 
 
-def effective_bits(bits: Array, rows: Rows, dtype: Any) -> float:
-    """Payload bits, entropy of the map and storage of the scales, per element.
+def effective_bits(bits: Array, rows: Rows, dtype: Any, shifted: bool = False) -> float:
+    """Payload bits, entropy of the map and storage of the scales and shifts, per element.
 
     A scale is stored for every level of a row at which some element of the row has a code, with
-    the width of `dtype`.
+    the width of `dtype`; and if the code is `shifted`, a shift for every row.
     """
     size = math.prod(rows.shape)
     if size == 0:
@@ -50,5 +50,6 @@ def effective_bits(bits: Array, rows: Rows, dtype: Any) -> float:
         spread = np.broadcast_to(libraries.to_host(bits), rows.shape)
         inner = tuple(range(len(rows.scale_shape), len(rows.order)))
         scales = int(rows.view(spread).max(axis=inner).sum(dtype=np.int64))
+    stored = scales + rows.count * shifted
     width = 8 * np.dtype(dtype).itemsize
-    return payload_bits(bits, rows.shape) + map_entropy(bits, rows.shape) + scales * width / size
+    return payload_bits(bits, rows.shape) + map_entropy(bits, rows.shape) + stored * width / size

@@ -25,6 +25,8 @@ class Decoding:
     planes : array of uint8, shape (levels, width, lines)
     bits : uint8 scalar or array that broadcasts to the shape
     rows : Rows
+    shift : array, shape scale shape, optional
+        What values begin with.
 
     Attributes
     ----------
@@ -41,12 +43,19 @@ class Decoding:
         That of the scales as they are stored.
     """
 
-    def __init__(self, scales: Array, planes: Array, bits: Any, rows: Rows) -> None:
+    def __init__(
+        self, scales: Array, planes: Array, bits: Any, rows: Rows, shift: Array | None = None
+    ) -> None:
         self.lines, self.dtype = lines_of(rows.shape), scales.dtype
         self.planes, self._bits, self._shape = planes, bits, rows.shape
         self.mapped = not isinstance(bits, np.generic)
         self.levels = min(len(planes), MAX_BITS if self.mapped else int(bits))
-        # Scales that broadcast to the array, with the line as the first axis of each level.
+        self._scales = self._in_lines(scales, rows)
+        # Like the scales of one level.
+        self._shift = None if shift is None else self._in_lines(shift[None], rows)
+
+    def _in_lines(self, scales: Array, rows: Rows) -> Array:
+        """Scales that broadcast to the array, with the line as the first axis of each level."""
         wide = conversions.rounded(scales, floats.work_dtype(scales.dtype))
         inner = (1,) * len(rows.inner_shape)
         wide = wide.reshape(len(wide), *rows.scale_shape, *inner)
@@ -57,7 +66,12 @@ class Decoding:
         last = max((axis for axis in range(1, len(split)) if wide.shape[1 + axis] > 1), default=0)
         self._runs = split[1 : last + 1]
         self.run = math.prod(split[last + 1 :])
-        self._scales = wide.reshape(wide.shape[: last + 2])
+        return wide.reshape(wide.shape[: last + 2])
+
+    @property
+    def shifted(self) -> bool:
+        """Whether there is a shift."""
+        return self._shift is not None
 
     def scales(self, lines: slice, elements: slice | None = None) -> Array:
         """The scales, (levels, lines or 1, runs), of the runs of some lines.
@@ -65,8 +79,15 @@ class Decoding:
         They are the same for all lines where there is one line of them. `elements` that are not
         whole runs have a scale each.
         """
-        xp: Any = libraries.library(self._scales)
-        cut = self._scales[:, lines] if self._scales.shape[1] > 1 else self._scales
+        return self._of_runs(self._scales, lines, elements)
+
+    def shift(self, lines: slice, elements: slice | None = None) -> Any:
+        """The shift of each run, (lines or 1, runs) as of `scales`; 0 where there is none."""
+        return 0 if self._shift is None else self._of_runs(self._shift, lines, elements)[0]
+
+    def _of_runs(self, scales: Array, lines: slice, elements: slice | None) -> Array:
+        xp: Any = libraries.library(scales)
+        cut = scales[:, lines] if scales.shape[1] > 1 else scales
         levels, count = cut.shape[:2]
         spread = xp.broadcast_to(cut, (levels, count, *self._runs))
         spread = spread.reshape(levels, count, math.prod(self._runs))
@@ -92,6 +113,21 @@ class Decoding:
         """The same with scales, and so sums of them, in another dtype."""
         same = copy.copy(self)
         same._scales = conversions.rounded(self._scales, dtype)
+        same._shift = None if self._shift is None else conversions.rounded(self._shift, dtype)
+        return same
+
+    def as_levels(self) -> Decoding:
+        """The same values as sums of levels alone: the shift is the first, with signs of +1."""
+        if self._shift is None:
+            return self
+        xp: Any = libraries.library(self.planes)
+        ones = xp.full((1, *self.planes.shape[1:]), 255, np.uint8)
+        ones[:, -1:] >>= np.uint8(-self.lines.length % 8)
+        same = copy.copy(self)
+        same.levels, same._bits = self.levels + 1, self._bits + np.uint8(1)
+        same.planes = xp.concatenate([ones, self.planes])
+        same._scales = xp.concatenate([self._shift, self._scales])
+        same._shift = None
         return same
 
     def part(self, lines: slice) -> Decoding:
@@ -105,6 +141,7 @@ class Decoding:
             part._bits = self._bits[lines]
         if self._scales.shape[1] > 1:
             part._scales = self._scales[:, lines]
+            part._shift = None if self._shift is None else self._shift[:, lines]
         return part
 
     def signs(self, level: int) -> Array:
@@ -121,7 +158,8 @@ class Decoding:
         )
         planes = self.planes[:, start // 8 : -(-stop // 8), lines]
         on = passes.form(sum_planes, self.planes)
-        on(planes, self.bits(lines, elements), self.scales(lines, elements), y=y)
+        scales, shift = self.scales(lines, elements), self.shift(lines, elements)
+        on(planes, self.bits(lines, elements), scales, shift, y=y)
 
     def write_all(self, y: Array) -> None:
         """Write all values to `y`, an array of (lines, n)."""

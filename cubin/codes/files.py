@@ -28,8 +28,9 @@ except ImportError:  # Windows
 FORMAT = "cubin.BinaryCode/2"
 _FORMER = "cubin.BinaryCode/1"
 MEMBERS = {"layout": "B", "scales": "efdH", "bits": "B"}
-"""The members and the characters of their dtypes. Scales of bfloat16, which the format of NumPy's
-arrays does not have, are written as their bit patterns, and the layout says so."""
+"""The members that every file has, and the characters of their dtypes. Scales and shifts of
+bfloat16, which the format of NumPy's arrays does not have, are written as their bit patterns, and
+the layout says so."""
 
 _PATTERNS = "bfloat16"
 
@@ -50,8 +51,8 @@ zeros, so that a small damaged file cannot stand for a map of any size."""
 _FILTER = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 20, "lc": 0, "lp": 0, "pb": 0}]
 """How maps are packed. Bits that repeat nothing come within 2 % of their entropy."""
 
-PARTS = ("scales", "bits", "planes")
-"""The arrays of a code in a file."""
+PARTS = ("scales", "bits", "planes", "shift")
+"""The arrays of a code in a file; there may be no shift."""
 
 TENSORS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "U8": "|u1"}
 """The dtypes of safetensors, as NumPy reads them: bfloat16 as its bit patterns."""
@@ -150,6 +151,9 @@ def pack(code: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if scales.dtype.name == _PATTERNS:
         layout["scales"], scales = _PATTERNS, floats.as_integers(scales)
     held = {"scales": scales, "bits": bits, "planes": planes}
+    if code.shift is not None:
+        layout["shift"] = True
+        held["shift"] = code.shift.view(scales.dtype)
     return layout, {name: np.asarray(array, order="C") for name, array in held.items()}
 
 
@@ -159,10 +163,17 @@ def unpack(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, 
     levels = arrays.as_integer("levels", layout["levels"])
     axis, group_size = layout["channel_axis"], layout["group_size"]
     axis = tuple(axis) if isinstance(axis, list) else axis
-    scales, bits, planes = (members[part] for part in PARTS)
-    if scales.dtype.char not in MEMBERS["scales"] or not bits.dtype == planes.dtype == np.uint8:
+    scales, bits, planes = (members[part] for part in ("scales", "bits", "planes"))
+    shift = members.get("shift")
+    if layout.get("shift", False) is not (shift is not None):
+        raise ValueError("its layout does not say whether there is a shift")
+    floating = [scales] if shift is None else [scales, shift]
+    if not bits.dtype == planes.dtype == np.uint8 or any(
+        array.dtype.char not in MEMBERS["scales"] for array in floating
+    ):
         raise ValueError("its arrays have unexpected dtypes")
     scales = _scales(scales, layout)
+    shift = None if shift is None else _scales(shift, layout)
     if len(shape) > 63 or min(shape, default=0) < 0 or not 0 <= levels <= MAX_BITS:
         raise ValueError(f"shape {shape} with {levels} levels is no shape of a code")
     _check_size(levels, shape, planes.nbytes + bits.nbytes)
@@ -187,6 +198,8 @@ def unpack(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, 
         raise ValueError(f"planes of shape {planes.shape} do not fit the shape {shape}")
     if scales.shape != (levels, *rows.scale_shape):
         raise ValueError(f"scales of shape {scales.shape} do not fit the shape {shape}")
+    if shift is not None and shift.shape != rows.scale_shape:
+        raise ValueError(f"a shift of shape {shift.shape} does not fit the shape {shape}")
     return {
         "scales": scales,
         "planes": planes,
@@ -194,15 +207,21 @@ def unpack(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, 
         "shape": shape,
         "channel_axis": axis,
         "group_size": group_size,
+        "shift": shift,
     }
 
 
+def parts_of(layout: Mapping[str, Any]) -> tuple[str, ...]:
+    """The arrays that a code has in a file, by what its layout says."""
+    return PARTS if layout.get("shift") else PARTS[:-1]
+
+
 def _scales(stored: np.ndarray, layout: dict[str, Any]) -> np.ndarray:
-    """The scales of a file: what it holds, or bfloat16 of these patterns."""
+    """Scales or shifts of a file: what it holds, or bfloat16 of these patterns."""
     patterns = stored.dtype.kind == "u"
     if layout.get("scales") != (_PATTERNS if patterns else None):
         raise ValueError(
-            f"its layout says that scales are {layout.get('scales')!r}, but they are {stored.dtype}"
+            f"its layout says that scales are {layout.get('scales')!r}, but some are {stored.dtype}"
         )
     return stored.astype(np.uint16, copy=False).view(floats.bfloat16()) if patterns else stored
 
@@ -337,7 +356,7 @@ def _read_tensors(file: BinaryIO) -> dict[str, dict[str, Any]]:
     codes = {}
     for name, layout in layouts.items():
         parts = {part: members.pop(f"{name}.{part}" if name else part)
-                 for part in PARTS}  # fmt: skip
+                 for part in parts_of(layout)}  # fmt: skip
         codes[name] = unpack(layout, parts)
     if members:
         raise ValueError(f"{', '.join(members)} are of no code")
@@ -426,6 +445,8 @@ def _read_members(file: Any) -> dict[str, np.ndarray]:
         found = sorted(info.filename for info in entries)
         last = "signs" if "signs.npy" in found else "planes"
         wanted = MEMBERS | {last: "B"}
+        if last == "planes" and "shift.npy" in found:
+            wanted |= {"shift": MEMBERS["scales"]}
         if found != sorted(f"{name}.npy" for name in wanted):
             raise ValueError(f"its members are not one each of {', '.join(wanted)}")
         named = {info.filename.removesuffix(".npy"): info for info in entries}

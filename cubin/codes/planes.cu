@@ -35,12 +35,12 @@ __global__ void cubin_pack_signs(
   }
 }
 
-// Adds up scale * sign over the levels of every element. Scales lie level by level, line by line (or
-// are the same for all lines) and run by run. Levels that an element lacks do not count: their
-// scales may be NaN.
+// Adds up scale * sign over the levels of every element, from the shift or 0 on. Scales lie level by
+// level, line by line (or are the same for all lines) and run by run; there may be no shift. Levels
+// that an element lacks do not count: their scales may be NaN.
 template<class T, class W, bool MAP>
 __global__ void cubin_sum_planes(
-    const unsigned char* planes, const unsigned char* bits, const W* scales, T* y,
+    const unsigned char* planes, const unsigned char* bits, const W* scales, const W* shift, T* y,
     long long lines, long long length, long long width, long long level_step, long long byte_step,
     long long run, long long runs, long long scaled_lines, int levels) {
   __shared__ unsigned char tile[16][32][33];
@@ -60,12 +60,12 @@ __global__ void cubin_sum_planes(
       for (int at = lane; at < 256; at += 32) {
         const long long element = 8 * first_byte + at;
         if (line >= lines || element >= length) continue;
-        const W* scale = scales + (scaled_lines > 1 ? line * runs : 0) + element / run;
+        const long long place = (scaled_lines > 1 ? line * runs : 0) + element / run;
         const int depth = MAP ? bits[line * length + element] : levels;
-        W total = 0;
+        W total = shift ? shift[place] : W(0);
         for (int level = 0; level < levels; ++level) {
           if (MAP && level >= depth) break;
-          const W step = scale[level * scaled_lines * runs];
+          const W step = scales[level * scaled_lines * runs + place];
           total = tile[level][at / 8][i] >> at % 8 & 1 ? plus(total, step) : minus(total, step);
         }
         y[line * length + element] = T(total);

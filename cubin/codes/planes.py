@@ -53,15 +53,17 @@ def pack_signs(signs: np.ndarray, *, planes: np.ndarray) -> None:
         plane[...] = np.packbits(sign > 0, axis=1, bitorder="little").T
 
 
-_NO_MAP = np.uint64(0)
+_NONE = np.uint64(0)
+"""A null pointer, in place of a map or a shift."""
 
 
-def _sum_launch(planes: Array, bits: Any, scales: Array, y: Array) -> Launch:
+def _sum_launch(planes: Array, bits: Any, scales: Array, shift: Any, y: Array) -> Launch:
     levels, width, lines = planes.shape
     mapped = np.ndim(bits) > 0
     xp = libraries.library(planes)
     scales = xp.ascontiguousarray(scales)
-    held = xp.ascontiguousarray(bits) if mapped else _NO_MAP
+    held = xp.ascontiguousarray(bits) if mapped else _NONE
+    shift = xp.ascontiguousarray(shift) if np.ndim(shift) else _NONE
     levels = min(levels, MAX_BITS) if mapped else min(levels, int(bits))
     _, scaled_lines, runs = scales.shape
     template = (C_TYPES[y.dtype.char], C_TYPES[scales.dtype.char], str(mapped).lower())
@@ -69,19 +71,21 @@ def _sum_launch(planes: Array, bits: Any, scales: Array, y: Array) -> Launch:
              y.shape[1] // max(1, runs), runs, scaled_lines)  # fmt: skip
     numbers = (*map(np.int64, sizes), np.int32(levels))
     grid = min(_tiles(lines, width), 1 << 16)
-    return Launch(template, grid, _THREADS, (planes, held, scales, y, *numbers))
+    return Launch(template, grid, _THREADS, (planes, held, scales, shift, y, *numbers))
 
 
 @raw(
-    "uint8 planes, uint8 bits, W scales",
+    "uint8 planes, uint8 bits, W scales, W shift",
     "T y",
     code=_CUDA,
     launch=_sum_launch,
     types=FLOATS,
     looped=True,
 )
-def sum_planes(planes: np.ndarray, bits: Any, scales: np.ndarray, *, y: np.ndarray) -> None:
-    """The sum of scale * sign over the levels of each element of some lines, (lines, n).
+def sum_planes(
+    planes: np.ndarray, bits: Any, scales: np.ndarray, shift: Any, *, y: np.ndarray
+) -> None:
+    """The shift and the sum of scale * sign over the levels of each element of some lines.
 
     Parameters
     ----------
@@ -91,18 +95,21 @@ def sum_planes(planes: np.ndarray, bits: Any, scales: np.ndarray, *, y: np.ndarr
         A level at or above the bits of an element does not count, even if its scale is NaN.
     scales : array in the work dtype, shape (levels, lines or 1, runs)
         A line has so many runs of equally many elements, which share a scale.
+    shift : array in the work dtype, shape (lines or 1, runs); or 0
+        What sums begin with. It has as many lines as `scales`.
     y : array of shape (lines, n)
     """
     lines, length = y.shape
     total = memory.scratch("total", y.shape, scales.dtype)
     step = memory.scratch("step", y.shape, scales.dtype)
-    total[...] = 0
+    # Of no lines, the length of a run cannot be told from the size.
+    in_runs = (lines, scales.shape[2], -1 if y.size else 0)
+    total.reshape(in_runs)[...] = np.asarray(shift)[..., None]
     for level, (plane, scale) in enumerate(zip(planes, scales, strict=True)):
         if not np.ndim(bits) and level >= bits:
             break
         sign = np.unpackbits(np.ascontiguousarray(plane.T), 1, length, "little").view(np.int8)
         np.subtract(np.add(sign, sign, out=sign), 1, out=sign)
-        in_runs = (lines, scale.shape[1], -1) if y.size else (lines, scale.shape[1], 0)
         np.multiply(scale[:, :, None], sign.reshape(in_runs), out=step.reshape(in_runs))
         if np.ndim(bits):
             where(bits > level, step, out=step)

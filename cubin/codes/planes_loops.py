@@ -111,21 +111,28 @@ def _add_signs_of_each(scale: Array, sign: Array, y: Array) -> None:
 
 @loop
 def _sum_planes(
-    planes: Array, bits: Array, scales: Array, table: Array, words: Array, signs: Array, y: Array
-) -> None:
+    planes: Array, bits: Array, scales: Array, shift: Array, table: Array, words: Array,
+    signs: Array, y: Array,
+) -> None:  # fmt: skip
     """Write the sums of scales, (levels, lines or 1, runs), times planes, (levels, lines, bytes).
 
-    `words` and `signs` are the same scratch, for the signs of a chunk.
+    They begin with the shift, (lines or 1, runs), and with 0 where that has no runs. `words` and
+    `signs` are the same scratch, for the signs of a chunk.
     """
-    planes, bits, scales = uncounted(planes, bits, scales)
+    planes, bits, scales, shift = uncounted(planes, bits, scales, shift)
     table, words, signs, y = uncounted(table, words, signs, y)
     length, runs = y.shape[1], scales.shape[2]
+    run = length // max(1, runs)
     for line in range(len(y)):
         scaled = line if scales.shape[1] > 1 else 0
         for start in range(0, length, CHUNK):
             stop = min(start + CHUNK, length)
             total, sign = y[line, start:stop], signs[: stop - start]
             total[:] = 0
+            if shift.shape[1]:
+                for at in range(start // run, -(-stop // run)):
+                    first, last = max(at * run, start) - start, min(at * run + run, stop) - start
+                    total[first:last] = shift[scaled, at]
             for level in range(len(planes)):
                 held = planes[level, line, start >> 3 : (stop + 7) >> 3]
                 for j in range(held.size):
@@ -137,13 +144,12 @@ def _sum_planes(
                 if runs == length:
                     _add_signs_of_each(scales[level, scaled, start:stop], sign, total)
                     continue
-                run = length // runs
                 for at in range(start // run, -(-stop // run)):
                     first, last = max(at * run, start) - start, min(at * run + run, stop) - start
                     _add_signs(scales[level, scaled, at], sign[first:last], total[first:last])
 
 
-def sum_planes(planes: Array, bits: Any, scales: Array, *, y: Array) -> None:
+def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array) -> None:
     """`planes.sum_planes`."""
     levels, width, lines = planes.shape
     levels = levels if np.ndim(bits) else min(levels, int(bits))
@@ -153,9 +159,11 @@ def sum_planes(planes: Array, bits: Any, scales: Array, *, y: Array) -> None:
     values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
     run = y.shape[1] // max(1, scales.shape[2])
     held = scales[:levels].repeat(run, axis=2) if 1 < run < _SHORT else scales[:levels]
+    base = shift if np.ndim(shift) else np.empty((1, 0), scales.dtype)
+    base = base.repeat(run, axis=1) if 1 < run < _SHORT else base
     words = memory.scratch("words", (CHUNK // 8,), np.uint64)
     _sum_planes(
-        read_only(by_line), map_of(bits, lines), read_only(np.ascontiguousarray(held)), _WORDS,
-        words, words.view(np.int8), values,
+        read_only(by_line), map_of(bits, lines), read_only(np.ascontiguousarray(held)),
+        read_only(np.ascontiguousarray(base)), _WORDS, words, words.view(np.int8), values,
     )  # fmt: skip
     store(values, y)

@@ -91,7 +91,8 @@ def multiply_tiles(
         cut = slice(start, min(start + step, lines))
         tile = memory.scratch("tile", (cut.stop - start, length), x.dtype)
         depths = bits[cut] if np.ndim(bits) else bits
-        add_up(planes[..., cut], depths, scales[:, cut] if scales.shape[1] > 1 else scales, y=tile)
+        of_tile = scales[:, cut] if scales.shape[1] > 1 else scales
+        add_up(planes[..., cut], depths, of_tile, 0, y=tile)
         y[:, cut] = x @ tile.T
 
 
@@ -129,7 +130,7 @@ def to_lines(x: Array, decoding: Decoding) -> Array:
     decoding = decoding.in_dtype(x.dtype)
     lines, levels = decoding.lines, decoding.levels
     y = xp.zeros((len(x), lines.count), x.dtype)
-    if not (y.size and lines.length and levels):
+    if not (y.size and lines.length):
         return y
     if len(x) * levels <= FEW:
         on = passes.form(multiply_lines, x, lines.count * lines.length)
@@ -138,7 +139,11 @@ def to_lines(x: Array, decoding: Decoding) -> Array:
             on(decoding.planes[..., cut], decoding.bits(cut),
                decoding.scales(cut), x, y=y[:, cut])  # fmt: skip
 
-        passes.for_each_lines(task, lines, 1, x, LINES)
+        if levels:
+            passes.for_each_lines(task, lines, 1, x, LINES)
+        if decoding.shifted:
+            with np.errstate(all="ignore"):  # x may not be finite
+                y += _of_shift(x, decoding)
         return y
     for cut, tile in _tiles(decoding, x):
         y[:, cut] = xp.matmul(x, tile.T)
@@ -150,10 +155,17 @@ def from_lines(x: Array, decoding: Decoding) -> Array:
     xp: Any = libraries.library(x)
     decoding = decoding.in_dtype(x.dtype)
     y = xp.zeros((len(x), decoding.lines.length), x.dtype)
-    if y.size and decoding.levels:
+    if y.size and (decoding.levels or decoding.shifted):
         for cut, tile in _tiles(decoding, x):
             y += xp.matmul(x[:, cut], tile)
     return y
+
+
+def _of_shift(x: Array, decoding: Decoding) -> Array:
+    """What the shift adds to the products of rows of x with lines, (b, lines or 1) in float64."""
+    shift = decoding.shift(slice(0, decoding.lines.count)).astype(np.float64)
+    of_runs = x.reshape(len(x), shift.shape[1], -1).sum(axis=2, dtype=np.float64)
+    return libraries.library(x).matmul(of_runs, shift.T)
 
 
 def _tiles(decoding: Decoding, x: Array) -> Any:
@@ -176,6 +188,7 @@ def between(one: Decoding, other: Decoding, dtype: Any) -> Array:
 
     Signs are compared by XOR and counted, in runs that share their scales in both codes.
     """
+    one, other = one.as_levels(), other.as_levels()
     length = one.lines.length
     run = int(np.gcd(one.run, other.run))
     xp: Any = libraries.library(one.planes)
@@ -206,6 +219,7 @@ def signs_to_lines(signs: list[Array], scales: Array, decoding: Decoding) -> Arr
 
     `scales`, (levels, c), are those of equally many neighbouring rows, b / c. A sign may be 0.
     """
+    decoding = decoding.as_levels()
     xp: Any = libraries.library(decoding.planes)
     lines = decoding.lines
     rows = len(signs[0]) if signs else 0

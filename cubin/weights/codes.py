@@ -39,7 +39,7 @@ class StoredCode:
     mapped : bool
         Whether it has a bit map.
     nbytes : int
-        Bytes of its planes, scales and map in the file.
+        Bytes of its planes, scales, shift and map in the file.
     """
 
     name: str
@@ -66,7 +66,7 @@ class StoredCode:
             If it is damaged.
         """
         parts = {}
-        for part in files.PARTS:
+        for part in self.entries:
             array = np.array(map_tensor(self.path, self.entries[part], ()))
             parts[part] = array.view(np.uint16) if array.dtype == BFLOAT16_IN_NUMPY else array
         try:
@@ -138,6 +138,7 @@ def widest(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         "map": [LONGEST_NUMBER] * len(shape),
         "used": False,
         "scales": "bfloat16",
+        "shift": True,
     }
     return {"layout": layout, **dict.fromkeys(files.PARTS, entry)}
 
@@ -146,9 +147,9 @@ def write_code(file: BinaryIO, name: str, code: BinaryCode, base: int) -> dict[s
     """Write the data of a code, and give the header's entries for it."""
     layout, held = files.pack(code)
     entries: dict[str, Any] = {"layout": layout}
-    for part in files.PARTS:
-        entries[part] = files.entry_of(held[part], file.tell() - base)
-        file.write(files.data_of(held[part]))
+    for part, array in held.items():
+        entries[part] = files.entry_of(array, file.tell() - base)
+        file.write(files.data_of(array))
     return entries
 
 
@@ -180,7 +181,8 @@ def stored_code(
 ) -> StoredCode:
     """A code of the file, as its header describes it."""
     shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
-    own = {part: entries[f"{name}.{part}" if name else part] for part in files.PARTS}
+    parts = files.parts_of(layout)
+    own = {part: entries[f"{name}.{part}" if name else part] for part in parts}
     dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
     kind = dtype[own["scales"].dtype]
     levels = arrays.as_integer("levels", layout["levels"])

@@ -303,6 +303,7 @@ class _Packed(torch.nn.Module):
 
     planes: Tensor
     scales: Tensor
+    shift: Tensor | None
     bits: Any
     bias: Tensor | None
 
@@ -315,12 +316,14 @@ class _Packed(torch.nn.Module):
         self.shape = code.shape
         self.channel_axis, self.group_size = code.channel_axis, code.group_size
         held = code.given_to(libraries.TORCH)
-        for name in ("planes", "scales", "bits"):
+        for name in ("planes", "scales", "shift", "bits"):
             part = getattr(held, name)
+            if isinstance(part, Tensor):
+                part = part.clone(memory_format=torch.contiguous_format)
             if isinstance(part, int):
                 self.bits = part
             else:
-                self.register_buffer(name, part.clone(memory_format=torch.contiguous_format))
+                self.register_buffer(name, part)
         if bias is None:
             self.register_parameter("bias", None)
             return
@@ -334,13 +337,14 @@ class _Packed(torch.nn.Module):
     @property
     def code(self) -> BinaryCode:
         """The code of the weights. It shares the memory of the buffers."""
-        return _code(*self._parts()[:5], self.channel_axis, self.group_size)
+        return _code(*self._parts()[:6], self.channel_axis, self.group_size)
 
     def _parts(self) -> tuple[Any, ...]:
         """The code as operators take it."""
         number, levels = (self.bits, None) if isinstance(self.bits, int) else (0, self.bits)
         axes = [self.channel_axis] if isinstance(self.channel_axis, int) else self.channel_axis
-        return self.planes, self.scales, number, levels, self.shape, axes, self.group_size
+        held = self.planes, self.scales, self.shift, number, levels
+        return *held, self.shape, axes, self.group_size
 
     def _facts(self) -> str:
         map_or_number = self.bits if isinstance(self.bits, int) else tuple(self.bits.shape)
@@ -364,9 +368,9 @@ def _packed_weight(layer: Any, kind: type, bits: Any, axis: Any, options: Any) -
 class Linear(_Packed):
     """A linear layer whose weights are a packed code: ``products.linear(x, code) + bias``.
 
-    The weights are frozen and stay packed: the buffers are ``planes``, of uint8, ``scales`` and,
-    with a map, ``bits``. They are in the ``state_dict`` and move with the module; `to` changes the
-    dtype of the scales. Gradients reach x and the bias.
+    The weights are frozen and stay packed: the buffers are ``planes``, of uint8, ``scales`` and, if
+    the code has them, ``shift`` and ``bits``, a map. They are in the ``state_dict`` and move with
+    the module; `to` changes the dtype of the scales. Gradients reach x and the bias.
 
     Parameters
     ----------
@@ -377,7 +381,7 @@ class Linear(_Packed):
 
     Attributes
     ----------
-    planes, scales, bits, bias
+    planes, scales, shift, bits, bias
         As above; `bits` is an int where there is no map.
     in_features, out_features : int
 
@@ -469,7 +473,7 @@ class Conv2d(_Packed):
 
     Attributes
     ----------
-    planes, scales, bits, bias, stride, padding, groups
+    planes, scales, shift, bits, bias, stride, padding, groups
         As above; `bits` is an int where there is no map.
     in_channels, out_channels : int
     kernel_size : pair of int
@@ -687,22 +691,22 @@ _multibit.register_autograd(_multibit_backward, setup_context=_save_multibit)
 
 # A packed code as operators take it.
 _CODE = (
-    "Tensor planes, Tensor scales, int bits, Tensor? map, int[] shape, int[]? channel_axis, "
-    "int? group_size"
+    "Tensor planes, Tensor scales, Tensor? shift, int bits, Tensor? map, int[] shape, "
+    "int[]? channel_axis, int? group_size"
 )
 _STEPS = "int[] stride, int[] padding, int groups"
 
 
 def _code(
-    planes: Tensor, scales: Tensor, bits: int, map: Tensor | None, shape: Any, channel_axis: Any,
-    group_size: int | None,
+    planes: Tensor, scales: Tensor, shift: Tensor | None, bits: int, map: Tensor | None,
+    shape: Any, channel_axis: Any, group_size: int | None,
 ) -> BinaryCode:  # fmt: skip
     """The code of these parts, which are not checked."""
-    parts = {"planes": planes, "scales": scales, "bits": bits if map is None else map}
-    _, (held, wide, levels) = libraries.all_viewed(parts)
-    entries = np.uint8(levels) if map is None else levels
+    parts = {"planes": planes, "scales": scales, "shift": shift, "map": map}
+    _, (held, wide, constant, levels) = libraries.all_viewed(parts)
+    entries = np.uint8(bits) if map is None else levels
     rows = rows_of(tuple(shape), channel_axis, group_size)
-    return assemble(wide, held, entries, rows).given_to(libraries.TORCH)
+    return assemble(wide, held, entries, rows, constant).given_to(libraries.TORCH)
 
 
 @torch.library.custom_op("cubin::linear", mutates_args=(), schema=f"(Tensor x, {_CODE}) -> Tensor")
@@ -735,7 +739,7 @@ def _conv2d_grad(gy: Tensor, size: Any, *code_and_steps: Any) -> Tensor:
     return products.conv2d_grad(gy.detach(), _code(*code), size, stride, padding, groups)
 
 
-_SHAPE = 4
+_SHAPE = 5
 """The number of `shape` among the arguments of a code."""
 
 
@@ -766,21 +770,21 @@ def _(gy: Tensor, size: Any, *_: Any) -> Tensor:
 
 
 def _save_code(ctx: Any, inputs: Any, output: Tensor) -> None:
-    x, planes, scales, bits, levels, *ctx.rest = inputs
+    x, planes, scales, shift, bits, levels, *ctx.rest = inputs
     ctx.size, ctx.bits = x.shape, bits
-    ctx.save_for_backward(planes, scales, levels)
+    ctx.save_for_backward(planes, scales, shift, levels)
 
 
 def _linear_backward(ctx: Any, gy: Tensor) -> Any:
-    planes, scales, levels = ctx.saved_tensors
-    gx = torch.ops.cubin.linear_grad(gy, planes, scales, ctx.bits, levels, *ctx.rest)
-    return gx, *[None] * 7
+    *parts, levels = ctx.saved_tensors
+    gx = torch.ops.cubin.linear_grad(gy, *parts, ctx.bits, levels, *ctx.rest)
+    return gx, *[None] * 8
 
 
 def _conv2d_backward(ctx: Any, gy: Tensor) -> Any:
-    planes, scales, levels = ctx.saved_tensors
-    gx = torch.ops.cubin.conv2d_grad(gy, ctx.size, planes, scales, ctx.bits, levels, *ctx.rest)
-    return gx, *[None] * 10
+    *parts, levels = ctx.saved_tensors
+    gx = torch.ops.cubin.conv2d_grad(gy, ctx.size, *parts, ctx.bits, levels, *ctx.rest)
+    return gx, *[None] * 11
 
 
 _linear.register_autograd(_linear_backward, setup_context=_save_code)

@@ -103,6 +103,31 @@ def test_a_layer_of_any_code(rng):
     assert code == cubin.quantize(w, 2, channel_axis=0)
 
 
+def with_shift(code):
+    """The same code beside a constant of each row."""
+    shift = torch.linspace(-1, 1, code.scales[0].numel(), dtype=code.dtype)
+    return BinaryCode(
+        code.scales, code.planes, code.bits, shape=code.shape, channel_axis=code.channel_axis,
+        group_size=code.group_size, shift=shift.reshape(code.scales.shape[1:]),
+    )  # fmt: skip
+
+
+def test_layers_of_codes_with_a_shift():
+    layer = torch.nn.Linear(24, 5)
+    packed = Linear(with_shift(cubin.quantize(layer.weight, 2, group_size=12)), layer.bias)
+    x = torch.randn(3, 24)
+    check(packed(x), decoded(layer, packed)(x.double()), torch.float32)
+    assert set(packed.state_dict()) == {"planes", "scales", "shift", "bias"}
+    results = torch.library.opcheck(torch.ops.cubin.linear.default, (x, *packed._parts()))
+    assert set(results.values()) == {"SUCCESS"}
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+    packed = Conv2d(
+        with_shift(cubin.quantize(conv.weight, 1, channel_axis=0)), conv.bias, padding=1
+    )
+    x = torch.randn(2, 3, 4, 4)
+    check(packed(x), decoded(conv, packed)(x.double()), torch.float32)
+
+
 CONVOLUTIONS = {
     "plain": ((6, 4, 3), {}),
     "stride": ((6, 4, (3, 2)), {"stride": (2, 1), "padding": (1, 2)}),
@@ -283,6 +308,7 @@ def functions():
     return {
         "linear": (lambda x: products.linear(x, code), (2, 3, 12)),
         "linear, 1-d": (lambda x: products.linear(x, code), (12,)),
+        "linear, shift": (lambda x: products.linear(x, with_shift(code)), (2, 12)),
         "code @ x": (lambda x: code @ x, (12, 3)),
         "code @ x, 1-d": (lambda x: code @ x, (12,)),
         "x @ code": (lambda x: x @ code, (2, 3, 5)),

@@ -30,8 +30,8 @@ TILE = 1 << 21
 SUBTILE = 1 << 17
 """Elements of a tile that `multiply_lines` decodes, in the cache."""
 
-LINES = 1 << 11
-"""Lines that a thread takes at a time: tables of sums are made for all of them."""
+LINES = 1 << 9
+"""The fewest lines that a thread takes: sums of x are made for all of them."""
 
 EXACT = 1 << 23
 """The longest sum of signs that float32 holds exactly, however it is added up."""

@@ -13,131 +13,168 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from cubin.codes import planes_loops
 from cubin.codes.products import multiply_tiles
 from cubin.core import memory
-from cubin.core.host.loops import in_rows, loop, read_only, uncounted
+from cubin.core.host.loops import in_rows, loop, part, read_only, uncounted
 from cubin.core.libraries import Array
 
 _STRIP = 64
 """Bytes of a line whose sums are added up in the work dtype. Their totals are added in float64."""
 
+_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+_REGISTER = 64 if "+avx512f" in _FEATURES else 32
+"""Bytes of a register in which an instruction looks numbers up."""
+
+_LOOKS_UP = "+avx2" in _FEATURES
+"""Whether the processor has such an instruction."""
+
 _LANES = 16
-"""The most lines that are looked up at a time, and the fewest that there have to be."""
+"""The most numbers of a register: so many lines there have to be."""
 
 _SHORT = 8
 """The fewest elements of runs that have scales of each line's own."""
 
 
-def _adder(count: int) -> Any:
-    """An intrinsic that adds up `count` bytes of lines that lie side by side.
+@part
+def _fill(x: Array, tables: Array) -> None:
+    """Write the 16 sums of each four elements of x; bit t of a number is the sign of element t."""
+    for number in range(x.size >> 2):
+        table = tables[number]
+        a, b, c, d = x[4 * number], x[4 * number + 1], x[4 * number + 2], x[4 * number + 3]
+        for h in range(4):
+            upper = (c if h & 1 else -c) + (d if h & 2 else -d)
+            table[4 * h] = upper - (a + b)
+            table[4 * h + 1] = upper + (a - b)
+            table[4 * h + 2] = upper - (a - b)
+            table[4 * h + 3] = upper + (a + b)
 
-    ``add(flat, at, step, x, total)`` adds to ``total[i]`` the sum of the 8 * count elements of x
-    with the signs in the bytes ``flat[at + j * step + i]``: first those of half a byte, then the
-    halves, then bytes by pairs. There are at least `_LANES` totals.
+
+@part
+def _join(halves: Array, table: Array) -> None:
+    """Write the 256 sums of eight elements from the sums of their halves."""
+    for h in range(16):
+        value = halves[1, h]
+        for v in range(16):
+            table[16 * h + v] = value + halves[0, v]
+
+
+@part
+def _add_eight_one_by_one(flat: Array, at: int, step: int, tables: Array, total: Array) -> None:
+    """Add the sums of eight bytes of each line; byte j of the first line is at + j * step."""
+    n = total.size
+    p, q = flat[at : at + n], flat[at + step : at + step + n]
+    r, s = flat[at + 2 * step : at + 2 * step + n], flat[at + 3 * step : at + 3 * step + n]
+    t, u = flat[at + 4 * step : at + 4 * step + n], flat[at + 5 * step : at + 5 * step + n]
+    v, w = flat[at + 6 * step : at + 6 * step + n], flat[at + 7 * step : at + 7 * step + n]
+    a, b, c, d = tables[0], tables[1], tables[2], tables[3]
+    e, f, g, h = tables[4], tables[5], tables[6], tables[7]
+    for i in range(n):
+        first = (a[p[i]] + b[q[i]]) + (c[r[i]] + d[s[i]])
+        total[i] += first + ((e[t[i]] + f[u[i]]) + (g[v[i]] + h[w[i]]))
+
+
+@part
+def _add_one_by_one(flat: Array, at: int, table: Array, total: Array) -> None:
+    """The same for one byte of each line."""
+    held = flat[at : at + total.size]
+    for i in range(total.size):
+        total[i] += table[held[i]]
+
+
+def _adder(count: int) -> Any:
+    """The same for `count` bytes, 1 or 8, of at least `_LANES` lines, by the tables of halves.
+
+    It is written in LLVM's instructions, so that the tables stay in registers.
     """
 
     @intrinsic
-    def add(context: Any, flat: Any, at: Any, step: Any, x: Any, total: Any) -> Any:
+    def add(context: Any, flat: Any, at: Any, step: Any, tables: Any, total: Any) -> Any:
+        size = total.dtype.bitwidth // 8
+        lanes = _REGISTER // size
+        integer, place = ir.IntType(8 * size), ir.IntType(64)
+        integers = ir.VectorType(integer, lanes)
+
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            planes, values, totals = (
+            planes, sums, totals = (
                 context.make_array(signature.args[k])(context, builder, arguments[k])
                 for k in (0, 3, 4)
             )
             _, start, pitch, _, _ = arguments
-            size = total.dtype.bitwidth // 8
-            lanes = (64 if "+avx512f" in context.codegen().magic_tuple()[2] else 32) // size
-            number, integer, byte = (
-                context.get_value_type(total.dtype), ir.IntType(8 * size), ir.IntType(8),
-            )  # fmt: skip
-            numbers, integers, bytes_ = (
-                ir.VectorType(kind, lanes) for kind in (number, integer, byte)
-            )
-            place = ir.IntType(32)
+            numbers = ir.VectorType(context.get_value_type(total.dtype), lanes)
 
-            def spread(value: Any) -> Any:
-                kind = ir.VectorType(value.type, lanes)
-                first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, place(0))
-                order = ir.Constant(ir.VectorType(place, lanes), [0] * lanes)
-                return builder.shuffle_vector(first, first, order)
+            def vector(array: Any, at: Any, kind: Any, align: int) -> tuple[Any, Any]:
+                address = builder.bitcast(builder.gep(array.data, [at]), kind.as_pointer())
+                return address, builder.load(address, align=align)
 
-            def sums(first: int) -> list[Any]:
-                """The 16 sums of four elements. Bit t of a number is the sign of element t."""
-                found: list[Any] = []
-                four = [
-                    spread(builder.load(builder.gep(values.data, [at_type(first + t)])))
-                    for t in range(4)
-                ]
-                for begin in range(0, 16, lanes):
-                    result = None
-                    for t, value in enumerate(four):
-                        signs = [2.0 * (v >> t & 1) - 1 for v in range(begin, begin + lanes)]
-                        term = builder.fmul(value, ir.Constant(numbers, signs))
-                        result = term if result is None else builder.fadd(result, term)
-                    found.append(result)
-                return found
+            def constant(value: Any) -> Any:
+                return ir.Constant(integers, value)
 
-            def looked_up(table: list[Any], index: Any) -> Any:
-                """``table[index]``, written so that LLVM makes one instruction of each part."""
-                within = builder.and_(index, ir.Constant(integers, lanes - 1))
+            def looked_up(number: int, index: Any) -> Any:
+                """Entries of a table. LLVM makes one instruction of the loop over lanes."""
+                within = builder.and_(index, constant(lanes - 1))
                 found = []
-                for of_part in table:
+                for of_table in parts[number]:
                     result = ir.Constant(numbers, ir.Undefined)
                     for lane in map(place, range(lanes)):
-                        entry = builder.extract_element(within, lane)
-                        chosen = builder.extract_element(of_part, entry)
+                        chosen = builder.extract_element(within, lane)
+                        chosen = builder.extract_element(of_table, chosen)
                         result = builder.insert_element(result, chosen, lane)
                     found.append(result)
                 bit = lanes
                 while len(found) > 1:
-                    masked = builder.and_(index, ir.Constant(integers, bit))
-                    upper = builder.icmp_unsigned("!=", masked, ir.Constant(integers, 0))
-                    pairs = zip(found[::2], found[1::2], strict=True)
-                    found = [builder.select(upper, high, low) for low, high in pairs]
+                    upper = builder.icmp_unsigned(
+                        "!=", builder.and_(index, constant(bit)), constant(0)
+                    )
+                    pairs = zip(found[1::2], found[::2], strict=True)
+                    found = [builder.select(upper, high, low) for high, low in pairs]
                     bit *= 2
                 return found[0]
 
-            at_type = start.type
-            tables = [(sums(8 * j), sums(8 * j + 4)) for j in range(count)]
+            # A table of 16 entries, in as many registers as it takes.
+            parts = [
+                [vector(sums, place(16 * number + entry), numbers, size)[1]
+                 for entry in range(0, 16, lanes)]
+                for number in range(2 * count)
+            ]  # fmt: skip
             (length,) = cgutils.unpack_tuple(builder, totals.shape, 1)
-            width = at_type(lanes)
-            steps = builder.sdiv(builder.add(length, at_type(lanes - 1)), width)
+            width = place(lanes)
+            steps = builder.udiv(builder.add(length, place(lanes - 1)), width)
             final = builder.sub(length, width)
             with cgutils.for_range(builder, steps) as turn:
-                # The last vector may begin at lines that have been added already.
+                # The last lines may have been added in part.
                 wanted = builder.mul(turn.index, width)
                 line = builder.select(builder.icmp_signed("<", wanted, final), wanted, final)
                 found = []
-                for j, (low, high) in enumerate(tables):
-                    column = builder.add(start, builder.mul(pitch, at_type(j)))
-                    source = builder.gep(planes.data, [builder.add(column, line)])
-                    held = builder.load(builder.bitcast(source, bytes_.as_pointer()), align=1)
+                for column in range(count):
+                    byte = builder.add(start, builder.mul(pitch, place(column)))
+                    byte = builder.add(byte, line)
+                    _, held = vector(planes, byte, ir.VectorType(ir.IntType(8), lanes), 1)
                     index = builder.zext(held, integers)
-                    upper = builder.lshr(index, ir.Constant(integers, 4))
-                    lower = builder.and_(index, ir.Constant(integers, 15))
-                    found.append(builder.fadd(looked_up(high, upper), looked_up(low, lower)))
+                    upper = looked_up(2 * column + 1, builder.lshr(index, constant(4)))
+                    lower = looked_up(2 * column, builder.and_(index, constant(15)))
+                    found.append(builder.fadd(upper, lower))
                 while len(found) > 1:
-                    found = [
-                        builder.fadd(p, q) for p, q in zip(found[::2], found[1::2], strict=True)
-                    ]
-                target = builder.gep(totals.data, [line])
-                target = builder.bitcast(target, numbers.as_pointer())
-                before = builder.load(target, align=size)
-                done = (
-                    builder.trunc(builder.sub(wanted, line), integer)
-                    if size < 8
-                    else (builder.sub(wanted, line))
+                    pairs = zip(found[::2], found[1::2], strict=True)
+                    found = [builder.fadd(one, other) for one, other in pairs]
+                address, before = vector(totals, line, numbers, size)
+                done = builder.trunc(builder.sub(wanted, line), ir.IntType(32))
+                done = builder.insert_element(
+                    ir.Constant(ir.VectorType(ir.IntType(32), lanes), ir.Undefined), done, place(0)
                 )
-                new = builder.icmp_unsigned(
-                    ">=", ir.Constant(integers, list(range(lanes))), spread(done)
-                )
+                order = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+                done = builder.shuffle_vector(done, done, order)
+                numbered = ir.Constant(done.type, list(range(lanes)))
+                new = builder.icmp_unsigned(">=", numbered, done)
                 added = builder.fadd(before, found[0])
-                builder.store(builder.select(new, added, before), target, align=size)
+                builder.store(builder.select(new, added, before), address, align=size)
             return context.get_dummy_value()
 
-        return types.void(flat, types.intp, types.intp, x, total), generate
+        return types.void(flat, types.intp, types.intp, tables, total), generate
 
     return add
 
@@ -148,18 +185,19 @@ _add_eight, _add_one = _adder(8), _adder(1)
 @loop
 def _look_up(
     flat: Array, level_step: int, byte_step: int, run: int, scales: Array, x: Array,
-    centred: bool, segment: Array, totals: Array, y: Array,
+    centred: bool, segment: Array, halves: Array, tables: Array, totals: Array, y: Array,
 ) -> None:  # fmt: skip
     """Add the products of x with some lines to `y`, in float64.
 
     Byte j of line i at a level is ``flat[level * level_step + j * byte_step + i]``. Scales have the
     shape (levels, runs, lines or 1). If the signs are `centred`, they count as 0 and -2, and not as
-    +1 and -1. `segment` and `totals`, (levels, lines), are scratch.
+    +1 and -1. What follows up to `totals`, (levels, lines), is scratch.
     """
     flat, scales, x = uncounted(flat, scales, x)
-    segment, totals, y = uncounted(segment, totals, y)
+    segment, halves, tables = uncounted(segment, halves, tables)
+    totals, y = uncounted(totals, y)
     levels, lines = totals.shape
-    none = x.dtype.type(0)
+    one_by_one = lines < _LANES or not _LOOKS_UP
     for number in range(scales.shape[1]):
         first, last = number * run, min(number * run + run, x.size)
         end = (last + 7) >> 3
@@ -169,21 +207,30 @@ def _look_up(
             middle = 0.0
             for at in range(start, stop, 8):
                 count = min(8, stop - at)
-                for t in range(8 * count):
-                    # A byte may have elements of several runs.
-                    e = 8 * at + t
-                    segment[t] = x[e] if first <= e and e < last else none
+                # A byte may have elements of several runs.
+                segment[:] = 0
+                for e in range(max(first, 8 * at), min(last, 8 * (at + count))):
+                    segment[e - 8 * at] = x[e]
                 if centred:
                     for t in range(8 * count):
                         middle += np.float64(segment[t])
-                for level in range(levels):
-                    of_level = level * level_step + at * byte_step
-                    if count == 8:
-                        _add_eight(flat, of_level, byte_step, segment, totals[level])
-                        continue
+                _fill(segment[: 8 * count], halves)
+                if one_by_one:
                     for c in range(count):
-                        column = of_level + c * byte_step
-                        _add_one(flat, column, byte_step, segment[8 * c :], totals[level])
+                        _join(halves[2 * c : 2 * c + 2], tables[c])
+                for level in range(levels):
+                    byte, total = level * level_step + at * byte_step, totals[level]
+                    if count == 8 and one_by_one:
+                        _add_eight_one_by_one(flat, byte, byte_step, tables, total)
+                    elif count == 8:
+                        _add_eight(flat, byte, byte_step, halves, total)
+                    else:
+                        for c in range(count):
+                            if one_by_one:
+                                _add_one_by_one(flat, byte, tables[c], total)
+                            else:
+                                _add_one(flat, byte, 0, halves[2 * c :], total)
+                            byte += byte_step
             for level in range(levels):
                 total, scale = totals[level], scales[level, number]
                 if scale.size == lines:
@@ -200,9 +247,10 @@ def multiply_lines(planes: Array, bits: Any, scales: Array, x: Array, *, y: Arra
     levels, width, lines = planes.shape
     mapped, shared, runs = np.ndim(bits) > 0, scales.shape[1] == 1, scales.shape[2]
     run = max(1, x.shape[1] // max(1, runs))
-    fits = lines >= _LANES and planes.strides[2] == 1 and (shared or run >= _SHORT or runs == 1)
+    side_by_side = planes.strides[2] == 1 or lines == 1
     # The scale of a level that no element has may be NaN.
-    if not fits or (mapped and not np.isfinite(scales).all()):
+    known = not mapped or bool(np.isfinite(scales).all())
+    if not (side_by_side and known and (shared or run >= _SHORT or runs == 1)):
         multiply_tiles(planes_loops.sum_planes, planes, bits, scales, x, y)
         return
     levels = levels if mapped else min(levels, int(bits))
@@ -229,21 +277,28 @@ def _add_products(
     level_step, byte_step, _ = planes.strides
     extent = (levels - 1) * level_step + (width - 1) * byte_step + lines
     flat = read_only(np.lib.stride_tricks.as_strided(planes, (extent,), (1,)))
-    segment = memory.scratch("segment", (64,), x.dtype)
+    # Where all lines share several scales, x takes them.
     fold = scales.shape[2] == 1 < scales.shape[1]
-    totals = memory.scratch("totals", (1 if fold else levels, lines), x.dtype)
+    scratch = (
+        memory.scratch("segment", (64,), x.dtype),
+        memory.scratch("halves", (16, 16), x.dtype),
+        memory.scratch("tables", (8, 256), x.dtype),
+        memory.scratch("totals", (1 if fold else levels, lines), x.dtype),
+    )
     one = read_only(np.ones((1, 1, 1), x.dtype))
     for values, result in zip(x, y, strict=True):
         if not fold:
             held = read_only(np.ascontiguousarray(values))
-            _look_up(flat, level_step, byte_step, run, read_only(scales), held, centred,
-                     segment, totals, result)  # fmt: skip
+            _look_up(
+                flat, level_step, byte_step, run, read_only(scales), held, centred, *scratch, result
+            )
             continue
-        # All lines share the scales: x takes them.
         for level, scale in enumerate(scales[..., 0]):
             held = read_only(values * scale.repeat(run)[: values.size])
-            _look_up(flat[level * level_step :], level_step, byte_step, held.size, one, held,
-                     centred, segment, totals, result)  # fmt: skip
+            of_level = flat[level * level_step :]
+            _look_up(
+                of_level, level_step, byte_step, held.size, one, held, centred, *scratch, result
+            )
 
 
 @intrinsic

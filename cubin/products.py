@@ -46,8 +46,8 @@ def linear(x: Array | BinaryCode, code: BinaryCode) -> Array:
     The gradient of x is ``gy @ code``; PyTorch records it where x requires grad.
 
     Sums are accumulated in float32, or in float64 if x or the code has float64, in an order that
-    depends on the shapes. Where BLAS multiplies, beyond 16 rows of x times levels, it decides the
-    order. The sums of scales are not rounded to the dtype of a float16 code.
+    depends on the shapes. Where BLAS multiplies, for many rows or levels, it decides the order.
+    The sums of scales are not rounded to the dtype of a float16 code.
 
     Parameters
     ----------

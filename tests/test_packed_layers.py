@@ -304,9 +304,9 @@ def functions():
     kernels = cubin.quantize(torch.randn(4, 2, 3, 2, dtype=torch.float64), bits, channel_axis=0)
     options = {"stride": (2, 1), "padding": (1, 2), "groups": 3}
     grouped = cubin.quantize(torch.randn(6, 2, 3, 2, dtype=torch.float64), 2)
-    size, of_layer = (2, 2, 4, 5), torch.nn.Linear(12, 5).double()
+    size, of_layer = (2, 2, 3, 3), torch.nn.Linear(12, 5).double()
     packed = Linear.from_linear(of_layer, 1)
-    conv = Conv2d.from_conv(torch.nn.Conv2d(2, 4, (3, 4), padding="same").double(), 2)
+    conv = Conv2d.from_conv(torch.nn.Conv2d(2, 4, (3, 2), padding="same").double(), 2)
     return {
         "linear": (lambda x: products.linear(x, code), (2, 3, 12)),
         "linear, 1-d": (lambda x: products.linear(x, code), (12,)),
@@ -316,7 +316,7 @@ def functions():
         "x @ code": (lambda x: x @ code, (2, 3, 5)),
         "x @ code, 1-d": (lambda x: x @ code, (5,)),
         "conv2d": (lambda x: products.conv2d(x, kernels, padding=1), size),
-        "conv2d, groups": (lambda x: products.conv2d(x, grouped, **options), (2, 6, 5, 4)),
+        "conv2d, groups": (lambda x: products.conv2d(x, grouped, **options), (1, 6, 3, 2)),
         "Linear": (packed, (3, 12)),
         "Conv2d": (conv, size),
     }

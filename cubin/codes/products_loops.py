@@ -17,7 +17,8 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from cubin.codes import planes_loops
-from cubin.codes.products import multiply_tiles
+from cubin.codes.decoding import Decoding
+from cubin.codes.products import FEW, multiply_tiles
 from cubin.core import memory
 from cubin.core.host.loops import in_rows, loop, part, read_only, uncounted
 from cubin.core.libraries import Array
@@ -27,16 +28,20 @@ _STRIP = 64
 
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 
-_REGISTER = 64 if "+avx512f" in _FEATURES else 32
-"""Bytes of a register in which an instruction looks numbers up."""
+_REGISTER = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 0
+"""Bytes of a register in which an instruction looks numbers up, eight or more at a time."""
 
-_LOOKS_UP = "+avx2" in _FEATURES
-"""Whether the processor has such an instruction."""
+_LIMITS = {16: (2, 384), 8: (1, 32)}
+"""By the numbers of a register: levels that are looked up while BLAS multiplies a row of x; and rows
+times further levels, looked up while tiles are decoded for BLAS."""
+
+_MADE = 256
+"""Lines whose look-ups take as long as making the sums of x."""
 
 _LANES = 16
 """The most numbers of a register: so many lines there have to be."""
 
-_SHORT = 8
+_SHORT = 4
 """The fewest elements of runs that have scales of each line's own."""
 
 
@@ -95,7 +100,7 @@ def _adder(count: int) -> Any:
     @intrinsic
     def add(context: Any, flat: Any, at: Any, step: Any, tables: Any, total: Any) -> Any:
         size = total.dtype.bitwidth // 8
-        lanes = _REGISTER // size
+        lanes = max(_REGISTER, 32) // size
         integer, place = ir.IntType(8 * size), ir.IntType(64)
         integers = ir.VectorType(integer, lanes)
 
@@ -197,7 +202,7 @@ def _look_up(
     segment, halves, tables = uncounted(segment, halves, tables)
     totals, y = uncounted(totals, y)
     levels, lines = totals.shape
-    one_by_one = lines < _LANES or not _LOOKS_UP
+    one_by_one = lines < _LANES or 8 * x.itemsize > _REGISTER
     for number in range(scales.shape[1]):
         first, last = number * run, min(number * run + run, x.size)
         end = (last + 7) >> 3
@@ -240,6 +245,16 @@ def _look_up(
                     factor = np.float64(scale[0])
                     for i in range(lines):
                         y[i] += factor * (np.float64(total[i]) - middle)
+
+
+def is_faster(x: Array, decoding: Decoding) -> bool:
+    """`products.is_faster`."""
+    if not decoding.shared and decoding.run < min(_SHORT, decoding.lines.length):
+        return len(x) * decoding.levels <= FEW  # they go through tiles
+    # The signs that a map leaves out are looked up, too. And sums have to be made.
+    levels = decoding.levels * (2 if decoding.mapped else 1) * (1 + _MADE / decoding.lines.count)
+    free, few = _LIMITS.get(_REGISTER // x.itemsize, (0, FEW))
+    return len(x) * (levels - free) <= few
 
 
 def multiply_lines(planes: Array, bits: Any, scales: Array, x: Array, *, y: Array) -> None:

@@ -32,7 +32,7 @@ _REGISTER = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 0
 """Bytes of a register in which an instruction looks numbers up, eight or more at a time."""
 
 _LIMITS = {16: (2, 384), 8: (1, 32)}
-"""By the numbers of a register: levels that are looked up while BLAS multiplies a row of x; and rows
+"""By the numbers of a register: levels looked up while BLAS multiplies a row of x, and rows
 times further levels, looked up while tiles are decoded for BLAS."""
 
 _MADE = 256

@@ -267,14 +267,14 @@ def table(results: Sequence[Result], library: str) -> str:
     for shape in dict.fromkeys((r.m, r.n) for r in results):
         of_shape = [r for r in results if (r.m, r.n) == shape]
         batches = list(dict.fromkeys(r.batch for r in of_shape))
-        heads = "".join(f"{f'{batch} rows':>17}" for batch in batches)
+        heads = "".join(f"{f'{batch} rows':>19}" for batch in batches)
         lines.append(f"{f'{shape[0]} x {shape[1]}':<20}{'MB':>8}{heads}")
         by_name: dict[str, list[Result]] = {}
         for r in of_shape:
             by_name.setdefault(label(r, library), []).append(r)
         for name, row in by_name.items():
             cells = "".join(
-                f"{f'{1e3 * r.seconds:.3g} ms':>10}{f'{r.speed_up:.3g} x':>7}" for r in row
+                f"{f'{1e3 * r.seconds:.3g} ms':>10} {f'{r.speed_up:.3g} x':>8}" for r in row
             )
             lines.append(f"{name:<20}{row[0].weight_bytes / 1e6:>8.2f}{cells}")
     return "\n".join(lines)
@@ -356,9 +356,10 @@ def figure_of(results: Sequence[Result], library: str) -> Figure:
     axes = figure.subplots(1, len(shapes) + 1, width_ratios=[4.3] * len(shapes) + [3.2])
     for ax, shape in zip(axes, shapes, strict=False):
         draw_speed(ax, [r for r in results if (r.m, r.n) == shape], library)
-    for ax in axes[1 : len(shapes)]:
-        ax.sharey(axes[0])
-        ax.set_ylabel("")
+    limits = np.array([ax.get_ylim() for ax in axes[: len(shapes)]])
+    for ax in axes[: len(shapes)]:
+        ax.set_ylim(limits.min(), limits.max())
+        ax.label_outer()
     draw_memory(axes[-1], [r for r in results if (r.m, r.n) == shapes[0]], library)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)

@@ -525,7 +525,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
 VECTORS = {
     greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
     planes_loops._sum_planes: {"vaddps"},
-    products_loops._look_up: {"vpermps"},
+    products_loops._look_up: {"vpermd"},
     signs_loops._signs: {"vmovups"},
     signs_loops._clip: {"vmovups"},
 }

@@ -337,7 +337,8 @@ class _Packed(torch.nn.Module):
     @property
     def code(self) -> BinaryCode:
         """The code of the weights. It shares the memory of the buffers."""
-        return _code(*self._parts()[:6], self.channel_axis, self.group_size)
+        planes, scales, shift, number, levels, shape, _, group_size = self._parts()
+        return _code(planes, scales, shift, number, levels, shape, self.channel_axis, group_size)
 
     def _parts(self) -> tuple[Any, ...]:
         """The code as operators take it."""
@@ -354,7 +355,7 @@ class _Packed(torch.nn.Module):
         return f"bias={self.bias is not None}, bits={map_or_number}, {rows}"
 
 
-def _packed_weight(layer: Any, kind: type, bits: Any, axis: Any, options: Any) -> BinaryCode:
+def _packed_weight(layer: Any, kind: type[Any], bits: Any, axis: Any, options: Any) -> BinaryCode:
     """The code of a layer's weights."""
     if not isinstance(layer, kind):
         raise TypeError(f"layer must be a torch.nn.{kind.__name__}, got {type(layer).__qualname__}")

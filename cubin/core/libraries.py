@@ -711,7 +711,8 @@ def across(
                 rest = {name: value for name, value in arguments.items() if name != "x"}
                 pull_back = functools.partial(adjoint, shape=tuple(x.shape), **rest)
                 return library.record_linear(forward, pull_back, x)
-            return library.record(forward, gradient, arguments)
+            if gradient is not None:
+                return library.record(forward, gradient, arguments)
     return _worked(function, takes_out, library, ours, given)
 
 

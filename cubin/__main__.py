@@ -123,6 +123,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="a bit map of at most --bits bits, MEAN of them on average",
     )
     own.add_argument("--solver", choices=sorted(SOLVERS), default="greedy")
+    own.add_argument("--shift", action="store_true", help="a constant for each row, too")
     own.add_argument("--output", type=Path, required=True, metavar="FILE", help=".safetensors")
     own.set_defaults(run=quantize.run)
 

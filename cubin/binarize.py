@@ -15,7 +15,7 @@ from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 from cubin.core.signs import inside, inside_bits, signs
 from cubin.gradients import multibit_grad, sign_grad
-from cubin.solvers import outputs
+from cubin.solvers import outputs, shifted
 from cubin.solvers.solver import solver_of
 
 
@@ -225,6 +225,7 @@ def quantize(
     iterations: int | None = 2,
     importance: Array | None = None,
     gram: Gram | None = None,
+    shift: bool = False,
     check_finite: bool = True,
 ) -> BinaryCode:
     """The scales and signs that approximate `x`.
@@ -254,20 +255,23 @@ def quantize(
         the layer's outputs is minimised, :math:`\\sum_w (w - q) H (w - q)^T` over the lines w of
         `x`, of shape (m, n) or (m, ...) with n elements in a line. With ``channel_axis=0`` or
         groups, at most 8 bits, and not with the greedy solver.
+    shift : bool
+        Whether each row gets a constant c, too, :math:`x \\approx c + \\sum_i a_i b_i`: for data
+        that are not symmetric about zero. Elements of 0 bits are approximated by it.
     check_finite : bool
         Whether to look for NaN and infinity in `x` first.
 
     Returns
     -------
     BinaryCode
-        ``quantize(x, ...).dequantize()`` equals ``multibit(x, ...)``. The scales are not negative
-        and, except from the greedy solver and under a map, descend.
+        Without a shift, ``quantize(x, ...).dequantize()`` equals ``multibit(x, ...)``. The scales
+        are not negative and, except from the greedy solver and under a map, descend.
 
     Raises
     ------
     TypeError
-        If `x` or `importance` is not floating point, `bits` is not integer, `gram` is no `Gram`, or
-        libraries are mixed.
+        If `x` or `importance` is not floating point, `bits` is not integer, `gram` is no `Gram`,
+        `shift` is no bool, or libraries are mixed.
     ValueError
         If `x` has a NaN or infinity (the message names the first such row), `bits` is out of
         range or does not broadcast, `group_size` does not divide the last axis, the solver is
@@ -311,15 +315,24 @@ def quantize(
     the device. In all other cases rows are sorted, and the solver synchronises to see whether they
     have converged and to check the importance.
 
+    With ``shift`` the greedy solver takes the mean of a row, over all its elements, and then its
+    levels of what is left. The others solve for the shift together with the scales: it is the
+    scale of one more level in B, whose signs are all +1. ``refined`` begins with it,
+    ``alternating`` with the greedy codes of what the mean leaves. ``optimal`` is the best that is
+    found from several shifts, which is not always the code of least error. None of the three has a
+    larger error in any row than without a shift. They sort and fit rows in float64, and
+    synchronise on a device.
+
     With ``gram`` the codes are found input by input, those of the largest mean square first, and
     the error of each is carried on to the inputs that follow [3]_. Then the scales are refitted in
     the metric of H, those of one group after the other. ``refined`` ends there. ``alternating``
     then renews the codes, input by input, and the scales in turn: `iterations` times, or with None
     until the error stops falling. ``optimal`` does that from several starts. The codes start from
     scales that minimise the error with the diagonal of H as the importance. No line has a larger
-    output error than with the same solver and no Gram matrix. H may be singular: 1 % of the mean of
-    its diagonal is added where errors are carried on, and nowhere else. Matrix products make up
-    most of the work; they repeat to the bit on the same machine, with the same number of threads.
+    output error than with the same solver and no Gram matrix. A shift is fitted together with the
+    scales, and makes no line worse. H may be singular: 1 % of the mean of its diagonal is added
+    where errors are carried on, and nowhere else. Matrix products make up most of the work; they
+    repeat to the bit on the same machine, with the same number of threads.
 
     References
     ----------
@@ -347,6 +360,8 @@ def quantize(
     x = arrays.as_floats("x", x)
     rows = rows_of(x.shape, channel_axis, group_size)
     rule = solver_of(solver, iterations)
+    if not isinstance(shift, (bool, np.bool_)):
+        raise TypeError(f"shift must be True or False, got {type(shift).__qualname__}")
     xp = libraries.library(x)
     with libraries.current_device(x):
         checked = as_bits(bits, x, limit=rule.most_bits, look=True)
@@ -357,15 +372,21 @@ def quantize(
         scales_show = checked.levels > 0 and not checked.mapped and weights is None
         if check_finite and not scales_show:
             _check_finite(x, rows)
+        constant = None
         if matrix is not None:
-            scales, planes = outputs.encode(x, checked, rows, rule, matrix)
+            scales, planes, constant = outputs.encode(x, checked, rows, rule, matrix, bool(shift))
+        elif shift:
+            found = shifted.encode(x, checked, rows.as_stored(x), rule, weights)
+            scales, planes, constant = found
         else:
             scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
-        if check_finite and not bool(xp.isfinite(scales).all()):
+        parts = [scales] if constant is None else [scales, constant]
+        if check_finite and not all(bool(xp.isfinite(part).all()) for part in parts):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
         scales = scales.reshape(checked.levels, *rows.scale_shape)
-        return assemble(scales, planes, checked.entries, rows)
+        constant = None if constant is None else constant.reshape(rows.scale_shape)
+        return assemble(scales, planes, checked.entries, rows, constant)
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:

@@ -41,20 +41,21 @@ def _pull_linear(gy: Any, shape: tuple[int, ...], code: BinaryCode) -> Any:
 def linear(x: Array | BinaryCode, code: BinaryCode) -> Array:
     """The product of rows of x with the lines of a code: ``x @ code.dequantize().T``.
 
-    .. math:: y_{bi} = \\sum_e x_{be} \\sum_l a_{l,r(i,e)} b_{l,i,e}
+    .. math:: y_{bi} = \\sum_e x_{be} \\big(c_{r(i,e)} + \\sum_l a_{l,r(i,e)} b_{l,i,e}\\big)
 
     The gradient of x is ``gy @ code``; PyTorch records it where x requires grad.
 
     Sums are accumulated in float32, or in float64 if x or the code has float64, in an order that
     depends on the shapes. Where BLAS multiplies, for many rows or levels, it decides the order.
-    The sums of scales are not rounded to the dtype of a float16 code.
+    The sums of scales are not rounded to the dtype of a float16 code. The shift c is 0 where the
+    code has none.
 
     Parameters
     ----------
     x : float array, shape (..., n); or BinaryCode of shape (b, n)
         Of float16, bfloat16, float32 or float64, of any library, on the device of `code`.
     code : BinaryCode of shape (m, n)
-        Of any granularity, with or without a bit map.
+        Of any granularity, with or without a bit map or a shift.
 
     Returns
     -------

@@ -46,6 +46,9 @@ def codes(rng):
         cubin.quantize(x, 0),
         cubin.quantize(1.5, 2),
         cubin.quantize(np.zeros((0, 3)), 2, channel_axis=1),
+        cubin.quantize(x, 2, channel_axis=0, shift=True),
+        cubin.quantize(x.astype(bfloat16), bits, group_size=3, shift=True),
+        cubin.quantize(x, 0, shift=True),
     ]
 
 
@@ -139,7 +142,7 @@ def test_the_first_levels(codes, host):
             bits = np.minimum(code.bits, levels)
             expected = BinaryCode.from_signs(
                 code.scales[:levels], code.signs[:levels], bits,
-                channel_axis=code.channel_axis, group_size=code.group_size,
+                channel_axis=code.channel_axis, group_size=code.group_size, shift=code.shift,
             )  # fmt: skip
             assert cut == expected
             np.testing.assert_array_equal(cut.dequantize(), expected.dequantize())

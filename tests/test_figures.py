@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -150,6 +151,8 @@ def longest_row(room, levels, mapped=False, multiple=1):
 # ---------------------------------------------------------------- errors
 
 COMPARISON = RESULTS / "solver_comparison.csv"
+SKEWED = RESULTS / "skewed.csv"
+SKEWED_DATA = ("exponential", "ReLU of a Gaussian")
 SOLVERS = ["greedy", "refined", "alternating, 2 iterations", "alternating, converged", "optimal"]
 
 
@@ -179,6 +182,18 @@ def seconds_by_solver():
             f"| {bits} bits | {cells} |",
             [f"{ms:.0f}" if ms > 100 else digits(ms) for ms in found],
         )
+
+
+def errors_with_a_shift():
+    for data, bits in [*itertools.product(SKEWED_DATA, range(1, 5)), ("Gaussian", 2)]:
+        rows = [
+            only(table(SKEWED), data=data, solver=solver, bits=bits, shift=shift)
+            for solver in ("greedy", "refined", "alternating", "optimal")
+            for shift in (0, 1)
+        ]
+        found = [f"{float(row['relative_mse']):.4f}" for row in rows]
+        cells = " | ".join("{} → {}" for _ in range(4))
+        yield f"| {data}, {bits} | {cells} |", found
 
 
 BUDGET = table(RESULTS / "bit_budget.csv")
@@ -464,6 +479,7 @@ def sentences():
             ("samples and on {} weight tensors", [COMPARED]),
             ("; {} cores of an {})", machine(COMPARISON)),
             *seconds_by_solver(),
+            *errors_with_a_shift(),
         ],
         "docs/maps.md": [
             (

@@ -16,13 +16,16 @@ from tests.reference import plain
 DTYPES = [np.float16, bfloat16, np.float32, np.float64]
 
 
-def definition(signs, scales, dtype, shift=0):
-    """Sums over levels in the work dtype; where a sign is 0 nothing is added."""
-    total = np.zeros(signs.shape[1:], scales.dtype) + shift
+def definition(signs, scales, dtype, shift=0.0):
+    """Sums over levels in the work dtype; where a sign is 0 nothing is added.
+
+    With a shift they are exact, and rounded once.
+    """
+    total = np.zeros(signs.shape[1:], np.longdouble if np.ndim(shift) else scales.dtype) + shift
     for sign, scale in zip(signs, scales, strict=True):
         signed = np.where(sign > 0, scale, -scale)
         total = np.where(sign != 0, total + signed, total)
-    return total.astype(dtype)
+    return total.astype(scales.dtype).astype(dtype)
 
 
 def sample(rng, levels, lines, n, dtype):
@@ -71,6 +74,7 @@ def test_scales_of_runs_and_for_all_lines(runs, lines, xp, host, rng):
     spread = np.broadcast_to(np.repeat(scales, 33 // runs, axis=2), signs.shape)
     np.testing.assert_array_equal(host(y), definition(signs, spread, np.float32))
     shift = rng.normal(size=(lines, runs)).astype(np.float32)
+    shift[0] = np.inf
     _, y = added(xp, signs, bits, scales, np.float32, shift)
     shift = np.repeat(shift, 33 // runs, axis=1)
     np.testing.assert_array_equal(host(y), definition(signs, spread, np.float32, shift))

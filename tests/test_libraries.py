@@ -254,6 +254,20 @@ def test_a_code_keeps_its_library(library, code):
     assert code.effective_bits > code.payload_bits
 
 
+def test_a_shift_keeps_its_library(library, rng):
+    x = library.array(rng.normal(size=(4, 6)).astype(np.float32))
+    code = cubin.quantize(x, 2, channel_axis=0, solver="refined", shift=True)
+    assert isinstance(code.shift, library.kind)
+    given = {"channel_axis": 0, "shift": code.shift}
+    assert cubin.BinaryCode.from_signs(code.scales, code.signs, 2, **given) == code
+    assert cubin.BinaryCode(code.scales, code.planes, 2, shape=(4, 6), **given) == code
+    q = library.array(rng.integers(0, 8, (4, 6)))
+    made = cubin.BinaryCode.from_uniform(q, code.shift, library.array(np.arange(4)), channel_axis=0)
+    assert isinstance(made.shift, library.kind)
+    assert isinstance(made.dequantize(), library.kind)
+    assert made.truncate(1).to_host().shift.shape == (4,)
+
+
 def test_a_code_of_the_host_is_numpys(code, tmp_path):
     code.save(tmp_path / "code.npz")
     for other in (code.to_host(), cubin.BinaryCode.load(tmp_path / "code.npz")):

@@ -14,7 +14,7 @@ from cubin.codes import products
 from cubin.codes.cost import effective_bits, payload_bits
 from cubin.codes.decoding import Decoding, coded, packed, unpacked
 from cubin.core import arrays, conversions, floats, libraries
-from cubin.core.bits import as_entries
+from cubin.core.bits import MAX_BITS, as_entries
 from cubin.core.libraries import Array
 from cubin.core.lines import lines_of
 from cubin.core.rows import Rows, rows_of
@@ -250,7 +250,8 @@ class BinaryCode:
     def dequantize(self) -> Array:
         """The approximation ``shift + sum_i scales[i] * signs[i]``, in x's shape and dtype.
 
-        The levels are added to the shift, if there is one, in their order.
+        The levels are added to the shift, if there is one, in their order, and what these additions
+        round away is added at the end.
         """
         with libraries.current_device(self._scales, self._library):
             y = libraries.result(self.shape, self._scales.dtype, self._scales)
@@ -535,6 +536,98 @@ class BinaryCode:
                 xp.ascontiguousarray(of_lines), held, bits, shape=(lines, 32 * words), **given
             )
             return code.given_to(library)
+
+    @classmethod
+    def from_uniform(
+        cls,
+        q: Array,
+        scale: Array,
+        zero: Array,
+        *,
+        bits: int | None = None,
+        channel_axis: int | tuple[int, ...] | None = None,
+        group_size: int | None = None,
+    ) -> BinaryCode:
+        """The code of integers that stand for ``scale * (q - zero)``, as of GPTQ, AWQ or HQQ.
+
+        The k bits of an integer are k levels whose scales halve, the largest first, and a shift:
+
+        .. math:: a_i = s\\, 2^{k-2-i}, \\quad c = s \\left(\\tfrac{2^k - 1}{2} - z\\right)
+
+        so that the signs of a level are a bit of the integers, which they give back exactly.
+
+        Parameters
+        ----------
+        q : integer array, any shape
+            In 0 .. 2^k - 1.
+        scale : float array that broadcasts to the scale shape
+            Its dtype is that of the code.
+        zero : real number or array that broadcasts to the scale shape
+            The integer that stands for 0; it may lie between two.
+        bits : int, optional
+            k, 1 to 16. By default as many as the largest of the integers has, and at least 1.
+        channel_axis : int or tuple of int, optional
+        group_size : int, optional
+
+        Returns
+        -------
+        BinaryCode
+            Its scales and shift are rounded to the dtype of `scale`.
+
+        Raises
+        ------
+        TypeError
+            If `q` is not integer, `scale` not floating point, `zero` not real, `bits` no integer,
+            or libraries are mixed.
+        ValueError
+            If an integer or `bits` is out of range, or `scale` or `zero` does not broadcast.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> code = cubin.BinaryCode.from_uniform(np.array([0, 5, 7]), np.float32(0.5), 4)
+        >>> code.dequantize(), code.scales.tolist(), code.shift.tolist()
+        (array([-2. ,  0.5,  1.5], dtype=float32), [1.0, 0.5, 0.25], -0.25)
+        """
+        parts = {"q": q, "scale": scale, "zero": zero}
+        library, (q, scale, zero) = libraries.all_viewed(parts)
+        q = q if libraries.on_device(q) else arrays.as_host_array("q", q)
+        if q.dtype.kind not in "iu":
+            raise TypeError(f"q must be an integer array, got {q.dtype}")
+        scale = arrays.as_floats("scale", scale)
+        xp = libraries.library(q, scale)
+        if not libraries.on_device(zero):
+            zero = arrays.as_host_array("zero", zero)
+            zero = xp.asarray(zero) if zero.ndim == 0 else zero  # a number for either library
+        libraries.library(scale, zero)  # not a mixture
+        if zero.dtype.kind not in "iu" and not floats.is_float(zero.dtype):
+            raise TypeError(f"zero must be a real number or an array of them, got {zero.dtype}")
+        rows = rows_of(q.shape, channel_axis, group_size)
+        for name, array in (("scale", scale), ("zero", zero)):
+            arrays.check_broadcasts(name, array, rows.scale_shape, "the scale shape")
+        with libraries.current_device(scale):
+            least, most = (int(q.min()), int(q.max())) if q.size else (0, 0)
+            count = max(1, most.bit_length())
+            count = count if bits is None else arrays.as_integer("bits", bits)
+            if not 1 <= count <= MAX_BITS:
+                raise ValueError(f"bits must lie in 1 .. {MAX_BITS}, got {count}")
+            if least < 0 or most >= 1 << count:
+                wrong = least if least < 0 else most
+                raise ValueError(
+                    f"q of {count} bits must lie in 0 .. {(1 << count) - 1}, got {wrong}"
+                )
+            step = xp.broadcast_to(conversions.widened(scale), rows.scale_shape)
+            middle = ((1 << count) - 1) / 2 - zero.astype(np.float64)
+            scales = xp.stack([step * 2.0 ** (count - 2 - level) for level in range(count)])
+            shift = xp.asarray(step * middle + 0.0)  # never -0.0
+            planes = []
+            for level in range(count):
+                bit = (q >> (count - 1 - level) & 1).astype(np.int8)
+                planes.append(packed(bit[None] * 2 - 1, np.uint8(1)))
+            return assemble(
+                conversions.narrowed(scales, scale.dtype), xp.concatenate(planes), np.uint8(count),
+                rows, conversions.narrowed(shift, scale.dtype),
+            ).given_to(library)  # fmt: skip
 
     def to_q1_0(self) -> Array:
         """The code as blocks of ggml's type ``Q1_0``: a float16 scale and 16 bytes of signs.

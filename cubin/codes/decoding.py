@@ -208,6 +208,15 @@ def packed(signs: Array, bits: Any) -> Array:
     return planes
 
 
+def codes_of(planes: Array, shape: tuple[int, ...]) -> Array:
+    """The codes of all elements, uint16: bit i is set where level i has the sign +1."""
+    codes = libraries.library(planes).zeros(shape, np.uint16)
+    for level in range(len(planes)):
+        (sign,) = unpacked(planes[level : level + 1], np.uint8(1), shape)
+        codes |= (sign > 0).astype(np.uint16) << np.uint16(level)
+    return codes
+
+
 def unpacked(planes: Array, bits: Any, shape: tuple[int, ...]) -> Array:
     """The signs, int8 of shape (levels, \\*shape), that planes hold; 0 where there is no code."""
     xp: Any = libraries.library(planes)

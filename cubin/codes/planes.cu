@@ -36,8 +36,9 @@ __global__ void cubin_pack_signs(
 }
 
 // Adds up scale * sign over the levels of every element, from the shift or 0 on. Scales lie level by
-// level, line by line (or are the same for all lines) and run by run; there may be no shift. Levels
-// that an element lacks do not count: their scales may be NaN.
+// level, line by line (or are the same for all lines) and run by run; there may be no shift. With
+// one, what additions round away is added at the end, unless the sum is not finite (Knuth's sum of
+// two numbers). Levels that an element lacks do not count: their scales may be NaN.
 template<class T, class W, bool MAP>
 __global__ void cubin_sum_planes(
     const unsigned char* planes, const unsigned char* bits, const W* scales, const W* shift, T* y,
@@ -62,13 +63,16 @@ __global__ void cubin_sum_planes(
         if (line >= lines || element >= length) continue;
         const long long place = (scaled_lines > 1 ? line * runs : 0) + element / run;
         const int depth = MAP ? bits[line * length + element] : levels;
-        W total = shift ? shift[place] : W(0);
+        W total = shift ? shift[place] : W(0), lost = 0;
         for (int level = 0; level < levels; ++level) {
           if (MAP && level >= depth) break;
-          const W step = scales[level * scaled_lines * runs + place];
-          total = tile[level][at / 8][i] >> at % 8 & 1 ? plus(total, step) : minus(total, step);
+          const W scale = scales[level * scaled_lines * runs + place];
+          const W step = tile[level][at / 8][i] >> at % 8 & 1 ? scale : minus(W(0), scale);
+          const W rounded = plus(total, step), added = minus(rounded, total);
+          if (shift) lost = plus(lost, plus(minus(total, minus(rounded, added)), minus(step, added)));
+          total = rounded;
         }
-        y[line * length + element] = T(total);
+        y[line * length + element] = T(lost == lost ? plus(total, lost) : total);
       }
     }
     __syncthreads();

@@ -96,15 +96,20 @@ def sum_planes(
     scales : array in the work dtype, shape (levels, lines or 1, runs)
         A line has so many runs of equally many elements, which share a scale.
     shift : array in the work dtype, shape (lines or 1, runs); or 0
-        What sums begin with. It has as many lines as `scales`.
+        What sums begin with. It has as many lines as `scales`. With it, what an addition rounds
+        away is kept, and added at the end: a sum then is off by hardly more than half a unit in its
+        last place, which the codes of uniform integers need.
     y : array of shape (lines, n)
     """
     lines, length = y.shape
     total = memory.scratch("total", y.shape, scales.dtype)
     step = memory.scratch("step", y.shape, scales.dtype)
+    lost = memory.scratch("lost", y.shape, scales.dtype) if np.ndim(shift) else None
     # Of no lines, the length of a run cannot be told from the size.
     in_runs = (lines, scales.shape[2], -1 if y.size else 0)
     total.reshape(in_runs)[...] = np.asarray(shift)[..., None]
+    if lost is not None:
+        lost[...] = 0
     for level, (plane, scale) in enumerate(zip(planes, scales, strict=True)):
         if not np.ndim(bits) and level >= bits:
             break
@@ -113,5 +118,17 @@ def sum_planes(
         np.multiply(scale[:, :, None], sign.reshape(in_runs), out=step.reshape(in_runs))
         if np.ndim(bits):
             where(bits > level, step, out=step)
+        if lost is not None:
+            lost += _lost(total, step)
         np.add(total, step, out=total)
+    if lost is not None:
+        where(lost == lost, lost, out=lost)  # it is NaN where a sum is not finite
+        np.add(total, lost, out=total)
     y[...] = total
+
+
+def _lost(total: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """What ``total + step`` rounds away, exactly: Knuth's sum of two numbers."""
+    rounded = total + step
+    added = rounded - total
+    return (total - (rounded - added)) + (step - added)

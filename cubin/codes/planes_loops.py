@@ -109,19 +109,32 @@ def _add_signs_of_each(scale: Array, sign: Array, y: Array) -> None:
         y[j] += step if sign[j] != none else zero
 
 
+@part
+def _add_signs_exactly(scale: float, sign: Array, y: Array, lost: Array) -> None:
+    """The same, and add what is rounded away to `lost`: Knuth's sum of two numbers."""
+    zero, none = y.dtype.type(0), np.int8(0)
+    for j in range(y.size):
+        step = scale if sign[j] > none else -scale
+        step = step if sign[j] != none else zero
+        rounded = y[j] + step
+        added = rounded - y[j]
+        lost[j] += (y[j] - (rounded - added)) + (step - added)
+        y[j] = rounded
+
+
 @loop
 def _sum_planes(
     planes: Array, bits: Array, scales: Array, shift: Array, table: Array, words: Array,
-    signs: Array, y: Array,
+    signs: Array, lost: Array, y: Array,
 ) -> None:  # fmt: skip
     """Write the sums of scales, (levels, lines or 1, runs), times planes, (levels, lines, bytes).
 
     They begin with the shift, (lines or 1, runs), and with 0 where that has no runs. `words` and
-    `signs` are the same scratch, for the signs of a chunk.
+    `signs` are the same scratch, for the signs of a chunk; `lost` is scratch, too.
     """
     planes, bits, scales, shift = uncounted(planes, bits, scales, shift)
-    table, words, signs, y = uncounted(table, words, signs, y)
-    length, runs = y.shape[1], scales.shape[2]
+    table, words, signs, lost, y = uncounted(table, words, signs, lost, y)
+    length, runs, shifted = y.shape[1], scales.shape[2], shift.shape[1] > 0
     run = length // max(1, runs)
     for line in range(len(y)):
         scaled = line if scales.shape[1] > 1 else 0
@@ -129,7 +142,8 @@ def _sum_planes(
             stop = min(start + CHUNK, length)
             total, sign = y[line, start:stop], signs[: stop - start]
             total[:] = 0
-            if shift.shape[1]:
+            if shifted:
+                lost[:] = 0
                 for at in range(start // run, -(-stop // run)):
                     first, last = max(at * run, start) - start, min(at * run + run, stop) - start
                     total[first:last] = shift[scaled, at]
@@ -141,12 +155,20 @@ def _sum_planes(
                     depth, number = bits[line, start:stop], np.uint8(level)
                     for j in range(depth.size):
                         sign[j] = sign[j] if depth[j] > number else np.int8(0)
-                if runs == length:
+                if runs == length and not shifted:
                     _add_signs_of_each(scales[level, scaled, start:stop], sign, total)
                     continue
                 for at in range(start // run, -(-stop // run)):
                     first, last = max(at * run, start) - start, min(at * run + run, stop) - start
-                    _add_signs(scales[level, scaled, at], sign[first:last], total[first:last])
+                    scale, here = scales[level, scaled, at], total[first:last]
+                    if shifted:
+                        _add_signs_exactly(scale, sign[first:last], here, lost[first:last])
+                    else:
+                        _add_signs(scale, sign[first:last], here)
+            if shifted:
+                for j in range(total.size):
+                    # It is NaN where a sum is not finite.
+                    total[j] += lost[j] if lost[j] == lost[j] else lost.dtype.type(0)
 
 
 def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array) -> None:
@@ -158,12 +180,15 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
         by_line[level] = in_rows(planes[level].T)
     values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
     run = y.shape[1] // max(1, scales.shape[2])
-    held = scales[:levels].repeat(run, axis=2) if 1 < run < _SHORT else scales[:levels]
+    held = scales[:levels]
     base = shift if np.ndim(shift) else np.empty((1, 0), scales.dtype)
-    base = base.repeat(run, axis=1) if 1 < run < _SHORT else base
+    if 1 < run < _SHORT and not base.size:
+        held = held.repeat(run, axis=2)
     words = memory.scratch("words", (CHUNK // 8,), np.uint64)
+    lost = memory.scratch("lost", (CHUNK,), scales.dtype)
     _sum_planes(
         read_only(by_line), map_of(bits, lines), read_only(np.ascontiguousarray(held)),
-        read_only(np.ascontiguousarray(base)), _WORDS, words, words.view(np.int8), values,
+        read_only(np.ascontiguousarray(base)), _WORDS, words, words.view(np.int8), lost,
+        values,
     )  # fmt: skip
     store(values, y)

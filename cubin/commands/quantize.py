@@ -79,6 +79,7 @@ def codes(
                         bits,
                         solver=arguments.solver,
                         iterations=arguments.iterations,
+                        shift=arguments.shift,
                         **granularity,
                     ),
                 )

@@ -129,8 +129,10 @@ def _overlaps_itself(array: Array) -> bool:
     return False
 
 
-def check_broadcasts(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    """ValueError where `array` does not broadcast to x's shape `shape`."""
+def check_broadcasts(
+    name: str, array: Array, shape: tuple[int, ...], of: str = "x's shape"
+) -> None:
+    """ValueError where `array` does not broadcast to `shape`, which `of` says what it is of."""
     if array.ndim == 0 or array.shape == shape:
         return
     try:
@@ -138,7 +140,7 @@ def check_broadcasts(name: str, array: Array, shape: tuple[int, ...]) -> None:
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{name} of shape {array.shape} does not broadcast to x's shape {shape}")
+        raise ValueError(f"{name} of shape {array.shape} does not broadcast to {of} {shape}")
 
 
 def as_bound(value: object, x: Array) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 from cubin.core import libraries
 from cubin.core.libraries import Array
 from cubin.solvers.codebook import solved
+from cubin.solvers.tables import Tables
 
 COLUMNS = 64
 """Inputs whose changes are carried on to all others by one matrix product."""
@@ -77,9 +78,13 @@ class Lines:
     groups : list of array of int
         The inputs that share scales.
     scales : array of float64, shape (groups, levels, lines)
+    shift : array of float64, shape (groups, lines), optional
+        What all weights of a group begin with. It is fitted together with the scales: a level whose
+        signs are all +1. Without it there is none.
 
     Attributes
     ----------
+    shift : array of float64, shape (groups, lines)
     codes : array of uint16, shape (n, lines)
         Bit i is the sign of level i.
     values : array of float64, shape (n, lines)
@@ -89,11 +94,21 @@ class Lines:
     """
 
     def __init__(
-        self, metric: Metric, weights: Array, depths: Any, groups: list[Array], scales: Array
+        self,
+        metric: Metric,
+        weights: Array,
+        depths: Any,
+        groups: list[Array],
+        scales: Array,
+        shift: Array | None = None,
     ) -> None:
         xp = self._xp = libraries.library(weights)
         self._metric, self._groups = metric, groups
         self.weights, self.scales = weights, scales.copy()
+        self._shifted = shift is not None
+        none = xp.zeros((len(groups), weights.shape[1]))
+        self.shift: Array = none if shift is None else shift.copy()
+        self._every_line = xp.arange(weights.shape[1])
         self._depths = depths
         every = xp.unique(depths) if np.ndim(depths) else xp.asarray([depths])
         self._every = [int(depth) for depth in every]
@@ -108,8 +123,8 @@ class Lines:
     def give(self, codes: Array) -> None:
         """Take these codes, with the scales as they are."""
         self.codes = codes.copy()
-        self.values[...] = 0
         for number, group in enumerate(self._groups):
+            self.values[group] = self.shift[number]
             for scale, sign in zip(self.scales[number], self._signs(group), strict=True):
                 self.values[group] += scale * sign
         self.slope = self._metric.gram @ (self.weights - self.values)
@@ -128,48 +143,14 @@ class Lines:
         return ((self.weights - self.values) * self.slope).sum(axis=0)
 
     def _tabulate(self) -> None:
-        """For each group and number of bits: the sums that its levels can have, sorted."""
-        xp = self._xp
-        levels = self.scales.shape[1]
-        self._tables: list[dict[int, tuple[Array, Array, Array]]] = []
-        for of_group in self.scales:
-            tables = {}
-            for depth in self._every:
-                depth = min(depth, levels)
-                codes = xp.arange(1 << depth, dtype=np.uint16)[:, None]
-                sums = xp.zeros((1 << depth, of_group.shape[1]))
-                for level in range(depth):
-                    sums += ((codes >> np.uint16(level) & 1) * 2.0 - 1) * of_group[level]
-                rank = xp.argsort(sums, axis=0, kind="stable")
-                sums = xp.take_along_axis(sums, rank, 0)
-                edges = (sums[1:] + sums[:-1]) / 2
-                tables[depth] = edges, sums, rank.astype(np.uint16)
-            self._tables.append(tables)
+        pairs = zip(self.scales, self.shift, strict=True)
+        self._tables = [Tables(scales, shift, self._every) for scales, shift in pairs]
 
     def _nearest(self, column: int, wanted: Array) -> tuple[Array, Array]:
         """The nearest sum to what each line wants at an input, and its code."""
+        depths = self._depths[column] if np.ndim(self._depths) else self._depths
         tables = self._tables[self.group_of[column]]
-        if len(self._every) == 1:
-            return self._bisected(tables[self._every[0]], wanted)
-        xp = self._xp
-        value, code = xp.zeros_like(wanted), xp.zeros(wanted.shape, np.uint16)
-        for depth in self._every:
-            here = self._depths[column] == depth
-            near, its_code = self._bisected(tables[depth], wanted)
-            value, code = xp.where(here, near, value), xp.where(here, its_code, code)
-        return value, code
-
-    def _bisected(self, table: tuple[Array, Array, Array], wanted: Array) -> tuple[Array, Array]:
-        (edges, sums, rank), xp, lines = table, self._xp, len(wanted)
-        every = xp.arange(lines)
-        position = xp.zeros(lines, np.int64)
-        step = len(sums) >> 1
-        while step:
-            edge = xp.take(edges, (position + (step - 1)) * lines + every)
-            position += (wanted > edge) * step
-            step >>= 1
-        entry = position * lines + every
-        return xp.take(sums, entry), xp.take(rank, entry)
+        return tables.nearest(wanted, depths, self._every_line)
 
     def carry_on(self) -> None:
         """Take codes input by input, and carry the error of each on to the inputs that follow.
@@ -212,24 +193,31 @@ class Lines:
             self.slope -= gram[:, block] @ change
 
     def refit(self) -> None:
-        """The scales of least error for the codes: group by group, with all others as they are."""
+        """The scales, and shifts, of least error for the codes.
+
+        They are found group by group, with all others as they are.
+        """
         xp, gram = self._xp, self._metric.gram
-        levels = self.scales.shape[1]
         for number, group in enumerate(self._groups):
             whole = len(group) == len(gram)
             inner = gram if whole else gram[group][:, group]
             slope, values, signs = self.slope[group], self.values[group], self._signs(group)
+            if self._shifted:
+                signs = [xp.ones((len(group), 1)), *signs]
             seen = [inner @ sign for sign in signs]
             # What the group should be, as seen from its outputs with all other groups as they are.
             target = slope + inner @ values
             squares = [
-                [(signs[i] * seen[j]).sum(axis=0) for j in range(i + 1)] for i in range(levels)
+                [(sign * seen[j]).sum(axis=0) for j in range(i + 1)] for i, sign in enumerate(signs)
             ]
             scales = solved(squares, [(sign * target).sum(axis=0) for sign in signs], xp)
             renewed = xp.zeros_like(values)
+            for scale, sign in zip(scales, signs, strict=True):
+                renewed += scale * sign
+            if self._shifted:
+                self.shift[number] = scales.pop(0)
             for level, scale in enumerate(scales):
                 self.scales[number, level] = scale
-                renewed += scale * signs[level]
             self.slope -= (gram if whole else gram[:, group]) @ (renewed - values)
             self.values[group] = renewed
         self._tabulate()

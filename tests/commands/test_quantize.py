@@ -47,6 +47,15 @@ def test_codes_of_groups_and_maps(net, tmp_path):
         assert code == cubin.quantize(arrays[name], bits, channel_axis=0)
 
 
+def test_codes_with_a_shift(net, tmp_path):
+    path, arrays = net
+    out = tmp_path / "c.safetensors"
+    assert run("quantize", path, "--bits", 2, "--shift", "--output", out) == 0
+    assert dict(load_codes(out)) == {
+        name: cubin.quantize(array, 2, channel_axis=0, shift=True) for name, array in arrays.items()
+    }
+
+
 def test_a_checkpoint_of_many_types(checkpoint, tmp_path, capsys):
     out = tmp_path / "c.safetensors"
     assert run("quantize", checkpoint, "--bits", 2, "--output", out) == 1

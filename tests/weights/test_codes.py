@@ -24,6 +24,8 @@ def codes(rng):
         "map of rows": cubin.quantize(x, np.arange(6)[:, None] % 3, channel_axis=0),
         "none": cubin.quantize(x, 0),
         "number": cubin.quantize(np.float32(3), 1),
+        "shift": cubin.quantize(x, 2, channel_axis=0, shift=True),
+        "shift of halves": cubin.quantize(x.astype(np.float16), 0, shift=True),
         "ä.b/c": cubin.quantize(x, 1),
     }
     return made

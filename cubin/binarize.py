@@ -426,7 +426,8 @@ def quantize(
         else:
             if matrix is not None:
                 first = checked if precisions is None else as_bits(steps[0], x)
-                scales, planes = outputs.encode(x, first, rows, rule, matrix, bool(shift), steps[1:])
+                more = steps[1:]
+                scales, planes = outputs.encode(x, first, rows, rule, matrix, bool(shift), more)
             elif precisions is not None:
                 scales, planes = encode_precisions(x, steps, rows, rule, weights, bool(shift))
             elif shift:

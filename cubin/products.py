@@ -15,7 +15,8 @@ References
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from cubin.codes.binary_code import BinaryCode, decoding_of, library_of
 from cubin.codes.decoding import Decoding
 from cubin.core import arrays, conversions, floats, libraries
 from cubin.core.libraries import Array
-from cubin.core.windows import patches
+from cubin.core.windows import overlapped, patches
 
 __all__ = ["conv2d", "linear"]
 
@@ -32,16 +33,22 @@ _PATCHES = 1 << 22
 """Elements of the patches that a convolution lays out at a time."""
 
 
-@libraries.border()
+def _pull_linear(gy: Any, shape: tuple[int, ...], code: BinaryCode) -> Any:
+    return gy @ code
+
+
+@libraries.border(adjoint=_pull_linear)
 def linear(x: Array | BinaryCode, code: BinaryCode) -> Array:
     """The product of rows of x with the lines of a code: ``x @ code.dequantize().T``.
 
     .. math:: y_{bi} = \\sum_e x_{be} \\big(c_{r(i,e)} + \\sum_l a_{l,r(i,e)} b_{l,i,e}\\big)
 
+    The gradient of x is ``gy @ code``; PyTorch records it where x requires grad.
+
     Sums are accumulated in float32, or in float64 if x or the code has float64, in an order that
-    depends on the shapes. Where BLAS multiplies, beyond 16 rows of x times levels, it decides the
-    order. The sums of scales are not rounded to the dtype of a float16 code. The shift c is 0 where
-    the code has none.
+    depends on the shapes. Where BLAS multiplies, for many rows or levels, it decides the order.
+    The sums of scales are not rounded to the dtype of a float16 code. The shift c is 0 where the
+    code has none.
 
     Parameters
     ----------
@@ -96,7 +103,11 @@ def linear(x: Array | BinaryCode, code: BinaryCode) -> Array:
         return conversions.rounded(y, x.dtype).reshape(*x.shape[:-1], decoding.lines.count)
 
 
-@libraries.border()
+def _pull_conv2d(gy: Any, shape: tuple[int, ...], code: BinaryCode, **options: Any) -> Any:
+    return conv2d_grad(gy, code, shape, **options)
+
+
+@libraries.border(adjoint=_pull_conv2d)
 def conv2d(
     x: Array | BinaryCode,
     code: BinaryCode,
@@ -109,6 +120,7 @@ def conv2d(
     .. math:: y_{b,o,i,j} = \\sum_{c,u,v} x_{b,c,si+u-p,sj+v-p} w_{o,c,u,v}
 
     A position beyond the edge of an image counts as 0, also if x is a code: it is not -1.
+    PyTorch records the gradient where x requires grad.
 
     Parameters
     ----------
@@ -152,28 +164,13 @@ def conv2d(
     one = decoding_of(images) if coded else None
     libraries.library(images if one is None else one.planes, decoding.planes)  # not a mixture
     dtype = images.dtype if one is None else one.dtype
-    strides, paddings = _pair("stride", stride, 1), _pair("padding", padding, 0)
-    count = arrays.as_integer("groups", groups)
-    if len(images.shape) != 4 or len(code.shape) != 4:
-        raise ValueError(f"x and code must have rank 4, got {images.shape} and {code.shape}")
-    batch, channels, *sides = images.shape
-    kernels, per_group, *kernel = code.shape
-    if count < 1 or kernels % count or channels != per_group * count:
-        raise ValueError(
-            f"groups={count} does not fit {channels} channels and kernels of shape {code.shape}"
-        )
-    outside = [side + 2 * p - k for side, p, k in zip(sides, paddings, kernel, strict=True)]
-    if min(outside) < 0:
-        raise ValueError(f"kernels of {kernel} are larger than the padded images of {sides}")
+    windows = _windows(images.shape, code.shape, stride, padding, groups)
     if coded and (images.group_size or images.channel_axis not in (None, (), 0, (0,))):
         raise ValueError("a code of x must have scales for all images or for each image")
-    size = [room // step + 1 for room, step in zip(outside, strides, strict=True)]
     work = _work(dtype, decoding)
     with libraries.current_device(decoding.planes):
-        y = libraries.result((batch, kernels, *size), dtype, decoding.planes)
-        at_once = max(1, _PATCHES // max(1, per_group * math.prod(kernel) * math.prod(size)))
-        for start in range(0, batch, at_once):
-            part = slice(start, min(start + at_once, batch))
+        y = libraries.result(windows.result, dtype, decoding.planes)
+        for part in windows.parts:
             # A code comes as the signs of each level, and their scales for each image.
             planes, scales = [], None
             if one is not None:
@@ -182,19 +179,108 @@ def conv2d(
                 scales = some.scales(slice(0, some.lines.count))[..., 0]
             else:
                 planes = [conversions.rounded(images[part], work)]
-            for group in range(count):
-                lines = slice(group * kernels // count, (group + 1) * kernels // count)
-                inputs = slice(group * per_group, (group + 1) * per_group)
-                seen = [
-                    patches(plane[:, inputs], kernel, strides, paddings, size) for plane in planes
-                ]
+            for lines, inputs in windows.groups:
+                seen = [patches(plane[:, inputs], *windows.steps) for plane in planes]
                 if scales is None:
                     found = products.to_lines(seen[0], decoding.part(lines))
                 else:
                     found = products.signs_to_lines(seen, scales, decoding.part(lines))
-                shaped = found.reshape(part.stop - part.start, *size, lines.stop - lines.start)
-                y[part, lines] = conversions.rounded(shaped, dtype).transpose(0, 3, 1, 2)
+                shape = (part.stop - part.start, *windows.places, lines.stop - lines.start)
+                shaped = conversions.rounded(found.reshape(shape), dtype)
+                y[part, lines] = shaped.transpose(0, 3, 1, 2)
         return libraries.given_back(y, library_of(images)) if coded else y
+
+
+def _pull_conv2d_grad(
+    gy: Any, shape: tuple[int, ...], code: BinaryCode, size: Any, **options: Any
+) -> Any:
+    return conv2d(gy, code, **options)
+
+
+@libraries.border(adjoint=_pull_conv2d_grad)
+def conv2d_grad(
+    x: Array,
+    code: BinaryCode,
+    size: Sequence[int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+) -> Array:
+    """The gradient of `conv2d` for images of the shape `size`, where that of its result is x.
+
+    .. math:: g_{b,c,h,w} = \\sum_{o,i,j} x_{b,o,i,j} w_{o,c,h-si+p,w-sj+p}
+    """
+    x = arrays.as_floats("x", x)
+    decoding = decoding_of(code)
+    windows = _windows(tuple(size), code.shape, stride, padding, groups)
+    work = _work(x.dtype, decoding)
+    with libraries.current_device(x):
+        images = libraries.result(tuple(size), x.dtype, x)
+        for part in windows.parts:
+            rows = conversions.rounded(x[part], work).transpose(0, 2, 3, 1)
+            for lines, inputs in windows.groups:
+                of_group = rows[..., lines]
+                count = math.prod(of_group.shape[:-1])
+                of_group = of_group.reshape(count, lines.stop - lines.start)
+                found = products.from_lines(of_group, decoding.part(lines))
+                target = images[part, inputs]
+                summed = overlapped(found, target.shape, *windows.steps)
+                target[...] = conversions.rounded(summed, x.dtype)
+        return images
+
+
+class _Windows(NamedTuple):
+    """How kernels see images.
+
+    Attributes
+    ----------
+    result : tuple of int
+        The shape of the convolution.
+    places : tuple of int
+        How many positions a kernel has, vertically and horizontally.
+    steps : tuple
+        The arguments of `patches` after the images.
+    parts : list of slice
+        Images whose windows are laid out at a time.
+    groups : list of pair of slice
+        The kernels and the channels of each group.
+    """
+
+    result: tuple[int, ...]
+    places: tuple[int, int]
+    steps: tuple[Any, ...]
+    parts: list[slice]
+    groups: list[tuple[slice, slice]]
+
+
+def _windows(
+    shape: tuple[int, ...], of_code: tuple[int, ...], stride: Any, padding: Any, groups: Any
+) -> _Windows:
+    """The windows of images with kernels of these shapes; errors as from `conv2d`."""
+    strides, paddings = _pair("stride", stride, 1), _pair("padding", padding, 0)
+    count = arrays.as_integer("groups", groups)
+    if len(shape) != 4 or len(of_code) != 4:
+        raise ValueError(f"x and code must have rank 4, got {shape} and {of_code}")
+    batch, channels, *sides = shape
+    kernels, per_group, *kernel = of_code
+    if count < 1 or kernels % count or channels != per_group * count:
+        raise ValueError(
+            f"groups={count} does not fit {channels} channels and kernels of shape {of_code}"
+        )
+    outside = [side + 2 * p - k for side, p, k in zip(sides, paddings, kernel, strict=True)]
+    if min(outside) < 0:
+        raise ValueError(f"kernels of {kernel} are larger than the padded images of {sides}")
+    down, across = (room // step + 1 for room, step in zip(outside, strides, strict=True))
+    at_once = max(1, _PATCHES // max(1, per_group * math.prod(kernel) * down * across))
+    of_group = kernels // count
+    return _Windows(
+        (batch, kernels, down, across),
+        (down, across),
+        (kernel, strides, paddings, (down, across)),
+        [slice(at, min(at + at_once, batch)) for at in range(0, batch, at_once)],
+        [(slice(g * of_group, (g + 1) * of_group), slice(g * per_group, (g + 1) * per_group))
+         for g in range(count)],
+    )  # fmt: skip
 
 
 def _matrix(name: str, code: Any) -> Decoding:

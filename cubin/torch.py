@@ -1,4 +1,4 @@
-"""The sign and the multibit approximation in PyTorch, with any surrogate gradient, and modules.
+"""Binarization in PyTorch: functions with any surrogate gradient, modules, and packed layers.
 
 `cubin.sign` and `cubin.multibit` take tensors, too, and differentiate by their straight-through
 rules. The functions here take a surrogate, and ``torch.compile`` and ``torch.export`` can trace
@@ -7,6 +7,10 @@ them. A module makes the weights of a layer quantization-aware::
     from torch.nn.utils.parametrize import register_parametrization
 
     register_parametrization(layer, "weight", cubin.torch.Multibit(2, channel_axis=0))
+
+A packed layer computes with the codes themselves, and takes a fraction of the memory::
+
+    layer = cubin.torch.Linear.from_linear(layer, 2)
 """
 
 from __future__ import annotations
@@ -16,8 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from cubin import binarize, gradients, operators, surrogates
+from cubin import binarize, gradients, operators, products, surrogates
+from cubin.codes.binary_code import BinaryCode, assemble
 from cubin.core import libraries
+from cubin.core.arrays import as_integer
+from cubin.core.rows import rows_of
 
 try:
     import torch
@@ -28,7 +35,7 @@ except ImportError as error:
         "install it, or cubin with the extra torch"
     ) from error
 
-__all__ = ["Multibit", "Sign", "multibit", "sign"]
+__all__ = ["Conv2d", "Linear", "Multibit", "Sign", "multibit", "sign"]
 
 # The functions on arrays alone: their borders would record the default gradients.
 _SIGN, _MULTIBIT = inspect.unwrap(binarize.sign), inspect.unwrap(binarize.multibit)
@@ -173,9 +180,9 @@ def multibit(
     return libraries.across(_MULTIBIT, True, pull_back, arguments)
 
 
-def _check_tensor(x: object) -> None:
+def _check_tensor(x: object, name: str = "x") -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a PyTorch tensor, got {type(x).__qualname__}")
+        raise TypeError(f"{name} must be a PyTorch tensor, got {type(x).__qualname__}")
 
 
 class Sign(torch.nn.Module):
@@ -292,6 +299,298 @@ class Multibit(torch.nn.Module):
         )
 
 
+class _Packed(torch.nn.Module):
+    """What packed layers share: the code of the weights, which they do not train, and the bias."""
+
+    planes: Tensor
+    scales: Tensor
+    shift: Tensor | None
+    bits: Any
+    bias: Tensor | None
+
+    def __init__(self, code: BinaryCode, bias: Tensor | None, rank: int) -> None:
+        super().__init__()
+        if not isinstance(code, BinaryCode):
+            raise TypeError(f"code must be a BinaryCode, got {type(code).__qualname__}")
+        if len(code.shape) != rank:
+            raise ValueError(f"code must have {rank} axes, got the shape {code.shape}")
+        self.shape = code.shape
+        self.channel_axis, self.group_size = code.channel_axis, code.group_size
+        held = code.given_to(libraries.TORCH)
+        for name in ("planes", "scales", "shift", "bits"):
+            part = getattr(held, name)
+            if isinstance(part, Tensor):
+                part = part.clone(memory_format=torch.contiguous_format)
+            if isinstance(part, int):
+                self.bits = part
+            else:
+                self.register_buffer(name, part)
+        if bias is None:
+            self.register_parameter("bias", None)
+            return
+        _check_tensor(bias, "bias")
+        if not bias.is_floating_point():
+            raise TypeError(f"bias must be floating point, got {bias.dtype}")
+        if bias.shape != code.shape[:1]:
+            raise ValueError(f"bias must have the shape {code.shape[:1]}, got {tuple(bias.shape)}")
+        self.bias = torch.nn.Parameter(bias.detach().clone(), bias.requires_grad)
+
+    @property
+    def code(self) -> BinaryCode:
+        """The code of the weights. It shares the memory of the buffers."""
+        planes, scales, shift, number, levels, shape, _, group_size = self._parts()
+        return _code(planes, scales, shift, number, levels, shape, self.channel_axis, group_size)
+
+    def _parts(self) -> tuple[Any, ...]:
+        """The code as operators take it."""
+        number, levels = (self.bits, None) if isinstance(self.bits, int) else (0, self.bits)
+        axes = [self.channel_axis] if isinstance(self.channel_axis, int) else self.channel_axis
+        held = self.planes, self.scales, self.shift, number, levels
+        return *held, self.shape, axes, self.group_size
+
+    def _facts(self) -> str:
+        map_or_number = self.bits if isinstance(self.bits, int) else tuple(self.bits.shape)
+        rows = f"channel_axis={self.channel_axis}"
+        if self.group_size is not None:
+            rows = f"group_size={self.group_size}"
+        return f"bias={self.bias is not None}, bits={map_or_number}, {rows}"
+
+
+def _packed_weight(layer: Any, kind: type[Any], bits: Any, axis: Any, options: Any) -> BinaryCode:
+    """The code of a layer's weights."""
+    if not isinstance(layer, kind):
+        raise TypeError(f"layer must be a torch.nn.{kind.__name__}, got {type(layer).__qualname__}")
+    if axis == "auto":
+        axis = None if options.get("group_size") is not None else 0
+    weight = layer.weight.detach()
+    code: BinaryCode = binarize.quantize(weight, bits, channel_axis=axis, **options)
+    return code
+
+
+class Linear(_Packed):
+    """A linear layer whose weights are a packed code: ``products.linear(x, code) + bias``.
+
+    The weights are frozen and stay packed: the buffers are ``planes``, of uint8, ``scales`` and, if
+    the code has them, ``shift`` and ``bits``, a map. They are in the ``state_dict`` and move with
+    the module; `to` changes the dtype of the scales. Gradients reach x and the bias.
+
+    Parameters
+    ----------
+    code : BinaryCode of shape (m, n)
+        Of any library. The module has a copy.
+    bias : tensor of floats, shape (m,), optional
+        A parameter, which is trained if it requires grad. The module has a copy.
+
+    Attributes
+    ----------
+    planes, scales, shift, bits, bias
+        As above; `bits` is an int where there is no map.
+    in_features, out_features : int
+
+    Raises
+    ------
+    TypeError
+        If `code` is no code, or `bias` no tensor of floats.
+    ValueError
+        If the shapes do not fit.
+
+    Examples
+    --------
+    >>> import torch, cubin.torch
+    >>> layer = torch.nn.Linear(64, 8)
+    >>> packed = cubin.torch.Linear.from_linear(layer, 2)
+    >>> packed
+    Linear(in_features=64, out_features=8, bias=True, bits=2, channel_axis=0)
+    >>> packed(torch.ones(3, 64)).shape
+    torch.Size([3, 8])
+    >>> sum(buffer.nbytes for buffer in packed.buffers()), layer.weight.nbytes
+    (192, 2048)
+    """
+
+    def __init__(self, code: BinaryCode, bias: Tensor | None = None) -> None:
+        super().__init__(code, bias, rank=2)
+        self.out_features, self.in_features = self.shape
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: torch.nn.Linear,
+        bits: Any,
+        *,
+        channel_axis: int | tuple[int, ...] | str | None = "auto",
+        **options: Any,
+    ) -> Linear:
+        """The packed layer with the codes of a layer's weights, and its bias.
+
+        Parameters
+        ----------
+        layer : torch.nn.Linear
+        bits : int or integer tensor that broadcasts to the shape of the weights
+            The number of levels of every weight.
+        channel_axis : int or tuple of int, "auto" or None
+            As for `cubin.quantize`. ``auto`` is one scale per level for each output, or those of
+            groups where a `group_size` is given.
+        **options
+            Further ones of `cubin.quantize`: `group_size`, `solver`, `iterations`, `importance`,
+            `gram` and so on.
+
+        Raises
+        ------
+        TypeError
+            If `layer` is none; and as from `cubin.quantize`.
+        ValueError
+            As from `cubin.quantize`.
+        """
+        return cls(_packed_weight(layer, torch.nn.Linear, bits, channel_axis, options), layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs, (..., m) in x's dtype, for x of shape (..., n)."""
+        _check_tensor(x)
+        if torch.compiler.is_compiling():
+            y = torch.ops.cubin.linear(x, *self._parts())
+        else:
+            y = products.linear(x, self.code)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """The sizes, and how the weights are coded."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self._facts()}"
+
+
+class Conv2d(_Packed):
+    """A convolution whose kernels are a packed code: ``products.conv2d(x, code) + bias``.
+
+    It is frozen and packed as `Linear`. Positions beyond the edge of an image count as 0.
+
+    Parameters
+    ----------
+    code : BinaryCode of shape (m, channels / groups, kernel height, kernel width)
+        Of any library. The module has a copy.
+    bias : tensor of floats, shape (m,), optional
+        A parameter, which is trained if it requires grad. The module has a copy.
+    stride : int or pair of int
+    padding : int, pair of int, "valid" or "same"
+        As for `torch.nn.Conv2d`.
+    groups : int
+
+    Attributes
+    ----------
+    planes, scales, shift, bits, bias, stride, padding, groups
+        As above; `bits` is an int where there is no map.
+    in_channels, out_channels : int
+    kernel_size : pair of int
+
+    Raises
+    ------
+    TypeError
+        If `code` is no code, `bias` no tensor of floats, or another argument no integer.
+    ValueError
+        If the shapes do not fit, or `padding` is "same" with a stride.
+
+    Examples
+    --------
+    >>> import torch, cubin.torch
+    >>> layer = torch.nn.Conv2d(8, 4, 3, padding=1, bias=False)
+    >>> packed = cubin.torch.Conv2d.from_conv(layer, 1)
+    >>> packed(torch.ones(2, 8, 5, 5)).shape
+    torch.Size([2, 4, 5, 5])
+    """
+
+    def __init__(
+        self,
+        code: BinaryCode,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        groups: int = 1,
+    ) -> None:
+        super().__init__(code, bias, rank=4)
+        self.out_channels, per_group, *kernel = self.shape
+        self.kernel_size = tuple(kernel)
+        self.stride, self.groups = _twice(stride), as_integer("groups", groups)
+        self.in_channels = per_group * self.groups
+        self.padding = padding if isinstance(padding, str) else _twice(padding)
+        self._padding, self._beyond = self.padding, [0, 0, 0, 0]
+        if padding == "valid":
+            self._padding = (0, 0)
+        elif padding == "same":
+            if self.stride != (1, 1):
+                raise ValueError(f"padding 'same' needs a stride of 1, got {stride}")
+            # Where it cannot be the same on either side, there is one more to the right and below.
+            self._padding = tuple((side - 1) // 2 for side in kernel)
+            self._beyond = [0, 1 - kernel[1] % 2, 0, 1 - kernel[0] % 2]
+        empty = torch.empty((0, self.in_channels, *kernel), device=self.scales.device)
+        products.conv2d(empty, self.code, *self._steps())  # checks the arguments
+
+    def _steps(self) -> tuple[Any, Any, int]:
+        return self.stride, self._padding, self.groups
+
+    @classmethod
+    def from_conv(
+        cls,
+        layer: torch.nn.Conv2d,
+        bits: Any,
+        *,
+        channel_axis: int | tuple[int, ...] | str | None = "auto",
+        **options: Any,
+    ) -> Conv2d:
+        """The packed layer with the codes of a layer's kernels, and its bias.
+
+        Parameters
+        ----------
+        layer : torch.nn.Conv2d
+            Without dilation; its padding is by zeros.
+        bits : int or integer tensor that broadcasts to the shape of the weights
+            The number of levels of every weight.
+        channel_axis : int or tuple of int, "auto" or None
+            As for `cubin.quantize`. ``auto`` is one scale per level for each kernel, or those of
+            groups where a `group_size` is given.
+        **options
+            Further ones of `cubin.quantize`: `group_size`, `solver`, `iterations`, `importance`,
+            `gram` and so on.
+
+        Raises
+        ------
+        TypeError
+            If `layer` is none; and as from `cubin.quantize`.
+        ValueError
+            If the layer has a dilation, or a padding that is not of zeros; and as from
+            `cubin.quantize`.
+        """
+        if isinstance(layer, torch.nn.Conv2d):
+            if any(step != 1 for step in _twice(layer.dilation)):
+                raise ValueError(f"layer must have the dilation 1, got {layer.dilation}")
+            if layer.padding_mode != "zeros":
+                raise ValueError(f"layer must be padded by zeros, got {layer.padding_mode!r}")
+        code = _packed_weight(layer, torch.nn.Conv2d, bits, channel_axis, options)
+        return cls(code, layer.bias, layer.stride, layer.padding, layer.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs in x's dtype, for images (b, channels, h, w) or one of rank 3."""
+        _check_tensor(x)
+        images = x[None] if x.ndim == 3 else x
+        if any(self._beyond):
+            images = torch.nn.functional.pad(images, self._beyond)
+        if torch.compiler.is_compiling():
+            y = torch.ops.cubin.conv2d(images, *self._parts(), *self._steps())
+        else:
+            y = products.conv2d(images, self.code, *self._steps())
+        y = y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+        return y[0] if x.ndim == 3 else y
+
+    def extra_repr(self) -> str:
+        """The sizes and steps, and how the weights are coded."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding!r}, groups={self.groups}, {self._facts()}"
+        )
+
+
+def _twice(value: Any) -> tuple[Any, ...]:
+    """A number for either axis, where there is one for both."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
 # ---------------------------------------------------------------- while PyTorch traces
 # An operator costs several microseconds at every call. So it is used only where PyTorch has to see
 # one: under torch.compile and torch.export.
@@ -303,7 +602,7 @@ def _bits(bits: int, levels: Tensor | None) -> Any:
     return bits if levels is None else levels
 
 
-def _tuple(axes: Any) -> tuple[int, ...] | None:
+def _axes(axes: Any) -> tuple[int, ...] | None:
     return None if axes is None else tuple(axes)
 
 
@@ -341,7 +640,7 @@ def _multibit(
 ) -> Tensor:  # fmt: skip
     surrogates.multibit_rule(surrogate)
     return binarize.multibit(
-        x.detach(), _bits(bits, map), channel_axis=_tuple(channel_axis), group_size=group_size,
+        x.detach(), _bits(bits, map), channel_axis=_axes(channel_axis), group_size=group_size,
         solver=solver, iterations=iterations, importance=importance,
     )  # fmt: skip
 
@@ -356,7 +655,7 @@ def _multibit_grad(
     group_size: int | None, surrogate: str,
 ) -> Tensor:  # fmt: skip
     return gradients.multibit_grad(
-        x, _bits(bits, map), gy, channel_axis=_tuple(channel_axis), group_size=group_size,
+        x, _bits(bits, map), gy, channel_axis=_axes(channel_axis), group_size=group_size,
         surrogate=surrogate,
     )  # fmt: skip
 
@@ -390,6 +689,108 @@ def _multibit_backward(ctx: Any, gy: Tensor) -> Any:
 
 _sign.register_autograd(_sign_backward, setup_context=_save_sign)
 _multibit.register_autograd(_multibit_backward, setup_context=_save_multibit)
+
+
+# A packed code as operators take it.
+_CODE = (
+    "Tensor planes, Tensor scales, Tensor? shift, int bits, Tensor? map, int[] shape, "
+    "int[]? channel_axis, int? group_size"
+)
+_STEPS = "int[] stride, int[] padding, int groups"
+
+
+def _code(
+    planes: Tensor, scales: Tensor, shift: Tensor | None, bits: int, map: Tensor | None,
+    shape: Any, channel_axis: Any, group_size: int | None,
+) -> BinaryCode:  # fmt: skip
+    """The code of these parts, which are not checked."""
+    parts = {"planes": planes, "scales": scales, "shift": shift, "map": map}
+    _, (held, wide, constant, levels) = libraries.all_viewed(parts)
+    entries = np.uint8(bits) if map is None else levels
+    rows = rows_of(tuple(shape), channel_axis, group_size)
+    return assemble(wide, held, entries, rows, constant).given_to(libraries.TORCH)
+
+
+@torch.library.custom_op("cubin::linear", mutates_args=(), schema=f"(Tensor x, {_CODE}) -> Tensor")
+def _linear(x: Tensor, *code: Any) -> Tensor:
+    return products.linear(x.detach(), _code(*code))
+
+
+@torch.library.custom_op(
+    "cubin::linear_grad", mutates_args=(), schema=f"(Tensor gy, {_CODE}) -> Tensor"
+)
+def _linear_grad(gy: Tensor, *code: Any) -> Tensor:
+    return gy.detach() @ _code(*code)
+
+
+@torch.library.custom_op(
+    "cubin::conv2d", mutates_args=(), schema=f"(Tensor x, {_CODE}, {_STEPS}) -> Tensor"
+)
+def _conv2d(x: Tensor, *code_and_steps: Any) -> Tensor:
+    *code, stride, padding, groups = code_and_steps
+    return products.conv2d(x.detach(), _code(*code), stride, padding, groups)
+
+
+@torch.library.custom_op(
+    "cubin::conv2d_grad",
+    mutates_args=(),
+    schema=f"(Tensor gy, SymInt[] size, {_CODE}, {_STEPS}) -> Tensor",
+)
+def _conv2d_grad(gy: Tensor, size: Any, *code_and_steps: Any) -> Tensor:
+    *code, stride, padding, groups = code_and_steps
+    return products.conv2d_grad(gy.detach(), _code(*code), size, stride, padding, groups)
+
+
+_SHAPE = 5
+"""The number of `shape` among the arguments of a code."""
+
+
+@_linear.register_fake
+def _(x: Tensor, *code: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], code[_SHAPE][0]))
+
+
+@_linear_grad.register_fake
+def _(gy: Tensor, *code: Any) -> Tensor:
+    return gy.new_empty((*gy.shape[:-1], code[_SHAPE][1]))
+
+
+@_conv2d.register_fake
+def _(x: Tensor, *code_and_steps: Any) -> Tensor:
+    *code, stride, padding, _ = code_and_steps
+    kernels, _, *kernel = code[_SHAPE]
+    places = [
+        (side + 2 * beyond - own) // step + 1
+        for side, beyond, own, step in zip(x.shape[2:], padding, kernel, stride, strict=True)
+    ]
+    return x.new_empty((x.shape[0], kernels, *places))
+
+
+@_conv2d_grad.register_fake
+def _(gy: Tensor, size: Any, *_: Any) -> Tensor:
+    return gy.new_empty(size)
+
+
+def _save_code(ctx: Any, inputs: Any, output: Tensor) -> None:
+    x, planes, scales, shift, bits, levels, *ctx.rest = inputs
+    ctx.size, ctx.bits = x.shape, bits
+    ctx.save_for_backward(planes, scales, shift, levels)
+
+
+def _linear_backward(ctx: Any, gy: Tensor) -> Any:
+    *parts, levels = ctx.saved_tensors
+    gx = torch.ops.cubin.linear_grad(gy, *parts, ctx.bits, levels, *ctx.rest)
+    return gx, *[None] * 8
+
+
+def _conv2d_backward(ctx: Any, gy: Tensor) -> Any:
+    *parts, levels = ctx.saved_tensors
+    gx = torch.ops.cubin.conv2d_grad(gy, ctx.size, *parts, ctx.bits, levels, *ctx.rest)
+    return gx, *[None] * 11
+
+
+_linear.register_autograd(_linear_backward, setup_context=_save_code)
+_conv2d.register_autograd(_conv2d_backward, setup_context=_save_code)
 
 
 def __dir__() -> list[str]:

@@ -633,7 +633,7 @@ def write(arguments: argparse.Namespace, rows: Sequence[Mapping[str, str]], libr
     heat_map.figure(rows).savefig(path.with_suffix(".png"), dpi=110)
     packages = ("matplotlib", "ml-dtypes", "numba", "torch", "triton")
     origin = provenance.record(vars(arguments), SEED, packages)
-    origin |= {"library": library, "threads": threads(), "load_average": _load()}
+    origin |= {"library": library, "threads": threads(), "load_average": load()}
     path.with_suffix(".json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(headed(grid.summary(rows), origin), encoding="utf-8")
     return path
@@ -647,7 +647,7 @@ def headed(summary: str, origin: Mapping[str, Any]) -> str:
     return f"# Benchmark\n\n{where}, {origin['date'][:10]}; {named}.\n\n{summary}"
 
 
-def _load() -> list[float] | None:
+def load() -> list[float] | None:
     """How busy the machine was in the last 1, 5 and 15 minutes."""
     with contextlib.suppress(AttributeError, OSError):
         return [round(load, 2) for load in os.getloadavg()]

@@ -12,7 +12,7 @@ import pytest
 
 import cubin
 from cubin import solvers
-from cubin.codes import planes_loops
+from cubin.codes import planes_loops, products_loops
 from cubin.codes.levels import decode, level_signs
 from cubin.codes.planes import pack_signs, sum_planes
 from cubin.core import floats, signs_loops
@@ -474,7 +474,8 @@ def test_results_do_not_depend_on_what_is_loaded():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-PROCESSORS = ["generic", "haswell"]
+PROCESSORS = {"generic": "", "haswell": "+avx2"}
+"""With what their names say of them, which Numba does not ask."""
 
 
 @pytest.mark.exhaustive
@@ -499,15 +500,20 @@ for shape in ((1, 1 << 18), (2003, 131), (64, 5003)):
         for levels in (2, 4):
             code = cubin.quantize(y, levels, channel_axis=0, solver=solver)
             print(hashlib.sha256(code.scales.tobytes() + code.signs.tobytes()).hexdigest())
+    for dtype in ("float32", "float64"):
+        code = cubin.quantize(x.astype(dtype), bits.clip(0, 3), channel_axis=0)
+        z = r.normal(size=(2, shape[1])).astype(dtype)
+        print(hashlib.sha256(cubin.products.linear(z, code).tobytes()).hexdigest())
 """
     start = (
         "from cubin.core.host import blocks; from cubin.solvers import search_rows as s;"
+        "from cubin.codes import products_loops as p; p.is_faster = lambda *_: True;"
         "blocks.COMPILED = blocks.LOADING = 0;"
         "s.reconstruct_rows.loops_from = s.solve_rows.loops_from = 0\n"
     )
     found = []
-    for processor in PROCESSORS:
-        own = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
+    for processor, features in PROCESSORS.items():
+        own = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features}
         own["NUMBA_CACHE_DIR"] = str(tmp_path / processor)
         done = subprocess.run(
             [sys.executable, "-c", start + program],
@@ -515,7 +521,7 @@ for shape in ((1, 1 << 18), (2003, 131), (64, 5003)):
         )  # fmt: skip
         found.append(done.stdout.split())
         assert list((tmp_path / processor).rglob("*greedy_loops*"))
-    assert len(found[0]) == 3 * (2 * 3 * 4 + 4)
+    assert len(found[0]) == 3 * (2 * 3 * 4 + 4 + 2)
     assert found[0] == found[1]
 
 
@@ -544,6 +550,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
 VECTORS = {
     greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
     planes_loops._sum_planes: {"vaddps"},
+    products_loops._look_up: {"vpermd"},
     signs_loops._signs: {"vmovups"},
     signs_loops._clip: {"vmovups"},
 }
@@ -554,7 +561,7 @@ VECTORS = {
 def test_loops_are_in_vectors(tmp_path):
     program = """
 import numpy as np
-from cubin.codes import planes_loops
+from cubin.codes import planes_loops, products_loops
 from cubin.core import signs_loops
 from cubin.core.host.loops import read_only, scratch
 from cubin.solvers import greedy_loops
@@ -567,6 +574,10 @@ loops = {
         read_only(np.ones((2, 2, 2), np.uint8)), bits, read_only(np.ones((2, 2, 1), f)),
         read_only(np.ones((2, 1), f)), planes_loops._WORDS, np.ones(128, np.uint64),
         np.ones(1024, np.int8), np.ones(1024, f), np.ones((2, 9), f)),
+    products_loops._look_up: (
+        read_only(np.ones(256, np.uint8)), 0, 32, 64, read_only(np.ones((1, 1, 32), f)),
+        read_only(np.ones(64, f)), False, np.ones(64, f), np.ones((16, 16), f),
+        np.ones((8, 256), f), np.ones((1, 32), f), np.ones(32)),
     signs_loops._signs: (x[0], np.ones(9, f)),
     signs_loops._clip: (x[0], f(1), x[0], np.ones(9, f)),
 }
@@ -575,7 +586,8 @@ for loop, arguments in loops.items():
     (code,) = loop.inspect_asm().values()
     print(loop.py_func.__name__, *{line.split()[0] for line in code.splitlines() if "ymm" in line})
 """
-    own = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    own = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": PROCESSORS["haswell"]}
+    own["NUMBA_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **own}, capture_output=True, text=True, check=True,

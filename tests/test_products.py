@@ -65,22 +65,43 @@ def test_linear(given, mapped, dtype, xp, host, rng):
         check(host(products.linear(xp.asarray(x), code)), x, here)
 
 
-@pytest.mark.parametrize("given", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("given", [*GRANULARITIES, {"group_size": 12}, {"group_size": 87}], ids=str)
 @pytest.mark.parametrize("levels", [1, 2, 5])
 @pytest.mark.parametrize("batch", [1, 3, 40])
 def test_linear_in_loops(given, levels, batch, rng, monkeypatch):
-    pytest.importorskip("numba")
+    loops = pytest.importorskip("cubin.codes.products_loops")
     from cubin.core.host import blocks
 
     monkeypatch.setattr(blocks, "pays", lambda size: True)
     monkeypatch.setattr(arithmetic, "LINES", 100)
+    if batch < 40:
+        monkeypatch.setattr(loops, "is_faster", lambda x, decoding: True)
     w = rng.normal(size=(333, 24 * 29)).astype(np.float32)
-    code = cubin.quantize(w, levels, **given)
+    bits = levels if levels < 5 else rng.integers(0, 4, w.shape)
+    code = cubin.quantize(w, bits, **given)
     for dtype in (np.float16, np.float32, np.float64):
         x = rng.normal(size=(batch, w.shape[1])).astype(dtype)
         check(products.linear(x, code), x, code)
-    part = code[17:200]
-    check(products.linear(x, part), x, part)
+    for part in (code[17:200], code[3:17], code[4:5]):
+        check(products.linear(x, part), x, part)
+
+
+@pytest.mark.parametrize("given", [{}, {"channel_axis": 0}, {"group_size": 12}], ids=str)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_lines_have_the_same_bits_in_any_part(given, mapped, rng, monkeypatch):
+    """Registers hold several lines; a few lines are looked up one by one."""
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    from cubin.core.host import blocks
+
+    monkeypatch.setattr(blocks, "pays", lambda size: True)
+    monkeypatch.setattr(loops, "is_faster", lambda x, decoding: True)
+    w = rng.normal(size=(75, 12 * 43)).astype(np.float32)
+    code = cubin.quantize(w, rng.integers(0, 4, w.shape) if mapped else 3, **given)
+    for dtype in (np.float32, np.float64):
+        x = rng.normal(size=(2, w.shape[1])).astype(dtype)
+        whole = products.linear(x, code)
+        for cut in (slice(0, 16), slice(3, 50), slice(60, 75), slice(7, 9)):
+            np.testing.assert_array_equal(products.linear(x, code[cut]), whole[:, cut])
 
 
 @settings(max_examples=60)
@@ -203,6 +224,29 @@ def test_convolutions(shape, kernels, stride, padding, groups, mapped, xp, host,
         found = products.conv2d(images, code, stride, padding, groups)
         assert found.dtype == np.float32
         np.testing.assert_allclose(host(found), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("shape", "kernels", "stride", "padding", "groups"), CONVOLUTIONS)
+def test_gradients_of_convolutions(shape, kernels, stride, padding, groups, xp, host, rng):
+    """The sums of images times gradients are those of results times their gradients."""
+    w = rng.normal(size=kernels)
+    code = cubin.quantize(xp.asarray(w.astype(np.float32)), rng.integers(0, 3, kernels))
+    pairs = [value if isinstance(value, tuple) else (value, value) for value in (stride, padding)]
+    values = host(code.dequantize()).astype(np.float64)
+    for dtype in (np.float16, np.float32):
+        x = rng.normal(size=shape)
+        y = convolved(x, values, *pairs, groups)
+        g = rng.normal(size=y.shape).astype(dtype)
+        found = host(products.conv2d_grad(xp.asarray(g), code, shape, stride, padding, groups))
+        assert (found.dtype, found.shape) == (dtype, shape)
+        room = 1e-2 if dtype == np.float16 else 1e-4
+        assert abs((found * x).sum() - (g * y).sum()) <= room * np.abs(g).sum()
+        # Each element by itself: the result of an image of zeros but for one.
+        for at in rng.integers(0, x.size, 3):
+            one = np.zeros(x.size)
+            one[at] = 1
+            expected = (g * convolved(one.reshape(shape), values, *pairs, groups)).sum()
+            assert abs(found.flat[at] - expected) <= room * max(1, abs(expected))
 
 
 def test_a_padded_position_is_zero_and_not_minus_one(xp, host):

@@ -393,22 +393,11 @@ class BinaryCode:
 
         `cubin.products.linear` says how sums are accumulated. The result has x's dtype.
         """
-        library, x = libraries.viewed("x", x)
-        x, wide = self._factor(x, 0, 1)
-        with libraries.current_device(x, library):
-            y = products.to_lines(wide.T, decoding_of(self)).T
-            y = conversions.rounded(y[:, 0] if x.ndim == 1 else y, x.dtype)
-            xp = libraries.library(y)
-            return libraries.given_back(xp.ascontiguousarray(y), library)
+        return _times(x, self)
 
     def __rmatmul__(self, x: Array) -> Array:
         """``x @ code`` for x of shape (..., m), as ``x @ code.dequantize()``."""
-        library, x = libraries.viewed("x", x)
-        x, wide = self._factor(x, -1, 0)
-        with libraries.current_device(x, library):
-            rows = wide.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-            y = conversions.rounded(products.from_lines(rows, decoding_of(self)), x.dtype)
-            return libraries.given_back(y.reshape(*x.shape[:-1], self.shape[1]), library)
+        return _from_left(x, self)
 
     @classmethod
     def __torch_function__(
@@ -420,18 +409,6 @@ class BinaryCode:
             if isinstance(code, cls) and not isinstance(x, cls):
                 return code.__rmatmul__(x)
         return NotImplemented
-
-    def _factor(self, x: Array, axis: int, side: int) -> tuple[Array, Array]:
-        """A factor of a product, and the same in the dtype of the sums, of rank 2 if it has one."""
-        x = arrays.as_floats("x", x)
-        libraries.library(x, self._planes)  # not a mixture
-        if len(self.shape) != 2:
-            raise ValueError(f"only a code of rank 2 has products, got one of shape {self.shape}")
-        if not (x.ndim >= 1 and (axis or x.ndim <= 2)) or x.shape[axis] != self.shape[side]:
-            raise ValueError(f"x of shape {x.shape} does not fit a code of shape {self.shape}")
-        work = np.result_type(floats.work_dtype(x.dtype), floats.work_dtype(self._scales.dtype))
-        wide = conversions.rounded(x, work)
-        return x, wide[:, None] if x.ndim == 1 and not axis else wide
 
     # ------------------------------------------------------------ parts
 
@@ -982,6 +959,51 @@ def library_of(code: BinaryCode) -> libraries.Library | None:
 def decoding_of(code: BinaryCode) -> Decoding:
     """The values of a code, which are computed block by block."""
     return Decoding(code._scales, code._planes, code._entries, code._rows, code._shift)
+
+
+# ---------------------------------------------------------------- products
+
+
+def _pull_times(gy: Any, shape: tuple[int, ...], code: BinaryCode) -> Any:
+    return gy @ code if len(shape) == 1 else (gy.T @ code).T
+
+
+@libraries.border(adjoint=_pull_times)
+def _times(x: Array, code: BinaryCode) -> Array:
+    """``code @ x``."""
+    x, wide = _factor(x, code, 0, 1)
+    with libraries.current_device(x):
+        y = products.to_lines(wide.T, decoding_of(code)).T
+        y = conversions.rounded(y[:, 0] if x.ndim == 1 else y, x.dtype)
+        return libraries.library(y).ascontiguousarray(y)
+
+
+def _pull_from_left(gy: Any, shape: tuple[int, ...], code: BinaryCode) -> Any:
+    rows = gy.reshape(math.prod(shape[:-1]), gy.shape[-1])
+    return (code @ rows.T).T.reshape(shape)
+
+
+@libraries.border(adjoint=_pull_from_left)
+def _from_left(x: Array, code: BinaryCode) -> Array:
+    """``x @ code``."""
+    x, wide = _factor(x, code, -1, 0)
+    with libraries.current_device(x):
+        rows = wide.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        y = conversions.rounded(products.from_lines(rows, decoding_of(code)), x.dtype)
+        return y.reshape(*x.shape[:-1], code.shape[1])
+
+
+def _factor(x: Array, code: BinaryCode, axis: int, side: int) -> tuple[Array, Array]:
+    """A factor of a product, and the same in the dtype of the sums, of rank 2 if it has one."""
+    x = arrays.as_floats("x", x)
+    libraries.library(x, code._planes)  # not a mixture
+    if len(code.shape) != 2:
+        raise ValueError(f"only a code of rank 2 has products, got one of shape {code.shape}")
+    if not (x.ndim >= 1 and (axis or x.ndim <= 2)) or x.shape[axis] != code.shape[side]:
+        raise ValueError(f"x of shape {x.shape} does not fit a code of shape {code.shape}")
+    work = np.result_type(floats.work_dtype(x.dtype), floats.work_dtype(code._scales.dtype))
+    wide = conversions.rounded(x, work)
+    return x, wide[:, None] if x.ndim == 1 and not axis else wide
 
 
 def _shape_of(shape: Sequence[int]) -> tuple[int, ...]:

@@ -105,6 +105,11 @@ class Decoding:
         part._period, part.run = 0, run
         return part
 
+    @property
+    def shared(self) -> bool:
+        """Whether all lines share their scales."""
+        return self._scales.shape[1] == 1
+
     def scales(self, lines: slice, elements: slice | None = None) -> Array:
         """The scales, (levels, lines or 1, runs), of the runs of some lines.
 

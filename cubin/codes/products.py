@@ -6,6 +6,7 @@ of lines are decoded, and BLAS multiplies them: every tile then serves many rows
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from cubin.core.primitives import C_TYPES, FLOATS, Launch, raw, source
 _CUDA = source(__file__)
 
 FEW = 16
-"""Rows of x, times levels, up to which `multiply_lines` is faster than BLAS on decoded tiles."""
+"""Rows of x, times levels, that `multiply_lines` takes."""
 
 TILE = 1 << 21
 """Elements of a tile that BLAS multiplies: 8 MB of float32."""
@@ -30,8 +31,8 @@ TILE = 1 << 21
 SUBTILE = 1 << 17
 """Elements of a tile that `multiply_lines` decodes, in the cache."""
 
-LINES = 1 << 11
-"""Lines that a thread takes at a time: tables of sums are made for all of them."""
+LINES = 1 << 9
+"""The fewest lines that a thread takes: sums of x are made for all of them."""
 
 EXACT = 1 << 23
 """The longest sum of signs that float32 holds exactly, however it is added up."""
@@ -79,6 +80,14 @@ def multiply_lines(
         Its last axis lies side by side in memory.
     """
     multiply_tiles(sum_planes.function, planes, bits, scales, x, y)
+
+
+def is_faster(x: Array, decoding: Decoding) -> bool:
+    """Whether `multiply_lines` is faster than BLAS on decoded tiles.
+
+    The compiled loop has a rule of its own.
+    """
+    return len(x) * decoding.levels <= FEW
 
 
 def multiply_tiles(
@@ -137,8 +146,10 @@ def _to_lines(x: Array, decoding: Decoding) -> Array:
     y = xp.zeros((len(x), lines.count), x.dtype)
     if not (y.size and lines.length):
         return y
-    if len(x) * levels <= FEW:
-        on = passes.form(multiply_lines, x, lines.count * lines.length)
+    size = lines.count * lines.length
+    forms = passes.search_loops(sys.modules[__name__], x, size) or sys.modules[__name__]
+    if forms.is_faster(x, decoding):
+        on = passes.form(multiply_lines, x, size)
 
         def task(cut: slice, elements: slice) -> None:
             on(decoding.planes[..., cut], decoding.bits(cut),

@@ -1,8 +1,8 @@
 """The primitives of `products.py` as compiled loops: see there for what each does.
 
-Products look up signed sums: eight elements of x have 256 of them, and a byte of a plane says which
-one a line needs. Neighbouring lines lie side by side in a plane, so that one instruction looks up
-several.
+Products look up signed sums: four elements of x have 16 of them, and half a byte of a plane says
+which one a line needs. Neighbouring lines lie side by side in a plane. So the sums stay in
+registers, and one instruction looks up as many of them as a register has numbers.
 """
 
 from __future__ import annotations
@@ -12,45 +12,64 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from cubin.codes import planes_loops
-from cubin.codes.products import multiply_tiles
+from cubin.codes.decoding import Decoding
+from cubin.codes.products import FEW, multiply_tiles
 from cubin.core import memory
-from cubin.core.host.loops import loop, part, read_only, uncounted
+from cubin.core.host.loops import in_rows, loop, part, read_only, uncounted
 from cubin.core.libraries import Array
 
 _STRIP = 64
 """Bytes of a line whose sums are added up in the work dtype. Their totals are added in float64."""
 
+_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+_REGISTER = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 0
+"""Bytes of a register in which an instruction looks numbers up, eight or more at a time."""
+
+_LIMITS = {16: (2, 384), 8: (1, 32)}
+"""By the numbers of a register: levels looked up while BLAS multiplies a row of x, and rows
+times further levels, looked up while tiles are decoded for BLAS."""
+
+_MADE = 256
+"""Lines whose look-ups take as long as making the sums of x."""
+
+_LANES = 16
+"""The most numbers of a register: so many lines there have to be."""
+
+_SHORT = 4
+"""The fewest elements of runs that have scales of each line's own."""
+
 
 @part
-def _fill_half(x: Array, half: Array) -> None:
-    """Write the 16 sums of +-x for four elements; bit t of the index is the sign of element t."""
-    half[0] = 0
-    count = 1
-    for t in range(4):
-        value = x[t]
-        for v in range(count):
-            half[count + v] = half[v] + value
-            half[v] -= value
-        count *= 2
+def _fill(x: Array, tables: Array) -> None:
+    """Write the 16 sums of each four elements of x; bit t of a number is the sign of element t."""
+    for number in range(x.size >> 2):
+        table = tables[number]
+        a, b, c, d = x[4 * number], x[4 * number + 1], x[4 * number + 2], x[4 * number + 3]
+        for h in range(4):
+            upper = (c if h & 1 else -c) + (d if h & 2 else -d)
+            table[4 * h] = upper - (a + b)
+            table[4 * h + 1] = upper + (a - b)
+            table[4 * h + 2] = upper - (a - b)
+            table[4 * h + 3] = upper + (a + b)
 
 
 @part
-def _fill(x: Array, halves: Array, table: Array) -> None:
-    """Write the 256 sums of eight elements; `halves` is scratch."""
-    low, high = halves[0], halves[1]
-    _fill_half(x[:4], low)
-    _fill_half(x[4:], high)
+def _join(halves: Array, table: Array) -> None:
+    """Write the 256 sums of eight elements from the sums of their halves."""
     for h in range(16):
-        value = high[h]
+        value = halves[1, h]
         for v in range(16):
-            table[16 * h + v] = value + low[v]
+            table[16 * h + v] = value + halves[0, v]
 
 
 @part
-def _add_eight(flat: Array, at: int, step: int, tables: Array, total: Array) -> None:
+def _add_eight_one_by_one(flat: Array, at: int, step: int, tables: Array, total: Array) -> None:
     """Add the sums of eight bytes of each line; byte j of the first line is at + j * step."""
     n = total.size
     p, q = flat[at : at + n], flat[at + step : at + step + n]
@@ -65,79 +84,236 @@ def _add_eight(flat: Array, at: int, step: int, tables: Array, total: Array) -> 
 
 
 @part
-def _add_one(flat: Array, at: int, table: Array, total: Array) -> None:
+def _add_one_by_one(flat: Array, at: int, table: Array, total: Array) -> None:
+    """The same for one byte of each line."""
     held = flat[at : at + total.size]
     for i in range(total.size):
         total[i] += table[held[i]]
 
 
+def _adder(count: int) -> Any:
+    """The same for `count` bytes, 1 or 8, of at least `_LANES` lines, by the tables of halves.
+
+    It is written in LLVM's instructions, so that the tables stay in registers.
+    """
+
+    @intrinsic
+    def add(context: Any, flat: Any, at: Any, step: Any, tables: Any, total: Any) -> Any:
+        size = total.dtype.bitwidth // 8
+        lanes = max(_REGISTER, 32) // size
+        integer, place = ir.IntType(8 * size), ir.IntType(64)
+        integers = ir.VectorType(integer, lanes)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            planes, sums, totals = (
+                context.make_array(signature.args[k])(context, builder, arguments[k])
+                for k in (0, 3, 4)
+            )
+            _, start, pitch, _, _ = arguments
+            numbers = ir.VectorType(context.get_value_type(total.dtype), lanes)
+
+            def vector(array: Any, at: Any, kind: Any, align: int) -> tuple[Any, Any]:
+                address = builder.bitcast(builder.gep(array.data, [at]), kind.as_pointer())
+                return address, builder.load(address, align=align)
+
+            def constant(value: Any) -> Any:
+                return ir.Constant(integers, value)
+
+            def looked_up(number: int, index: Any) -> Any:
+                """Entries of a table. LLVM makes one instruction of the loop over lanes."""
+                within = builder.and_(index, constant(lanes - 1))
+                found = []
+                for of_table in parts[number]:
+                    result = ir.Constant(numbers, ir.Undefined)
+                    for lane in map(place, range(lanes)):
+                        chosen = builder.extract_element(within, lane)
+                        chosen = builder.extract_element(of_table, chosen)
+                        result = builder.insert_element(result, chosen, lane)
+                    found.append(result)
+                bit = lanes
+                while len(found) > 1:
+                    upper = builder.icmp_unsigned(
+                        "!=", builder.and_(index, constant(bit)), constant(0)
+                    )
+                    pairs = zip(found[1::2], found[::2], strict=True)
+                    found = [builder.select(upper, high, low) for high, low in pairs]
+                    bit *= 2
+                return found[0]
+
+            # A table of 16 entries, in as many registers as it takes.
+            parts = [
+                [vector(sums, place(16 * number + entry), numbers, size)[1]
+                 for entry in range(0, 16, lanes)]
+                for number in range(2 * count)
+            ]  # fmt: skip
+            (length,) = cgutils.unpack_tuple(builder, totals.shape, 1)
+            width = place(lanes)
+            steps = builder.udiv(builder.add(length, place(lanes - 1)), width)
+            final = builder.sub(length, width)
+            with cgutils.for_range(builder, steps) as turn:
+                # The last lines may have been added in part.
+                wanted = builder.mul(turn.index, width)
+                line = builder.select(builder.icmp_signed("<", wanted, final), wanted, final)
+                found = []
+                for column in range(count):
+                    byte = builder.add(start, builder.mul(pitch, place(column)))
+                    byte = builder.add(byte, line)
+                    _, held = vector(planes, byte, ir.VectorType(ir.IntType(8), lanes), 1)
+                    index = builder.zext(held, integers)
+                    upper = looked_up(2 * column + 1, builder.lshr(index, constant(4)))
+                    lower = looked_up(2 * column, builder.and_(index, constant(15)))
+                    found.append(builder.fadd(upper, lower))
+                while len(found) > 1:
+                    pairs = zip(found[::2], found[1::2], strict=True)
+                    found = [builder.fadd(one, other) for one, other in pairs]
+                address, before = vector(totals, line, numbers, size)
+                done = builder.trunc(builder.sub(wanted, line), ir.IntType(32))
+                done = builder.insert_element(
+                    ir.Constant(ir.VectorType(ir.IntType(32), lanes), ir.Undefined), done, place(0)
+                )
+                order = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+                done = builder.shuffle_vector(done, done, order)
+                numbered = ir.Constant(done.type, list(range(lanes)))
+                new = builder.icmp_unsigned(">=", numbered, done)
+                added = builder.fadd(before, found[0])
+                builder.store(builder.select(new, added, before), address, align=size)
+            return context.get_dummy_value()
+
+        return types.void(flat, types.intp, types.intp, tables, total), generate
+
+    return add
+
+
+_add_eight, _add_one = _adder(8), _adder(1)
+
+
 @loop
 def _look_up(
-    flat: Array, level_step: int, byte_step: int, width: int, scales: Array, x: Array,
-    halves: Array, tables: Array, totals: Array, y: Array,
+    flat: Array, level_step: int, byte_step: int, run: int, scales: Array, x: Array,
+    centred: bool, segment: Array, halves: Array, tables: Array, totals: Array, y: Array,
 ) -> None:  # fmt: skip
-    """Write the products of x, filled up to whole bytes, with some lines to `y`, in float64.
+    """Add the products of x with some lines to `y`, in float64.
 
-    Byte j of line i at a level is ``flat[level * level_step + j * byte_step + i]``. `halves`,
-    `tables` and `totals`, (levels, lines), are scratch.
+    Byte j of line i at a level is ``flat[level * level_step + j * byte_step + i]``. Scales have the
+    shape (levels, runs, lines or 1). If the signs are `centred`, they count as 0 and -2, and not as
+    +1 and -1. What follows up to `totals`, (levels, lines), is scratch.
     """
     flat, scales, x = uncounted(flat, scales, x)
-    halves, tables = uncounted(halves, tables)
+    segment, halves, tables = uncounted(segment, halves, tables)
     totals, y = uncounted(totals, y)
     levels, lines = totals.shape
-    runs, own = scales.shape[2], scales.shape[1] > 1
-    of_run = width // runs
-    y[:] = 0
-    for number in range(runs):
-        end = (number + 1) * of_run
-        for start in range(number * of_run, end, _STRIP):
+    one_by_one = lines < _LANES or 8 * x.itemsize > _REGISTER
+    for number in range(scales.shape[1]):
+        first, last = number * run, min(number * run + run, x.size)
+        end = (last + 7) >> 3
+        for start in range(first >> 3, end, _STRIP):
             stop = min(start + _STRIP, end)
             totals[:] = 0
+            middle = 0.0
             for at in range(start, stop, 8):
                 count = min(8, stop - at)
-                for c in range(count):
-                    _fill(x[8 * (at + c) : 8 * (at + c) + 8], halves, tables[c])
+                # A byte may have elements of several runs.
+                segment[:] = 0
+                for e in range(max(first, 8 * at), min(last, 8 * (at + count))):
+                    segment[e - 8 * at] = x[e]
+                if centred:
+                    for t in range(8 * count):
+                        middle += np.float64(segment[t])
+                _fill(segment[: 8 * count], halves)
+                if one_by_one:
+                    for c in range(count):
+                        _join(halves[2 * c : 2 * c + 2], tables[c])
                 for level in range(levels):
-                    first = level * level_step + at * byte_step
-                    if count == 8:
-                        _add_eight(flat, first, byte_step, tables, totals[level])
+                    byte, total = level * level_step + at * byte_step, totals[level]
+                    if count == 8 and one_by_one:
+                        _add_eight_one_by_one(flat, byte, byte_step, tables, total)
+                    elif count == 8:
+                        _add_eight(flat, byte, byte_step, halves, total)
                     else:
                         for c in range(count):
-                            _add_one(flat, first + c * byte_step, tables[c], totals[level])
+                            if one_by_one:
+                                _add_one_by_one(flat, byte, tables[c], total)
+                            else:
+                                _add_one(flat, byte, 0, halves[2 * c :], total)
+                            byte += byte_step
             for level in range(levels):
-                total = totals[level]
-                if own:
-                    scale = scales[level, :, number]
+                total, scale = totals[level], scales[level, number]
+                if scale.size == lines:
                     for i in range(lines):
-                        y[i] += np.float64(scale[i]) * np.float64(total[i])
+                        y[i] += np.float64(scale[i]) * (np.float64(total[i]) - middle)
                 else:
-                    factor = np.float64(scales[level, 0, number])
+                    factor = np.float64(scale[0])
                     for i in range(lines):
-                        y[i] += factor * np.float64(total[i])
+                        y[i] += factor * (np.float64(total[i]) - middle)
+
+
+def is_faster(x: Array, decoding: Decoding) -> bool:
+    """`products.is_faster`."""
+    if not decoding.shared and decoding.run < min(_SHORT, decoding.lines.length):
+        return len(x) * decoding.levels <= FEW  # they go through tiles
+    # The signs that a map leaves out are looked up, too. And sums have to be made.
+    levels = decoding.levels * (2 if decoding.mapped else 1) * (1 + _MADE / decoding.lines.count)
+    free, few = _LIMITS.get(_REGISTER // x.itemsize, (0, FEW))
+    return len(x) * (levels - free) <= few
 
 
 def multiply_lines(planes: Array, bits: Any, scales: Array, x: Array, *, y: Array) -> None:
     """`products.multiply_lines`."""
     levels, width, lines = planes.shape
-    runs, length = scales.shape[2], x.shape[1]
+    mapped, shared, runs = np.ndim(bits) > 0, scales.shape[1] == 1, scales.shape[2]
+    run = max(1, x.shape[1] // max(1, runs))
     side_by_side = planes.strides[2] == 1 or lines == 1
-    if np.ndim(bits) or not side_by_side or (runs > 1 and length // runs % 8):
+    # The scale of a level that no element has may be NaN.
+    known = not mapped or bool(np.isfinite(scales).all())
+    if not (side_by_side and known and (shared or run >= _SHORT or runs == 1)):
         multiply_tiles(planes_loops.sum_planes, planes, bits, scales, x, y)
         return
-    levels = min(levels, int(bits))
+    levels = levels if mapped else min(levels, int(bits))
+    total = np.zeros(y.shape, np.float64)
+    turned = np.empty((levels, runs, scales.shape[1]), scales.dtype)
+    for of_level, scale in zip(turned, scales, strict=False):
+        of_level[...] = in_rows(scale.T)
+    _add_products(planes[:levels], run, turned, x, False, total)
+    if mapped:
+        # Elements without a code have counted as -1: what they lack to 0 is added.
+        hot = np.empty((levels, width, lines), np.uint8)
+        for level in range(levels):
+            some = np.greater(bits, level).view(np.int8)
+            planes_loops.pack_signs(some[None], planes=hot[level : level + 1])
+        _add_products(hot, run, turned * turned.dtype.type(-0.5), x, True, total)
+    y[...] = total
+
+
+def _add_products(
+    planes: Array, run: int, scales: Array, x: Array, centred: bool, y: Array
+) -> None:
+    """Add the products of rows of x with lines to `y`; arguments as for `_look_up`."""
+    levels, width, lines = planes.shape
     level_step, byte_step, _ = planes.strides
     extent = (levels - 1) * level_step + (width - 1) * byte_step + lines
     flat = read_only(np.lib.stride_tricks.as_strided(planes, (extent,), (1,)))
-    halves = memory.scratch("halves", (2, 16), x.dtype)
-    tables = memory.scratch("tables", (8, 256), x.dtype)
-    totals = memory.scratch("totals", (levels, lines), x.dtype)
-    result = memory.scratch("result", (lines,), np.float64)
-    filled = np.zeros(8 * width, x.dtype)
-    held = read_only(np.ascontiguousarray(scales[:levels]))
-    for row, values in enumerate(x):
-        filled[:length] = values
-        _look_up(flat, level_step, byte_step, width, held, filled, halves, tables, totals, result)
-        y[row] = result
+    # Where all lines share several scales, x takes them.
+    fold = scales.shape[2] == 1 < scales.shape[1]
+    scratch = (
+        memory.scratch("segment", (64,), x.dtype),
+        memory.scratch("halves", (16, 16), x.dtype),
+        memory.scratch("tables", (8, 256), x.dtype),
+        memory.scratch("totals", (1 if fold else levels, lines), x.dtype),
+    )
+    one = read_only(np.ones((1, 1, 1), x.dtype))
+    for values, result in zip(x, y, strict=True):
+        if not fold:
+            held = read_only(np.ascontiguousarray(values))
+            _look_up(
+                flat, level_step, byte_step, run, read_only(scales), held, centred, *scratch, result
+            )
+            continue
+        for level, scale in enumerate(scales[..., 0]):
+            held = read_only(values * scale.repeat(run)[: values.size])
+            of_level = flat[level * level_step :]
+            _look_up(
+                of_level, level_step, byte_step, held.size, one, held, centred, *scratch, result
+            )
 
 
 @intrinsic

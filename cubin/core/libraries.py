@@ -252,6 +252,12 @@ class Library:
         """
         raise NotImplementedError
 
+    def record_linear(
+        self, forward: Callable[[], Any], backward: Callable[[Any], Any], x: Any
+    ) -> Any:
+        """The result of `forward`, which is linear in x: its gradient is ``backward(gy)``."""
+        raise NotImplementedError
+
 
 class _Torch(Library):
     """PyTorch: it allocates results on a GPU, from its own pool; on the host they are NumPy's."""
@@ -259,7 +265,7 @@ class _Torch(Library):
     array = "PyTorch tensor"
     cast = "x.float()"
     recorded: Any = None
-    """The autograd function, made once there is PyTorch."""
+    """The autograd functions, made once there is PyTorch."""
 
     constant = "TORCH"
 
@@ -328,9 +334,19 @@ class _Torch(Library):
     ) -> Any:
         names = tuple(n for n, v in arguments.items() if LIBRARY_OF[type(v)] is self)
         tensors = [arguments[name] for name in names]
+        function, _ = self._recorders()
+        return function.apply(forward, backward, arguments, names, *tensors)
+
+    def record_linear(
+        self, forward: Callable[[], Any], backward: Callable[[Any], Any], x: Any
+    ) -> Any:
+        _, function = self._recorders()
+        return function.apply(forward, backward, x)
+
+    def _recorders(self) -> Any:
         if self.recorded is None:
-            self.recorded = _recorded()
-        return self.recorded.apply(forward, backward, arguments, names, *tensors)
+            self.recorded = _recorders()
+        return self.recorded
 
 
 def _refused(torch: Any, name: str, tensor: Any) -> str:
@@ -358,8 +374,8 @@ def _refused(torch: Any, name: str, tensor: Any) -> str:
     return f"{name}, a tensor of {tensor.dtype}, cannot be read: cast it, e.g. {name}.float()"
 
 
-def _recorded() -> Any:
-    """The autograd function that runs any forward with any rule as its gradient."""
+def _recorders() -> tuple[Any, Any]:
+    """The autograd functions that run any forward, and any that is linear, with any gradient."""
     torch: Any = sys.modules["torch"]
 
     class Pulled(torch.autograd.Function):
@@ -391,7 +407,19 @@ def _recorded() -> Any:
             gx = Pulled.apply(pull_back, gy, *saved.values()) if again else pull_back()
             return (None,) * 4 + tuple(gx if name == "x" else None for name in ctx.names)
 
-    return Recorded
+    class RecordedLinear(torch.autograd.Function):
+        """The gradient does not need x, and may be recorded itself."""
+
+        @staticmethod
+        def forward(ctx: Any, forward: Any, backward: Any, x: Any) -> Any:
+            ctx.pull_back = backward
+            return forward()
+
+        @staticmethod
+        def backward(ctx: Any, gy: Any) -> Any:
+            return None, None, ctx.pull_back(gy)
+
+    return Recorded, RecordedLinear
 
 
 class _Jax(Library):
@@ -586,6 +614,8 @@ def _is_plain(value: Any) -> bool:
 
 def border(
     gradient: Callable[..., Any] | None = None,
+    *,
+    adjoint: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function on NumPy and CuPy arrays take and give arrays of any library.
 
@@ -598,6 +628,9 @@ def border(
     gradient : callable, optional
         ``gradient(gy, **arguments)`` is the gradient for the argument ``x``. A library that
         records operations, as PyTorch does where x requires grad, is told so.
+    adjoint : callable, optional
+        The same for a function that is linear in ``x``: ``adjoint(gy, shape, **rest)`` gets x's
+        shape and the other arguments. x is not kept, and what the adjoint calls is recorded, too.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -624,7 +657,7 @@ def border(
             if torch is not None and torch.compiler.is_compiling():
                 # PyTorch is not to trace what follows, which works on the values.
                 work = torch.compiler.disable(across, reason="use cubin.torch there")
-            result: R = work(function, takes_out, gradient, arguments)
+            result: R = work(function, takes_out, gradient, arguments, adjoint)
             return result
 
         return call
@@ -637,6 +670,7 @@ def across(
     takes_out: bool,
     gradient: Callable[..., Any] | None,
     arguments: dict[str, Any],
+    adjoint: Callable[..., Any] | None = None,
 ) -> Any:
     """The result of a function on NumPy and CuPy arrays, with arguments of any one library.
 
@@ -649,6 +683,8 @@ def across(
         As in `border`.
     arguments : dict
         Its arguments by name.
+    adjoint : callable, optional
+        As in `border`.
     """
     if any(LIBRARY_OF[type(value)] is DASK for value in arguments.values()):
         # The adapter calls public functions: it is looked up here, since the core imports none.
@@ -662,7 +698,7 @@ def across(
             raise TypeError(
                 f"x must be floating point, got {x.dtype}: cast it first, e.g. {library.cast}"
             )
-        if gradient is not None and library.records(x):
+        if (gradient or adjoint) and library.records(x):
             if given.get("out") is not None:
                 raise TypeError(
                     "x requires grad, and writing out is not recorded: use torch.no_grad()"
@@ -671,7 +707,12 @@ def across(
             def forward() -> Any:
                 return _worked(function, takes_out, library, ours, given)
 
-            return library.record(forward, gradient, arguments)
+            if adjoint is not None:
+                rest = {name: value for name, value in arguments.items() if name != "x"}
+                pull_back = functools.partial(adjoint, shape=tuple(x.shape), **rest)
+                return library.record_linear(forward, pull_back, x)
+            if gradient is not None:
+                return library.record(forward, gradient, arguments)
     return _worked(function, takes_out, library, ours, given)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cubin.core import libraries
@@ -33,9 +33,45 @@ def patches(
     padded = xp.zeros((count, channels, height + 2 * above, width + 2 * beside), x.dtype)
     padded[:, :, above : above + height, beside : beside + width] = x
     found = xp.empty((count, *places, channels, *kernel), x.dtype)
+    for element, seen in _elements(kernel, stride, places):
+        found[element] = padded[seen].transpose(0, 2, 3, 1)
+    return found.reshape(count * math.prod(places), channels * math.prod(kernel))
+
+
+def overlapped(
+    windows: Array,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    places: Sequence[int],
+) -> Array:
+    """Images with the sums of windows where they overlap: the adjoint of `patches`.
+
+    Parameters
+    ----------
+    windows : array, shape (positions, channels * kernel height * kernel width)
+    shape : four ints
+        That of the images. What lies beyond their edges is left out.
+    kernel, stride, padding, places
+        As for `patches`.
+    """
+    xp: Any = libraries.library(windows)
+    count, channels, height, width = shape
+    above, beside = padding
+    split = windows.reshape(count, *places, channels, *kernel)
+    padded = xp.zeros((count, channels, height + 2 * above, width + 2 * beside), windows.dtype)
+    for element, seen in _elements(kernel, stride, places):
+        padded[seen] += split[element].transpose(0, 3, 1, 2)
+    return padded[:, :, above : above + height, beside : beside + width]
+
+
+def _elements(
+    kernel: Sequence[int], stride: tuple[int, int], places: Sequence[int]
+) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """For each element of a kernel the index into windows, and what it sees of padded images."""
     for row in range(kernel[0]):
         for column in range(kernel[1]):
             down = slice(row, row + stride[0] * (places[0] - 1) + 1, stride[0])
             across = slice(column, column + stride[1] * (places[1] - 1) + 1, stride[1])
-            found[..., row, column] = padded[:, :, down, across].transpose(0, 2, 3, 1)
-    return found.reshape(count * math.prod(places), channels * math.prod(kernel))
+            yield (..., row, column), (slice(None), slice(None), down, across)

@@ -114,6 +114,16 @@ def portion(size: int) -> int:
     return min(size // (4 * _workers()), LARGEST)
 
 
+def shares(count: int, least: int) -> list[slice]:
+    """Slices that cut `count` things into one share for each thread, of at least `least` things.
+
+    There is a single share where there are fewer than twice as many.
+    """
+    number = max(1, min(_workers(), count // least))
+    ends = [count * share // number for share in range(number + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
 # ---------------------------------------------------------------- threads
 
 

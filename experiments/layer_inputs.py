@@ -1,0 +1,134 @@
+"""The Gram matrices of the inputs of a network's layers, of a network in an ONNX file.
+
+A layer is a Conv, MatMul or Gemm whose weights are stored in the graph. Its inputs are taken while
+the network runs: the graph is given them as outputs. What runs it is onnxruntime or, where that is
+not installed, the evaluator of the package onnx, which is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+import cubin
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a network.
+
+    Attributes
+    ----------
+    operator : {"Conv", "MatMul", "Gemm"}
+    weight, inputs, outputs : str
+        The names of the values of the graph: the weights as they are stored, what is multiplied by
+        them, and what the operator makes of both.
+    attributes : mapping
+        The operator's.
+    """
+
+    operator: str
+    weight: str
+    inputs: str
+    outputs: str
+    attributes: Mapping[str, Any]
+
+    def gram(self, x: np.ndarray) -> cubin.Gram:
+        """The Gram matrix of these inputs: in the order of the elements of an output channel."""
+        if self.operator != "Conv":
+            return cubin.Gram(x.shape[-1]).add(x)
+        kernel = self.attributes["kernel_shape"]
+        top, left, bottom, right = self.attributes.get("pads", (0, 0, 0, 0))
+        padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+        strides = self.attributes.get("strides", (1, 1))
+        return cubin.Gram.of_conv(padded, tuple(kernel), tuple(strides))
+
+
+def layers(model: onnx.ModelProto) -> list[Layer]:
+    """The layers of a network whose inputs are the same for all output channels.
+
+    Convolutions with groups are none: each group has inputs of its own, which are few. Nor are
+    dilated ones, those of another rank, and those that leave padding or kernel to be found out.
+    """
+    stored = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            stored.add(node.output[0])
+        if node.op_type not in ("Conv", "MatMul", "Gemm"):
+            continue
+        inputs, weight = node.input[:2]
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        dense = (
+            attributes.get("group", 1) == 1
+            and set(attributes.get("dilations", (1,))) == {1}
+            and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
+            and not attributes.get("transA", 0)
+            and (node.op_type != "Conv" or len(attributes.get("kernel_shape", ())) == 2)
+        )
+        if weight in stored and inputs not in stored and dense:
+            found.append(Layer(node.op_type, weight, inputs, node.output[0], attributes))
+    return found
+
+
+def session(model: onnx.ModelProto) -> Any:
+    """What runs a network: its `run` takes the names of outputs, and the inputs by name."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return ReferenceEvaluator(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def values(
+    model: onnx.ModelProto, names: Iterable[str], batches: Iterable[np.ndarray]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The values of these names in a network with one input, batch by batch."""
+    wanted = sorted(set(names))
+    extended = onnx.ModelProto()
+    extended.CopyFrom(model)
+    (given,) = (entry.name for entry in model.graph.input)
+    known = {entry.name for entry in model.graph.output}
+    extended.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in wanted if name not in known | {given}
+    )
+    running = session(extended)
+    computed = [name for name in wanted if name != given]
+    for batch in batches:
+        found = running.run(computed, {given: batch})
+        yield {given: batch, **dict(zip(computed, found, strict=True))}
+
+
+def grams(path: Path, batches: Iterable[np.ndarray]) -> dict[str, cubin.Gram]:
+    """The Gram matrices of the inputs of a network's layers, by the names of their weights.
+
+    Parameters
+    ----------
+    path : path
+        The network's ONNX file.
+    batches : iterable of array
+        What the network is given.
+
+    Returns
+    -------
+    dict of str to Gram
+        Weights that several layers share have one matrix, of the inputs of all.
+    """
+    model = onnx.load(path)
+    found = layers(model)
+    summed: dict[str, cubin.Gram] = {}
+    for known in values(model, (layer.inputs for layer in found), batches):
+        for layer in found:
+            gram = layer.gram(known[layer.inputs])
+            summed[layer.weight] = summed[layer.weight] + gram if layer.weight in summed else gram
+    return summed

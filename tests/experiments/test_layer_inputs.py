@@ -7,12 +7,11 @@ import importlib.util
 import drawn_text
 import layer_inputs
 import numpy as np
+import onnx
 import pytest
 from command_line import pretrained_sample
 
 from cubin.weights import Weights, channel_rows
-
-onnx = pytest.importorskip("onnx")
 
 
 @pytest.fixture

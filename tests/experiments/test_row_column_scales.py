@@ -101,7 +101,7 @@ def test_a_quick_run_without_the_pretrained_weights(tmp_path, monkeypatch, capsy
     assert {row["data"] for row in rows} == set(experiment.SAMPLED)
     found = {(r["data"], r["metric"], r["bits"], r["scales"]): r for r in rows}
     assert len(found) == len(rows) == 2 * 3 * 2 * 4
-    for (data, metric, bits, _), _row in found.items():
+    for data, metric, bits, _ in found:
         by = {s: found[data, metric, bits, s] for s in (experiment.BOTH, "groups of fewer bits")}
         # With as many rows as columns groups of half a row cost the same.
         assert len({row["effective_bits"] for row in by.values()}) == 1

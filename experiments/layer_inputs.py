@@ -1,8 +1,7 @@
 """The Gram matrices of the inputs of a network's layers, of a network in an ONNX file.
 
 A layer is a Conv, MatMul or Gemm whose weights are stored in the graph. Its inputs are taken while
-the network runs: the graph is given them as outputs. What runs it is onnxruntime or, where that is
-not installed, the evaluator of the package onnx, which is slow.
+onnxruntime runs the network: the graph is given them as outputs.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
+from command_line import INSTALL
 
 import cubin
+from cubin.commands.arguments import UsageError
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def session(model: onnx.ModelProto) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        return ReferenceEvaluator(model)
+        raise UsageError(f"running networks needs the package onnxruntime; {INSTALL}") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(

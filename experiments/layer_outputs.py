@@ -3,10 +3,10 @@
 The networks are those of the package rapidocr, which detect text, turn it and read it. They are
 given drawn text (`drawn_text.py`). Each layer is coded with the Gram matrix of its inputs for some
 images, with scales per output channel, and the error of its outputs is measured on other images.
-Convolutions with groups and layers with few inputs are left out, and of each layer some output
-channels are taken. The script prints a table and what follows from it, and writes
-layer_outputs.csv, .png and .json (where the figures come from, and the findings) to the output
-folder.
+Convolutions with groups are left out, layers with few inputs, and those that see too few vectors of
+them for a Gram matrix, such as one for each image. Of each layer some output channels are taken.
+The script prints a table and what follows from it, and writes layer_outputs.csv, .png and .json
+(where the figures come from, and the findings) to the output folder.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ LINES = 64
 """The most output channels of a layer that are coded, evenly over all."""
 
 LEAST_INPUTS = 64
-BATCH = 4
+LEAST_VECTORS = 4
+"""For each input of a layer: with less the Gram matrix of some images says little of others."""
+
+BATCH = 8
 
 NETWORKS: dict[str, tuple[str, Callable[..., np.ndarray], int]] = {
-    "_det_": ("detection", drawn_text.pages, 4),
-    "_cls_": ("turning", drawn_text.turned_lines, 48),
-    "_rec_": ("reading", drawn_text.lines, 48),
+    "_det_": ("detection", drawn_text.pages, 8),
+    "_cls_": ("turning", drawn_text.turned_lines, 256),
+    "_rec_": ("reading", drawn_text.lines, 256),
 }
 """By a part of the file's name: what the network does, what draws its images, and how many."""
 
@@ -134,6 +137,8 @@ def layers_of(path: Path, quick: bool, most: int = LINES) -> tuple[list[Layer], 
             left_out["convolutions with groups, and other operators"] += 1
         elif gram.n < LEAST_INPUTS:
             left_out[f"fewer than {LEAST_INPUTS} inputs"] += 1
+        elif gram.count < LEAST_VECTORS * gram.n:
+            left_out[f"fewer than {LEAST_VECTORS} input vectors for each input"] += 1
         else:
             lines = some_lines(weight, most)
             found.append(Layer(network, weight.name, lines, gram, others[weight.name]))

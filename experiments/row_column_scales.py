@@ -29,7 +29,7 @@ from quantizers import SCALE_BITS, Quantized
 from tqdm import tqdm
 
 import cubin
-from cubin.commands.arguments import make_folder
+from cubin.commands.arguments import UsageError, make_folder
 from cubin.weights import WeightsError
 
 NAME = "row_column_scales"
@@ -311,7 +311,7 @@ def run(arguments: argparse.Namespace) -> int:
     left_out = []
     try:
         tasks += layers(arguments.quick)
-    except WeightsError as error:
+    except (WeightsError, UsageError) as error:
         left_out = [f"No pretrained weights: {error}"]
     points = [p for task in tqdm(tasks, unit="task", disable=None) for p in measured(task)]
     said = [*findings(points), *left_out]

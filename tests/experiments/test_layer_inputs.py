@@ -12,6 +12,9 @@ import pytest
 from command_line import pretrained_sample
 
 from cubin.weights import Weights, channel_rows
+from tests.required import require
+
+require("onnxruntime")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import cubin
+from tests.required import require
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ def test_layers_count_by_the_power_of_their_outputs():
 def test_a_quick_run(tmp_path, monkeypatch):
     if importlib.util.find_spec("rapidocr") is None:
         pytest.skip("the package rapidocr is not installed")
+    require("onnxruntime")
     few = ("optimal", "alternating, gram", "optimal, gram", "GPTQ", "columns, gram")
     measured = {name: (experiment.MEASURED[name][0], experiment.MEASURED[name][1]) for name in few}
     measured["optimal, gram"] = (measured["alternating, gram"][0], (1, 2, 3))  # sooner

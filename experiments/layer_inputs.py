@@ -1,4 +1,4 @@
-"""The Gram matrices of the inputs of a network's layers, of a network in an ONNX file.
+"""What the inputs of a network's layers are: their Gram matrices, of a network in an ONNX file.
 
 A layer is a Conv, MatMul or Gemm whose weights are stored in the graph. Its inputs are taken while
 onnxruntime runs the network: the graph is given them as outputs.
@@ -14,9 +14,41 @@ from typing import Any
 import numpy as np
 import onnx
 from command_line import INSTALL
+from numpy.lib.stride_tricks import sliding_window_view
 
 import cubin
 from cubin.commands.arguments import UsageError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a layer, in the order of the elements of an output channel.
+
+    Attributes
+    ----------
+    gram : Gram
+        Their Gram matrix.
+    total : array of float64, shape (n,)
+        Their sum.
+    """
+
+    gram: cubin.Gram
+    total: np.ndarray
+
+    def __add__(self, other: Inputs) -> Inputs:
+        return Inputs(self.gram + other.gram, self.total + other.total)
+
+    def centred(self) -> cubin.Gram:
+        """The Gram matrix of the inputs less their mean: of outputs whose biases are corrected."""
+        mean = self.total / self.gram.count
+        return gram_with(self.gram.matrix - np.outer(mean, mean))
+
+
+def gram_with(matrix: np.ndarray) -> cubin.Gram:
+    """The Gram matrix that is this one, symmetric and positive semidefinite."""
+    values, directions = np.linalg.eigh(matrix)
+    sizes = np.sqrt(np.maximum(values, 0) * len(matrix))
+    return cubin.Gram(len(matrix)).add(np.ascontiguousarray((directions * sizes).T))
 
 
 @dataclass(frozen=True)
@@ -39,15 +71,18 @@ class Layer:
     outputs: str
     attributes: Mapping[str, Any]
 
-    def gram(self, x: np.ndarray) -> cubin.Gram:
-        """The Gram matrix of these inputs: in the order of the elements of an output channel."""
+    def seen(self, x: np.ndarray) -> Inputs:
+        """What the layer sees of the value that it takes its inputs from."""
         if self.operator != "Conv":
-            return cubin.Gram(x.shape[-1]).add(x)
-        kernel = self.attributes["kernel_shape"]
+            n = x.shape[-1]
+            return Inputs(cubin.Gram(n).add(x), x.reshape(-1, n).sum(axis=0, dtype=np.float64))
+        kernel = tuple(self.attributes["kernel_shape"])
         top, left, bottom, right = self.attributes.get("pads", (0, 0, 0, 0))
         padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
-        strides = self.attributes.get("strides", (1, 1))
-        return cubin.Gram.of_conv(padded, tuple(kernel), tuple(strides))
+        down, along = self.attributes.get("strides", (1, 1))
+        windows = sliding_window_view(padded, kernel, axis=(2, 3))[:, :, ::down, ::along]
+        total = windows.sum(axis=(0, 2, 3), dtype=np.float64)
+        return Inputs(cubin.Gram.of_conv(padded, kernel, (down, along)), total.ravel())
 
 
 def layers(model: onnx.ModelProto) -> list[Layer]:
@@ -109,8 +144,8 @@ def values(
         yield {given: batch, **dict(zip(computed, found, strict=True))}
 
 
-def grams(path: Path, batches: Iterable[np.ndarray]) -> dict[str, cubin.Gram]:
-    """The Gram matrices of the inputs of a network's layers, by the names of their weights.
+def seen(path: Path, batches: Iterable[np.ndarray]) -> dict[str, Inputs]:
+    """What the layers of a network see, by the names of their weights.
 
     Parameters
     ----------
@@ -121,14 +156,15 @@ def grams(path: Path, batches: Iterable[np.ndarray]) -> dict[str, cubin.Gram]:
 
     Returns
     -------
-    dict of str to Gram
-        Weights that several layers share have one matrix, of the inputs of all.
+    dict of str to Inputs
+        Weights that several layers share have the inputs of all.
     """
     model = onnx.load(path)
     found = layers(model)
-    summed: dict[str, cubin.Gram] = {}
+    summed: dict[str, Inputs] = {}
     for known in values(model, (layer.inputs for layer in found), batches):
         for layer in found:
-            gram = layer.gram(known[layer.inputs])
-            summed[layer.weight] = summed[layer.weight] + gram if layer.weight in summed else gram
+            inputs = layer.seen(known[layer.inputs])
+            before = summed.get(layer.weight)
+            summed[layer.weight] = inputs if before is None else before + inputs
     return summed

@@ -2,7 +2,9 @@
 
 The networks are those of the package rapidocr, which detect text, turn it and read it. They are
 given drawn text (`drawn_text.py`). Each layer is coded with the Gram matrix of its inputs for some
-images, with scales per output channel, and the error of its outputs is measured on other images.
+images, with scales per output channel, and the error of its outputs is measured on other images:
+once with its inputs as they are, and once with their mean taken off, whose share of the error the
+biases can make up for.
 Convolutions with groups are left out, layers with few inputs, and those that see too few vectors of
 them for a Gram matrix, such as one for each image. Of each layer some output channels are taken.
 The script prints a table and what follows from it, and writes layer_outputs.csv, .png and .json
@@ -28,6 +30,7 @@ import league
 import numpy as np
 import provenance
 from command_line import exit_status, output_parser, pretrained_sample
+from layer_inputs import Inputs
 from league import METHODS, Method
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -47,6 +50,11 @@ LEAST_VECTORS = 4
 """For each input of a layer: with less the Gram matrix of some images says little of others."""
 
 BATCH = 8
+EVERY = 8
+"""Of so many layers one is coded by what takes long."""
+
+AS_THEY_ARE, CENTRED = "as they are", "less their mean"
+"""How the inputs are taken."""
 
 NETWORKS: dict[str, tuple[str, Callable[..., np.ndarray], int]] = {
     "_det_": ("detection", drawn_text.pages, 8),
@@ -76,7 +84,7 @@ MEASURED: dict[str, tuple[Method, Sequence[float]]] = {
     ),
     "refined, gram": (METHODS["refined, gram"], (1, 2, 3)),
     "alternating, gram": (METHODS["alternating, gram"], (1, 2, 3)),
-    "optimal, gram": (METHODS["optimal, gram"], (1, 2, 3)),
+    "optimal, gram": (METHODS["optimal, gram"], (1, 2)),
     "columns, gram": (METHODS["columns, gram"], (1.5, 2.5)),
     "round to nearest, clipped": (METHODS["round to nearest, clipped"], (2, 3)),
     "GPTQ": (METHODS["GPTQ"], (2, 3)),
@@ -89,21 +97,28 @@ MEASURED: dict[str, tuple[Method, Sequence[float]]] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of float16 of some output channels, and the Gram matrices of the layer's inputs.
+    """Weights of float16 of some output channels, and the layer's inputs.
 
     Attributes
     ----------
     network, name : str
     weights : array of float16, shape (lines, inputs)
-    known, others : Gram
-        Of the images that codes may know, and of those that they are measured on.
+    known, others : Inputs
+        For the images that codes may know, and for those that they are measured on.
     """
 
     network: str
     name: str
     weights: np.ndarray
-    known: cubin.Gram
-    others: cubin.Gram
+    known: Inputs
+    others: Inputs
+
+    def grams(self) -> dict[str, tuple[cubin.Gram, cubin.Gram]]:
+        """The Gram matrices of both halves, by how the inputs are taken."""
+        return {
+            AS_THEY_ARE: (self.known.gram, self.others.gram),
+            CENTRED: (self.known.centred(), self.others.centred()),
+        }
 
 
 def network_of(path: Path) -> tuple[str, Callable[..., np.ndarray], int]:
@@ -127,12 +142,10 @@ def layers_of(path: Path, quick: bool, most: int = LINES) -> tuple[list[Layer], 
     """The layers of a network, and how many weights are left out for which reason."""
     network, draw, count = network_of(path)
     count = QUICK[1] if quick else count
-    known, others = (
-        layer_inputs.grams(path, drawn(draw, count, (SEED, half))) for half in range(2)
-    )
+    known, others = (layer_inputs.seen(path, drawn(draw, count, (SEED, half))) for half in range(2))
     found, left_out = [], Counter[str]()
     for weight in Weights([path]).tensors:
-        gram = known.get(weight.name)
+        gram = known[weight.name].gram if weight.name in known else None
         if gram is None:
             left_out["convolutions with groups, and other operators"] += 1
         elif gram.n < LEAST_INPUTS:
@@ -141,7 +154,8 @@ def layers_of(path: Path, quick: bool, most: int = LINES) -> tuple[list[Layer], 
             left_out[f"fewer than {LEAST_VECTORS} input vectors for each input"] += 1
         else:
             lines = some_lines(weight, most)
-            found.append(Layer(network, weight.name, lines, gram, others[weight.name]))
+            halves = known[weight.name], others[weight.name]
+            found.append(Layer(network, weight.name, lines, *halves))
     if quick:
         found = found[:: -(-len(found) // QUICK[2])]
     return found, left_out
@@ -157,8 +171,10 @@ class Point:
     Attributes
     ----------
     network, layer : str
-    inputs, lines : int
-        Of an output channel, and output channels that are coded.
+    columns, lines : int
+        Inputs of the layer, and output channels that are coded.
+    inputs : str
+        How they are taken.
     method : str
     bits : float
         The number asked for.
@@ -172,8 +188,9 @@ class Point:
 
     network: str
     layer: str
-    inputs: int
+    columns: int
     lines: int
+    inputs: str
     method: str
     bits: float
     effective_bits: float
@@ -183,23 +200,23 @@ class Point:
     output_mse: float
 
 
-def measured(layer: Layer) -> Iterator[Point]:
-    """Code a layer with every method."""
+def measured(layer: Layer, slow: bool) -> Iterator[Point]:
+    """Code a layer with every method, with those that take long only where `slow` says so."""
     w = layer.weights.astype(np.float64)
-    lines, inputs = w.shape
-    power = float(((w @ layer.others.matrix) * w).sum())
-    for name, (method, widths) in MEASURED.items():
-        for bits in widths:
-            gram = layer.known if method.calibrated else None
-            found = method.run(layer.weights, gram, bits, None)
-            errors = (
-                float(cubin.errors.relative_mse(w, found.values)),
-                float(cubin.errors.output_mse(w, found.values, layer.known)),
-                float(cubin.errors.output_mse(w, found.values, layer.others)),
-            )
-            yield Point(
-                layer.network, layer.name, inputs, lines, name, bits, found.bits, power, *errors
-            )
+    lines, columns = w.shape
+    for inputs, (known, others) in layer.grams().items():
+        power = float(((w @ others.matrix) * w).sum())
+        for name, (method, widths) in MEASURED.items():
+            for bits in widths if slow or not method.slow else ():
+                gram = known if method.calibrated else None
+                found = method.run(layer.weights, gram, bits, None)
+                errors = (
+                    float(cubin.errors.relative_mse(w, found.values)),
+                    float(cubin.errors.output_mse(w, found.values, known)),
+                    float(cubin.errors.output_mse(w, found.values, others)),
+                )
+                about = (layer.network, layer.name, columns, lines, inputs, name, bits)
+                yield Point(*about, found.bits, power, *errors)
 
 
 # ---------------------------------------------------------------- findings
@@ -214,9 +231,17 @@ class Total:
     median: float
 
 
-def total(points: Iterable[Point], method: str, bits: float) -> Total:
-    own = [point for point in points if (point.method, point.bits) == (method, bits)]
-    size = np.array([point.inputs * point.lines for point in own])
+def chosen(
+    points: Iterable[Point], inputs: str, bits: float, method: str | None = None
+) -> list[Point]:
+    return [
+        p for p in points if (p.inputs, p.bits) == (inputs, bits) and method in (None, p.method)
+    ]
+
+
+def total(points: Iterable[Point], inputs: str, method: str, bits: float) -> Total:
+    own = chosen(points, inputs, bits, method)
+    size = np.array([point.columns * point.lines for point in own])
     power = np.array([point.power for point in own])
     errors = np.array([point.output_mse for point in own])
     effective = np.array([point.effective_bits for point in own])
@@ -227,9 +252,11 @@ def total(points: Iterable[Point], method: str, bits: float) -> Total:
     )
 
 
-def ratios(points: Iterable[Point], method: str, other: str, bits: float) -> np.ndarray:
-    """The output error of a method over that of another, layer by layer."""
-    errors = {(p.method, p.layer): p.output_mse for p in points if p.bits == bits}
+def ratios(
+    points: Iterable[Point], inputs: str, method: str, other: str, bits: float
+) -> np.ndarray:
+    """The output error of a method over that of another, layer by layer where both are."""
+    errors = {(p.method, p.layer): p.output_mse for p in chosen(points, inputs, bits)}
     names = [layer for name, layer in errors if name == method]
     return np.array([errors[method, layer] / errors[other, layer] for layer in names])
 
@@ -237,20 +264,18 @@ def ratios(points: Iterable[Point], method: str, other: str, bits: float) -> np.
 def findings(points: Sequence[Point]) -> list[str]:
     """What the points say, in words."""
     said = []
-    for bits in (1, 2, 3):
-        found = {name: total(points, name, bits) for name, (_, w) in MEASURED.items() if bits in w}
-        shares = ", ".join(
-            f"{name} {entry.overall / found['optimal'].overall:.2f}"
-            for name, entry in found.items()
-            if name != "optimal"
-        )
-        said.append(f"{bits} bits, outputs of all layers, error over that of optimal: {shares}.")
-    for name in ("alternating, gram", "optimal, gram", "GPTQ"):
-        for bits in (2, 3):
-            found = ratios(points, name, "optimal", bits)
+    for inputs in (AS_THEY_ARE, CENTRED):
+        for name, other, bits in (
+            *(("alternating, gram", "optimal", bits) for bits in (1, 2, 3)),
+            *(("GPTQ", "optimal", bits) for bits in (2, 3)),
+            *(("alternating, gram", "GPTQ", bits) for bits in (2, 3)),
+            *(("optimal, gram", "alternating, gram", bits) for bits in (1, 2)),
+        ):
+            found = ratios(points, inputs, name, other, bits)
             said.append(
-                f"{bits} bits, {name}: above optimal in {int((found > 1).sum())} of {len(found)} "
-                f"layers, median ratio {np.median(found):.2f}."
+                f"Inputs {inputs}, {bits} bits: {name} has a median of {np.median(found):.3f} of "
+                f"the output error of {other}, and more of it in {int((found > 1).sum())} of "
+                f"{len(found)} layers."
             )
     return said
 
@@ -258,14 +283,15 @@ def findings(points: Sequence[Point]) -> list[str]:
 # ---------------------------------------------------------------- figure
 
 
-def draw_totals(ax: Axes, points: Sequence[Point], which: str) -> Axes:
-    """Draw an error of all layers over effective bits.
+def draw_totals(ax: Axes, points: Sequence[Point], inputs: str) -> Axes:
+    """Draw the median error of the layers' outputs over effective bits.
 
     Parameters
     ----------
     ax : Axes
     points : sequence of Point
-    which : {"overall", "median"}
+    inputs : str
+        How they are taken.
 
     Returns
     -------
@@ -273,60 +299,63 @@ def draw_totals(ax: Axes, points: Sequence[Point], which: str) -> Axes:
         The Axes given.
     """
     for name, (method, widths) in MEASURED.items():
-        found = [total(points, name, bits) for bits in widths]
-        label = f"cubin: {name}" if method.ours else name
+        if method.slow:  # on some layers alone
+            continue
+        found = [total(points, inputs, name, bits) for bits in widths]
         style = dict(method.style)
         if not method.calibrated:
             style.update(color="#999999", mfc="white", ls=":")
         ax.plot(
             [entry.effective_bits for entry in found],
-            [getattr(entry, which) for entry in found],
-            label=label,
+            [entry.median for entry in found],
+            label=f"cubin: {name}" if method.ours else name,
             **style,
         )
     ax.set_yscale("log")
     ax.set_xlabel("effective bits per weight")
-    ax.set_title({"overall": "all outputs", "median": "median of the layers"}[which])
+    ax.set_title(f"median of the layers, inputs {inputs}")
     ax.grid(alpha=0.3)
     return ax
 
 
-def draw_layers(ax: Axes, points: Sequence[Point], bits: float) -> Axes:
+def draw_layers(ax: Axes, points: Sequence[Point], bits: int) -> Axes:
     """Draw for each layer the error relative to the codes that know the weights alone.
 
     Parameters
     ----------
     ax : Axes
     points : sequence of Point
-    bits : float
+    bits : int
 
     Returns
     -------
     Axes
         The Axes given.
     """
-    for name in ("GPTQ", "alternating, gram", "optimal, gram"):
-        found = np.sort(ratios(points, name, "optimal", bits))
-        style = {**METHODS[name].style, "ms": 3}
-        shares = (np.arange(len(found)) + 0.5) / len(found)
-        label = f"cubin: {name}" if METHODS[name].ours else name
-        ax.plot(shares, found, label=label, **style)
+    for inputs, dashes in ((AS_THEY_ARE, "-"), (CENTRED, ":")):
+        for name in ("GPTQ", "alternating, gram"):
+            found = np.sort(ratios(points, inputs, name, "optimal", bits))
+            style = {**METHODS[name].style, "marker": "", "ls": dashes}
+            shares = (np.arange(len(found)) + 0.5) / len(found)
+            label = f"cubin: {name}" if METHODS[name].ours else name
+            ax.plot(shares, found, label=f"{label}, inputs {inputs}", **style)
     ax.axhline(1, color="0.6", lw=1)
     ax.set_yscale("log")
     ax.set_xlabel("share of the layers")
-    ax.set_ylabel("output error over that of optimal on weights")
+    ax.set_ylabel("output error over that of cubin: optimal")
     ax.set_title(f"layer by layer, {bits} bits")
     ax.grid(alpha=0.3)
     return ax
 
 
 def draw_all(figure: Figure, points: Sequence[Point]) -> Figure:
-    overall, median, layers = figure.subplots(1, 3)
-    draw_totals(overall, points, "overall")
-    draw_totals(median, points, "median")
+    whole, centred, layers = figure.subplots(1, 3)
+    draw_totals(whole, points, AS_THEY_ARE)
+    draw_totals(centred, points, CENTRED)
+    centred.sharey(whole)
     draw_layers(layers, points, 2)
-    overall.set_ylabel("relative squared error of outputs")
-    overall.legend(fontsize=7, loc="lower left")
+    whole.set_ylabel("relative squared error of outputs")
+    whole.legend(fontsize=7, loc="lower left")
     layers.legend(fontsize=7)
     return figure
 
@@ -350,7 +379,9 @@ def run(arguments: argparse.Namespace) -> int:
             found, others = layers_of(path, arguments.quick)
             layers += found
             left_out += others
-    points = [p for layer in tqdm(layers, unit="layer", disable=None) for p in measured(layer)]
+    points = []
+    for number, layer in enumerate(tqdm(layers, unit="layer", disable=None)):
+        points += measured(layer, number % EVERY == 0)
     said = findings(points)
     print_table(points)
     print(*said, sep="\n")
@@ -361,14 +392,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def print_table(points: Sequence[Point]) -> None:
-    print(f"{'method':27}{'asked':>6}{'effective':>10}{'overall':>10}{'median':>10}")
-    for name, (_, widths) in MEASURED.items():
-        for bits in widths:
-            found = total(points, name, bits)
-            print(
-                f"{name:27}{bits:6.1f}{found.effective_bits:10.3f}{found.overall:10.5f}"
-                f"{found.median:10.5f}"
-            )
+    print(f"{'inputs':17}{'method':27}{'asked':>6}{'effective':>10}{'overall':>10}{'median':>10}")
+    for inputs in (AS_THEY_ARE, CENTRED):
+        for name, (_, widths) in MEASURED.items():
+            for bits in widths:
+                found = total(points, inputs, name, bits)
+                print(
+                    f"{inputs:17}{name:27}{bits:6.1f}{found.effective_bits:10.3f}"
+                    f"{found.overall:10.5f}{found.median:10.5f}"
+                )
 
 
 def write(
@@ -384,7 +416,7 @@ def write(
         writer.writerow([field.name for field in dataclasses.fields(Point)])
         for point in points:
             values = dataclasses.astuple(point)
-            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
+            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
 
     figure = draw_all(Figure(figsize=(14, 4.6), layout="constrained"), points)
     figure.savefig(arguments.output / f"{NAME}.png", dpi=80)
@@ -393,7 +425,7 @@ def write(
         vars(arguments), SEED, packages=("matplotlib", "numba", "onnx", "onnxruntime", "rapidocr")
     )
     origin["layers"] = Counter(layer.network for layer in layers)
-    origin["least_input_vectors"] = min(layer.known.count for layer in layers)
+    origin["least_input_vectors"] = min(layer.known.gram.count for layer in layers)
     origin["left_out"] = left_out
     origin["findings"] = list(said)
     path = arguments.output / f"{NAME}.json"

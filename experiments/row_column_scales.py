@@ -24,6 +24,7 @@ import numpy as np
 import provenance
 import scipy.linalg
 from command_line import exit_status, output_parser, pretrained_sample
+from layer_inputs import gram_with
 from league import DISTRIBUTIONS, SPECTRA, coded, gram_of
 from quantizers import SCALE_BITS, Quantized
 from tqdm import tqdm
@@ -144,20 +145,13 @@ class Fit:
         self.columns = (self.columns / size).astype(np.float16).astype(np.float64)
 
 
-def with_matrix(matrix: np.ndarray) -> cubin.Gram:
-    """The Gram matrix that is this one."""
-    values, directions = np.linalg.eigh(matrix)
-    sizes = np.sqrt(np.maximum(values, 0) * len(matrix))
-    return cubin.Gram(len(matrix)).add(np.ascontiguousarray((directions * sizes).T))
-
-
 def rows_and_columns(w: np.ndarray, gram: cubin.Gram, bits: int) -> Quantized:
     """The best fit from two starts: cubin's codes, of the weights and of columns of equal size."""
     m, n = w.shape
     matrix, sizes = gram.matrix, np.sqrt((w * w).mean(axis=0))
     fits = []
     for columns in (np.ones(n), np.where(sizes > 0, sizes, 1)):
-        scaled = with_matrix(matrix * columns * columns[:, None])
+        scaled = gram_with(matrix * columns * columns[:, None])
         code = cubin.quantize(
             w / columns, bits, channel_axis=0, solver="alternating", iterations=None, gram=scaled
         )
@@ -191,7 +185,7 @@ def samples(size: int) -> Iterator[Task]:
         law = DISTRIBUTIONS[data]
         rng = np.random.default_rng(SEED)
         w = (law.rvs((size, size), random_state=rng) / law.std()).astype(np.float16)
-        metrics = {"weights": with_matrix(np.eye(size))}
+        metrics = {"weights": gram_with(np.eye(size))}
         for name, power in SPECTRA.items():
             metrics[f"outputs, {name}"] = gram_of(size, power, rng)
         for metric, gram in metrics.items():
@@ -204,9 +198,10 @@ def layers(quick: bool) -> Iterator[Task]:
         found, _ = layer_outputs.layers_of(path, quick, LINES)
         found = [f for f in found if f.weights.shape[1] >= LEAST and len(f.weights) >= LEAST]
         for layer in found[:: max(1, -(-len(found) // (1 if quick else LAYERS)))]:
-            identity = with_matrix(np.eye(layer.known.n))
+            identity = gram_with(np.eye(layer.weights.shape[1]))
             yield Task(WEIGHTS, layer.name, "weights", layer.weights, identity, identity)
-            yield Task(WEIGHTS, layer.name, "outputs", layer.weights, layer.known, layer.others)
+            known, others = (seen.gram for seen in (layer.known, layer.others))
+            yield Task(WEIGHTS, layer.name, "outputs", layer.weights, known, others)
 
 
 # ---------------------------------------------------------------- measuring

@@ -76,7 +76,8 @@ def moments(path, batches):
 
 def assert_same_outputs(path, batches):
     """W H W^T is the mean outer product of what the network makes of its inputs."""
-    grams, expected = layer_inputs.grams(path, batches), moments(path, batches)
+    grams = {name: seen.gram for name, seen in layer_inputs.seen(path, batches).items()}
+    expected = moments(path, batches)
     checked = set()
     for weight in Weights([path]).tensors:
         if weight.name in grams:
@@ -119,9 +120,32 @@ def test_shared_weights_have_the_inputs_of_all_layers(tmp_path):
     model.ir_version = 8
     onnx.save(model, tmp_path / "twice.onnx")
     x = np.random.default_rng(3).standard_normal((3, 4), np.float32)
-    gram = layer_inputs.grams(tmp_path / "twice.onnx", [x])["w"]
+    seen = layer_inputs.seen(tmp_path / "twice.onnx", [x])["w"]
     every = np.concatenate([x, x @ w]).astype(np.float64)
-    np.testing.assert_allclose(gram.matrix, every.T @ every / 6, rtol=1e-5)
+    np.testing.assert_allclose(seen.gram.matrix, every.T @ every / 6, rtol=1e-5)
+    np.testing.assert_allclose(seen.total, every.sum(axis=0), rtol=1e-5)
+
+
+def test_inputs_less_their_mean_are_those_of_centred_outputs(network):
+    x = np.random.default_rng(5).standard_normal((2, 3, 16, 12), np.float32) + 1
+    model = onnx.load(network)
+    found = layer_inputs.seen(network, [x])
+    for layer in layer_inputs.layers(model):
+        (values,) = layer_inputs.values(model, [layer.outputs], [x])
+        y = values[layer.outputs].astype(np.float64)
+        y = np.moveaxis(y, 1, -1) if layer.operator == "Conv" else y
+        y = y.reshape(-1, y.shape[-1])
+        tensor = next(t for t in Weights([network]).tensors if t.name == layer.weight)
+        w = channel_rows(tensor.load(), tensor.channel_axis).astype(np.float64)
+        centred = w @ found[layer.weight].centred().matrix @ w.T
+        expected = np.cov(y.T, bias=True)
+        np.testing.assert_allclose(centred, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_matrix_is_that_of_its_gram():
+    x = np.random.default_rng(6).standard_normal((3, 5))  # of rank 3
+    matrix = x.T @ x
+    np.testing.assert_allclose(layer_inputs.gram_with(matrix).matrix, matrix, atol=1e-12)
 
 
 def test_a_pretrained_network():

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import row_column_scales as experiment
+from layer_inputs import gram_with
 from league import gram_of
 
 
@@ -24,7 +25,7 @@ def w():
 
 
 def test_one_bit_is_the_best_matrix_of_rank_one_of_the_magnitudes(w):
-    identity = experiment.with_matrix(np.eye(24))
+    identity = gram_with(np.eye(24))
     found = experiment.rows_and_columns(w, identity, 1)
     left, size, right = np.linalg.svd(np.abs(w))
     best = np.where(w > 0, 1, -1) * size[0] * np.outer(left[:, 0], right[0])
@@ -51,7 +52,7 @@ def test_codes_with_scales_by_row_and_by_column_are_found_again():
     rng = np.random.default_rng(2)
     rows, columns = np.exp(rng.standard_normal(16)), np.exp(rng.standard_normal(24))
     w = np.outer(rows, columns) * rng.choice([-1.0, 1.0], (16, 24))
-    found = experiment.rows_and_columns(w, experiment.with_matrix(np.eye(24)), 1)
+    found = experiment.rows_and_columns(w, gram_with(np.eye(24)), 1)
     np.testing.assert_allclose(found.values, w, rtol=2e-3)
 
 
@@ -80,11 +81,6 @@ def test_groups_are_those_next_to_the_same_price():
     assert experiment.group_sizes(256, 256) == (128, 128)
     assert experiment.group_sizes(64, 96) == (48, 32)  # 38.4 columns for the price
     assert experiment.group_sizes(1000, 7) == (7, 1)
-
-
-def test_a_matrix_is_that_of_its_gram():
-    matrix = gram_of(8, 1.0, np.random.default_rng(4)).matrix
-    np.testing.assert_allclose(experiment.with_matrix(matrix).matrix, matrix, atol=1e-12)
 
 
 def test_a_quick_run_without_the_pretrained_weights(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +42,24 @@ from cubin.weights import Weight, Weights, channel_rows
 
 NAME = "layer_outputs"
 SEED = 0
-LINES = 64
+LINES = 32
 """The most output channels of a layer that are coded, evenly over all."""
 
 LEAST_INPUTS = 64
 LEAST_VECTORS = 4
 """For each input of a layer: with less the Gram matrix of some images says little of others."""
 
-BATCH = 8
-EVERY = 8
+BATCH = 4
+EVERY = 24
 """Of so many layers one is coded by what takes long."""
 
 AS_THEY_ARE, CENTRED = "as they are", "less their mean"
 """How the inputs are taken."""
 
 NETWORKS: dict[str, tuple[str, Callable[..., np.ndarray], int]] = {
-    "_det_": ("detection", drawn_text.pages, 8),
-    "_cls_": ("turning", drawn_text.turned_lines, 256),
-    "_rec_": ("reading", drawn_text.lines, 256),
+    "_det_": ("detection", drawn_text.pages, 4),
+    "_cls_": ("turning", drawn_text.turned_lines, 64),
+    "_rec_": ("reading", drawn_text.lines, 64),
 }
 """By a part of the file's name: what the network does, what draws its images, and how many."""
 
@@ -86,7 +86,10 @@ MEASURED: dict[str, tuple[Method, Sequence[float]]] = {
     "alternating, gram": (METHODS["alternating, gram"], (1, 2, 3)),
     "optimal, gram": (METHODS["optimal, gram"], (1, 2)),
     "columns, gram": (METHODS["columns, gram"], (1.5, 2.5)),
-    "round to nearest, clipped": (METHODS["round to nearest, clipped"], (2, 3)),
+    "round to nearest, clipped": (
+        replace(METHODS["round to nearest, clipped"], style=league.theirs("black", "s")),
+        (2, 3),
+    ),
     "GPTQ": (METHODS["GPTQ"], (2, 3)),
 }
 """The methods, those of the league but for one, and the bits that they are asked for."""
@@ -304,7 +307,7 @@ def draw_totals(ax: Axes, points: Sequence[Point], inputs: str) -> Axes:
         found = [total(points, inputs, name, bits) for bits in widths]
         style = dict(method.style)
         if not method.calibrated:
-            style.update(color="#999999", mfc="white", ls=":")
+            style.update(mfc="white", ls=":")
         ax.plot(
             [entry.effective_bits for entry in found],
             [entry.median for entry in found],

@@ -42,12 +42,12 @@ SAMPLED = ("Gaussian", "Laplace")
 LAYERS = 4
 """Of each network."""
 
-LINES = 512
+LINES = 256
 LEAST = 128
 """Inputs of the layers that are taken."""
 
-ROUNDS = 40
-LEAST_GAIN = 1e-4
+ROUNDS = 20
+LEAST_GAIN = 1e-3
 """By how much of itself the error must fall for another round."""
 
 WEIGHTS = "pretrained weights"
@@ -195,6 +195,8 @@ def samples(size: int) -> Iterator[Task]:
 def layers(quick: bool) -> Iterator[Task]:
     """Some layers of every network, each with a metric of its weights and one of its outputs."""
     for path in pretrained_sample():
+        if quick and layer_outputs.network_of(path)[0] != "reading":
+            continue
         found, _ = layer_outputs.layers_of(path, quick, LINES)
         found = [f for f in found if f.weights.shape[1] >= LEAST and len(f.weights) >= LEAST]
         for layer in found[:: max(1, -(-len(found) // (1 if quick else LAYERS)))]:

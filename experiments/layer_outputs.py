@@ -4,11 +4,11 @@ The networks are those of the package rapidocr, which detect text, turn it and r
 given drawn text (`drawn_text.py`). Each layer is coded with the Gram matrix of its inputs for some
 images, with scales per output channel, and the error of its outputs is measured on other images:
 once with its inputs as they are, and once with their mean taken off, whose share of the error the
-biases can make up for. Convolutions with groups are left out, layers with few inputs, and those that see too
-few vectors of them for a Gram matrix, such as one for each image. Of the others every second is
-taken, and some of its output channels. The script prints a table and what follows from it, and
-writes layer_outputs.csv, .png and .json (where the figures come from, and the findings) to the
-output folder.
+biases can make up for. Convolutions with groups are left out, layers with few inputs, and those
+that see too few vectors of them for a Gram matrix, such as one for each image. Of the others every
+second is taken, and some of its output channels. The script prints a table and what follows from
+it, and writes layer_outputs.csv, .png and .json (where the figures come from, and the findings) to
+the output folder.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def pretrained_sample() -> list[Path]:
     return files
 
 
-def weights_parser(name: str, documentation: str | None, quick: str) -> argparse.ArgumentParser:
-    """Make the parser of a script that measures weights.
+def output_parser(name: str, documentation: str | None, quick: str) -> argparse.ArgumentParser:
+    """Make the parser of a script that writes its results to a folder.
 
     Parameters
     ----------
@@ -53,10 +53,35 @@ def weights_parser(name: str, documentation: str | None, quick: str) -> argparse
     Returns
     -------
     ArgumentParser
-        With the arguments paths, device, output, quick, strict and verbose.
+        With the arguments output and quick.
     """
     description, _, details = (documentation or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=description, epilog=details)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output"),
+        metavar="FOLDER",
+        help="folder for the results (default: output)",
+    )
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
+
+
+def weights_parser(name: str, documentation: str | None, quick: str) -> argparse.ArgumentParser:
+    """Make the parser of a script that measures weights.
+
+    Parameters
+    ----------
+    name, documentation, quick
+        As those of `output_parser`.
+
+    Returns
+    -------
+    ArgumentParser
+        With the arguments paths, device, output, quick, strict and verbose.
+    """
+    parser = output_parser(name, documentation, quick)
     parser.add_argument(
         "paths",
         nargs="*",
@@ -71,14 +96,6 @@ def weights_parser(name: str, documentation: str | None, quick: str) -> argparse
         default="auto",
         help="cpu: NumPy; cuda: CuPy; auto: cuda where there is a GPU (default: auto)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output"),
-        metavar="FOLDER",
-        help="folder for the results (default: output)",
-    )
-    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument(
         "--strict",
         action="store_true",

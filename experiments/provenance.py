@@ -37,7 +37,7 @@ def record(
     -------
     dict
         Keys date (UTC, ISO 8601), arguments, seed, versions, machine and revision (None outside
-        a git checkout).
+        a git checkout) as the run found it: results that it writes do not count as changes.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -45,7 +45,7 @@ def record(
         "seed": seed,
         "versions": versions(packages),
         "machine": machine(),
-        "revision": revision(Path(__file__).parent),
+        "revision": STARTED_FROM,
     }
 
 
@@ -123,3 +123,6 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, list | tuple | range):
         return [without_folders(item) for item in value]
     return value
+
+
+STARTED_FROM = revision(Path(__file__).parent)

@@ -388,6 +388,103 @@ def in_groups_of_64(method):
     )
 
 
+# ---------------------------------------------------------------- real layers
+
+OUTPUTS = table(RESULTS / "layer_outputs.csv")
+AS_THEY_ARE, CENTRED = "as they are", "less their mean"
+OF_LAYERS = {
+    "`greedy`": "greedy",
+    "`optimal`": "optimal",
+    "`alternating`, `importance`": "alternating, importance",
+    "`refined`, `gram`": "refined, gram",
+    "`alternating`, `gram`": "alternating, gram",
+    "integers, nearest in a searched range": "round to nearest, clipped",
+    "integers, GPTQ": "GPTQ",
+}
+
+
+def of_layers(inputs, method, bits, column="output_mse"):
+    """A column of the layers that a method was measured on, by name."""
+    wanted = (inputs, method, str(bits))
+    return {
+        row["layer"]: float(row[column])
+        for row in OUTPUTS
+        if (row["inputs"], row["method"], row["bits"]) == wanted
+    }
+
+
+def medians_of_layers(inputs):
+    for label, method in OF_LAYERS.items():
+        found = [list(of_layers(inputs, method, bits).values()) for bits in (1, 2, 3)]
+        entries = [float(np.median(errors)) if errors else None for errors in found]
+        yield line(label, entries)
+
+
+def layer_ratios(inputs, method, other, bits):
+    """The output error of a method over that of another, of each layer that has both."""
+    mine, others = (of_layers(inputs, name, bits) for name in (method, other))
+    return np.array([mine[name] / others[name] for name in mine if name in others])
+
+
+def layer_ratio(inputs, method, other, bits):
+    return f"{np.median(layer_ratios(inputs, method, other, bits)):.2f}"
+
+
+def overall(inputs, method, other, bits):
+    """The error of all outputs together, of a method over another."""
+    power = of_layers(inputs, method, bits, "power")
+    sums = [
+        sum(of_layers(inputs, name, bits)[layer] * power[layer] for layer in power)
+        for name in (method, other)
+    ]
+    return f"{sums[0] / sums[1]:.2f}"
+
+
+def left_out_layers():
+    origin = json.loads((RESULTS / "layer_outputs.json").read_text(encoding="utf-8"))
+    return [str(count) for count in origin["left_out"].values()]
+
+
+BY_ROW_AND_COLUMN = table(RESULTS / "row_column_scales.csv")
+SCALED = {
+    "Gaussian: weights": ("Gaussian", "weights"),
+    "Gaussian: outputs, 1/i": ("Gaussian", "outputs, 1/i"),
+    "Gaussian: outputs, i^-1/2": ("Gaussian", "outputs, i^-1/2"),
+    "Laplace: weights": ("Laplace", "weights"),
+    "Laplace: outputs, 1/i": ("Laplace", "outputs, 1/i"),
+    "Laplace: outputs, i^-1/2": ("Laplace", "outputs, i^-1/2"),
+    "pretrained weights: weights": ("pretrained weights", "weights"),
+    "pretrained weights: outputs": ("pretrained weights", "outputs"),
+}
+
+
+def scaled(data, metric, scales, bits):
+    """The errors by layer with such scales."""
+    return {
+        row["layer"]: float(row["error"])
+        for row in BY_ROW_AND_COLUMN
+        if (row["data"], row["metric"], row["scales"]) == (data, metric, scales)
+        and row["bits"] == str(bits)
+    }
+
+
+def by_row_and_column(data, metric, other, bits):
+    """The error with scales by row and by column over that with other scales, of each layer."""
+    mine, others = (scaled(data, metric, name, bits) for name in ("rows and columns", other))
+    return np.array([mine[layer] / others[layer] for layer in mine])
+
+
+def rows_and_columns():
+    cells = " | ".join("{}" for _ in range(6))
+    for label, (data, metric) in SCALED.items():
+        found = [
+            f"{np.median(by_row_and_column(data, metric, other, bits)):.2f}"
+            for bits in (1, 2)
+            for other in ("rows", "groups of fewer bits", "groups of more bits")
+        ]
+        yield f"| {label} | {cells} |", found
+
+
 # ---------------------------------------------------------------- accuracy
 
 DIGITS = RESULTS / "train_mnist"

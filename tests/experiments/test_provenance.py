@@ -63,6 +63,13 @@ def test_revision_tells_a_clean_checkout_from_a_changed_one(tmp_path):
     assert changed == {"commit": clean["commit"], "dirty": True}
 
 
+def test_the_revision_is_that_at_the_start(tmp_path, monkeypatch):
+    found = provenance.revision(Path(provenance.__file__).parent)
+    # What a run writes into the checkout changes the answer, and not the record.
+    monkeypatch.setattr(provenance, "revision", lambda folder: {"commit": "later", "dirty": True})
+    assert provenance.record({})["revision"] == found
+
+
 def test_revision_is_none_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.revision(tmp_path) is None

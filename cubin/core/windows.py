@@ -32,10 +32,10 @@ def patches(
     above, beside = padding
     padded = xp.zeros((count, channels, height + 2 * above, width + 2 * beside), x.dtype)
     padded[:, :, above : above + height, beside : beside + width] = x
-    found = xp.empty((count, *places, channels, *kernel), x.dtype)
+    seen = xp.empty((count, *places, channels, *kernel), x.dtype)
     for row in range(kernel[0]):
         for column in range(kernel[1]):
             down = slice(row, row + stride[0] * (places[0] - 1) + 1, stride[0])
             across = slice(column, column + stride[1] * (places[1] - 1) + 1, stride[1])
-            found[..., row, column] = padded[:, :, down, across].transpose(0, 2, 3, 1)
-    return found.reshape(count * math.prod(places), channels * math.prod(kernel))
+            seen[..., row, column] = padded[:, :, down, across].transpose(0, 2, 3, 1)
+    return seen.reshape(count * math.prod(places), channels * math.prod(kernel))

@@ -513,8 +513,8 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
     """`greedy.encode_rows`."""
     wide = lines_in_work_dtype(x)
     none = np.empty((0, 0), wide.dtype)
-    found = _solve(wide, len(x), map_lines(bits, len(wide)), levels, none, lines(signs))
-    scales[...] = found[:levels, :, None]
+    by_level = _solve(wide, len(x), map_lines(bits, len(wide)), levels, none, lines(signs))
+    scales[...] = by_level[:levels, :, None]
 
 
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:

@@ -285,15 +285,15 @@ def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) ->
 
 @loop
 def _encode_rows(
-    x: Array, bits: Array, scales: Array, found: bool, m: Array, chunk: Array, sums: Array,
+    x: Array, bits: Array, scales: Array, known: bool, m: Array, chunk: Array, sums: Array,
     signs: Array,
 ) -> None:  # fmt: skip
-    """Write the signs, and the scales unless they are `found`."""
+    """Write the signs, and the scales unless they are `known`."""
     x, bits, scales, m = uncounted(x, bits, scales, m)
     chunk, signs = uncounted(chunk, signs)
     for start in range(0, len(x), len(m)):
         stop = min(start + len(m), len(x))
-        if not found:
+        if not known:
             _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, chunk, sums)
         for row in range(start, stop):
             for first in range(0, x.shape[1], CHUNK):

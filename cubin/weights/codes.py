@@ -144,11 +144,11 @@ def widest(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
 
 def write_code(file: BinaryIO, name: str, code: BinaryCode, base: int) -> dict[str, Any]:
     """Write the data of a code, and give the header's entries for it."""
-    layout, held = files.pack(code)
+    layout, members = files.pack(code)
     entries: dict[str, Any] = {"layout": layout}
     for part in files.PARTS:
-        entries[part] = files.entry_of(held[part], file.tell() - base)
-        file.write(files.data_of(held[part]))
+        entries[part] = files.entry_of(members[part], file.tell() - base)
+        file.write(files.data_of(members[part]))
     return entries
 
 
@@ -180,13 +180,13 @@ def stored_code(
 ) -> StoredCode:
     """A code of the file, as its header describes it."""
     shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
-    own = {part: entries[f"{name}.{part}" if name else part] for part in files.PARTS}
+    members = {part: entries[f"{name}.{part}" if name else part] for part in files.PARTS}
     dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-    kind = dtype[own["scales"].dtype]
+    kind = dtype[members["scales"].dtype]
     levels = arrays.as_integer("levels", layout["levels"])
-    nbytes = sum(entry.end - entry.start for entry in own.values())
+    nbytes = sum(entry.end - entry.start for entry in members.values())
     mapped = "map" in layout
-    return StoredCode(name, shape, kind, levels, mapped, nbytes, path, layout, own)
+    return StoredCode(name, shape, kind, levels, mapped, nbytes, path, layout, members)
 
 
 def load_codes(path: str | os.PathLike[str]) -> Iterator[tuple[str, BinaryCode]]:

@@ -165,12 +165,12 @@ def is_scale(name: str) -> bool:
 
 def scales_beside(path: Path) -> dict[str, tuple[Path, Entry]]:
     """The scales in all shards of a folder: those of a matrix may lie in another one."""
-    found: dict[str, tuple[Path, Entry]] = {}
+    scales: dict[str, tuple[Path, Entry]] = {}
     for shard in sorted(path.parent.glob("*.safetensors")):
         with contextlib.suppress(ValueError, OSError):  # it is named when it is read itself
             entries, _ = read_header(shard)
-            found |= {name: (shard, entry) for name, entry in entries.items() if is_scale(name)}
-    return found
+            scales |= {name: (shard, entry) for name, entry in entries.items() if is_scale(name)}
+    return scales
 
 
 def misfit(stored: Entry, scale: Entry | None, other: bool) -> str:

@@ -151,7 +151,7 @@ def conv2d(
     one = decoding_of(images) if coded else None
     libraries.library(images if one is None else one.planes, decoding.planes)  # not a mixture
     dtype = images.dtype if one is None else one.dtype
-    strides, paddings = _pair("stride", stride, 1), _pair("padding", padding, 0)
+    strides, paddings = arrays.as_pair("stride", stride, 1), arrays.as_pair("padding", padding, 0)
     count = arrays.as_integer("groups", groups)
     if len(images.shape) != 4 or len(code.shape) != 4:
         raise ValueError(f"x and code must have rank 4, got {images.shape} and {code.shape}")
@@ -216,12 +216,3 @@ def _check_length(length: int, decoding: Decoding, shape: tuple[int, ...]) -> No
 def _work(dtype: Any, decoding: Decoding) -> np.dtype[Any]:
     """The dtype in which sums are accumulated, for inputs of a dtype."""
     return np.result_type(floats.work_dtype(dtype), floats.work_dtype(decoding.dtype))
-
-
-def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
-    """A number for each of two axes."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    numbers = tuple(arrays.as_integer(name, number) for number in pair)
-    if len(numbers) != 2 or min(numbers) < least:
-        raise ValueError(f"{name} must be a number or two, at least {least}, got {value!r}")
-    return numbers[0], numbers[1]

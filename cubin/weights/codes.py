@@ -16,9 +16,10 @@ import numpy as np
 
 from cubin.codes import files
 from cubin.codes.binary_code import BinaryCode
+from cubin.codes.headers import DTYPES, Entry
 from cubin.core import arrays
 from cubin.core.bits import MAX_BITS
-from cubin.weights.safetensors_files import Entry, map_tensor, read_header
+from cubin.weights.safetensors_files import map_tensor, read_header
 from cubin.weights.tensor import BFLOAT16_IN_NUMPY
 
 LONGEST_NUMBER = 10**19
@@ -181,8 +182,7 @@ def stored_code(
     """A code of the file, as its header describes it."""
     shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
     members = {part: entries[f"{name}.{part}" if name else part] for part in files.PARTS}
-    dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-    kind = dtype[members["scales"].dtype]
+    kind = DTYPES[members["scales"].dtype]
     levels = arrays.as_integer("levels", layout["levels"])
     nbytes = sum(entry.end - entry.start for entry in members.values())
     mapped = "map" in layout

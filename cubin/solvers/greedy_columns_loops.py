@@ -16,11 +16,11 @@ from cubin.core.host.loops import (
     lines,
     lines_in_work_dtype,
     loop,
-    magnitude_sum,
     map_lines,
     part,
     read_only,
     store_lines,
+    sum_in_sixteenths,
     transpose,
     uncounted,
 )
@@ -144,7 +144,7 @@ def _add_chunk(
             row = chunk[:size]
             for e in range(size):
                 row[e] = m[e * width + j]
-            lanes[j] = magnitude_sum(row, taken[j], sums)
+            lanes[j] = sum_in_sixteenths(row, taken[j], sums)
     for j in range(width):
         totals[j] += lanes[j]
 

@@ -78,61 +78,61 @@ def argument_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, said: str, examples: str) -> argparse.ArgumentParser:
-        own = commands.add_parser(
+        added = commands.add_parser(
             name,
             help=said,
             description=f"{said[0].upper()}{said[1:]}.",
             epilog=examples + STATUS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        own.add_argument("--json", action="store_true", help="print JSON in the place of text")
-        return own
+        added.add_argument("--json", action="store_true", help="print JSON in the place of text")
+        return added
 
-    own = command("error", "what bit widths and solvers cost on weights", ERROR_EXAMPLES)
-    add_weights(own)
-    own.add_argument("--bits", type=parse_bits, default="1-8", help="1-8, 1,2,4 (default: 1-8)")
-    own.add_argument(
+    options = command("error", "what bit widths and solvers cost on weights", ERROR_EXAMPLES)
+    add_weights(options)
+    options.add_argument("--bits", type=parse_bits, default="1-8", help="1-8, 1,2,4 (default: 1-8)")
+    options.add_argument(
         "--solver",
         type=parse_solvers,
         default="greedy",
         metavar="NAMES",
         help=f"of {', '.join(SOLVERS)}, with commas (default: greedy)",
     )
-    own.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the results")
-    where = own.add_mutually_exclusive_group()
+    options.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the results")
+    where = options.add_mutually_exclusive_group()
     where.add_argument(
         "--workers", type=parse_workers, metavar="N", help="processes that share the cores"
     )
     where.add_argument(
         "--scheduler", metavar="ADDRESS", help="a scheduler of Dask, whose workers see the files"
     )
-    own.add_argument(
+    options.add_argument(
         "--plan", action="store_true", help="print the work and the peak memory, and stop"
     )
-    own.set_defaults(run=error.run)
+    options.set_defaults(run=error.run)
 
-    own = command("quantize", "write the codes of weights to a file", QUANTIZE_EXAMPLES)
-    add_weights(own)
-    own.add_argument(
+    options = command("quantize", "write the codes of weights to a file", QUANTIZE_EXAMPLES)
+    add_weights(options)
+    options.add_argument(
         "--bits", type=parse_workers, required=True, metavar="N", help="of each weight"
     )
-    own.add_argument(
+    options.add_argument(
         "--map",
         type=quantize.parse_map,
         metavar="budget:MEAN",
         help="a bit map of at most --bits bits, MEAN of them on average",
     )
-    own.add_argument("--solver", choices=sorted(SOLVERS), default="greedy")
-    own.add_argument("--shift", action="store_true", help="a constant for each row, too")
-    own.add_argument("--output", type=Path, required=True, metavar="FILE", help=".safetensors")
-    own.set_defaults(run=quantize.run)
+    options.add_argument("--solver", choices=sorted(SOLVERS), default="greedy")
+    options.add_argument("--shift", action="store_true", help="a constant for each row, too")
+    options.add_argument("--output", type=Path, required=True, metavar="FILE", help=".safetensors")
+    options.set_defaults(run=quantize.run)
 
-    own = command("show", "sizes and effective bits of a file of codes", SHOW_EXAMPLES)
-    own.add_argument("file", type=Path, metavar="FILE")
-    own.add_argument(
+    options = command("show", "sizes and effective bits of a file of codes", SHOW_EXAMPLES)
+    options.add_argument("file", type=Path, metavar="FILE")
+    options.add_argument(
         "--weights", type=Path, nargs="+", metavar="PATH", help="show the error against them"
     )
-    own.set_defaults(run=show.run)
+    options.set_defaults(run=show.run)
     return parser
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
 
 import numpy as np
 
@@ -172,8 +171,8 @@ class Gram:
         x = arrays.as_floats("x", x)
         if x.ndim != 4:
             raise ValueError(f"x must have the axes batch, channels, height, width, got {x.shape}")
-        kernel = _pair("kernel", kernel, 1)
-        stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
+        kernel = arrays.as_pair("kernel", kernel, 1)
+        stride, padding = arrays.as_pair("stride", stride, 1), arrays.as_pair("padding", padding, 0)
         padded = tuple(x.shape[2 + axis] + 2 * padding[axis] for axis in range(2))
         if padded[0] < kernel[0] or padded[1] < kernel[1]:
             raise ValueError(f"the kernel {kernel} is larger than the padded input {padded}")
@@ -289,16 +288,6 @@ def matrix_for(gram: object, w: Array, name: str) -> Array:
     matrix = gram.view()
     libraries.check_same("gram", matrix, w, name)
     return matrix
-
-
-def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
-    pair = value if isinstance(value, tuple) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be an integer or two of them, got {value}")
-    numbers = [arrays.as_integer(name, number) for number in pair]
-    if min(numbers) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return numbers[0], numbers[1]
 
 
 def __dir__() -> list[str]:

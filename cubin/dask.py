@@ -59,11 +59,11 @@ def lazily(name: str, arguments: dict[str, Any]) -> Any:
     lazy = {n: v for n, v in arguments.items() if LIBRARY_OF[type(v)] is DASK}
     if name not in FUNCTIONS:
         DASK.check(*next(iter(lazy.items())))
-    given = {n: v for n, v in arguments.items() if n not in lazy and v is not None}
-    if "out" in given:
-        DASK.check_output(given["out"])
+    others = {n: v for n, v in arguments.items() if n not in lazy and v is not None}
+    if "out" in others:
+        DASK.check_output(others["out"])
     x = lazy.get("x")
-    for other, value in given.items():
+    for other, value in others.items():
         if LIBRARY_OF[type(value)] is not None:
             raise TypeError(
                 f"{other} is a {LIBRARY_OF[type(value)].array}, but {next(iter(lazy))} is a Dask "  # type: ignore[union-attr]
@@ -252,15 +252,15 @@ def _approximated(
     whole: int,
 ) -> Array:
     """`multibit` of a chunk of whole rows, in the form that the whole array takes."""
-    given = dict(zip(names, values, strict=True))
-    x = arrays.as_floats("x", given["x"])
+    of_chunk = dict(zip(names, values, strict=True))
+    x = arrays.as_floats("x", of_chunk["x"])
     with libraries.current_device(x):
         bits = as_bits(
-            given.get("bits", number), x, limit=solver.most_bits, look=solver.name != "greedy"
+            of_chunk.get("bits", number), x, limit=solver.most_bits, look=solver.name != "greedy"
         )
-        if "levels" in given:
-            bits = dataclasses.replace(bits, levels=min(int(given["levels"]), solver.most_bits))
-        importance = given.get("importance")
+        if "levels" in of_chunk:
+            bits = dataclasses.replace(bits, levels=min(int(of_chunk["levels"]), solver.most_bits))
+        importance = of_chunk.get("importance")
         weights = None if importance is None else arrays.as_importance(importance, x)
         rows = dataclasses.replace(rows_of(x.shape, **layout), whole=whole)
         y = libraries.result_like(x, x.dtype)

@@ -257,7 +257,7 @@ def _windows(
     shape: tuple[int, ...], of_code: tuple[int, ...], stride: Any, padding: Any, groups: Any
 ) -> _Windows:
     """The windows of images with kernels of these shapes; errors as from `conv2d`."""
-    strides, paddings = _pair("stride", stride, 1), _pair("padding", padding, 0)
+    strides, paddings = arrays.as_pair("stride", stride, 1), arrays.as_pair("padding", padding, 0)
     count = arrays.as_integer("groups", groups)
     if len(shape) != 4 or len(of_code) != 4:
         raise ValueError(f"x and code must have rank 4, got {shape} and {of_code}")
@@ -303,12 +303,3 @@ def _check_length(length: int, decoding: Decoding, shape: tuple[int, ...]) -> No
 def _work(dtype: Any, decoding: Decoding) -> np.dtype[Any]:
     """The dtype in which sums are accumulated, for inputs of a dtype."""
     return np.result_type(floats.work_dtype(dtype), floats.work_dtype(decoding.dtype))
-
-
-def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
-    """A number for each of two axes."""
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    numbers = tuple(arrays.as_integer(name, number) for number in pair)
-    if len(numbers) != 2 or min(numbers) < least:
-        raise ValueError(f"{name} must be a number or two, at least {least}, got {value!r}")
-    return numbers[0], numbers[1]

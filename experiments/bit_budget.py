@@ -12,9 +12,7 @@ power. The script prints a table and what follows from it, and writes bit_budget
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +24,7 @@ import numpy as np
 import provenance
 import scipy.optimize
 import scipy.stats
-from command_line import exit_status, pretrained_sample, weights_parser
+from command_line import exit_status, pretrained_sample, weights_parser, write_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -447,27 +445,21 @@ def write(
     tensors: int,
 ) -> None:
     """Write the CSV, the figure, and the provenance with the findings."""
-    with (arguments.output / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        names = [field.name for field in dataclasses.fields(Point)]
-        writer.writerow([*names, *GAINS])
-        for point in points:
-            gains = [gain(points, point, *against) for against in GAINS.values()]
-            values = [*dataclasses.astuple(point), *gains]
-            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
-
     figure = draw_all(Figure(figsize=(10.5, 7.5), layout="constrained"), points)
-    figure.savefig(arguments.output / f"{NAME}.png", dpi=90)
-
     origin = provenance.record(
         vars(arguments), SEED, packages=("matplotlib", "onnx", "safetensors", "rapidocr")
     )
-    origin["weights"] = {"tensors": tensors}
-    origin["omissions"] = omissions.record()
-    origin["findings"] = list(said)
-    path = arguments.output / f"{NAME}.json"
-    path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {arguments.output}: {NAME}.csv, .png, .json")
+    origin |= {
+        "weights": {"tensors": tensors},
+        "omissions": omissions.record(),
+        "findings": list(said),
+    }
+    header = [*(field.name for field in dataclasses.fields(Point)), *GAINS]
+    rows = []
+    for point in points:
+        gains = [gain(points, point, *against) for against in GAINS.values()]
+        rows.append([*dataclasses.astuple(point), *gains])
+    write_results(NAME, arguments.output, header, rows, figure, 90, origin)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,15 +1,21 @@
-"""What the experiments' command lines share: arguments, the pretrained sample, errors in a line."""
+"""What the experiments' command lines share: arguments, the pretrained sample, files, errors."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cubin.commands.arguments import UsageError
 from cubin.weights import WeightsError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INSTALL = "install the extra `examples`: pip install '.[examples]'"
 
@@ -119,3 +125,39 @@ def exit_status(
     except (WeightsError, UsageError, OSError) as error:
         print(f"{name}.py: error: {error}", file=sys.stderr)
         return 2
+
+
+def write_results(
+    name: str,
+    folder: Path,
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    figure: Figure,
+    dpi: int,
+    origin: Mapping[str, Any],
+) -> None:
+    """Write what a script measured to its folder, and say so.
+
+    Parameters
+    ----------
+    name : str
+        The script's, without `.py`, and that of the files.
+    folder : Path
+        An existing one.
+    header, rows
+        The table. Floats are written with six digits.
+    figure : Figure
+    dpi : int
+        The figure's dots per inch.
+    origin : mapping
+        The record of the run: see `provenance`.
+    """
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
+    figure.savefig(folder / f"{name}.png", dpi=dpi)
+    text = json.dumps(origin, indent=2) + "\n"
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    print(f"Written to {folder}: {name}.csv, .png, .json")

@@ -12,9 +12,7 @@ prints a table with the time that everything takes, and what follows from it, an
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -26,7 +24,7 @@ import numpy as np
 import provenance
 import quantizers
 import scipy.stats
-from command_line import exit_status, pretrained_sample, weights_parser
+from command_line import exit_status, pretrained_sample, weights_parser, write_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from quantizers import Quantized
@@ -524,26 +522,19 @@ def write(
     tensors: int,
 ) -> None:
     """Write the CSV, the figure, and the provenance with the findings."""
-    with (arguments.output / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Point)])
-        for point in points:
-            values = dataclasses.astuple(point)
-            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
-
     sources = len({point.data for point in points})
     figure = draw_all(Figure(figsize=(4.6 * sources, 9.5), layout="constrained"), points)
-    figure.savefig(arguments.output / f"{NAME}.png", dpi=80)
-
     origin = provenance.record(
         vars(arguments), SEED, packages=("matplotlib", "numba", "onnx", "safetensors", "rapidocr")
     )
-    origin["weights"] = {"tensors": tensors}
-    origin["omissions"] = omissions.record() if omissions else None
-    origin["findings"] = list(said)
-    path = arguments.output / f"{NAME}.json"
-    path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {arguments.output}: {NAME}.csv, .png, .json")
+    origin |= {
+        "weights": {"tensors": tensors},
+        "omissions": omissions.record() if omissions else None,
+        "findings": list(said),
+    }
+    header = [field.name for field in dataclasses.fields(Point)]
+    rows = map(dataclasses.astuple, points)
+    write_results(NAME, arguments.output, header, rows, figure, 80, origin)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

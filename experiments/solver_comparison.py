@@ -10,10 +10,8 @@ and the findings) to the output folder.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import itertools
-import json
 import math
 import sys
 import time
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 import provenance
 import scipy.stats
-from command_line import exit_status, pretrained_sample, weights_parser
+from command_line import exit_status, pretrained_sample, weights_parser, write_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -364,18 +362,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(results))
     print(*said, omissions.text(arguments.verbose), sep="\n")
 
-    with (arguments.output / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(dataclasses.astuple(result) for result in results)
-    figure_of(results).savefig(arguments.output / f"{NAME}.png", dpi=130)
     packages = ("matplotlib", "onnx", "safetensors", "rapidocr")
     origin = provenance.record(vars(arguments), SEED, packages)
-    origin["findings"] = said
-    origin["omissions"] = omissions.record()
-    path = arguments.output / f"{NAME}.json"
-    path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {arguments.output}: {NAME}.csv, .png, .json")
+    origin |= {"findings": said, "omissions": omissions.record()}
+    rows = map(dataclasses.astuple, results)
+    write_results(NAME, arguments.output, COLUMNS, rows, figure_of(results), 130, origin)
     return omissions.exit_status
 
 

@@ -31,6 +31,8 @@ pytest.importorskip("numba")
 
 import numba
 
+from cubin.core.host import loops
+
 # The same test bodies, on the loops whatever the size.
 globals().update(
     {name: body for name, body in vars(test_multibit).items() if name.startswith("test_")}
@@ -74,6 +76,12 @@ def samples(rng, shape, dtype, levels, mapped):
     return x, rng.integers(0, levels + 1, shape).astype(np.uint8) if mapped else np.uint8(levels)
 
 
+def scales_of_loops(x, bits, levels):
+    """The scales of whole rows, (levels, rows, 1)."""
+    scales = greedy_loops._scales(loops.in_work_dtype(x), loops.map_of(bits, len(x)), levels)
+    return scales.T[:, :, None]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", *WORK])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("levels", few([1, 2, 3, 4, 5, 8, 11, 16], 1, 3, 5, 16))
@@ -82,7 +90,7 @@ def test_loops_equal_the_primitives(rng, dtype, mapped, levels, shape):
     x, bits = samples(rng, shape, dtype, levels, mapped)
     work = floats.work_dtype(np.dtype(dtype))
     scales = greedy._level_scales(x, bits, levels)
-    found = greedy_loops.level_scales(x, bits, levels)
+    found = scales_of_loops(x, bits, levels)
     for one, other in zip(found, scales, strict=True):
         assert one.dtype == other.dtype == work
         assert one.shape == other.shape
@@ -104,7 +112,7 @@ def test_loops_equal_the_primitives(rng, dtype, mapped, levels, shape):
 def test_whole_rows_at_once_equal_the_steps(rng, dtype, mapped, levels, shape):
     x, bits = samples(rng, shape, dtype, levels, mapped)
     x[-1, 0] = np.nan
-    found = greedy_loops.level_scales(x, bits, levels)
+    found = scales_of_loops(x, bits, levels)
     expected, y = np.empty(shape, dtype), np.empty(shape, dtype)
     greedy.approximation(x, bits, *found, y=expected)
     greedy_loops.approximate_rows(x, bits, levels, y=y)
@@ -142,19 +150,19 @@ def test_what_is_not_finite(rng, bad, levels):
     for given in (np.uint8(levels), bits):
         with np.errstate(all="ignore"):
             scales = np.stack(greedy._level_scales(x, given, levels))
-        found = np.stack(greedy_loops.level_scales(x, given, levels))
+        found = scales_of_loops(x, given, levels)
         np.testing.assert_array_equal(found, scales)
         y, expected = np.empty_like(x), np.empty_like(x)
         greedy.approximation(x, given, *scales, y=expected)
         greedy_loops.approximation(x, given, *scales, y=y)
         np.testing.assert_array_equal(y, expected)
     bits[1, 5] = 0
-    assert np.isfinite(np.stack(greedy_loops.level_scales(x, bits, levels))).all()
+    assert np.isfinite(scales_of_loops(x, bits, levels)).all()
 
 
 def test_constant_rows_are_exact():
     x = np.full((3, 1001), 0.3, np.float32) * np.array([[1], [3], [0]], np.float32)
-    first, second = greedy_loops.level_scales(x, np.uint8(2), 2)
+    first, second = scales_of_loops(x, np.uint8(2), 2)
     np.testing.assert_array_equal(first, x[:, :1])
     np.testing.assert_array_equal(second, 0)
 
@@ -175,7 +183,7 @@ def test_long_rows(rng, levels, mapped):
     given = bits if mapped else np.uint8(levels)
     with np.errstate(all="ignore"):
         expected = np.stack(greedy._level_scales(x, given, levels))
-    found = np.stack(greedy_loops.level_scales(x, given, levels))
+    found = scales_of_loops(x, given, levels)
     np.testing.assert_array_equal(found[:, 0], [[x[0, 0]], *[[0]] * (levels - 1)])
     assert np.isfinite(found[:, [1, 4]]).all()
     assert np.isfinite(found[:, 5]).all() == mapped
@@ -567,9 +575,10 @@ from cubin.core.host.loops import read_only, scratch
 from cubin.solvers import greedy_loops
 f = np.float32
 x, bits = read_only(np.ones((2, 9), f)), read_only(np.ones((2, 9), np.uint8))
+m = np.ones((2, 9), f)
 loops = {
     greedy_loops._approximate_rows: (
-        x, bits, np.ones((2, 2), f), np.ones((2, 9), f), *scratch(f), np.ones((2, 9), f)),
+        x, bits, np.ones((2, 2), f), m, read_only(m), *scratch(f), np.ones((2, 9), f)),
     planes_loops._sum_planes: (
         read_only(np.ones((2, 2, 2), np.uint8)), bits, read_only(np.ones((2, 2, 1), f)),
         read_only(np.ones((2, 1), f)), planes_loops._WORDS, np.ones(128, np.uint64),

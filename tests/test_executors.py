@@ -252,7 +252,7 @@ def test_what_fails_in_a_worker_is_raised_with_the_name(weights):
 def test_few_arrays_are_held_at_a_time(monkeypatch, rng):
     """A generator is read as its arrays are done."""
     monkeypatch.setattr(tasks, "BATCH", 1)
-    monkeypatch.setattr(tasks, "HELD", 3 * 8 * 20)
+    monkeypatch.setattr(tasks, "MOST_SENT", 3 * 8 * 20)
     produced, measured, ahead = [], [], []
 
     def arrays():

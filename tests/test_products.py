@@ -290,8 +290,8 @@ def test_arguments_of_convolutions(xp):
         ({}, "groups=1 does not fit"),
         ({"groups": 0}, "groups=0"),
         ({"groups": 4}, "groups=4"),
-        ({"groups": 2, "stride": 0}, "stride must be a number or two, at least 1"),
-        ({"groups": 2, "padding": (1, 1, 1)}, "padding must be a number or two"),
+        ({"groups": 2, "stride": 0}, "stride must be one or two integers of at least 1"),
+        ({"groups": 2, "padding": (1, 1, 1)}, "padding must be one or two integers"),
         ({"groups": 2, "padding": -1}, "padding"),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -58,12 +58,12 @@ class Sweep:
         entries = [*self.widths.values(), *self.quantizers.values()]
         return not any(callable(entry) for entry in entries)
 
-    def granularity(self, own_axis: Axis | str) -> tuple[Axis, str]:
+    def granularity(self, array_axis: Axis | str) -> tuple[Axis, str]:
         """The channel axis of an array, and what the table calls its granularity."""
         if self.group_size is not None:
             return None, f"group {self.group_size}"
-        brought = not isinstance(own_axis, str)
-        axis = own_axis if brought else self.channel_axis
+        brought = not isinstance(array_axis, str)
+        axis = array_axis if brought else self.channel_axis
         if isinstance(axis, str):
             axis = 0
         if axis is None or axis == ():
@@ -86,7 +86,7 @@ class Entry:
     library: libraries.Library | None = None
     """In whose arrays functions get it, if that is not NumPy's or CuPy's."""
 
-    def given(self, values: Any) -> Any:
+    def in_library(self, values: Any) -> Any:
         """NumPy's or CuPy's values as functions get them."""
         return libraries.given_back(values, self.library)
 
@@ -109,7 +109,7 @@ class Entry:
 
 
 def entry_of(
-    sweep: Sweep, name: str, source: Any, own_axis: Axis | str, importance: Any = None
+    sweep: Sweep, name: str, source: Any, array_axis: Axis | str, importance: Any = None
 ) -> Entry:
     """Check as much of an array as is known before it is read.
 
@@ -118,7 +118,7 @@ def entry_of(
     UnfitError
         If it cannot be measured.
     """
-    axis, granularity = sweep.granularity(own_axis)
+    axis, granularity = sweep.granularity(array_axis)
     library, (_, weights) = None, libraries.viewed("importance", importance)
     if not hasattr(source, "load"):
         if getattr(source, "requires_grad", False) is True:
@@ -195,7 +195,7 @@ def measure(sweep: Sweep, entry: Entry, cut: Cut) -> Measured:
         power, worst = float(whole.power), float(whole.worst)
         check_range(power, worst, joined=not cut)
         maps = {
-            label: bit_map(bits(entry.given(x.copy())), x) if callable(bits) else bits
+            label: bit_map(bits(entry.in_library(x.copy())), x) if callable(bits) else bits
             for label, bits in sweep.widths.items()
         }
         costs = {
@@ -207,7 +207,7 @@ def measure(sweep: Sweep, entry: Entry, cut: Cut) -> Measured:
             for label, bits in maps.items():
                 if callable(quantize):
                     result = f"the result of {solver!r}"
-                    y = quantize(entry.given(x.copy()), entry.given(bits))
+                    y = quantize(entry.in_library(x.copy()), entry.in_library(bits))
                     y = checked.like(result, libraries.viewed(result, y)[1], x)
                 else:
                     y = multibit(
@@ -220,17 +220,17 @@ def measure(sweep: Sweep, entry: Entry, cut: Cut) -> Measured:
                         importance=entry.importance,
                         out=approx,
                     )
-                found = errors.measure(x, y)
-                if not np.isfinite(float(found.error)):
+                measured = errors.measure(x, y)
+                if not np.isfinite(float(measured.error)):
                     raise UnfitError(
                         ValueError(f"{solver!r} gives NaN or infinity at {label!r} bits")
                     )
                 sums[solver, label] = (
-                    float(found.error),
-                    float(found.power),
-                    float(found.power_of_approx),
-                    float(found.product),
-                    float(found.worst),
+                    float(measured.error),
+                    float(measured.power),
+                    float(measured.power_of_approx),
+                    float(measured.product),
+                    float(measured.worst),
                 )
         return Measured(power, worst, sums, costs)
 

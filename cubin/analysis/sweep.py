@@ -138,12 +138,12 @@ def error_per_bit_width(
     names: set[str] = set()
 
     def entries() -> Iterator[tuple[int, Entry | Outcome]]:
-        for number, (name, array, own_axis) in enumerate(_named(arrays)):
+        for number, (name, array, array_axis) in enumerate(_named(arrays)):
             names.add(name)
-            yield number, entry(sweep, number, name, array, own_axis, importance.get(name))
+            yield number, entry(sweep, number, name, array, array_axis, importance.get(name))
 
     total = len(arrays) if isinstance(arrays, Sized) and not hasattr(arrays, "shape") else None
-    found: list[Outcome] = []
+    results: list[Outcome] = []
     measured = outcomes(sweep, entries(), executor)
     with (
         contextlib.closing(measured),
@@ -154,10 +154,10 @@ def error_per_bit_width(
                 raise outcome.failure
             bar.set_postfix_str(outcome.name[-40:], refresh=False)
             bar.update()
-            found.append(outcome)
-    found.sort(key=lambda outcome: outcome.number)
-    rows = [row for outcome in found for row in outcome.rows or ()]
-    skipped = [(outcome.name, outcome.unfit) for outcome in found if outcome.unfit is not None]
+            results.append(outcome)
+    results.sort(key=lambda outcome: outcome.number)
+    rows = [row for outcome in results for row in outcome.rows or ()]
+    skipped = [(outcome.name, outcome.unfit) for outcome in results if outcome.unfit is not None]
     if skipped and not rows:
         name, reason = skipped[0]
         others = f" (and {len(skipped) - 1} more arrays are skipped)" if len(skipped) > 1 else ""
@@ -168,11 +168,11 @@ def error_per_bit_width(
 
 
 def entry(
-    sweep: Sweep, number: int, name: str, array: Any, own_axis: Axis | str, importance: Any = None
+    sweep: Sweep, number: int, name: str, array: Any, array_axis: Axis | str, importance: Any = None
 ) -> Entry | Outcome:
     """What is measured of an array, or the reason why nothing is."""
     try:
-        return entry_of(sweep, name, array, own_axis, importance)
+        return entry_of(sweep, name, array, array_axis, importance)
     except UnfitError as unfit:
         return Outcome(number, name, unfit=unfit.error)
 

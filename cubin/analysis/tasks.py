@@ -39,7 +39,7 @@ MOST_TENSORS = 256
 IN_FLIGHT = 4096
 """Tasks that an executor holds at a time, unless it has an attribute `in_flight`."""
 
-HELD = 1 << 30
+MOST_SENT = 1 << 30
 """Bytes of arrays in memory that an executor holds at a time."""
 
 ATTEMPTS = 3
@@ -60,8 +60,8 @@ class Piece:
         return math.prod(cut_shape(self.entry.shape, self.cut))
 
     @property
-    def held(self) -> int:
-        """Bytes that are sent along."""
+    def sent(self) -> int:
+        """Bytes of the array that are sent along; none of a tensor in a file."""
         return 0 if self.entry.is_stored else self.size * self.entry.source.dtype.itemsize
 
 
@@ -106,16 +106,16 @@ def outcomes(
             for part, cut in enumerate(cuts):
                 yield Piece(number, part, entry, cut)
 
-    found = serial(sweep, pieces()) if executor is None else spread(sweep, pieces(), executor)
-    with contextlib.closing(found):
-        for piece, result in found:
+    measured = serial(sweep, pieces()) if executor is None else spread(sweep, pieces(), executor)
+    with contextlib.closing(measured):
+        for piece, result in measured:
             while early:
                 yield early.popleft()
-            own = parts.setdefault(piece.number, {})
-            own[piece.part] = result
-            if len(own) == counts[piece.number]:
+            results = parts.setdefault(piece.number, {})
+            results[piece.part] = result
+            if len(results) == counts[piece.number]:
                 del parts[piece.number]
-                yield joined(sweep, piece, [own[part] for part in range(len(own))])
+                yield joined(sweep, piece, [results[part] for part in range(len(results))])
     yield from early
 
 
@@ -179,7 +179,7 @@ def spread(
     done: SimpleQueue[int] = SimpleQueue()
     numbers = itertools.count()
     broken: BrokenExecutor | None = None
-    held = 0
+    sent = 0
 
     def submit(task: list[Piece], attempt: int) -> None:
         number = next(numbers)
@@ -199,10 +199,10 @@ def spread(
                 if broken is None and suspects and not pending:
                     submit(*suspects[0])
                     suspects.popleft()
-                while broken is None and not suspects and len(pending) < limit and held < HELD:
+                while broken is None and not suspects and len(pending) < limit and sent < MOST_SENT:
                     if (task := next(tasks, None)) is None:
                         break
-                    held += sum(piece.held for piece in task[0])
+                    sent += sum(piece.sent for piece in task[0])
                     suspects.append(task)  # not lost if submit raises
                     submit(*task)
                     suspects.pop()
@@ -224,7 +224,7 @@ def spread(
                 else:
                     suspects.extend(([piece], attempt + 1) for piece in batch)
                     continue
-            held -= sum(piece.held for piece in batch)
+            sent -= sum(piece.sent for piece in batch)
             yield from zip(batch, results, strict=True)
     finally:
         for *_, future in pending.values():

@@ -160,16 +160,16 @@ def _curves(x: Array, channel_axis: Any, low: int, high: int) -> np.ndarray:
     with libraries.current_device(x):
         scales = parts.row_scales(x, np.uint8(high), high, rows) if high else []
 
-        def add(own: slice, x: Array) -> None:
-            found = _errors(x, [scale[own] for scale in scales], low)
-            sums.setdefault(own.start, []).append(found)
+        def add(of_rows: slice, x: Array) -> None:
+            errors = _errors(x, [scale[of_rows] for scale in scales], low)
+            sums.setdefault(of_rows.start, []).append(errors)
 
         parts.over_tiles(add, rows, x)
-    for first, found in sums.items():
-        own = slice(first, first + found[0].shape[1])
+    for first, errors in sums.items():
+        of_rows = slice(first, first + errors[0].shape[1])
         # The tiles come in any order; this sum does not depend on it.
-        many = len(found) > 1
-        curves[:, own] = [[math.fsum(e)] for e in np.hstack(found)] if many else found[0]
+        many = len(errors) > 1
+        curves[:, of_rows] = [[math.fsum(e)] for e in np.hstack(errors)] if many else errors[0]
     if not np.isfinite(curves).all():
         raise ValueError("it has NaN or infinity, or its squares overflow: clean it first")
     # In the order of the map, which may not number the rows as the channel axes do.

@@ -186,23 +186,23 @@ class _Whole:
     def improved(self, scales: list[Array], factors: list[float], price: float) -> list[Array]:
         """Scales for rows that are too many to be in the sample.
 
-        The price and the factors that all scales change by on average are those found there.
+        The price and the factors that all scales change by on average are those of the sample.
         """
-        found = [libraries.library(scale).empty_like(scale) for scale in scales]
+        better = [libraries.library(scale).empty_like(scale) for scale in scales]
 
-        def improve(own: slice, x: Array) -> None:
+        def improve(of_rows: slice, x: Array) -> None:
             search = _Search(self.magnitudes(x), 1, self.low, self.high, 0)
-            start = [scale[own] for scale in scales]
+            start = [scale[of_rows] for scale in scales]
             state = search.at(start, price)
             moved = [scale * factor for scale, factor in zip(start, factors, strict=True)]
             state = search.better(state, moved)
             for step in _SHORT_STEPS:
                 state = search.sweep(state, step)
-            for target, scale in zip(found, state.made_from, strict=True):
-                target[own] = scale
+            for target, scale in zip(better, state.made_from, strict=True):
+                target[of_rows] = scale
 
         parts.over_tiles(improve, self.rows, self.x)
-        return found
+        return better
 
     def search(self) -> tuple[_Search, Array]:
         """A search on some magnitudes that stand for all, and the numbers of their rows.
@@ -237,16 +237,16 @@ class _Whole:
         chosen = _spread(rows.count, (count,), draw)
         # Axes of length 1 stand where there are no axes.
         view = rows.view(x)[None, ..., None]
-        found = []
+        samples = []
         step = max(1, _BLOCK // drawn)
         for start in range(0, count, step):
-            own = chosen[start : start + step, None]
-            at = _spread(rows.length, (len(own), drawn), draw)
-            outer = np.unravel_index(own, (1, *rows.scale_shape))
+            numbers = chosen[start : start + step, None]
+            at = _spread(rows.length, (len(numbers), drawn), draw)
+            outer = np.unravel_index(numbers, (1, *rows.scale_shape))
             inner = np.unravel_index(at, (*rows.inner_shape, 1))
             m = self.magnitudes(view[tuple(xp.asarray(axis) for axis in (*outer, *inner))])
-            found.append(_condensed(m, length) if drawn > length else (m, xp.ones(m.shape)))
-        m, weights = map(xp.concatenate, zip(*found, strict=True))
+            samples.append(_condensed(m, length) if drawn > length else (m, xp.ones(m.shape)))
+        m, weights = map(xp.concatenate, zip(*samples, strict=True))
         return m, weights, chosen
 
     def magnitudes(self, x: Array) -> Array:
@@ -258,9 +258,9 @@ class _Whole:
         xp, squares = libraries.library(self.x), []
         approximate = passes.form(greedy.approximation, self.x)
 
-        def add(own: slice, x: Array, bits: Array) -> None:
+        def add(of_rows: slice, x: Array, bits: Array) -> None:
             approx = xp.empty(x.shape, x.dtype)
-            approximate(x, bits, *(scale[own] for scale in scales), y=approx)
+            approximate(x, bits, *(scale[of_rows] for scale in scales), y=approx)
             x, approx = conversions.computable(x), conversions.computable(approx)
             off = xp.subtract(x, approx, dtype=np.float64)
             off = xp.ldexp(off, -self.exponent)
@@ -280,9 +280,9 @@ class _Whole:
     def best(self, scales: list[Array]) -> Array:
         """The best map for given scales."""
 
-        def gains(own: slice, x: Array) -> Array:
-            of_rows = [scale[own] for scale in scales]
-            return gains_of(self.magnitudes(x), of_rows, self.low, self.high)
+        def gains(of_rows: slice, x: Array) -> Array:
+            theirs = [scale[of_rows] for scale in scales]
+            return gains_of(self.magnitudes(x), theirs, self.low, self.high)
 
         bits = spend(gains, self.x, self.rows, self.total - self.low * self.x.size)
         bits += np.int8(self.low)
@@ -380,35 +380,35 @@ class _Search:
     mean: float
 
     def run(self, state: _State) -> _State:
-        """The best state found from one: by a step of all rows alike, then of each row."""
+        """The best state that steps reach: those of all rows alike, then those of each row."""
         for alike in (True, False):
             step, left = _FIRST_STEP, _SWEEPS
             while step > _LAST_STEP and left > 0:
-                found = (
+                moved = (
                     self.alike(state, step)
                     if alike
                     else self.state(self.sweep(state, step).made_from)
                 )
                 left -= 1
-                if found.bound >= state.bound * (1 - _WORTHWHILE):
+                if moved.bound >= state.bound * (1 - _WORTHWHILE):
                     step = math.sqrt(step)
-                state = min(state, found, key=lambda state: state.bound)
+                state = min(state, moved, key=lambda state: state.bound)
         return state
 
     def alike(self, state: _State, step: float) -> _State:
         """All rows move as in `sweep`, where the error falls at the mean."""
         moves: list[tuple[int, float]] = [(-1, 1.0)]
         moves += [(level, f) for level in range(self.low, self.high) for f in (step, 1 / step)]
-        moved = -1
+        improved = -1
         for level, factor in moves:
             # What a step up has improved, a step down would undo.
-            if level == moved and level >= 0:
+            if level == improved and level >= 0:
                 continue
             scales = list(state.made_from if level >= 0 else state.fitted)
             scales[level] = scales[level] * factor
-            found = self.state(scales)
-            if found.bound < state.bound:
-                state, moved = found, level
+            moved = self.state(scales)
+            if moved.bound < state.bound:
+                state, improved = moved, level
         return state
 
     def sweep(self, state: _State, step: float) -> _State:
@@ -521,21 +521,21 @@ def _within(gains: Array, bits: float, weights: Any) -> tuple[Array, float]:
 def spend(gains: Callable[[slice, Array], Array], x: Array, rows: Rows, bits: int) -> Array:
     """How many of the `bits` largest gains each element of `x` has; equal gains go by position.
 
-    ``gains(own, x)`` gives those of a tile of `x`, whose rows are the slice `own`: an array of
-    shape (steps, \\*shape of the tile), in which an element's gains do not rise.
+    ``gains(of_rows, x)`` gives those of a tile of `x`, whose rows are the slice `of_rows`: an array
+    of shape (steps, \\*shape of the tile), in which an element's gains do not rise.
     """
 
     def go_over(look: Callable[[Array], None]) -> None:
-        parts.over_tiles(lambda own, x: look(gains(own, x)), rows, x)
+        parts.over_tiles(lambda of_rows, x: look(gains(of_rows, x)), rows, x)
 
     (bound,) = selection.bounds(go_over, [bits])
     counts = libraries.library(x).empty(x.shape, np.int8)
 
-    def above(own: slice, x: Array) -> Array:
-        return (gains(own, x) > bound.value).sum(axis=0, dtype=np.int8)
+    def above(of_rows: slice, x: Array) -> Array:
+        return (gains(of_rows, x) > bound.value).sum(axis=0, dtype=np.int8)
 
-    def equal(own: slice, x: Array) -> Array:
-        return (gains(own, x) == bound.value).sum(axis=0, dtype=np.int8)
+    def equal(of_rows: slice, x: Array) -> Array:
+        return (gains(of_rows, x) == bound.value).sum(axis=0, dtype=np.int8)
 
     parts.over_tiles(above, rows, x, out=counts)
     if bound.left:

@@ -17,7 +17,7 @@ from cubin.core.rows import Rows
 from cubin.solvers import greedy
 
 TILE = 1 << 13
-"""Elements that several arrays of fit into the second cache."""
+"""Elements of a tile: several arrays of that size fit the second-level cache."""
 
 
 def in_order(x: Array) -> Iterator[Array]:
@@ -34,15 +34,14 @@ def in_order(x: Array) -> Iterator[Array]:
 def over_tiles(
     task: Callable[..., Array | None], rows: Rows, *inputs: Array, out: Array | None = None
 ) -> None:
-    """Call ``task(own, *inputs)`` for tiles of the rows, and write to `out` what it returns.
+    """Call ``task(of_rows, *inputs)`` for tiles of the rows, and write to `out` what it returns.
 
-    `own` is the slice of the rows that a tile is of, the inputs arrays of shape (rows, n). Tiles
-    come in any order, from several threads. Rows are numbered section by section.
+    `of_rows` is the slice of the rows that a tile is of, the inputs are arrays of shape (rows, n).
+    Tiles come in any order, from several threads. Rows are numbered section by section.
     """
     start = 0
     for section in rows.sections:
-        own = map(section.of, inputs)
-        _over_section(task, section.rows, start, *own, out=section.of(out))
+        _over_section(task, section.rows, start, *map(section.of, inputs), out=section.of(out))
         start += section.rows.count
 
 
@@ -54,18 +53,18 @@ def _over_section(
     view = None if out is None else rows.view(out)
 
     def run(part: passes.Part, *flat: Array) -> None:
-        found = None if out is None else libraries.library(out).empty(flat[0].shape, out.dtype)
+        results = None if out is None else libraries.library(out).empty(flat[0].shape, out.dtype)
         tiles = [(slice(None), slice(None))] if device else _tiles(*flat[0].shape)
         first = start + (part.rows.start or 0)
         for tile in tiles:
-            own = slice(first + (tile[0].start or 0), None)
-            own = slice(own.start, own.start + len(flat[0][tile[0]]))
-            result = task(own, *(array[tile] for array in flat))
-            if found is not None:
-                found[tile] = result
-        if view is not None and found is not None:
+            top = first + (tile[0].start or 0)
+            of_rows = slice(top, top + len(flat[0][tile[0]]))
+            result = task(of_rows, *(array[tile] for array in flat))
+            if results is not None:
+                results[tile] = result
+        if view is not None and results is not None:
             target = view[part.block]
-            target[...] = found.reshape(target.shape)
+            target[...] = results.reshape(target.shape)
 
     passes.for_each_part(run, rows, *inputs)
 

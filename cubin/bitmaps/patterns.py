@@ -293,15 +293,15 @@ def ranked(x: Array, key: Key, counts: Mapping[int, int]) -> Array:
     start = 0
     for chunk in parts.in_order(x):
         keys = key(chunk)
-        own = flat[start : start + keys.size]
-        own[...] = widths[-1]
+        entries = flat[start : start + keys.size]
+        entries[...] = widths[-1]
         for number, bound in enumerate(bounds):
             taken = keys > bound.value
             if left[number]:
                 tied = libraries.library(x).flatnonzero(keys == bound.value)[: left[number]]
                 taken[tied] = True
                 left[number] -= tied.size
-            own += taken * np.int8(widths[number] - widths[number + 1])
+            entries += taken * np.int8(widths[number] - widths[number + 1])
         start += keys.size
     return bits
 

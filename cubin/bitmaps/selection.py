@@ -36,9 +36,9 @@ def bounds(go_over: Callable[[Callable[[Array], None]], None], ranks: Sequence[i
     histogram = np.zeros(1 << LEADING, np.int64)
 
     def count(numbers: Array) -> None:
-        found = libraries.library(numbers).bincount(leading_bits(numbers), minlength=1 << LEADING)
+        counts = libraries.library(numbers).bincount(leading_bits(numbers), minlength=1 << LEADING)
         with lock:
-            np.add(histogram, libraries.to_host(found), out=histogram)
+            np.add(histogram, libraries.to_host(counts), out=histogram)
 
     go_over(count)
     at_least = histogram[::-1].cumsum()[::-1]
@@ -49,12 +49,12 @@ def bounds(go_over: Callable[[Callable[[Array], None]], None], ranks: Sequence[i
 
     def collect(numbers: Array) -> None:
         leading = leading_bits(numbers)
-        for number, found in members.items():
+        for number, kept in members.items():
             chosen = numbers.ravel()[leading == number]
             if chosen.size:
                 # Equal numbers, such as zeros, are kept once.
                 values, counts = libraries.library(numbers).unique(chosen, return_counts=True)
-                found.append((libraries.to_host(values), libraries.to_host(counts)))
+                kept.append((libraries.to_host(values), libraries.to_host(counts)))
 
     if members:
         go_over(collect)
@@ -68,7 +68,7 @@ def bounds(go_over: Callable[[Callable[[Array], None]], None], ranks: Sequence[i
 
 def _bound(members: list[tuple[np.ndarray, np.ndarray]], k: int) -> Bound:
     """The bound of the k largest members, which are given as (values, counts)."""
-    values, inverse = np.unique(np.concatenate([own for own, _ in members]), return_inverse=True)
+    values, inverse = np.unique(np.concatenate([some for some, _ in members]), return_inverse=True)
     counts = np.zeros(len(values), np.int64)
     np.add.at(counts, inverse, np.concatenate([number for _, number in members]))
     at_least = counts[::-1].cumsum()[::-1]

@@ -133,10 +133,10 @@ def _least_kept(m: Array, w: Array | None) -> Array:
     least = xp.full(largest.shape, np.inf, m.dtype)
     sums, weight = xp.zeros(largest.shape), xp.zeros(largest.shape)
     for start in range(0, m.shape[1], _BLOCK):
-        own = m[:, start : start + _BLOCK]
-        shares = own.astype(np.float64) / unit
+        some = m[:, start : start + _BLOCK]
+        shares = some.astype(np.float64) / unit
         if w is None or heaviest is None:
-            weights = weight + xp.arange(1, own.shape[1] + 1)
+            weights = weight + xp.arange(1, some.shape[1] + 1)
         else:
             relative = w[:, start : start + _BLOCK] / xp.where(heaviest > 0, heaviest, 1.0)
             shares *= relative
@@ -146,7 +146,7 @@ def _least_kept(m: Array, w: Array | None) -> Array:
         best = gains.argmax(axis=1)[:, None]
         gain = xp.take_along_axis(gains, best, axis=1)
         better = gain > most
-        least = xp.where(better, xp.take_along_axis(own, best, axis=1), least)
+        least = xp.where(better, xp.take_along_axis(some, best, axis=1), least)
         most = xp.where(better, gain, most)
         sums, weight = totals[:, -1:], weights[:, -1:]
     return least

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from cubin.codes import headers
 from cubin.core import arrays, floats
 from cubin.core.bits import MAX_BITS, as_entries
 from cubin.core.lines import lines_of
@@ -37,9 +38,6 @@ _PATTERNS = "bfloat16"
 
 _LONGEST_LAYOUT = 1 << 16
 """Bytes of the longest layout that is read. One of 64 axes has some thousands."""
-
-_LONGEST_HEADER = 100_000_000
-"""Bytes of the longest header of a ``.safetensors`` file, as that format has it."""
 
 _MOST_WITHOUT_LEVELS = 1 << 32
 """Elements of the largest array of 0 levels. Its file holds no data, so that a small damaged file
@@ -95,7 +93,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
             members = _read_members(file)
             if members["layout"].nbytes > _LONGEST_LAYOUT:
                 raise ValueError(f"its layout has {members['layout'].nbytes} bytes")
-            layout = json.loads(members.pop("layout").tobytes(), object_pairs_hook=_once)
+            layout = json.loads(members.pop("layout").tobytes(), object_pairs_hook=headers.once)
             if not isinstance(layout, dict):
                 raise ValueError("its layout is of another format")
             if layout.get("format") == _FORMER and "signs" in members:
@@ -336,29 +334,15 @@ def data_of(array: np.ndarray) -> memoryview:
 
 def _read_tensors(file: BinaryIO) -> dict[str, dict[str, Any]]:
     """The arrays are views of the file, which is mapped into memory read-only."""
-    length = os.fstat(file.fileno()).st_size
-    size = int.from_bytes(file.read(8), "little")
-    if length < 8 or size > min(length - 8, _LONGEST_HEADER):
-        raise ValueError(f"a header of {size} bytes goes beyond the file's end")
-    header = json.loads(file.read(size), object_pairs_hook=_once)
-    metadata = header.pop("__metadata__")
+    entries, metadata = headers.read(file)
     if metadata.get("format") != FORMAT:
         raise ValueError("it is of another format")
-    layouts = json.loads(metadata["codes"], object_pairs_hook=_once)
-    data = np.memmap(file, np.uint8, "r", 8 + size) if length > 8 + size else np.zeros(0, np.uint8)
-    members, reached = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = (arrays.as_integer(name, n) for n in entry["data_offsets"])
-        shape = tuple(arrays.as_integer(name, n) for n in entry["shape"])
-        dtype = np.dtype(TENSORS[entry["dtype"]])
-        if start != reached or stop > data.size or min(shape, default=0) < 0:
-            raise ValueError(f"{name} does not lie in the file")
-        if stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} of shape {shape} does not fit its {stop - start} bytes")
-        members[name] = data[start:stop].view(dtype).reshape(shape).view(np.ndarray)
-        reached = stop
-    if reached != data.size:
-        raise ValueError("bytes follow the last tensor")
+    layouts = json.loads(metadata["codes"], object_pairs_hook=headers.once)
+    data = np.memmap(file, np.uint8, "r")
+    members = {}
+    for name, entry in entries.items():
+        member = data[entry.start : entry.end].view(TENSORS[entry.dtype])
+        members[name] = member.reshape(entry.shape).view(np.ndarray)
     codes = {}
     for name, layout in layouts.items():
         parts = {part: members.pop(f"{name}.{part}" if name else part)
@@ -483,13 +467,6 @@ def _read_members(file: Any) -> dict[str, np.ndarray]:
                 raise ValueError(f"{name} is truncated")
             members[name] = np.frombuffer(content, dtype).reshape(shape).copy()
     return members
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these names and values; ValueError where a name comes twice."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("its layout has a name twice")
-    return dict(pairs)
 
 
 def _decode(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, Any]:

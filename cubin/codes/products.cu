@@ -1,5 +1,5 @@
 // Products with packed codes: a warp has 32 neighbouring lines, one a lane, and reads their bytes side
-// by side. The warps of a block share the bytes of a line, and add up what they found.
+// by side. The warps of a block share the bytes of a line, and their sums are added up at the end.
 
 // The products of rows of x with lines, 32 lines and a row of x a block. Within a run of elements that
 // share a scale, elements are added up or taken off before they are scaled.
@@ -8,7 +8,7 @@ __global__ void cubin_multiply_lines(
     const unsigned char* planes, const unsigned char* bits, const W* scales, const W* x, W* y,
     long long lines, long long length, long long width, long long level_step, long long byte_step,
     long long run, long long runs, long long scaled_lines, long long y_step, int levels) {
-  __shared__ W found[8][32];
+  __shared__ W of_warps[8][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const long long across = (lines + 31) / 32;
   const long long row = blockIdx.x / across, line = blockIdx.x % across * 32 + lane;
@@ -38,11 +38,11 @@ __global__ void cubin_multiply_lines(
       }
     }
   }
-  found[warp][lane] = product;
+  of_warps[warp][lane] = product;
   __syncthreads();
   if (warp == 0 && line < lines) {
     W total = 0;
-    for (int other = 0; other < 8; ++other) total = plus(total, found[other][lane]);
+    for (int other = 0; other < 8; ++other) total = plus(total, of_warps[other][lane]);
     y[row * y_step + line] = total;
   }
 }

@@ -38,9 +38,9 @@ def facts(stored: StoredCode, weights: Mapping[str, Any] | None) -> dict[str, An
         raise UsageError(
             f"--weights: {stored.name} has the shape {chosen.shape} there, {stored.shape} here"
         )
-    found = errors.measure(chosen.load(), code.dequantize())
-    known["relative_mse"] = float(found.relative_mse())
-    known["sums"] = (float(found.error), float(found.power))
+    measured = errors.measure(chosen.load(), code.dequantize())
+    known["relative_mse"] = float(measured.relative_mse())
+    known["sums"] = (float(measured.error), float(measured.power))
     return known
 
 

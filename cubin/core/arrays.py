@@ -187,6 +187,15 @@ def as_integer(name: str, value: object) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__qualname__}") from None
 
 
+def as_pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    """An integer, or one for each of two axes, as two; none may be below `least`."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    numbers = tuple(as_integer(name, number) for number in pair)
+    if len(numbers) != 2 or min(numbers) < least:
+        raise ValueError(f"{name} must be one or two integers of at least {least}, got {value!r}")
+    return numbers[0], numbers[1]
+
+
 def as_real(name: str, value: object) -> float:
     """`value` as a float; TypeError for booleans and everything else that is no real number."""
     if not is_real(value):

@@ -95,10 +95,10 @@ class Box:
 
     def positions(self) -> np.ndarray:
         """The elements of a line that the box has: ascending numbers."""
-        found = np.zeros((), np.int64)
+        numbers = np.zeros((), np.int64)
         for cut, length in zip(self.ranges, self.inner, strict=True):
-            found = found[..., None] * length + np.arange(cut.start, cut.stop)
-        return found.ravel()
+            numbers = numbers[..., None] * length + np.arange(cut.start, cut.stop)
+        return numbers.ravel()
 
 
 def box_of(block: tuple[object, ...], rows: Rows) -> Box:

@@ -46,16 +46,16 @@ template<int LANES> struct Tile {
   static __device__ long long row() {
     return (long long)blockIdx.x * (blockDim.x / LANES) + slot();
   }
-  static __device__ Sum sum(Sum own, int) { return sum_of_lanes<LANES>(own); }
-  template<class U> static __device__ U most(U own) { return most_of_lanes<LANES>(own); }
+  static __device__ Sum sum(Sum value, int) { return sum_of_lanes<LANES>(value); }
+  template<class U> static __device__ U most(U value) { return most_of_lanes<LANES>(value); }
   static __device__ bool any(bool yes) { return __any_sync(~0u, yes); }
   static __device__ void sync() { __syncwarp(); }
 
   // Sums over the team, many at a time: every thread adds to each of them, then all collect.
   template<int COUNT> struct Sums {
-    __device__ void add(int which, Sum own, Sum (&total)[COUNT]) {
-      own = sum_of_lanes<LANES>(own);
-      if (rank() == 0) total[which] = own;
+    __device__ void add(int which, Sum value, Sum (&total)[COUNT]) {
+      value = sum_of_lanes<LANES>(value);
+      if (rank() == 0) total[which] = value;
     }
     __device__ void collect(int, int, int, Sum (&)[COUNT]) { __syncwarp(); }
   };
@@ -72,21 +72,21 @@ struct Block {
   static __device__ bool leads() { return threadIdx.x < 32; }
   static __device__ long long row() { return blockIdx.x; }
   // Two buffers take turns: nobody writes one before the barrier after everybody's reading it.
-  static __device__ Sum sum(Sum own, int turn) {
+  static __device__ Sum sum(Sum value, int turn) {
     __shared__ Sum of_warps[2][32];
     const int lane = threadIdx.x % 32;
-    own = sum_of_lanes<32>(own);
-    if (lane == 0) of_warps[turn % 2][threadIdx.x / 32] = own;
+    value = sum_of_lanes<32>(value);
+    if (lane == 0) of_warps[turn % 2][threadIdx.x / 32] = value;
     __syncthreads();
-    own = lane < blockDim.x / 32 ? of_warps[turn % 2][lane] : Sum{0, 0};
-    return sum_of_lanes<32>(own);
+    value = lane < blockDim.x / 32 ? of_warps[turn % 2][lane] : Sum{0, 0};
+    return sum_of_lanes<32>(value);
   }
   // Once in a kernel.
-  template<class U> static __device__ U most(U own) {
+  template<class U> static __device__ U most(U value) {
     __shared__ U of_warps[32];
     const int lane = threadIdx.x % 32;
-    own = most_of_lanes<32>(own);
-    if (lane == 0) of_warps[threadIdx.x / 32] = own;
+    value = most_of_lanes<32>(value);
+    if (lane == 0) of_warps[threadIdx.x / 32] = value;
     __syncthreads();
     return most_of_lanes<32>(lane < blockDim.x / 32 ? of_warps[lane] : U(0));
   }
@@ -96,9 +96,9 @@ struct Block {
   // The totals are there for the leaders alone, until the next barrier.
   template<int COUNT> struct Sums {
     Sum of_warps[COUNT][32];
-    __device__ void add(int which, Sum own, Sum (&)[COUNT]) {
-      own = sum_of_lanes<32>(own);
-      if (threadIdx.x % 32 == 0) of_warps[which][threadIdx.x / 32] = own;
+    __device__ void add(int which, Sum value, Sum (&)[COUNT]) {
+      value = sum_of_lanes<32>(value);
+      if (threadIdx.x % 32 == 0) of_warps[which][threadIdx.x / 32] = value;
     }
     __device__ void collect(int first, int end, int step, Sum (&total)[COUNT]) {
       __syncthreads();
@@ -145,17 +145,20 @@ __device__ void load(const T* row, int length, W (&x)[E]) {
   for (int e = 0; e < E; ++e) x[e] = W(packs[e / N].item[e % N]);
 }
 
+// What is known of the bits of a thread's elements. `present` says whether an element is in the row
+// and has a code at a level, `coded` the same of elements that are in the row.
+
 // Every element has all levels; this thread holds the first `packs` of its packs of N.
 template<int N> struct Full {
   static constexpr bool WHOLE_PACKS = true;
   int packs, length;
   template<class Team, int, int>
-  __device__ void load(const unsigned char*, int of_row, int) {
-    length = of_row;
+  __device__ void load(const unsigned char*, int row_length, int) {
+    length = row_length;
     packs = (length / N - Team::rank() + Team::size() - 1) / Team::size();
   }
   __device__ void forget_levels() { forget(packs); }
-  __device__ bool hot(int e, int) const { return e / N < packs; }
+  __device__ bool present(int e, int) const { return e / N < packs; }
   __device__ bool coded(int, int) const { return true; }
   __device__ bool deep(int, int, int) const { return true; }
   __device__ int depth(int, int levels) const { return levels; }
@@ -180,24 +183,24 @@ template<int E> struct Map {
 #pragma unroll
     for (int w = 0; w < E / 4; ++w) forget(word[w]);
   }
-  // The top bit of each byte is set where the level is not below the element's bits.
-  __device__ unsigned int cold(int w, int level) const {
+  // The top bit of each byte is set where the element has no code at the level.
+  __device__ unsigned int without_code(int w, int level) const {
     return 0x80808080u + 0x01010101u * level - word[w];
   }
-  __device__ bool hot(int e, int level) const {
-    return !(cold(e / 4, level) >> 8 * (e % 4) & 0x80u);
+  __device__ bool present(int e, int level) const {
+    return !(without_code(e / 4, level) >> 8 * (e % 4) & 0x80u);
   }
-  __device__ bool coded(int e, int level) const { return hot(e, level); }
+  __device__ bool coded(int e, int level) const { return present(e, level); }
   // Whether an element has `depth` bits, or at least as many if these are the most there are.
   __device__ bool deep(int e, int depth, int most) const {
-    const unsigned int more = depth < most ? cold(e / 4, depth) : ~0u;
-    return more & ~cold(e / 4, depth - 1) & 0x80u << 8 * (e % 4);
+    const unsigned int more = depth < most ? without_code(e / 4, depth) : ~0u;
+    return more & ~without_code(e / 4, depth - 1) & 0x80u << 8 * (e % 4);
   }
   __device__ int depth(int e, int) const { return word[e / 4] >> 8 * (e % 4) & 0xffu; }
   __device__ int count(int level) const {
     int count = 0;
 #pragma unroll
-    for (int w = 0; w < E / 4; ++w) count += __popc(~cold(w, level) & 0x80808080u);
+    for (int w = 0; w < E / 4; ++w) count += __popc(~without_code(w, level) & 0x80808080u);
     return count;
   }
   __device__ int total(Sum sum) const { return sum.count; }

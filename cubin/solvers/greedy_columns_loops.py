@@ -16,11 +16,11 @@ from cubin.core.host.loops import (
     lines,
     lines_in_work_dtype,
     loop,
-    magnitude_sum,
     map_lines,
     part,
     read_only,
     store_lines,
+    sum_in_sixteenths,
     transpose,
     uncounted,
 )
@@ -144,7 +144,7 @@ def _add_chunk(
             row = chunk[:size]
             for e in range(size):
                 row[e] = m[e * width + j]
-            lanes[j] = magnitude_sum(row, taken[j], sums)
+            lanes[j] = sum_in_sixteenths(row, taken[j], sums)
     for j in range(width):
         totals[j] += lanes[j]
 
@@ -513,8 +513,8 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
     """`greedy.encode_rows`."""
     wide = lines_in_work_dtype(x)
     none = np.empty((0, 0), wide.dtype)
-    found = _solve(wide, len(x), map_lines(bits, len(wide)), levels, none, lines(signs))
-    scales[...] = found[:levels, :, None]
+    by_level = _solve(wide, len(x), map_lines(bits, len(wide)), levels, none, lines(signs))
+    scales[...] = by_level[:levels, :, None]
 
 
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:

@@ -19,6 +19,7 @@ from cubin.core.host.loops import (
     map_of,
     part,
     place,
+    read_only,
     scratch,
     store,
     target,
@@ -36,14 +37,17 @@ another row is computed."""
 
 
 @loop
-def _find_scales(x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array) -> None:
+def _find_scales(
+    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, sums: Array
+) -> None:
     """Write the scales of some rows; `m` has room for their magnitudes.
 
     The rows take turns at each level. A level of a row has to wait for the level before it, and the
-    other rows fill that time.
+    other rows fill that time. `magnitudes` is `m`, read-only as `x` is: Numba compiles what adds up
+    either of them once.
     """
     x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, sums = uncounted(chunk, sums)
+    magnitudes, sums = uncounted(magnitudes, sums)
     zero, mapped, last = x.dtype.type(0), bits.shape[1] > 0, scales.shape[1] - 1
     for level in range(last + 1):
         for row in range(len(x)):
@@ -51,33 +55,31 @@ def _find_scales(x: Array, bits: Array, scales: Array, m: Array, chunk: Array, s
             total, count = 0.0, 0 if mapped else x.shape[1]
             for start in range(0, x.shape[1], CHUNK):
                 stop = min(start + CHUNK, x.shape[1])
-                elements, left = x[row, start:stop], m[row, start:stop]
-                less = taken
+                source, left, less = x[row, start:stop], m[row, start:stop], taken
                 if mapped:
                     if level == 0:
-                        keep(elements, zero, left)
+                        keep(source, zero, left)
                     count += keep_coded_in_place(left, taken, bits[row, start:stop], level)
                     less = zero
                 elif 0 < level < last:  # the magnitudes are needed again
                     if level == 1:
-                        keep(elements, taken, left)
+                        keep(source, taken, left)
                     else:
                         keep_in_place(left, taken)
                     less = zero
                 if mapped or level > 1 or 0 < level < last:
-                    total += magnitude_sum(left, less, sums)
-                else:
-                    total += magnitude_sum(elements, less, sums)
+                    source = magnitudes[row, start:stop]
+                total += magnitude_sum(source, less, sums)
             scales[row, level] = x.dtype.type(total / count) if count else zero
 
 
 @loop
 def _level_scales(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array
+    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, sums: Array
 ) -> None:
     for start in range(0, len(x), len(m)):
         stop = start + len(m)
-        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, chunk, sums)
+        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, magnitudes, sums)
 
 
 @loop
@@ -259,12 +261,13 @@ def _write_rows(
 
 @loop
 def _approximate_rows(
-    x: Array, bits: Array, scales: Array, m: Array, chunk: Array, sums: Array, y: Array
-) -> None:
+    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, chunk: Array, sums: Array,
+    y: Array,
+) -> None:  # fmt: skip
     for start in range(0, len(x), len(m)):
         stop = start + len(m)
         group, depths, fitted = x[start:stop], bits[start:stop], scales[start:stop]
-        _find_scales(group, depths, fitted, m, chunk, sums)
+        _find_scales(group, depths, fitted, m, magnitudes, sums)
         _write_rows(group, depths, fitted, fitted, False, chunk, y[start:stop])
 
 
@@ -285,16 +288,16 @@ def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) ->
 
 @loop
 def _encode_rows(
-    x: Array, bits: Array, scales: Array, found: bool, m: Array, chunk: Array, sums: Array,
-    signs: Array,
+    x: Array, bits: Array, scales: Array, known: bool, m: Array, magnitudes: Array, chunk: Array,
+    sums: Array, signs: Array,
 ) -> None:  # fmt: skip
-    """Write the signs, and the scales unless they are `found`."""
+    """Write the signs, and the scales unless they are `known`."""
     x, bits, scales, m = uncounted(x, bits, scales, m)
     chunk, signs = uncounted(chunk, signs)
     for start in range(0, len(x), len(m)):
         stop = min(start + len(m), len(x))
-        if not found:
-            _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, chunk, sums)
+        if not known:
+            _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, magnitudes, sums)
         for row in range(start, stop):
             for first in range(0, x.shape[1], CHUNK):
                 elements = x[row, first : first + CHUNK]
@@ -334,18 +337,13 @@ def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> N
 # ---------------------------------------------------------------- as the primitives are called
 
 
-def level_scales(x: Array, bits: Array, levels: int) -> list[Array]:
-    """The scales of whole rows, (rows, 1) for each level."""
-    wide = in_work_dtype(x)
-    return list(_scales(wide, map_of(bits, len(x)), levels).T[:, :, None])
-
-
 def _scales(x: Array, bits: Array, levels: int) -> Array:
     """The scales of whole rows in the work dtype, (rows, levels)."""
     if x.shape[1] < columns.SHORT_ROW:
         return columns.short_scales(x, bits, levels)
     scales = np.empty((len(x), levels), x.dtype)
-    _level_scales(x, bits, scales, _rows(x), *scratch(x.dtype))
+    _, sums = scratch(x.dtype)
+    _level_scales(x, bits, scales, *_rows(x), sums)
     return scales
 
 
@@ -381,7 +379,7 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
         _write_levels(wide, depths, _scales(wide, depths, levels), y)
         return
     values, scales = target(y, wide), np.empty((len(x), levels), wide.dtype)
-    _approximate_rows(wide, depths, scales, _rows(wide), *scratch(wide.dtype), values)
+    _approximate_rows(wide, depths, scales, *_rows(wide), *scratch(wide.dtype), values)
     store(values, y)
 
 
@@ -403,7 +401,7 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
     if short:
         by_row = columns.short_scales(wide, depths, levels)
     plain = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
-    _encode_rows(wide, depths, by_row, short, _rows(wide), *scratch(wide.dtype), plain)
+    _encode_rows(wide, depths, by_row, short, *_rows(wide), *scratch(wide.dtype), plain)
     if plain is not signs:
         place(plain, signs)
     scales[...] = by_row.T[:, :, None]
@@ -419,10 +417,11 @@ def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     _codes(wide, map_of(bits, len(x)), _stack(scales, wide), chunk, code)
 
 
-def _rows(x: Array) -> Array:
-    """Scratch for the magnitudes of the rows that take turns at each level."""
+def _rows(x: Array) -> tuple[Array, Array]:
+    """Scratch for the magnitudes of the rows that take turns at each level; and it, read-only."""
     together = max(1, min(len(x), TOGETHER // max(1, x.shape[1])))
-    return memory.scratch("rows", (together, x.shape[1]), x.dtype)
+    m = memory.scratch("rows", (together, x.shape[1]), x.dtype)
+    return m, read_only(m)
 
 
 def _stack(scales: tuple[Array, ...], x: Array) -> Array:

@@ -6,7 +6,8 @@
 // the largest: it peels levels with a scale of 0, which leave everything as it is.
 constexpr int FEW = 4;
 
-// The sum of a thread's hot magnitudes after `level` levels, at most LEVEL; later scales are 0.
+// The sum of the magnitudes that the levels before `level` leave of a thread's elements with a code at
+// it. LEVEL levels are taken off, at least as many: the scales from `level` on are 0.
 // Peeling one moves |r| to ||r| - scale|.
 // GROUP magnitudes are added in W, the groups in double: two equal numbers, or one and a 0, add up
 // without rounding, and so do whole packs of four, so the mean of equal numbers is exact.
@@ -25,13 +26,13 @@ __device__ double sum_after(
       m[g] = absolute(x[e + g]);
 #pragma unroll
       for (int i = 0; i < LEVEL; ++i) m[g] = absolute(minus(m[g], scale[i]));
-      if (!(WHOLE && N >= GROUP) && !bits.hot(e + g, level)) m[g] = 0;
+      if (!(WHOLE && N >= GROUP) && !bits.present(e + g, level)) m[g] = 0;
     }
 #pragma unroll
     for (int step = 1; step < GROUP; step *= 2)
 #pragma unroll
       for (int g = 0; g < GROUP; g += 2 * step) m[g] = plus(m[g], m[g + step]);
-    if (!(WHOLE && N >= GROUP) || bits.hot(e, level)) total += to_double(m[0]);
+    if (!(WHOLE && N >= GROUP) || bits.present(e, level)) total += to_double(m[0]);
   }
   return total;
 }
@@ -47,7 +48,7 @@ __device__ double wide_sum_after(
 #pragma unroll
     for (int i = 0; i < LEVELS - 1; ++i)
       if (i < level) m = absolute(minus(m, scale[i]));
-    if (bits.hot(e, level)) total += to_double(m);
+    if (bits.present(e, level)) total += to_double(m);
   }
   return total;
 }
@@ -67,7 +68,7 @@ __device__ double sum_of_thread(
 // Every level starts from x again: a compiler that keeps what it has for the next one runs out of
 // registers.
 template<class Team, int N, class W, int E, int LEVELS, class Bits>
-__device__ int fit(int levels, W (&x)[E], Bits& bits, W (&scale)[LEVELS]) {
+__device__ int find_scales(int levels, W (&x)[E], Bits& bits, W (&scale)[LEVELS]) {
 #pragma unroll
   for (int i = 0; i < LEVELS; ++i) scale[i] = 0;
   double total = sum_after<0, N>(0, x, bits, scale);
@@ -112,26 +113,26 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
   typedef typename Work<T>::type W;
   if (LEVELS <= FEW) levels = LEVELS;
   const long long row = Team::row();
-  const int own = row < rows ? length : 0;
+  const int row_length = row < rows ? length : 0;
   W values[E];
-  load<Team, N, A>(x + row * x_step, own, values);
+  load<Team, N, A>(x + row * x_step, row_length, values);
   typename BitsOf<N, E, MAP>::type map;
-  map.template load<Team, N, A>(bits + row * bits_step, own, LEVELS);
+  map.template load<Team, N, A>(bits + row * bits_step, row_length, LEVELS);
   W scale[LEVELS];
-  const int fitted = fit<Team, N>(levels, values, map, scale);
+  const int reached = find_scales<Team, N>(levels, values, map, scale);
   int rank = Team::rank();
   forget(rank);
 #pragma unroll
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
-    if (at >= own) break;
+    if (at >= row_length) break;
     map.forget_levels();
     W n[N], sum[N] = {};
 #pragma unroll
     for (int j = 0; j < N; ++j) n[j] = minus(W(0), values[pack * N + j]);
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
-      if (level >= fitted) break;
+      if (level >= reached) break;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const W step = signed_like(W(T(scale[level])), n[j]);
@@ -154,16 +155,16 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
     int levels) {
   if (LEVELS <= FEW) levels = LEVELS;
   const long long row = Team::row();
-  const int own = row < rows ? length : 0;
+  const int row_length = row < rows ? length : 0;
   W values[E];
-  load<Team, N, A>(x + row * x_step, own, values);
+  load<Team, N, A>(x + row * x_step, row_length, values);
   typename BitsOf<N, E, MAP>::type map;
-  map.template load<Team, N, A>(bits + row * bits_step, own, LEVELS);
+  map.template load<Team, N, A>(bits + row * bits_step, row_length, LEVELS);
   W scale[LEVELS];
-  fit<Team, N>(levels, values, map, scale);
+  find_scales<Team, N>(levels, values, map, scale);
   int rank = Team::rank();
   forget(rank);
-  if (own && rank == 0) {
+  if (row_length && rank == 0) {
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level)
       if (level < levels) scales[level * rows + row] = scale[level];
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
 #pragma unroll
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
-    if (at >= own) break;
+    if (at >= row_length) break;
     map.forget_levels();
     W r[N];
 #pragma unroll

@@ -31,7 +31,7 @@ def word_bits(length: int) -> int:
 
 def largest(x: np.ndarray, bits: Bits, rows: Rows) -> np.ndarray:
     """The largest finite magnitude of elements with a code, (rows, 1) in float64, or 0."""
-    found = np.zeros((rows.count, 1))
+    most = np.zeros((rows.count, 1))
     parts: list[tuple[slice, np.ndarray]] = []
 
     def find(part: Part, x: np.ndarray, bits: Any) -> None:
@@ -41,8 +41,8 @@ def largest(x: np.ndarray, bits: Bits, rows: Rows) -> np.ndarray:
 
     passes.for_each_part(find, rows, x, bits.values)
     for at, maxima in parts:
-        np.maximum(found[at], maxima, out=found[at])
-    return found
+        np.maximum(most[at], maxima, out=most[at])
+    return most
 
 
 def integer_sums(
@@ -66,7 +66,7 @@ def integer_sums(
     """
     word = word_bits(length)
     _, exponent = np.frexp(top)
-    found = np.zeros((rows.count, COLUMNS), np.int64)
+    total = np.zeros((rows.count, COLUMNS), np.int64)
     parts: list[tuple[slice, np.ndarray]] = []
 
     def add_up(part: Part, x: np.ndarray, bits: Any) -> None:
@@ -87,8 +87,8 @@ def integer_sums(
 
     passes.for_each_part(add_up, rows, x, bits.values)
     for at, sums in parts:
-        found[at] += sums
-    return found
+        total[at] += sums
+    return total
 
 
 def means(sums: np.ndarray, top: np.ndarray, length: int, dtype: Any) -> np.ndarray:
@@ -99,11 +99,11 @@ def means(sums: np.ndarray, top: np.ndarray, length: int, dtype: Any) -> np.ndar
     """
     word = word_bits(length)
     _, exponent = np.frexp(top)
-    found = np.zeros((len(sums), 1))
+    mean = np.zeros((len(sums), 1))
     for row, (high, low, count, infinite, undefined) in enumerate(sums.tolist()):
         if undefined or infinite:
-            found[row] = np.nan if undefined else np.inf
+            mean[row] = np.nan if undefined else np.inf
         elif count:
             # Python divides integers of any length with a single rounding.
-            found[row] = ((high << word) + low) / (count << 2 * word)
-    return np.ldexp(found, exponent).astype(floats.work_dtype(dtype))
+            mean[row] = ((high << word) + low) / (count << 2 * word)
+    return np.ldexp(mean, exponent).astype(floats.work_dtype(dtype))

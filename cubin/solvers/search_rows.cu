@@ -1,5 +1,5 @@
-// Whole rows whose codes and scales are refined, or alternate, in one launch: what
-// `cubin.solvers.search` does, by a team of threads that holds the magnitudes of its row.
+// The solvers `refined` and `alternating` on whole rows, in one launch: what `cubin.solvers.search`
+// does, by a team of threads that holds the magnitudes of its row in registers.
 //
 // A cell is the magnitudes between two edges, which have one code. The cells of the elements with d
 // bits are the 2^(d-1) of the d-th generation of a binary tree, stored as a heap: cell h is cut into
@@ -13,8 +13,9 @@ __device__ double sign_at(int code, int level) { return code >> level & 1 ? 1 : 
 
 // ---------------------------------------------------------------- magnitudes
 
-// What stands where a row has no element is below every edge, and the first edges are below every
-// magnitude. Both compare as bit patterns: no magnitude is below +0.
+// `absent` stands where a row has no element: it is below every edge. `lowest` is the first edge of
+// every depth: it is below every magnitude. Edges and magnitudes compare as the integers of the same
+// bits, in which -0 is below +0.
 template<class W> struct Edges;
 template<> struct Edges<float> {
   typedef unsigned int Pattern;
@@ -54,7 +55,7 @@ template<> struct Edges<double> {
 
 // The magnitudes of a thread's elements over a power of two, the unit of their row, so that no
 // square overflows or vanishes.
-template<class W, int E, class Bits> struct Magnitudes {
+template<class W, int E, class Bits> struct Elements {
   W m[E];
   Bits bits;
   unsigned int up;  // bit e is set where element e is not zero or negative
@@ -92,15 +93,15 @@ template<class W, int E, class Bits> struct Magnitudes {
 
   // Two are added in W: numbers that are equal, or of which one is 0, do not round.
   __device__ Sum above(W edge, int depth, int most) const {
-    Sum own = {0, 0};
+    Sum sum = {0, 0};
 #pragma unroll
     for (int e = 0; e < E; e += 2) {
       const bool first = bits.deep(e, depth, most) && Edges<W>::below(edge, m[e]);
       const bool second = bits.deep(e + 1, depth, most) && Edges<W>::below(edge, m[e + 1]);
-      own.count += first + second;
-      own.total += to_double(plus(first ? m[e] : W(0), second ? m[e + 1] : W(0)));
+      sum.count += first + second;
+      sum.total += to_double(plus(first ? m[e] : W(0), second ? m[e + 1] : W(0)));
     }
-    return own;
+    return sum;
   }
 };
 
@@ -118,8 +119,8 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
   Sum above[CELLS];  // the elements above the edge, of those with the cell's number of bits
   typename Team::template Sums<CELLS> sums;
   double value[CELLS], sorted[CELLS];  // the sums of levels that cells stand for
-  double line[ENTRIES];  // the normal equations: the lower triangle, and below it the right side
-  double hot[LEVELS], inverse[LEVELS];  // the elements with a code at a level; 1 / pivot
+  double equations[ENTRIES];  // normal equations: the lower triangle, and below it the right side
+  double coded[LEVELS], inverse[LEVELS];  // the elements with a code at a level; 1 / pivot
   double scale[LEVELS], renewed[LEVELS], gain;
   bool better;
   W stored[LEVELS];
@@ -128,12 +129,13 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
   // Where the cells begin that are in use when elements have at most `most` bits.
   static __device__ int first_used(int most) { return MAP ? 0 : first_of(most); }
 
-  // Adds up what lies above the edges `first`, first + step, ... of elements with up to `most` bits.
+  // Adds up the magnitudes above the edges `first`, first + step, ... of elements with up to `most`
+  // bits.
   template<int E, class Bits>
-  __device__ void add_up(const Magnitudes<W, E, Bits>& own, int most, int first, int step) {
+  __device__ void add_up(const Elements<W, E, Bits>& elements, int most, int first, int step) {
 #pragma unroll 1
     for (int cell = first; cell < first_of(most + 1); cell += step) {
-      Sum sum = own.above(edge[cell], depth_of(cell), most);
+      Sum sum = elements.above(edge[cell], depth_of(cell), most);
       if (!valid) sum.total = 0;
       sums.add(cell, sum, above);
     }
@@ -142,7 +144,7 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
 
   // Everything from here on is done by the leaders, together.
 
-  // A leader's number. What follows from it is not worth a register from one use to the next.
+  // A leader's number. Compilers would keep what follows from it in registers, which are few.
   static __device__ int leader() {
     int rank = Team::rank();
     forget(rank);
@@ -169,16 +171,16 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
   // The code of a cell before cells are sorted, and the sum of levels that it stands for.
   __device__ int unsorted(int cell, double& sum) const {
     const int depth = depth_of(cell), way = cell - first_of(depth);
-    int found = 1;
+    int signs = 1;
     sum = scale[0];
     for (int level = 1; level < depth; ++level) {
       const int plus = way >> (level - 1) & 1;
       sum += plus ? scale[level] : -scale[level];
-      found |= plus << level;
+      signs |= plus << level;
     }
-    if (sum >= 0) return found;
+    if (sum >= 0) return signs;
     sum = -sum;
-    return found ^ ((1 << depth) - 1);
+    return signs ^ ((1 << depth) - 1);
   }
 
   // The cells in which each magnitude takes the nearest sum of its levels.
@@ -188,14 +190,14 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
     __syncwarp();
     for (int cell = first_used(LEVELS) + leader(); cell < CELLS; cell += Team::LEADERS) {
       const int depth = depth_of(cell);
-      double own;
-      const int found = unsorted(cell, own);
+      double sum;
+      const int signs = unsorted(cell, sum);
       int at = first_of(depth);
 #pragma unroll 1
       for (int other = first_of(depth); other < first_of(depth + 1); ++other)
-        at += value[other] < own || (value[other] == own && other < cell);
-      sorted[at] = own;
-      code[at] = found;
+        at += value[other] < sum || (value[other] == sum && other < cell);
+      sorted[at] = sum;
+      code[at] = signs;
     }
     __syncwarp();
     for (int cell = first_used(LEVELS) + leader(); cell < CELLS; cell += Team::LEADERS)
@@ -203,9 +205,9 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
         edge[cell] = rounded_down<W>(sorted[cell - 1] / 2 + sorted[cell] / 2);
   }
 
-  // Line i of the equations begins at entry i (i + 1) / 2.
+  // Equation i begins at entry i (i + 1) / 2.
   static __device__ int entry_of(int i, int j) { return i * (i + 1) / 2 + j; }
-  static __device__ int line_of(int entry) {
+  static __device__ int equation_of(int entry) {
     int i = 0;
     while (entry_of(i + 1, 0) <= entry) ++i;
     return i;
@@ -214,7 +216,7 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
   // The normal equations of least squares for the first `most` levels; 0 for the others.
   __device__ void set_equations(int most) {
     for (int entry = leader(); entry < ENTRIES; entry += Team::LEADERS) {
-      const int i = line_of(entry), j = entry - entry_of(i, 0);
+      const int i = equation_of(entry), j = entry - entry_of(i, 0);
       const int deepest = i < LEVELS ? i : j;
       double total = 0;
       for (int depth = max(deepest + 1, MAP ? 1 : most); depth <= most; ++depth) {
@@ -228,17 +230,17 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
           higher = here;
         }
       }
-      line[entry] = total;
-      if (i == j) hot[i] = total;
+      equations[entry] = total;
+      if (i == j) coded[i] = total;
     }
     __syncwarp();
   }
 
   // The mean of what the levels before leave of the magnitudes at a level.
   __device__ double mean_at(int level) const {
-    double total = line[entry_of(LEVELS, level)];
-    for (int i = 0; i < level; ++i) total -= line[entry_of(level, i)] * scale[i];
-    return hot[level] > 0 ? total / hot[level] : 0;
+    double total = equations[entry_of(LEVELS, level)];
+    for (int i = 0; i < level; ++i) total -= equations[entry_of(level, i)] * scale[i];
+    return coded[level] > 0 ? total / coded[level] : 0;
   }
 
   // Solves the equations by elimination, which overwrites them. The team's first thread gets the
@@ -247,32 +249,32 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
   __device__ double solve(double (&solved)[LEVELS]) {
 #pragma unroll 1
     for (int p = 0; p < LEVELS; ++p) {
-      const double pivot = line[entry_of(p, p)];
-      const double over = pivot > DEPENDENT * hot[p] ? 1 / pivot : 0;
+      const double pivot = equations[entry_of(p, p)];
+      const double over = pivot > DEPENDENT * coded[p] ? 1 / pivot : 0;
       if (Team::rank() == 0) inverse[p] = over;
       for (int entry = leader(); entry < ENTRIES; entry += Team::LEADERS) {
-        const int i = line_of(entry), j = entry - entry_of(i, 0);
-        if (j > p) line[entry] -= line[entry_of(i, p)] * line[entry_of(j, p)] * over;
+        const int i = equation_of(entry), j = entry - entry_of(i, 0);
+        if (j > p) equations[entry] -= equations[entry_of(i, p)] * equations[entry_of(j, p)] * over;
       }
       __syncwarp();
     }
     double explained = 0;
     if (Team::rank() == 0) {
-      double found[LEVELS];
+      double unknown[LEVELS];
 #pragma unroll
       for (int j = LEVELS - 1; j >= 0; --j) {
-        const double right = line[entry_of(LEVELS, j)];
+        const double right = equations[entry_of(LEVELS, j)];
         explained += right * right * inverse[j];
-        found[j] = right;
+        unknown[j] = right;
 #pragma unroll
-        for (int i = j + 1; i < LEVELS; ++i) found[j] -= line[entry_of(i, j)] * found[i];
-        solved[j] = found[j] *= inverse[j];
+        for (int i = j + 1; i < LEVELS; ++i) unknown[j] -= equations[entry_of(i, j)] * unknown[i];
+        solved[j] = unknown[j] *= inverse[j];
       }
     }
     return explained;
   }
 
-  // Keeps the least-squares scales if they gain more than those there are, or if they are the first.
+  // Takes the least-squares scales if they lower the error more than those so far, or are the first.
   __device__ void keep_if_better(bool first) {
     const double raised = solve(renewed);
     if (Team::rank() == 0) {
@@ -285,7 +287,7 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
     __syncwarp();
   }
 
-  // Where a level stands among those handed out. Without a map they descend.
+  // The place of a level in the result. Without a map scales descend.
   __device__ int order_of(int level) const {
     if (MAP) return level;
     int before = 0;
@@ -296,33 +298,33 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
     return before;
   }
 
-  // Makes scales positive, in units of x and in order, and the codes and results to go with them.
+  // Makes scales positive, in units of x and in order, and changes codes and results accordingly.
   __device__ void finish() {
     for (int level = leader(); level < LEVELS; level += Team::LEADERS) {
-      const double found = fabs(scale[level]) * to_double(unit);
-      stored[order_of(level)] = valid ? from_double<W>(found) : from_double<W>(0.0 / 0.0);
+      const double in_x = fabs(scale[level]) * to_double(unit);
+      stored[order_of(level)] = valid ? from_double<W>(in_x) : from_double<W>(0.0 / 0.0);
     }
     __syncwarp();
     for (int cell = first_used(LEVELS) + leader(); cell < CELLS; cell += Team::LEADERS) {
       const int depth = depth_of(cell);
-      int own = 0;
+      int ordered = 0;
       for (int level = 0; level < depth; ++level) {
         const int bit = (code[cell] >> level & 1) ^ (scale[level] < 0);
-        own |= bit << order_of(level);
+        ordered |= bit << order_of(level);
       }
-      code[cell] = own;
+      code[cell] = ordered;
       for (int up = 0; up < 2; ++up) {
         W sum = 0;
         for (int level = 0; level < depth; ++level) {
           const W step = W(T(stored[level]));
-          sum = (own >> level & 1) == up ? plus(sum, step) : minus(sum, step);
+          sum = (ordered >> level & 1) == up ? plus(sum, step) : minus(sum, step);
         }
         result[up][cell] = T(sum);
       }
     }
   }
 
-  // Everybody's, again.
+  // From here on all threads take part again.
 
   // The last cell of its depth whose edge is below a magnitude.
   __device__ int cell_of(W m, int depth) const {
@@ -335,7 +337,7 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
 
   // From the magnitudes to the codes, scales and results.
   template<int E, class Bits>
-  __device__ void find(const Magnitudes<W, E, Bits>& own, bool refit, int iterations) {
+  __device__ void find(const Elements<W, E, Bits>& elements, bool refit, int iterations) {
     if (Team::rank() == 0) {
       code[0] = 1;
 #pragma unroll
@@ -351,7 +353,7 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
         if (Team::leads()) split(level);
         Team::sync();
       }
-      add_up(own, level + 1, MAP || !level ? 0 : first_of(level + 1) + 1, MAP ? 1 : 2);
+      add_up(elements, level + 1, MAP || !level ? 0 : first_of(level + 1) + 1, MAP ? 1 : 2);
       if (Team::leads()) {
         set_equations(level + 1);
         if (refit) solve(scale);
@@ -359,20 +361,20 @@ template<class Team, class T, int LEVELS, bool MAP> struct Row {
         __syncwarp();
       }
     }
-    if (!refit) alternate(own, iterations);
+    if (!refit) alternate(elements, iterations);
     if (Team::leads()) finish();
     Team::sync();
   }
 
   // From the equations of any cells to the least-squares scales of better ones.
   template<int E, class Bits>
-  __device__ void alternate(const Magnitudes<W, E, Bits>& own, int iterations) {
+  __device__ void alternate(const Elements<W, E, Bits>& elements, int iterations) {
     if (Team::leads()) keep_if_better(true);
 #pragma unroll 1
     for (; iterations > 0; --iterations) {
       if (Team::leads()) take_nearest();
       Team::sync();
-      add_up(own, LEVELS, first_used(LEVELS) + !MAP, 1);
+      add_up(elements, LEVELS, first_used(LEVELS) + !MAP, 1);
       if (Team::leads()) {
         set_equations(LEVELS);
         keep_if_better(false);
@@ -397,25 +399,25 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
     int refit, int iterations) {
   typedef typename Work<T>::type W;
   __shared__ Row<Team, T, LEVELS, MAP> shared[Team::ROWS];
-  Row<Team, T, LEVELS, MAP>& found = shared[Team::slot()];
+  Row<Team, T, LEVELS, MAP>& solution = shared[Team::slot()];
   const long long row = Team::row();
-  const int own = row < rows ? length : 0;
-  Magnitudes<W, E, typename BitsOf<N, E, MAP>::type> elements;
+  const int row_length = row < rows ? length : 0;
+  Elements<W, E, typename BitsOf<N, E, MAP>::type> elements;
   elements.template load<Team, N, A>(
-      x + row * x_step, bits + row * bits_step, own, LEVELS, found.unit, found.valid);
-  found.find(elements, refit, iterations);
+      x + row * x_step, bits + row * bits_step, row_length, LEVELS, solution.unit, solution.valid);
+  solution.find(elements, refit, iterations);
   int rank = Team::rank();
   forget(rank);
 #pragma unroll
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
-    if (at >= own) break;
+    if (at >= row_length) break;
     Pack<T, N, A> result;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int e = pack * N + j, depth = elements.bits.depth(e, LEVELS);
-      const int cell = found.cell_of(elements.m[e], depth);
-      result.item[j] = depth ? found.result[elements.up >> e & 1][cell] : T(0);
+      const int cell = solution.cell_of(elements.m[e], depth);
+      result.item[j] = depth ? solution.result[elements.up >> e & 1][cell] : T(0);
     }
     *reinterpret_cast<Pack<T, N, A>*>(y + row * y_step + at) = result;
   }
@@ -428,30 +430,30 @@ __global__ void __launch_bounds__(Team::MOST_THREADS, 1024 / Team::MOST_THREADS)
     long long rows, int length, long long x_step, long long bits_step, long long sign_step,
     int refit, int iterations) {
   __shared__ Row<Team, T, LEVELS, MAP> shared[Team::ROWS];
-  Row<Team, T, LEVELS, MAP>& found = shared[Team::slot()];
+  Row<Team, T, LEVELS, MAP>& solution = shared[Team::slot()];
   const long long row = Team::row();
-  const int own = row < rows ? length : 0;
-  Magnitudes<W, E, typename BitsOf<N, E, MAP>::type> elements;
+  const int row_length = row < rows ? length : 0;
+  Elements<W, E, typename BitsOf<N, E, MAP>::type> elements;
   elements.template load<Team, N, A>(
-      x + row * x_step, bits + row * bits_step, own, LEVELS, found.unit, found.valid);
-  found.find(elements, refit, iterations);
-  if (own) {
+      x + row * x_step, bits + row * bits_step, row_length, LEVELS, solution.unit, solution.valid);
+  solution.find(elements, refit, iterations);
+  if (row_length) {
     for (int level = Team::rank(); level < LEVELS; level += Team::size())
-      scales[level * rows + row] = found.stored[level];
+      scales[level * rows + row] = solution.stored[level];
   }
   int rank = Team::rank();
   forget(rank);
 #pragma unroll
   for (int pack = 0; pack < E / N; ++pack) {
     const int at = place<Team, N>(pack, rank);
-    if (at >= own) break;
+    if (at >= row_length) break;
     int code[N], depth[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int e = pack * N + j;
       depth[j] = elements.bits.depth(e, LEVELS);
-      const int cell = found.cell_of(elements.m[e], depth[j]);
-      code[j] = depth[j] ? found.code[cell] ^ (elements.up >> e & 1 ? 0 : ~0) : 0;
+      const int cell = solution.cell_of(elements.m[e], depth[j]);
+      code[j] = depth[j] ? solution.code[cell] ^ (elements.up >> e & 1 ? 0 : ~0) : 0;
     }
     signed char* target = signs + row * sign_step + at;
 #pragma unroll

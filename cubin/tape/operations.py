@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cubin.core.arrays import as_floats, as_integer, as_real, as_real_below
+from cubin.core.arrays import as_floats, as_integer, as_pair, as_real, as_real_below
 from cubin.core.floats import is_float, work_dtype
 from cubin.core.libraries import Array, library, on_device
 from cubin.core.rows import axes_of
@@ -433,7 +433,7 @@ def conv2d(
     Document Processing", IWFHR 2006.
     """
     xp, images, kernels = _values(x=x, w=w)
-    stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
+    stride, padding = as_pair("stride", stride, 1), as_pair("padding", padding, 0)
     groups = as_integer("groups", groups)
     _check_convolution(images, kernels, groups)
     n, channels, height, width = images.shape
@@ -616,8 +616,8 @@ def _pooling(
     """
     if x.ndim != 4:
         raise ValueError(f"x must have the axes (n, channels, height, width), got shape {x.shape}")
-    size = _pair("size", size, 1)
-    stride = size if stride is None else _pair("stride", stride, 1)
+    size = as_pair("size", size, 1)
+    stride = size if stride is None else as_pair("stride", stride, 1)
     counts = _window_counts(x.shape[2:], size, stride)
     return [window for _, window in _taps(size, counts, stride)], _overlaps(size, stride)
 
@@ -625,14 +625,6 @@ def _pooling(
 def _overlaps(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """In how many windows an element lies, at most."""
     return math.prod(-(-length // step) for length, step in zip(size, stride, strict=True))
-
-
-def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    pair = tuple(as_integer(name, number) for number in numbers)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{name} must be one or two integers of at least {least}, got {value}")
-    return pair
 
 
 def _window_counts(

@@ -114,24 +114,25 @@ class Weights:
         self.left_out: list[Weight] = []
         self.files: list[Path] = []
         for path, (files, unread) in groups.items():
-            own = [file for file in files if every.pop(file.resolve(), None) is not None]
-            if files and not own:  # all of them have been read for a path before
+            new = [file for file in files if every.pop(file.resolve(), None) is not None]
+            if files and not new:  # all of them have been read for a path before
                 continue
-            found = list(unread)
-            self.files += own
-            for file in own:
+            tensors = list(unread)
+            self.files += new
+            for file in new:
                 try:
-                    found += list(tensors_of(file, labels))
+                    tensors += list(tensors_of(file, labels))
                 except WeightsError as error:
                     if file == path:
                         raise
-                    found.append(unreadable(labels[file] or file.name, str(error)))
-            weights = [tensor for tensor in found if not tensor.reason]
+                    tensors.append(unreadable(labels[file] or file.name, str(error)))
+            weights = [tensor for tensor in tensors if not tensor.reason]
             if not weights:
-                raise WeightsError(f"{path}: {without_weights(found)}")
+                raise WeightsError(f"{path}: {without_weights(tensors)}")
             self.tensors += weights
-            self.skipped += [tensor for tensor in found if tensor.reason and tensor.is_weight]
-            self.left_out += [tensor for tensor in found if tensor.reason and not tensor.is_weight]
+            rest = [tensor for tensor in tensors if tensor.reason]
+            self.skipped += [tensor for tensor in rest if tensor.is_weight]
+            self.left_out += [tensor for tensor in rest if not tensor.is_weight]
         if wanted or unwanted:
             self._choose(wanted, unwanted)
         self.tensors = apart(self.tensors)
@@ -163,11 +164,12 @@ class Weights:
             yield tensor.name, tensor.load(), tensor.channel_axis
 
 
-def patterns(argument: str, given: str | Iterable[str] | None) -> list[re.Pattern[str]]:
+def patterns(argument: str, expressions: str | Iterable[str] | None) -> list[re.Pattern[str]]:
     """Compile regular expressions."""
-    listed = [] if given is None else [given] if isinstance(given, str) else list(given)
+    if isinstance(expressions, str):
+        expressions = [expressions]
     try:
-        return [re.compile(pattern) for pattern in listed]
+        return [re.compile(expression) for expression in expressions or ()]
     except re.error as error:
         raise ValueError(
             f"{argument} must be regular expressions, got {error.pattern!r}: {error}"
@@ -196,23 +198,25 @@ def weight_files(path: Path) -> tuple[list[Path], list[Weight]]:
 
 def folder_files(folder: Path) -> tuple[list[Path], list[Weight]]:
     """List the weight files of a folder and of those in it."""
-    found = (file for file in folder.rglob("*") if file.is_file())
     by_folder: dict[Path, list[Path]] = defaultdict(list)
-    for file in found:
-        by_folder[file.parent].append(file)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            by_folder[file.parent].append(file)
     files: list[Path] = []
     others: list[Weight] = []
-    for own in by_folder.values():
-        indices = sorted(file for file in own if file.name.endswith(f".safetensors{INDEX}"))
-        indices = indices or sorted(file for file in own if file.name.endswith(f".bin{INDEX}"))
-        read = [file for file in own if READERS.get(file.suffix.lower()) not in (None, read_torch)]
+    for listed in by_folder.values():
+        indices = sorted(file for file in listed if file.name.endswith(f".safetensors{INDEX}"))
+        indices = indices or sorted(file for file in listed if file.name.endswith(f".bin{INDEX}"))
+        read = [
+            file for file in listed if READERS.get(file.suffix.lower()) not in (None, read_torch)
+        ]
         if indices:
             read = [file for file in read if file.suffix.lower() != ".safetensors"]
             for index in indices:
                 named, missing = shards(index)
                 read += named
                 others += missing
-        of_torch = [file for file in own if is_torch(file) and file not in read]
+        of_torch = [file for file in listed if is_torch(file) and file not in read]
         if indices or any(file.suffix.lower() == ".safetensors" for file in read):
             others += [beside(file.relative_to(folder)) for file in sorted(of_torch)]
         else:
@@ -294,14 +298,14 @@ def apart(tensors: Iterable[Weight]) -> list[Weight]:
     return named
 
 
-def without_weights(found: Iterable[Weight]) -> str:
+def without_weights(tensors: Iterable[Weight]) -> str:
     """Say why none of the tensors of a path is a weight that can be read."""
-    skipped = [tensor for tensor in found if tensor.is_weight]
+    skipped = [tensor for tensor in tensors if tensor.is_weight]
     if skipped:
         counts = Counter(tensor.reason for tensor in skipped)
         reasons = "; ".join(f"{count} {reason}" for reason, count in counts.most_common(3))
         return f"none of its {len(skipped)} weights can be read: {reasons}; {SAVE}"
-    floats = [tensor for tensor in found if tensor.dtype in FLOATS]
+    floats = [tensor for tensor in tensors if tensor.dtype in FLOATS]
     if floats:
         return (
             f"none of its {len(floats)} float arrays is a weight, of rank 2 or more and used by a "

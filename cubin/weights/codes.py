@@ -16,9 +16,10 @@ import numpy as np
 
 from cubin.codes import files
 from cubin.codes.binary_code import BinaryCode
+from cubin.codes.headers import DTYPES, Entry
 from cubin.core import arrays
 from cubin.core.bits import MAX_BITS
-from cubin.weights.safetensors_files import Entry, map_tensor, read_header
+from cubin.weights.safetensors_files import map_tensor, read_header
 from cubin.weights.tensor import BFLOAT16_IN_NUMPY
 
 LONGEST_NUMBER = 10**19
@@ -146,9 +147,9 @@ def widest(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
 
 def write_code(file: BinaryIO, name: str, code: BinaryCode, base: int) -> dict[str, Any]:
     """Write the data of a code, and give the header's entries for it."""
-    layout, held = files.pack(code)
+    layout, members = files.pack(code)
     entries: dict[str, Any] = {"layout": layout}
-    for part, array in held.items():
+    for part, array in members.items():
         entries[part] = files.entry_of(array, file.tell() - base)
         file.write(files.data_of(array))
     return entries
@@ -183,13 +184,12 @@ def stored_code(
     """A code of the file, as its header describes it."""
     shape = tuple(arrays.as_integer("shape", n) for n in layout["shape"])
     parts = files.parts_of(layout)
-    own = {part: entries[f"{name}.{part}" if name else part] for part in parts}
-    dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-    kind = dtype[own["scales"].dtype]
+    members = {part: entries[f"{name}.{part}" if name else part] for part in parts}
+    kind = DTYPES[members["scales"].dtype]
     levels = arrays.as_integer("levels", layout["levels"])
-    nbytes = sum(entry.end - entry.start for entry in own.values())
+    nbytes = sum(entry.end - entry.start for entry in members.values())
     mapped = "map" in layout
-    return StoredCode(name, shape, kind, levels, mapped, nbytes, path, layout, own)
+    return StoredCode(name, shape, kind, levels, mapped, nbytes, path, layout, members)
 
 
 def load_codes(path: str | os.PathLike[str]) -> Iterator[tuple[str, BinaryCode]]:

@@ -145,14 +145,14 @@ class Trace:
             A shape of the stored tensor, with axes split where only a part of one is held, and
             the axes of it. None if there is none.
         """
-        held = [*self.removed, *(part for axis in axes for part in self.axes[axis])]
+        wanted = [*self.removed, *(part for axis in axes for part in self.axes[axis])]
         every = [*self.removed, *(part for parts in self.axes for part in parts)]
-        if any(part.splits is None for part in held):
+        if any(part.splits is None for part in wanted):
             return None
         shape: list[int] = []
         channels: list[int] = []
         for axis, size in enumerate(self.tensor.dims):
-            mine = {part.splits for part in held if part.axis == axis}
+            mine = {part.splits for part in wanted if part.axis == axis}
             if covered((), mine):
                 channels.append(len(shape))
             elif mine:
@@ -189,13 +189,13 @@ def split_axis(
     sizes = next_split(piece, pieces)
     if sizes is None or math.prod(sizes) != size:
         return None
-    found = []
+    inner_pieces = []
     for number, length in enumerate(sizes):
         inner = split_axis((*piece, (number, sizes)), length, pieces)
         if inner is None:
             return None
-        found += inner
-    return found
+        inner_pieces += inner
+    return inner_pieces
 
 
 def next_split(piece: Splits, pieces: set[Splits | None]) -> tuple[int, ...] | None:
@@ -361,13 +361,13 @@ def claim(
         sizes = [math.prod(part.size for part in parts) for parts in trace.axes]
         trace = trace.reshaped([groups, sizes[0] // groups, *sizes[1:]])
         axes = (0, 2)
-    found = trace.channels(axes)
-    if found is None:
+    channels = trace.channels(axes)
+    if channels is None:
         tensor.obstacle = f"the channels that {operator} sees are mixed with its other axes"
     elif operator == "Gather" and inputs[1] is not None:
-        tensor.table = tensor.table or found
+        tensor.table = tensor.table or channels
     else:
-        tensor.weight = tensor.weight or found
+        tensor.weight = tensor.weight or channels
 
 
 def note_uses(node: Any, inputs: Sequence[Value | None], positions: Iterable[int]) -> None:
@@ -472,10 +472,10 @@ def moved(
         """Give an argument that is an attribute or an input, as it is by operator-set version."""
         if name in attributes:
             return list(attributes[name])
-        given = inputs[position] if position < len(inputs) else None
-        if given is None or given.numbers is None:
+        value = inputs[position] if position < len(inputs) else None
+        if value is None or value.numbers is None:
             return None
-        return [int(number) for number in np.ravel(given.numbers)]
+        return [int(number) for number in np.ravel(value.numbers)]
 
     def is_missing(position: int) -> bool:
         return position >= len(node.input) or not node.input[position]
@@ -573,19 +573,19 @@ def computed(
     node: Any, attributes: Mapping[str, Any], inputs: Sequence[Value | None], opsets: Any
 ) -> list[Value]:
     """Give the outputs of any other operator: known as far as its inputs are constants."""
-    given = [value for name, value in zip(node.input, inputs, strict=True) if name]
-    if not given:
+    named = [value for name, value in zip(node.input, inputs, strict=True) if name]
+    if not named:
         return []
     if node.op_type == "Shape" and inputs[0] is not None and inputs[0].shape is not None:
         shape = inputs[0].shape[slice(attributes.get("start"), attributes.get("end"))]
         return [Value((len(shape),), numbers=np.array(shape, np.int64))]
-    constants = [value for value in given if value is not None]
-    if len(constants) < len(given):
+    constants = [value for value in named if value is not None]
+    if len(constants) < len(named):
         return []
     if node.op_type == "ConstantOfShape" and constants[0].numbers is not None:
         return [Value(tuple(int(n) for n in constants[0].numbers))]
     numbers = [value.numbers for value in constants if value.numbers is not None]
-    if node.op_type in ARITHMETIC and len(numbers) == len(given):
+    if node.op_type in ARITHMETIC and len(numbers) == len(named):
         return [evaluated(node, numbers, opsets)]
     traces = {
         id(trace.tensor): replace(trace, change=trace.change or node.op_type)
@@ -600,13 +600,13 @@ def evaluated(node: Any, numbers: Sequence[np.ndarray], opsets: Any) -> Value:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    given = dict(zip((name for name in node.input if name), numbers, strict=True))
-    described = [onnx.helper.make_tensor_value_info(name, 0, None) for name in given]
+    feeds = dict(zip((name for name in node.input if name), numbers, strict=True))
+    described = [onnx.helper.make_tensor_value_info(name, 0, None) for name in feeds]
     outputs = [onnx.helper.make_tensor_value_info(node.output[0], 0, None)]
     graph = onnx.helper.make_graph([node], "node", described, outputs)
     model = onnx.helper.make_model(graph, opset_imports=opsets)
     try:
-        computed: Any = ReferenceEvaluator(model).run(None, given)
+        computed: Any = ReferenceEvaluator(model).run(None, feeds)
         result = np.asarray(computed[0])
     except Exception:  # What onnx cannot compute is not known here either.
         return Value(None)

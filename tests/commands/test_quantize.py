@@ -104,7 +104,7 @@ def test_show_of_groups_with_the_weights(net, tmp_path, capsys):
     ("arguments", "problem"),
     [
         (["show", "none.safetensors"], "none.safetensors"),
-        (["show", "net.npz"], "no intact file of codes"),
+        (["show", "net.npz"], "no intact file of codes: it is no .safetensors file"),
         (["show", "c.safetensors", "--weights", "other.npz"], "no tensor 'a'"),
         (["quantize", "net.npz", "--bits", "17", "--output", "d"], "17"),
         (["quantize", "net.npz", "--bits", "1", "--map", "budget:1.4", "--output", "d"], "--bits"),

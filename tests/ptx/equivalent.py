@@ -20,7 +20,7 @@ LINES: dict[str, tuple[str, ...]] = {
         "for (int i = 0; i <= level; ++i) cut += scale[i] * sign_at(code[cell], i);",
         "for (int i = 0; i <= LEVEL; ++i) m[g] = absolute(minus(m[g], scale[i]));",
         "if (i <= level) m = absolute(minus(m, scale[i]));",
-        "for (int i = 0; i <= level; ++i) total -= line[entry_of(level, i)] * scale[i];",
+        "for (int i = 0; i <= level; ++i) total -= equations[entry_of(level, i)] * scale[i];",
     ),
     "a sign is 1 or -1": (
         "for (int i = 0; i < level; ++i) cut += scale[i] / sign_at(code[cell], i);",
@@ -78,18 +78,18 @@ LINES: dict[str, tuple[str, ...]] = {
         "return most_of_lanes<32>(lane < blockDim.x / 32 ? of_warps[lane] : U(1));",
     ),
     "the steps are those for 32": (
-        "own = sum_of_lanes<33>(own);",
+        "value = sum_of_lanes<33>(value);",
         "return most_of_lanes<33>(lane < blockDim.x / 32 ? of_warps[lane] : U(0));",
-        "return sum_of_lanes<33>(own);",
-        "own = most_of_lanes<33>(own);",
+        "return sum_of_lanes<33>(value);",
+        "value = most_of_lanes<33>(value);",
     ),
     "all lanes have the sum": (
-        "if (threadIdx.x % 32 == 1) of_warps[which][threadIdx.x / 32] = own;",
-        "if (rank() != 0) total[which] = own;",
-        "if (rank() == 1) total[which] = own;",
-        "if (lane != 0) of_warps[turn % 2][threadIdx.x / 32] = own;",
-        "if (lane == 1) of_warps[turn % 2][threadIdx.x / 32] = own;",
-        "if (threadIdx.x % 32 != 0) of_warps[which][threadIdx.x / 32] = own;",
+        "if (threadIdx.x % 32 == 1) of_warps[which][threadIdx.x / 32] = value;",
+        "if (rank() != 0) total[which] = value;",
+        "if (rank() == 1) total[which] = value;",
+        "if (lane != 0) of_warps[turn % 2][threadIdx.x / 32] = value;",
+        "if (lane == 1) of_warps[turn % 2][threadIdx.x / 32] = value;",
+        "if (threadIdx.x % 32 != 0) of_warps[which][threadIdx.x / 32] = value;",
     ),
     "the total is the length of the row": ("__device__ int count(int) const { return 1; }",),
     "the body runs where i < level, and level < LEVELS": (
@@ -127,7 +127,7 @@ LINES: dict[str, tuple[str, ...]] = {
         "constexpr bool WHOLE = Bits::WHOLE_PACKS && N > 2;",
     ),
     "elements of a pack are asked one by one too, and all give its answer": (
-        "if (!(WHOLE && N > GROUP) && !bits.hot(e + g, level)) m[g] = 0;",
+        "if (!(WHOLE && N > GROUP) && !bits.present(e + g, level)) m[g] = 0;",
     ),
     "more branches, for levels that there are not": ("if constexpr (LEVEL - 1 < LEVELS)",),
     "levels of the scale 0 change nothing, so any code for as many levels or more will do": (
@@ -151,13 +151,13 @@ LINES: dict[str, tuple[str, ...]] = {
         "__double2hiint(m) | 0x80000000 ^ (__double2hiint(n) & 0x80000000), __double2loint(m));",
     ),
     "no element of the row has a code at the level after its last": ("if (level > levels) break;",),
-    "all threads have the same scales": ("if (own && rank == 1) {",),
+    "all threads have the same scales": ("if (row_length && rank == 1) {",),
     "all lanes have the largest": (
-        "if (lane != 0) of_warps[threadIdx.x / 32] = own;",
-        "if (lane == 1) of_warps[threadIdx.x / 32] = own;",
+        "if (lane != 0) of_warps[threadIdx.x / 32] = value;",
+        "if (lane == 1) of_warps[threadIdx.x / 32] = value;",
     ),
     "of each of the 32 warps one thread's number is a multiple of 33; all lanes have the sum": (
-        "if (threadIdx.x % 33 == 0) of_warps[which][threadIdx.x / 32] = own;",
+        "if (threadIdx.x % 33 == 0) of_warps[which][threadIdx.x / 32] = value;",
     ),
     "more room than is used": (
         "Pack<T, N, A> packs[E * N];",
@@ -180,7 +180,7 @@ LINES: dict[str, tuple[str, ...]] = {
     (
         "only the mean of no elements is NaN: no other scale depends on it, and least squares, "
         "which always follows, sets it to 0"
-    ): ("return hot[level] >= 0 ? total / hot[level] : 0;",),
+    ): ("return coded[level] >= 0 ? total / coded[level] : 0;",),
     "steps that are too long are left out": (
         "for (int step = 1 << LEVELS << 2; step; step /= 2)",
         "for (int step = 2 << LEVELS >> 2; step; step /= 2)",
@@ -190,7 +190,7 @@ LINES: dict[str, tuple[str, ...]] = {
         "scale[depth - 2] = 0;  // compilers read it ahead",
     ),
     "one more sum, of a cell that is not in use any more": (
-        "add_up(own, level + 1, MAP || !level ? 0 : first_of(level + 1) - 1, MAP ? 1 : 2);",
+        "add_up(elements, level + 1, MAP || !level ? 0 : first_of(level + 1) - 1, MAP ? 1 : 2);",
     ),
     "all leaders find the same mean": (
         "else if (Team::rank() != 0) scale[level] = mean_at(level);",
@@ -224,17 +224,17 @@ LINES: dict[str, tuple[str, ...]] = {
         "static constexpr int ENTRIES = LEVELS * (LEVELS + 4) / 2;",
     ),
     "bits beyond a cell's levels are not looked at": (
-        "return found ^ ((2 << depth) - 1);",
-        "return found ^ ((1 >> depth) - 1);",
+        "return signs ^ ((2 << depth) - 1);",
+        "return signs ^ ((1 >> depth) - 1);",
     ),
     (
         "no other scale depends on the mean of no elements, and least squares, which always "
         "follows, sets it to 0"
-    ): ("return hot[level] > 0 ? total / hot[level] : 1;",),
+    ): ("return coded[level] > 0 ? total / coded[level] : 1;",),
     "all gains have it, so it decides between none": ("double explained = 1;",),
     "no scale is used before it is found": ("scale[depth - 1] = 1;  // compilers read it ahead",),
     "an element without bits has no sign at any level": (
-        "code[j] = depth[j] ? found.code[cell] ^ (elements.up >> e & 1 ? 0 : ~0) : 1;",
+        "code[j] = depth[j] ? solution.code[cell] ^ (elements.up >> e & 1 ? 0 : ~0) : 1;",
     ),
 }
 """The lines after the edit, by the reason."""

@@ -107,25 +107,23 @@ def uncounted(context: Any, *kinds: Any) -> Any:
 
 
 @part
-def _left(x: float, taken: float, unit: float) -> float:
-    """The residual's magnitude after a level of the scale `taken`, times `unit`."""
-    return abs(abs(x) - taken) * unit
-
-
-@part
-def _add_columns(m: Array, taken: float, unit: float, n: int, sums: Array) -> None:
+def _add_columns(m: Array, taken: float, n: int, sums: Array) -> None:
     """Add up `COLUMNS` columns of n residuals: the first half and the second half, then the halves
-    of that, and so on."""
+    of that, and so on.
+
+    The magnitude of a residual is written out each time: Numba takes long to inline a function.
+    """
+    a = taken
     for j in range(n):
-        r = _left(m[j], taken, unit) + _left(m[j + 8 * n], taken, unit)
-        s = _left(m[j + 4 * n], taken, unit) + _left(m[j + 12 * n], taken, unit)
-        t = _left(m[j + 2 * n], taken, unit) + _left(m[j + 10 * n], taken, unit)
-        u = _left(m[j + 6 * n], taken, unit) + _left(m[j + 14 * n], taken, unit)
+        r = abs(abs(m[j]) - a) + abs(abs(m[j + 8 * n]) - a)
+        s = abs(abs(m[j + 4 * n]) - a) + abs(abs(m[j + 12 * n]) - a)
+        t = abs(abs(m[j + 2 * n]) - a) + abs(abs(m[j + 10 * n]) - a)
+        u = abs(abs(m[j + 6 * n]) - a) + abs(abs(m[j + 14 * n]) - a)
         even = (r + s) + (t + u)
-        r = _left(m[j + n], taken, unit) + _left(m[j + 9 * n], taken, unit)
-        s = _left(m[j + 5 * n], taken, unit) + _left(m[j + 13 * n], taken, unit)
-        t = _left(m[j + 3 * n], taken, unit) + _left(m[j + 11 * n], taken, unit)
-        u = _left(m[j + 7 * n], taken, unit) + _left(m[j + 15 * n], taken, unit)
+        r = abs(abs(m[j + n]) - a) + abs(abs(m[j + 9 * n]) - a)
+        s = abs(abs(m[j + 5 * n]) - a) + abs(abs(m[j + 13 * n]) - a)
+        t = abs(abs(m[j + 3 * n]) - a) + abs(abs(m[j + 11 * n]) - a)
+        u = abs(abs(m[j + 7 * n]) - a) + abs(abs(m[j + 15 * n]) - a)
         sums[j] = even + ((r + s) + (t + u))
 
 
@@ -152,27 +150,33 @@ def sum_in_lanes(sums: Array, size: int) -> float:
 
 
 @part
-def _sum_in(unit: float, m: Array, taken: float, sums: Array) -> float:
+def _sum(m: Array, taken: float, sums: Array) -> float:
     width = m.size // COLUMNS if m.size >= SHORT else 0
-    _add_columns(m, taken, unit, width, sums)
+    _add_columns(m, taken, width, sums)
     rest = sums[width : m.size - (COLUMNS - 1) * width]
     for j in range(rest.size):
-        rest[j] = _left(m[COLUMNS * width + j], taken, unit)
+        rest[j] = abs(abs(m[COLUMNS * width + j]) - taken)
     return sum_in_lanes(sums, width + rest.size)
 
 
 @loop
-def _sum_in_sixteenths(m: Array, taken: float, sums: Array) -> float:
-    m, sums = uncounted(m, sums)
-    return _sum_in(m.dtype.type(UNIT), m, taken, sums) / UNIT
+def sum_in_sixteenths(m: Array, taken: float, sums: Array) -> float:
+    """`magnitude_sum` where a column overflows: of the numbers times `UNIT`, which cannot.
+
+    It allocates, since it is rare.
+    """
+    small = np.empty(m.size, m.dtype)
+    for j in range(m.size):
+        small[j] = abs(abs(m[j]) - taken) * m.dtype.type(UNIT)
+    return _sum(small, m.dtype.type(0), sums) / UNIT
 
 
 @part
 def magnitude_sum(m: Array, taken: float, sums: Array) -> float:
     """The sum of ``||m| - taken|`` over at most one chunk, in float64; `sums` is overwritten."""
-    total = _sum_in(m.dtype.type(1), m, taken, sums)
-    if total == np.inf:  # a column may have overflowed: sixteenths cannot
-        total = _sum_in_sixteenths(m, taken, sums)
+    total = _sum(m, taken, sums)
+    if total == np.inf:  # a column may have overflowed
+        total = sum_in_sixteenths(m, taken, sums)
     return total
 
 

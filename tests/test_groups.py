@@ -323,3 +323,45 @@ def test_files_of_shifts_of_shorter_groups(tmp_path, rng):
         code.save(tmp_path / name)
         assert BinaryCode.load(tmp_path / name) == code
     assert code[2:4] == cubin.quantize(x[2:4], 2, group_size=4, shift=True)
+
+
+@pytest.mark.parametrize("solver", few(SOLVERS, "greedy", "alternating"))
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_precisions_of_shorter_groups(xp, host, rng, solver, shift, weighted):
+    if weighted and solver == "greedy":
+        pytest.skip("greedy takes no importance")
+    x = rng.exponential(size=(5, 13))
+    importance = rng.uniform(0.5, 2, x.shape) if weighted else None
+
+    def quantized(elements, size):
+        weights = None if importance is None else xp.asarray(importance[:, elements])
+        return cubin.quantize(xp.asarray(x[:, elements]), 3, group_size=size, solver=solver,
+                              precisions=(1, 2, 3), shift=shift, importance=weights)  # fmt: skip
+
+    code = quantized(slice(None), 4)
+    parts = [(slice(0, 12), slice(0, -1), 4), (slice(12, None), slice(-1, None), 1)]
+    for elements, groups, size in parts:
+        alone = quantized(elements, size)
+        for levels in (1, 2, 3):
+            one, other = code.at(levels), alone.at(levels)
+            same(host(one.scales)[..., groups], host(other.scales))
+            same(host(one.dequantize())[:, elements], host(other.dequantize()))
+            if shift:
+                same(host(one.shift)[..., groups], host(other.shift))
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_precisions_of_shorter_groups_with_a_gram(tmp_path, rng, shift):
+    w = rng.normal(size=(4, 11))
+    gram = cubin.Gram(11).add(rng.standard_normal((64, 11)) @ rng.standard_normal((11, 11)))
+    code = cubin.quantize(w, 3, group_size=4, solver="alternating", gram=gram,
+                          precisions=(1, 2, 3), shift=shift)  # fmt: skip
+    errors = [float(cubin.errors.output_mse(w, code.at(k).dequantize(), gram)) for k in (1, 2, 3)]
+    assert errors[0] > errors[1] > errors[2]
+    assert code.tables.shape == (3 + 2 * shift, 4, 3)
+    for name in ("c.npz", "c.safetensors"):
+        code.save(tmp_path / name)
+        loaded = BinaryCode.load(tmp_path / name)
+        for levels in (1, 2, 3):
+            same(loaded.at(levels).dequantize(), code.at(levels).dequantize())

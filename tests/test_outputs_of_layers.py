@@ -56,7 +56,7 @@ def granularities(n):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("groups", few([False, True], True))
 def test_no_line_is_worse_than_without(xp, host, rng, solver, mapped, groups):
     w = rng.standard_normal((5, 8)).astype(np.float32)
     inputs = spread_inputs(rng, 8)

@@ -10,6 +10,7 @@ import pytest
 import cubin
 from cubin.core import passes
 from cubin.core.host import blocks
+from tests.exhaustive import few
 
 
 def public_functions():
@@ -114,7 +115,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, "itself", "shifted", "row", "reversed"))
 @pytest.mark.parametrize(("name", "placed"), CASES)
 def test_outputs_in_the_memory_of_arguments(xp, host, rng, name, placed, kind):
     for options in options_of(name, placed)[:: 1 if xp is np else 3]:
@@ -122,7 +123,7 @@ def test_outputs_in_the_memory_of_arguments(xp, host, rng, name, placed, kind):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, "shifted", "column", "steps"))
 @pytest.mark.parametrize(("name", "placed"), CASES)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_outputs_of_threads(rng, monkeypatch, name, placed, kind, compiled):

@@ -381,7 +381,7 @@ def test_a_pair_is_searched_for_in_chunks(monkeypatch, rng, mapped):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", few(FLOATS, "bfloat16", "float32"))
 @pytest.mark.parametrize("bits", few([1, 2, 4, 8], 1, 4))
 @pytest.mark.parametrize(
     "row",

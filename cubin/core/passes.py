@@ -37,6 +37,7 @@ SEARCHED_ON_DEVICE = 1 << 24
 LONG_SEARCH = 1 << 28
 """Steps of a search, as `search_loops` counts them, from which on it may take seconds: then there
 is a progress bar."""
+
 DEVICE_SIGNS = 1 << 25
 """Signs that a device holds at a time before they are packed: 32 MB."""
 

@@ -196,11 +196,6 @@ def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, ste
 
 
 @part
-def _signed(value: float, code: int, level: int) -> float:
-    return value if code >> level & 1 else -value
-
-
-@part
 def _set_equations(space: Space, levels: int) -> None:
     """Write the normal equations of the first `levels` levels."""
     equations, codes, starts = space.equations, space.codes, space.starts
@@ -222,9 +217,10 @@ def _set_equations(space: Space, levels: int) -> None:
             above, above_total = number[base + cell], total[base + cell]
             code = codes[cells + cell]
             for j in range(reached):
-                equations[levels, j] += _signed(first, code, j)
+                equations[levels, j] += first if code >> j & 1 else -first
                 for i in range(j):
-                    equations[j, i] += _signed(mass, code >> j ^ ~code >> i, 0)
+                    alike = code >> j & 1 == code >> i & 1
+                    equations[j, i] += mass if alike else -mass
     for j in range(levels):
         equations[j, j] = equations[levels + 1, j]
 
@@ -299,7 +295,7 @@ def _split(space: Space, level: int) -> None:
     for cell in range(cells):
         code, value = codes[cells + cell], 0.0
         for i in range(level):
-            value += _signed(scales[i], code, i)
+            value += scales[i] if code >> i & 1 else -scales[i]
         cut = new.dtype.type(rounded_down(value, new))
         if cell > 0:
             new[2 * cell] = old[cell]

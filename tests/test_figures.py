@@ -341,7 +341,7 @@ def of_layers(inputs, method, bits, column="output_mse"):
     """A column of the layers that a method was measured on, by name."""
     wanted = (inputs, method, str(bits))
     return {
-        row["layer"]: float(row[column])
+        (row["network"], row["layer"]): float(row[column])
         for row in OUTPUTS
         if (row["inputs"], row["method"], row["bits"]) == wanted
     }

@@ -201,9 +201,10 @@ def layers(quick: bool) -> Iterator[Task]:
         found = [f for f in found if f.weights.shape[1] >= LEAST and len(f.weights) >= LEAST]
         for layer in found[:: max(1, -(-len(found) // (1 if quick else LAYERS)))]:
             identity = gram_with(np.eye(layer.weights.shape[1]))
-            yield Task(WEIGHTS, layer.name, "weights", layer.weights, identity, identity)
+            name = f"{layer.network}: {layer.name}"
+            yield Task(WEIGHTS, name, "weights", layer.weights, identity, identity)
             known, others = (seen.gram for seen in (layer.known, layer.others))
-            yield Task(WEIGHTS, layer.name, "outputs", layer.weights, known, others)
+            yield Task(WEIGHTS, name, "outputs", layer.weights, known, others)
 
 
 # ---------------------------------------------------------------- measuring

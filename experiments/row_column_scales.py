@@ -137,7 +137,7 @@ class Fit:
                 break
         self.fit_rows()
 
-    def stored(self) -> None:
+    def round_scales(self) -> None:
         """Round the scales to float16, those of columns about 1."""
         size = np.abs(self.columns).mean(axis=1, keepdims=True)
         size[size == 0] = 1
@@ -159,7 +159,7 @@ def rows_and_columns(w: np.ndarray, gram: cubin.Gram, bits: int) -> Quantized:
         signs = code.signs.astype(np.float64)
         fit = Fit(w, matrix, scales, np.tile(columns, (bits, 1)), signs)
         fit.improve()
-        fit.stored()
+        fit.round_scales()
         fits.append(fit)
     best = min(fits, key=Fit.error)
     return Quantized(best.values, bits * (1 + SCALE_BITS / n + SCALE_BITS / m))

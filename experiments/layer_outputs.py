@@ -5,10 +5,10 @@ given drawn text (`drawn_text.py`). Each layer is coded with the Gram matrix of 
 images, with scales per output channel, and the error of its outputs is measured on other images:
 once with its inputs as they are, and once with their mean taken off, whose share of the error the
 biases can make up for. Convolutions with groups are left out, layers with few inputs, and those
-that see too few vectors of them for a Gram matrix, such as one for each image. Of the others every
-second is taken, and some of its output channels. The script prints a table and what follows from
-it, and writes layer_outputs.csv, .png and .json (where the figures come from, and the findings) to
-the output folder.
+that see too few vectors of them for a Gram matrix, such as one for each image. Of the others some
+output channels are coded. The script prints a table and what follows from it, and writes
+layer_outputs.csv, .png and .json (where the figures come from, and the findings) to the output
+folder.
 """
 
 from __future__ import annotations
@@ -50,10 +50,7 @@ LEAST_VECTORS = 4
 """For each input of a layer: with less the Gram matrix of some images says little of others."""
 
 BATCH = 4
-STEP = 2
-"""Of so many layers one is coded."""
-
-SLOW_STEP, SLOW_INPUTS = 8, 200
+SLOW_STEP, SLOW_INPUTS = 6, 200
 """Of so many of these that have no more inputs one is coded by what takes long."""
 
 AS_THEY_ARE, CENTRED = "as they are", "less their mean"
@@ -87,7 +84,7 @@ MEASURED: dict[str, tuple[Method, Sequence[float]]] = {
     ),
     "refined, gram": (METHODS["refined, gram"], (1, 2, 3)),
     "alternating, gram": (METHODS["alternating, gram"], (1, 2, 3)),
-    "optimal, gram": (METHODS["optimal, gram"], (1, 2)),
+    "optimal, gram": (METHODS["optimal, gram"], (1, 2, 3)),
     "columns, gram": (METHODS["columns, gram"], (1.5,)),
     "round to nearest, clipped": (
         replace(METHODS["round to nearest, clipped"], style=league.theirs("black", "s")),
@@ -262,9 +259,9 @@ def ratios(
     points: Iterable[Point], inputs: str, method: str, other: str, bits: float
 ) -> np.ndarray:
     """The output error of a method over that of another, layer by layer where both are."""
-    errors = {(p.method, p.layer): p.output_mse for p in chosen(points, inputs, bits)}
-    names = [layer for name, layer in errors if name == method]
-    return np.array([errors[method, layer] / errors[other, layer] for layer in names])
+    errors = {(p.method, p.network, p.layer): p.output_mse for p in chosen(points, inputs, bits)}
+    layers = [layer for name, *layer in errors if name == method]
+    return np.array([errors[method, *layer] / errors[other, *layer] for layer in layers])
 
 
 def findings(points: Sequence[Point]) -> list[str]:
@@ -275,7 +272,7 @@ def findings(points: Sequence[Point]) -> list[str]:
             *(("alternating, gram", "optimal", bits) for bits in (1, 2, 3)),
             *(("GPTQ", "optimal", bits) for bits in (2, 3)),
             *(("alternating, gram", "GPTQ", bits) for bits in (2, 3)),
-            *(("optimal, gram", "alternating, gram", bits) for bits in (1, 2)),
+            *(("optimal, gram", "alternating, gram", bits) for bits in (1, 2, 3)),
         ):
             found = ratios(points, inputs, name, other, bits)
             said.append(
@@ -385,11 +382,11 @@ def run(arguments: argparse.Namespace) -> int:
             found, others = layers_of(path, arguments.quick)
             layers += found
             left_out += others
-    layers = layers if arguments.quick else layers[::STEP]
-    slow = [layer.name for layer in layers if layer.known.gram.n <= SLOW_INPUTS][::SLOW_STEP]
+    short = [layer for layer in layers if layer.known.gram.n <= SLOW_INPUTS]
+    slow = {id(layer) for layer in short[::SLOW_STEP]}
     points = []
     for layer in tqdm(layers, unit="layer", disable=None):
-        points += measured(layer, layer.name in slow)
+        points += measured(layer, id(layer) in slow)
     said = findings(points)
     print_table(points)
     print(*said, sep="\n")

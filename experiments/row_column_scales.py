@@ -137,7 +137,7 @@ class Fit:
                 break
         self.fit_rows()
 
-    def stored(self) -> None:
+    def round_scales(self) -> None:
         """Round the scales to float16, those of columns about 1."""
         size = np.abs(self.columns).mean(axis=1, keepdims=True)
         size[size == 0] = 1
@@ -159,7 +159,7 @@ def rows_and_columns(w: np.ndarray, gram: cubin.Gram, bits: int) -> Quantized:
         signs = code.signs.astype(np.float64)
         fit = Fit(w, matrix, scales, np.tile(columns, (bits, 1)), signs)
         fit.improve()
-        fit.stored()
+        fit.round_scales()
         fits.append(fit)
     best = min(fits, key=Fit.error)
     return Quantized(best.values, bits * (1 + SCALE_BITS / n + SCALE_BITS / m))
@@ -201,9 +201,10 @@ def layers(quick: bool) -> Iterator[Task]:
         found = [f for f in found if f.weights.shape[1] >= LEAST and len(f.weights) >= LEAST]
         for layer in found[:: max(1, -(-len(found) // (1 if quick else LAYERS)))]:
             identity = gram_with(np.eye(layer.weights.shape[1]))
-            yield Task(WEIGHTS, layer.name, "weights", layer.weights, identity, identity)
+            name = f"{layer.network}: {layer.name}"
+            yield Task(WEIGHTS, name, "weights", layer.weights, identity, identity)
             known, others = (seen.gram for seen in (layer.known, layer.others))
-            yield Task(WEIGHTS, layer.name, "outputs", layer.weights, known, others)
+            yield Task(WEIGHTS, name, "outputs", layer.weights, known, others)
 
 
 # ---------------------------------------------------------------- measuring

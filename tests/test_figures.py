@@ -407,17 +407,20 @@ def of_layers(inputs, method, bits, column="output_mse"):
     """A column of the layers that a method was measured on, by name."""
     wanted = (inputs, method, str(bits))
     return {
-        row["layer"]: float(row[column])
+        (row["network"], row["layer"]): float(row[column])
         for row in OUTPUTS
         if (row["inputs"], row["method"], row["bits"]) == wanted
     }
 
 
-def medians_of_layers(inputs):
+def medians_of_layers():
     for label, method in OF_LAYERS.items():
-        found = [list(of_layers(inputs, method, bits).values()) for bits in (1, 2, 3)]
-        entries = [float(np.median(errors)) if errors else None for errors in found]
-        yield line(label, entries)
+        found = [
+            list(of_layers(inputs, method, bits).values())
+            for inputs in (AS_THEY_ARE, CENTRED)
+            for bits in (1, 2, 3)
+        ]
+        yield line(label, [float(np.median(errors)) if errors else None for errors in found], 2)
 
 
 def layer_ratios(inputs, method, other, bits):
@@ -426,23 +429,56 @@ def layer_ratios(inputs, method, other, bits):
     return np.array([mine[name] / others[name] for name in mine if name in others])
 
 
-def layer_ratio(inputs, method, other, bits):
-    return f"{np.median(layer_ratios(inputs, method, other, bits)):.2f}"
+def layer_ratio(method, other, bits, inputs=(AS_THEY_ARE, CENTRED)):
+    return [f"{np.median(layer_ratios(kind, method, other, bits)):.2f}" for kind in inputs]
 
 
-def overall(inputs, method, other, bits):
+def behind(method, other, bits):
+    """In how many layers a method has more error than another."""
+    found = [layer_ratios(kind, method, other, bits) for kind in (AS_THEY_ARE, CENTRED)]
+    return [str(int((ratios > 1).sum())) for ratios in found]
+
+
+def all_outputs(method, other, bits):
     """The error of all outputs together, of a method over another."""
-    power = of_layers(inputs, method, bits, "power")
-    sums = [
-        sum(of_layers(inputs, name, bits)[layer] * power[layer] for layer in power)
-        for name in (method, other)
-    ]
-    return f"{sums[0] / sums[1]:.2f}"
+    found = []
+    for inputs in (AS_THEY_ARE, CENTRED):
+        power = of_layers(inputs, method, bits, "power")
+        errors = [of_layers(inputs, name, bits) for name in (method, other)]
+        sums = [sum(each[layer] * power[layer] for layer in power) for each in errors]
+        found.append(f"{sums[0] / sums[1]:.2f}")
+    return found
+
+
+def share_of_the_mean(method, bits):
+    """The share of the output error that is one of the outputs' mean: the layers' median."""
+    whole, rest = (
+        {
+            layer: error * of_layers(inputs, method, bits, "power")[layer]
+            for layer, error in of_layers(inputs, method, bits).items()
+        }
+        for inputs in (AS_THEY_ARE, CENTRED)
+    )
+    return f"{100 * np.median([1 - rest[layer] / whole[layer] for layer in whole]):.0f}"
+
+
+def bits_of_layers(method, bits):
+    """Effective bits per weight of all layers."""
+    found = of_layers(AS_THEY_ARE, method, bits, "effective_bits")
+    shapes = [of_layers(AS_THEY_ARE, method, bits, side) for side in ("columns", "lines")]
+    size = {layer: shapes[0][layer] * shapes[1][layer] for layer in found}
+    mean = sum(found[layer] * size[layer] for layer in found) / sum(size.values())
+    return f"{mean:.2f}"
 
 
 def left_out_layers():
     origin = json.loads((RESULTS / "layer_outputs.json").read_text(encoding="utf-8"))
-    return [str(count) for count in origin["left_out"].values()]
+    reasons = (
+        "fewer than 64 inputs",
+        "convolutions with groups, and other operators",
+        "fewer than 4 input vectors for each input",
+    )
+    return [str(origin["left_out"][reason]) for reason in reasons]
 
 
 BY_ROW_AND_COLUMN = table(RESULTS / "row_column_scales.csv")
@@ -456,6 +492,7 @@ SCALED = {
     "pretrained weights: weights": ("pretrained weights", "weights"),
     "pretrained weights: outputs": ("pretrained weights", "outputs"),
 }
+SCALED_LAYERS = ("pretrained weights", "weights", "rows")
 
 
 def scaled(data, metric, scales, bits):
@@ -475,12 +512,12 @@ def by_row_and_column(data, metric, other, bits):
 
 
 def rows_and_columns():
-    cells = " | ".join("{}" for _ in range(6))
+    cells = " | ".join("{}" for _ in range(4))
     for label, (data, metric) in SCALED.items():
         found = [
             f"{np.median(by_row_and_column(data, metric, other, bits)):.2f}"
             for bits in (1, 2)
-            for other in ("rows", "groups of fewer bits", "groups of more bits")
+            for other in ("rows", "groups of more bits")
         ]
         yield f"| {label} | {cells} |", found
 
@@ -668,7 +705,50 @@ def sentences():
                 ],
             ),
         ],
+        "docs/calibration.md": [
+            ("gains on {} layers of three", [str(len(of_layers(CENTRED, "greedy", 1)))]),
+            (
+                "a median of {} % of the output error of `optimal` at 2 bits",
+                [share_of_the_mean("optimal", 2)],
+            ),
+            *medians_of_layers(),
+            (
+                "at 2 bits `alternating` has a median of {} of it, and of {} less the mean",
+                layer_ratio("alternating, gram", "optimal", 2),
+            ),
+            (
+                "All outputs together have {} and {} of the error",
+                all_outputs("alternating, gram", "optimal", 2),
+            ),
+            (
+                "GPTQ's integers take {} effective bits at 2 bits, and these codes {}",
+                [bits_of_layers(name, 2) for name in ("GPTQ", "alternating, gram")],
+            ),
+            (
+                "they have a median of {} and {} of GPTQ's error, and {} and {} at 3 bits",
+                [r for k in (2, 3) for r in layer_ratio("alternating, gram", "GPTQ", k)],
+            ),
+            (
+                "where GPTQ is ahead in {} and {} layers",
+                behind("alternating, gram", "GPTQ", 3),
+            ),
+            (
+                "was measured on {} layers of at most",
+                [str(len(of_layers(CENTRED, "optimal, gram", 1)))],
+            ),
+            (
+                "a median of {}, {} and {} of the error of `alternating` at 1, 2 and 3 bits",
+                [layer_ratio("optimal, gram", "alternating, gram", bits)[0] for bits in (1, 2, 3)],
+            ),
+            (
+                "Left out are {} weights of fewer than 64 inputs, {} of convolutions with groups "
+                "and other operators, and {} whose",
+                left_out_layers(),
+            ),
+        ],
         "docs/league.md": [
+            *rows_and_columns(),
+            ("it is the median of {} layers", [str(len(scaled(*SCALED_LAYERS, 1)))]),
             *league_winners(),
             *league_ratios(),
             ("With its maps and scales it takes {} to {} effective bits", bits_of_billm()),
@@ -714,6 +794,18 @@ def sentences():
 
 
 CLAIMS = {
+    "docs/calibration.md": {
+        "Codes that know the inputs have less error than `optimal`, which knows the weights "
+        "alone, in every layer": lambda: all(
+            layer_ratios(inputs, method, "optimal", bits).max() < 1
+            for inputs in (AS_THEY_ARE, CENTRED)
+            for method in ("refined, gram", "alternating, gram") for bits in (1, 2, 3)
+        ),
+        "as `importance`, gain little": lambda: all(
+            np.median(layer_ratios(inputs, "alternating, importance", "optimal", bits)) > 0.8
+            for inputs in (AS_THEY_ARE, CENTRED) for bits in (1, 2, 3)
+        ),
+    },
     "docs/performance.md": {
         "`optimal` takes far longer": lambda: all(
             error("time", "optimal", k, "seconds") > 50 * error("time", "greedy", k, "seconds")
@@ -765,6 +857,19 @@ CLAIMS = {
         ),
     },
     "docs/league.md": {
+        "groups of as many bits do as well": lambda: all(
+            0.98 < by_row_and_column(data, metric, "groups of more bits", bits) < 1.01
+            for data, metric in SCALED.values() if data != "pretrained weights" for bits in (1, 2)
+        ),
+        "scales by row and by column are ahead of groups in every layer": lambda: all(
+            by_row_and_column("pretrained weights", metric, "groups of more bits", bits).max() < 1
+            for metric in ("weights", "outputs") for bits in (1, 2)
+        ),
+        "The gain is small beside that of a Gram matrix": lambda: all(
+            np.median(by_row_and_column("pretrained weights", metric, "groups of more bits", bits))
+            > 0.9
+            for metric in ("weights", "outputs") for bits in (1, 2)
+        ),
         "LSBQ has the codes of `greedy` at 1 bit, of `optimal` at 2 and of `ternary`": lambda: (
             same_codes("greedy", "LSBQ", 1) and same_codes("optimal", "LSBQ", 2)
             and same_codes("ternary", "LSBQ, ternary", 1)
@@ -852,7 +957,15 @@ PARAMETERS = {
         "A ratio below 1 says",
     ],
     "docs/maps.md": ["mean of 1.4 bits", "is asked for 1.4 bits"],
+    "docs/calibration.md": [
+        "1 bit | 2 bits | 3 bits",
+        "at most 200 inputs",
+        "4 input vectors",
+        "at most 32 of",
+    ],
     "docs/league.md": [
+        "| error | 1 bit: rows | groups | 2 bits: rows | groups |",
+        "arXiv:2410.03129",
         "| error | 1.2 | 1.8 | 2.2 | 2.5 | 3.2 | 4.5 |",
         *(f"up to {bits}" for bits in BUDGETS),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import drawn_text
 import layer_inputs
@@ -11,10 +12,16 @@ import onnx
 import pytest
 from command_line import pretrained_sample
 
+from cubin.commands.arguments import UsageError
 from cubin.weights import Weights, channel_rows
 from tests.required import require
 
-require("onnxruntime")
+with_runtime = pytest.mark.usefixtures("runtime")
+
+
+@pytest.fixture
+def runtime():
+    require("onnxruntime")
 
 
 @pytest.fixture
@@ -96,6 +103,7 @@ def test_layers_are_those_whose_channels_share_their_inputs(network):
     assert [layer.operator for layer in found] == ["Conv", "Gemm", "MatMul", "MatMul"]
 
 
+@with_runtime
 def test_weights_times_inputs_are_the_outputs(network):
     rng = np.random.default_rng(1)
     batches = [rng.standard_normal((size, 3, 16, 12), np.float32) for size in (2, 1)]
@@ -107,6 +115,7 @@ def test_weights_times_inputs_are_the_outputs(network):
     assert grams["gemm"].count == 3
 
 
+@with_runtime
 def test_shared_weights_have_the_inputs_of_all_layers(tmp_path):
     make = onnx.helper.make_node
     w = np.random.default_rng(2).standard_normal((4, 4), np.float32)
@@ -126,6 +135,7 @@ def test_shared_weights_have_the_inputs_of_all_layers(tmp_path):
     np.testing.assert_allclose(seen.total, every.sum(axis=0), rtol=1e-5)
 
 
+@with_runtime
 def test_inputs_less_their_mean_are_those_of_centred_outputs(network):
     x = np.random.default_rng(5).standard_normal((2, 3, 16, 12), np.float32) + 1
     model = onnx.load(network)
@@ -142,12 +152,19 @@ def test_inputs_less_their_mean_are_those_of_centred_outputs(network):
         np.testing.assert_allclose(centred, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_without_what_runs_networks_the_extra_is_named(network, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UsageError, match=r"onnxruntime.*'\.\[examples\]'"):
+        layer_inputs.seen(network, [np.ones((1, 3, 16, 12), np.float32)])
+
+
 def test_a_matrix_is_that_of_its_gram():
     x = np.random.default_rng(6).standard_normal((3, 5))  # of rank 3
     matrix = x.T @ x
     np.testing.assert_allclose(layer_inputs.gram_with(matrix).matrix, matrix, atol=1e-12)
 
 
+@with_runtime
 def test_a_pretrained_network():
     if importlib.util.find_spec("rapidocr") is None:
         pytest.skip("the package rapidocr is not installed")

@@ -53,9 +53,9 @@ def test_errors_are_measured_on_other_images(layer, monkeypatch):
         assert (point.lines, point.columns) == w.shape
 
 
-def point(layer, method, error, power=1.0, lines=1, inputs=experiment.CENTRED):
+def point(layer, method, error, power=1.0, lines=1, inputs=experiment.CENTRED, net="reading"):
     errors = (0.1, 0.1, error)
-    return experiment.Point("reading", layer, 10, lines, inputs, method, 2, 2.5, power, *errors)
+    return experiment.Point(net, layer, 10, lines, inputs, method, 2, 2.5, power, *errors)
 
 
 def test_layers_count_by_the_power_of_their_outputs():
@@ -68,13 +68,21 @@ def test_layers_count_by_the_power_of_their_outputs():
     np.testing.assert_allclose(ratios, [0.5, 1.2])
 
 
+def test_layers_of_two_networks_may_share_a_name():
+    points = [point("a", name, error, net=net) for net, name, error in [
+        ("reading", "optimal", 0.1), ("reading", "GPTQ", 0.2), ("turning", "optimal", 0.5),
+        ("turning", "GPTQ", 0.5)]]  # fmt: skip
+    ratios = experiment.ratios(points, experiment.CENTRED, "GPTQ", "optimal", 2)
+    np.testing.assert_allclose(ratios, [2, 1])
+
+
 def test_a_quick_run(tmp_path, monkeypatch):
     if importlib.util.find_spec("rapidocr") is None:
         pytest.skip("the package rapidocr is not installed")
     require("onnxruntime")
     few = ("optimal", "refined, gram", "alternating, gram", "GPTQ", "columns, gram")
     measured = {name: (experiment.MEASURED[name][0], experiment.MEASURED[name][1]) for name in few}
-    measured["optimal, gram"] = (measured["refined, gram"][0], (1, 2))  # sooner
+    measured["optimal, gram"] = (measured["refined, gram"][0], (1, 2, 3))  # sooner
     monkeypatch.setattr(experiment, "MEASURED", measured)
     monkeypatch.setattr(experiment, "QUICK", ("turning", 2, 2))
     monkeypatch.setattr(experiment, "LINES", 8)
@@ -99,7 +107,7 @@ def test_a_quick_run(tmp_path, monkeypatch):
             )  # fmt: skip
             assert float(row["known_mse"]) < float(plain["known_mse"])
             assert float(row["weight_mse"]) >= float(plain["weight_mse"])
-    assert len(origin["findings"]) == 2 * 9
+    assert len(origin["findings"]) == 2 * 10
 
 
 def test_without_the_networks_there_is_nothing(tmp_path, monkeypatch, capsys):

@@ -432,7 +432,7 @@ class Linear(_Packed):
             groups where a `group_size` is given.
         **options
             Further ones of `cubin.quantize`: `group_size`, `solver`, `iterations`, `importance`,
-            `gram` and so on.
+            `gram`, `shift` and so on.
 
         Raises
         ------
@@ -547,7 +547,7 @@ class Conv2d(_Packed):
             groups where a `group_size` is given.
         **options
             Further ones of `cubin.quantize`: `group_size`, `solver`, `iterations`, `importance`,
-            `gram` and so on.
+            `gram`, `shift` and so on.
 
         Raises
         ------

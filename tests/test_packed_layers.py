@@ -115,7 +115,7 @@ def with_shift(code):
 
 def test_layers_of_codes_with_a_shift():
     layer = torch.nn.Linear(24, 5)
-    packed = Linear(with_shift(cubin.quantize(layer.weight, 2, group_size=12)), layer.bias)
+    packed = Linear.from_linear(layer, 2, group_size=12, shift=True)
     x = torch.randn(3, 24)
     check(packed(x), decoded(layer, packed)(x.double()), torch.float32)
     assert set(packed.state_dict()) == {"planes", "scales", "shift", "bias"}

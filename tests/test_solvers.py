@@ -288,7 +288,7 @@ def test_powers_of_two_scale_through(rng, solver, dtype, mapped):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("mapped", few([False, True], True))
 @pytest.mark.parametrize(
     ("shape", "granularity"),
     [
@@ -335,7 +335,7 @@ def test_rows_are_solved_on_their_own(xp, host, rng, solver, mapped, shape, gran
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("dtype", few(FLOATS, "float32"))
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("mapped", few([False, True], True))
 def test_multibit_is_the_code_dequantized(xp, host, rng, solver, dtype, mapped):
     base = rng.normal(size=(6, 6, 8)).astype(dtype)  # rows of 48 in every view
     for view in (lambda a: a, lambda a: a[::-1, ::2], lambda a: a.transpose(2, 0, 1)):
@@ -380,20 +380,20 @@ def test_a_pair_is_searched_for_in_chunks(monkeypatch, rng, mapped):
 # ---------------------------------------------------------------- degenerate rows
 
 
+FEW_VALUES = [
+    [0.0, -0.0, 0.0],
+    [0.1, 0.1, 0.1],
+    [0.1, -0.1, 0.1],
+    [3.0],
+    [0.0, 0.0, 5.0],
+    [1e-7, 1e-7, -1e-7],
+]
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("dtype", few(FLOATS, "bfloat16", "float32"))
 @pytest.mark.parametrize("bits", few([1, 2, 4, 8], 1, 4))
-@pytest.mark.parametrize(
-    "row",
-    [
-        [0.0, -0.0, 0.0],
-        [0.1, 0.1, 0.1],
-        [0.1, -0.1, 0.1],
-        [3.0],
-        [0.0, 0.0, 5.0],
-        [1e-7, 1e-7, -1e-7],
-    ],
-)
+@pytest.mark.parametrize("row", few(FEW_VALUES, *FEW_VALUES[::2]))
 def test_rows_with_few_values(xp, host, solver, dtype, bits, row):
     x = np.array([row], dtype)
     code = cubin.quantize(xp.asarray(x), bits, channel_axis=0, solver=solver)

@@ -254,8 +254,8 @@ def _find_short_scales(
 # As in `greedy_loops`, these work on the negated residual, n = 0 - r.
 
 
-@part
-def _step(n: float, scale: float) -> float:
+@loop
+def step(n: float, scale: float) -> float:
     """scale * sign(r) for n = 0 - r."""
     return scale if n < 0 else -scale
 
@@ -265,8 +265,8 @@ def _write_two(x: Array, a: Array, b: Array, y: Array) -> None:
     zero = x.dtype.type(0)
     for j in range(y.size):
         n = zero - x[j]
-        first = _step(n, a[j])
-        y[j] = zero + first + _step(n + first, b[j])
+        first = step(n, a[j])
+        y[j] = zero + first + step(n + first, b[j])
 
 
 @part
@@ -274,12 +274,12 @@ def _write_four(x: Array, a: Array, b: Array, c: Array, d: Array, y: Array) -> N
     zero = x.dtype.type(0)
     for j in range(y.size):
         n = zero - x[j]
-        first = _step(n, a[j])
+        first = step(n, a[j])
         n += first
-        second = _step(n, b[j])
+        second = step(n, b[j])
         n += second
-        third = _step(n, c[j])
-        y[j] = zero + first + second + third + _step(n + third, d[j])
+        third = step(n, c[j])
+        y[j] = zero + first + second + third + step(n + third, d[j])
 
 
 @part
@@ -290,19 +290,19 @@ def _write_coded_four(
     zero = x.dtype.type(0)
     for j in range(y.size):
         n, more = zero - x[j], np.int32(bits[j])
-        first = _step(n, a[j])
+        first = step(n, a[j])
         n += first
-        second = _step(n, b[j])
+        second = step(n, b[j])
         n += second
-        third = _step(n, c[j])
+        third = step(n, c[j])
         total = zero + (first if more > np.int32(0) else zero)
         total += second if more > np.int32(1) else zero
         total += third if more > np.int32(2) else zero
-        y[j] = total + (_step(n + third, d[j]) if more > np.int32(3) else zero)
+        y[j] = total + (step(n + third, d[j]) if more > np.int32(3) else zero)
 
 
 @part
-def _negate(x: Array, n: Array) -> None:
+def negate(x: Array, n: Array) -> None:
     for j in range(n.size):
         n[j] = x.dtype.type(0) - x[j]
 
@@ -312,10 +312,10 @@ def _add_two(n: Array, a: Array, b: Array, p: Array, q: Array, y: Array) -> None
     """Add two levels to `y`: of the scales `p` and `q` as stored, `a` and `b` before."""
     for j in range(y.size):
         left, total = n[j], y[j]
-        total += _step(left, p[j])
-        left += _step(left, a[j])
-        y[j] = total + _step(left, q[j])
-        n[j] = left + _step(left, b[j])
+        total += step(left, p[j])
+        left += step(left, a[j])
+        y[j] = total + step(left, q[j])
+        n[j] = left + step(left, b[j])
 
 
 @part
@@ -326,10 +326,10 @@ def _add_coded_two(
     zero, start = y.dtype.type(0), np.int32(level)
     for j in range(y.size):
         left, total, more = n[j], y[j], np.int32(np.int32(bits[j]) - start)
-        total += _step(left, p[j]) if more > np.int32(0) else zero
-        left += _step(left, a[j])
-        y[j] = total + (_step(left, q[j]) if more > np.int32(1) else zero)
-        n[j] = left + _step(left, b[j])
+        total += step(left, p[j]) if more > np.int32(0) else zero
+        left += step(left, a[j])
+        y[j] = total + (step(left, q[j]) if more > np.int32(1) else zero)
+        n[j] = left + step(left, b[j])
 
 
 @loop
@@ -362,7 +362,7 @@ def _write(
     else:
         for e in range(len(y)):
             values = y[e, first:stop]
-            _negate(x[at + e * pitch : at + e * pitch + width], n)
+            negate(x[at + e * pitch : at + e * pitch + width], n)
             values[:] = 0
             for level in range(0, len(scales), 2):
                 a, b = scales[level, first:stop], scales[level + 1, first:stop]
@@ -382,7 +382,7 @@ def _set_signs(
     x, bits, scales, n, signs = uncounted(x, bits, scales, n, signs)
     stop, width = first + n.size, n.size
     for e in range(signs.shape[1]):
-        _negate(x[at + e * pitch : at + e * pitch + width], n)
+        negate(x[at + e * pitch : at + e * pitch + width], n)
         for level in range(levels):
             a, sign = scales[level, first:stop], signs[level, e, first:stop]
             for j in range(width):
@@ -439,7 +439,7 @@ def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> N
         n = chunk[: stop - first]
         for e in range(len(x)):
             packed = code[e, first:stop]
-            _negate(x[e, first:stop], n)
+            negate(x[e, first:stop], n)
             packed[:] = 0
             for level in range(len(scales)):
                 a, bit = scales[level, first:stop], np.uint16(1 << level)

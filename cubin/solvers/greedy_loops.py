@@ -28,6 +28,7 @@ from cubin.core.host.loops import (
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK
 from cubin.solvers import greedy_columns_loops as columns
+from cubin.solvers.greedy_columns_loops import negate, step
 
 TOGETHER = 1 << 15
 """Elements of the rows that take turns at each level, so that one row's memory is read while
@@ -117,17 +118,11 @@ def _level_sums(
 # These work on the negated residual, n = 0 - r. It is never -0.0: n < 0 exactly where r > 0.
 
 
-@loop
-def _step(n: float, scale: float) -> float:
-    """scale * sign(r) for n = 0 - r."""
-    return scale if n < 0 else -scale
-
-
 @part
 def _write_one(x: Array, a: float, y: Array) -> None:
     zero = x.dtype.type(0)
     for j in range(y.size):
-        y[j] = zero + _step(zero - x[j], a)
+        y[j] = zero + step(zero - x[j], a)
 
 
 @part
@@ -135,8 +130,8 @@ def _write_two(x: Array, a: float, b: float, y: Array) -> None:
     zero = x.dtype.type(0)
     for j in range(y.size):
         n = zero - x[j]
-        first = _step(n, a)
-        y[j] = zero + first + _step(n + first, b)
+        first = step(n, a)
+        y[j] = zero + first + step(n + first, b)
 
 
 @part
@@ -144,10 +139,10 @@ def _write_three(x: Array, a: float, b: float, c: float, y: Array) -> None:
     zero = x.dtype.type(0)
     for j in range(y.size):
         n = zero - x[j]
-        first = _step(n, a)
+        first = step(n, a)
         n += first
-        second = _step(n, b)
-        y[j] = zero + first + second + _step(n + second, c)
+        second = step(n, b)
+        y[j] = zero + first + second + step(n + second, c)
 
 
 @part
@@ -155,18 +150,12 @@ def _write_four(x: Array, a: float, b: float, c: float, d: float, y: Array) -> N
     zero = x.dtype.type(0)
     for j in range(y.size):
         n = zero - x[j]
-        first = _step(n, a)
+        first = step(n, a)
         n += first
-        second = _step(n, b)
+        second = step(n, b)
         n += second
-        third = _step(n, c)
-        y[j] = zero + first + second + third + _step(n + third, d)
-
-
-@part
-def _negate(x: Array, n: Array) -> None:
-    for j in range(n.size):
-        n[j] = x.dtype.type(0) - x[j]
+        third = step(n, c)
+        y[j] = zero + first + second + third + step(n + third, d)
 
 
 @part
@@ -176,14 +165,14 @@ def _add_four(n: Array, scales: Array, stored: Array, first: int, y: Array) -> N
     p, q, r, s = _four(stored, first)
     for j in range(y.size):
         left, total = n[j], y[j]
-        total += _step(left, p)
-        left += _step(left, a)
-        total += _step(left, q)
-        left += _step(left, b)
-        total += _step(left, r)
-        left += _step(left, c)
-        total += _step(left, s)
-        n[j], y[j] = left + _step(left, d), total
+        total += step(left, p)
+        left += step(left, a)
+        total += step(left, q)
+        left += step(left, b)
+        total += step(left, r)
+        left += step(left, c)
+        total += step(left, s)
+        n[j], y[j] = left + step(left, d), total
 
 
 @part
@@ -196,14 +185,14 @@ def _add_coded_four(
     zero, start = y.dtype.type(0), np.int32(first)
     for j in range(y.size):
         left, total, more = n[j], y[j], np.int32(np.int32(bits[j]) - start)
-        total += _step(left, p) if more > np.int32(0) else zero
-        left += _step(left, a)
-        total += _step(left, q) if more > np.int32(1) else zero
-        left += _step(left, b)
-        total += _step(left, r) if more > np.int32(2) else zero
-        left += _step(left, c)
-        total += _step(left, s) if more > np.int32(3) else zero
-        n[j], y[j] = left + _step(left, d), total
+        total += step(left, p) if more > np.int32(0) else zero
+        left += step(left, a)
+        total += step(left, q) if more > np.int32(1) else zero
+        left += step(left, b)
+        total += step(left, r) if more > np.int32(2) else zero
+        left += step(left, c)
+        total += step(left, s) if more > np.int32(3) else zero
+        n[j], y[j] = left + step(left, d), total
 
 
 @part
@@ -239,7 +228,7 @@ def _write(
         for start in range(0, x.size, CHUNK):
             values, depths = y[start : start + CHUNK], bits[start : start + CHUNK]
             n = chunk[: values.size]
-            _negate(x[start : start + CHUNK], n)
+            negate(x[start : start + CHUNK], n)
             values[:] = 0
             for first in range(0, levels, 4):
                 if bits.size:
@@ -302,7 +291,7 @@ def _encode_rows(
             for first in range(0, x.shape[1], CHUNK):
                 elements = x[row, first : first + CHUNK]
                 n = chunk[: elements.size]
-                _negate(elements, n)
+                negate(elements, n)
                 for level in range(len(signs)):
                     _set_signs(n, bits[row, first : first + CHUNK], level, scales[row, level],
                                signs[level, row, first : first + CHUNK])  # fmt: skip
@@ -328,7 +317,7 @@ def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> N
         for start in range(0, x.shape[1], CHUNK):
             packed = code[row, start : start + CHUNK]
             n = chunk[: packed.size]
-            _negate(x[row, start : start + CHUNK], n)
+            negate(x[row, start : start + CHUNK], n)
             packed[:] = 0
             for level in range(scales.shape[1]):
                 _set_bits(n, bits[row, start : start + CHUNK], level, scales[row, level], packed)

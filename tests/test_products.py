@@ -371,3 +371,26 @@ def test_signs_are_never_unpacked_as_a_whole(given, rng):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < nbytes + 9.5e6 < nbytes + 8 * x.size
+
+
+@pytest.mark.parametrize(
+    "given", [*GRANULARITIES, {"group_size": 12}, {"channel_axis": 0, "shift": True}], ids=str
+)
+def test_lines_side_by_side_are_decoded_to_the_same_bits(given, rng, monkeypatch):
+    pytest.importorskip("numba")
+    from cubin.codes import planes_loops
+    from cubin.codes.binary_code import decoding_of
+    from cubin.core.host import blocks
+
+    monkeypatch.setattr(blocks, "pays", lambda size: True)
+    for shape, bits in [((130, 72), 3), ((16, 24), 1), ((20, 24), rng.integers(0, 4, (20, 24)))]:
+        for dtype in (np.float16, np.float32, np.float64):
+            code = cubin.quantize(rng.normal(size=shape).astype(dtype), bits, **given)
+            decoding = decoding_of(code)
+            columns = np.full(shape[::-1], np.nan, dtype).T
+            decoding.write_all(columns)
+            np.testing.assert_array_equal(columns, code.dequantize())
+            part = np.full((50, 24), np.nan, dtype).T
+            decoding.part(slice(2, 15)).write(part[:13, :16], slice(0, 13), slice(0, 16))
+            np.testing.assert_array_equal(part[:13, :16], code.dequantize()[2:15, :16])
+    assert planes_loops._sum_columns.signatures

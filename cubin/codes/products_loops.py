@@ -16,11 +16,11 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from cubin.codes import planes_loops
+from cubin.codes import planes_loops, products
 from cubin.codes.decoding import Decoding
 from cubin.codes.products import FEW, multiply_tiles
 from cubin.core import memory
-from cubin.core.host.loops import in_rows, loop, part, read_only, uncounted
+from cubin.core.host.loops import loop, part, read_only, uncounted
 from cubin.core.libraries import Array
 
 _STRIP = 64
@@ -31,7 +31,7 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 _REGISTER = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 0
 """Bytes of a register in which an instruction looks numbers up, eight or more at a time."""
 
-_LIMITS = {16: (2, 384), 8: (1, 32)}
+_LIMITS = {16: (2, 384), 8: (1, 24)}
 """By the numbers of a register: levels looked up while BLAS multiplies a row of x, and rows
 times further levels, looked up while tiles are decoded for BLAS."""
 
@@ -247,6 +247,13 @@ def _look_up(
                         y[i] += factor * (np.float64(total[i]) - middle)
 
 
+def new_tile(count: int, decoding: Decoding, x: Array) -> Array:
+    """`products.new_tile`: lines side by side, as planes have them, are decoded faster."""
+    if decoding.mapped or decoding.shifted:
+        return products.new_tile(count, decoding, x)
+    return np.empty((decoding.lines.length, count), x.dtype).T
+
+
 def is_faster(x: Array, decoding: Decoding) -> bool:
     """`products.is_faster`."""
     if not decoding.shared and decoding.run < min(_SHORT, decoding.lines.length):
@@ -270,9 +277,7 @@ def multiply_lines(planes: Array, bits: Any, scales: Array, x: Array, *, y: Arra
         return
     levels = levels if mapped else min(levels, int(bits))
     total = np.zeros(y.shape, np.float64)
-    turned = np.empty((levels, runs, scales.shape[1]), scales.dtype)
-    for of_level, scale in zip(turned, scales, strict=False):
-        of_level[...] = in_rows(scale.T)
+    turned = planes_loops.turned(scales, levels)
     _add_products(planes[:levels], run, turned, x, False, total)
     if mapped:
         # Elements without a code have counted as -1: what they lack to 0 is added.
@@ -288,10 +293,9 @@ def _add_products(
     planes: Array, run: int, scales: Array, x: Array, centred: bool, y: Array
 ) -> None:
     """Add the products of rows of x with lines to `y`; arguments as for `_look_up`."""
-    levels, width, lines = planes.shape
+    levels, _, lines = planes.shape
     level_step, byte_step, _ = planes.strides
-    extent = (levels - 1) * level_step + (width - 1) * byte_step + lines
-    flat = read_only(np.lib.stride_tricks.as_strided(planes, (extent,), (1,)))
+    flat = planes_loops.flat(planes)
     # Where all lines share several scales, x takes them.
     fold = scales.shape[2] == 1 < scales.shape[1]
     scratch = (

@@ -357,11 +357,13 @@ def test_signs_are_never_unpacked_as_a_whole(given, rng):
     x = rng.normal(size=(1024, 2048)).astype(np.float32)
     v = np.ones((40, 2048), np.float32)
     code = cubin.quantize(x, 8, **given)
+    some = cubin.quantize(x, np.arange(2048, dtype=np.int8) % 3, **given)
     results = {
         "quantize": (lambda: cubin.quantize(x, 8, **given), code.nbytes),
         "dequantize": (code.dequantize, x.nbytes),
         "linear": (lambda: products.linear(v, code), 0),
         "one row": (lambda: products.linear(v[0], code), 0),
+        "one row, map": (lambda: products.linear(v[0], some), 0),
     }
     for compute, nbytes in results.values():
         compute()

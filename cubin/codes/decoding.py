@@ -177,7 +177,7 @@ class Decoding:
 
         # Where lines lie side by side, many of them are worked on together.
         least = None if y.flags.c_contiguous else BESIDE
-        passes.for_each_lines(task, self.lines, self.run, y, least)
+        passes.for_each_lines(task, self.lines, self.run, y, least=least)
 
 
 def coded(bits: Any, level: int, shape: tuple[int, ...], like: Array) -> Array:

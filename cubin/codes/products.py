@@ -154,7 +154,7 @@ def to_lines(x: Array, decoding: Decoding) -> Array:
                decoding.scales(cut), x, y=y[:, cut])  # fmt: skip
 
         if levels:
-            passes.for_each_lines(task, lines, 1, x, LINES)
+            passes.for_each_lines(task, lines, 1, x, least=LINES)
         if decoding.shifted:
             with np.errstate(all="ignore"):  # x may not be finite
                 y += _of_shift(x, decoding)
@@ -278,7 +278,7 @@ def _counts(a: Array, b: Array) -> Array:
     def task(cut: slice, elements: slice) -> None:
         on(a, b[cut], counts=counts[:, cut])
 
-    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, LINES)
+    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, least=LINES)
     return counts
 
 

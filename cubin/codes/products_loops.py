@@ -38,6 +38,9 @@ times further levels, looked up while tiles are decoded for BLAS."""
 _MADE = 256
 """Lines whose look-ups take as long as making the sums of x."""
 
+_AT_ONCE = 256
+"""Lines of a map that are packed at a time."""
+
 _LANES = 16
 """The most numbers of a register: so many lines there have to be."""
 
@@ -282,9 +285,11 @@ def multiply_lines(planes: Array, bits: Any, scales: Array, x: Array, *, y: Arra
     if mapped:
         # Elements without a code have counted as -1: what they lack to 0 is added.
         hot = np.empty((levels, width, lines), np.uint8)
-        for level in range(levels):
-            some = np.greater(bits, level).view(np.int8)
-            planes_loops.pack_signs(some[None], planes=hot[level : level + 1])
+        for start in range(0, lines, _AT_ONCE):
+            cut = slice(start, start + _AT_ONCE)
+            for level in range(levels):
+                some = np.greater(bits[cut], level).view(np.int8)
+                planes_loops.pack_signs(some[None], planes=hot[level : level + 1, :, cut])
         _add_products(hot, run, turned * turned.dtype.type(-0.5), x, True, total)
     y[...] = total
 

@@ -190,12 +190,40 @@ def _adder(count: int) -> Any:
 _add_eight, _add_one = _adder(8), _adder(1)
 
 
+@part
+def _add_strip(
+    flat: Array, at: int, level_step: int, byte_step: int, segment: Array, halves: Array,
+    tables: Array, totals: Array,
+) -> None:  # fmt: skip
+    """Add the sums of up to eight bytes of each line to the totals of each level."""
+    levels, lines = totals.shape
+    one_by_one = lines < _LANES or 8 * segment.itemsize > _REGISTER
+    count = segment.size >> 3
+    _fill(segment, halves)
+    if one_by_one:
+        for c in range(count):
+            _join(halves[2 * c : 2 * c + 2], tables[c])
+    for level in range(levels):
+        byte, total = level * level_step + at * byte_step, totals[level]
+        if count == 8 and one_by_one:
+            _add_eight_one_by_one(flat, byte, byte_step, tables, total)
+        elif count == 8:
+            _add_eight(flat, byte, byte_step, halves, total)
+        else:
+            for c in range(count):
+                if one_by_one:
+                    _add_one_by_one(flat, byte, tables[c], total)
+                else:
+                    _add_one(flat, byte, 0, halves[2 * c :], total)
+                byte += byte_step
+
+
 @loop
 def _look_up(
     flat: Array, level_step: int, byte_step: int, run: int, scales: Array, x: Array,
     centred: bool, segment: Array, halves: Array, tables: Array, totals: Array, y: Array,
 ) -> None:  # fmt: skip
-    """Add the products of x with some lines to `y`, in float64.
+    """Add the products of rows of x with some lines to `y`, (rows, lines) of float64.
 
     Byte j of line i at a level is ``flat[level * level_step + j * byte_step + i]``. Scales have the
     shape (levels, runs, lines or 1). If the signs are `centred`, they count as 0 and -2, and not as
@@ -205,49 +233,37 @@ def _look_up(
     segment, halves, tables = uncounted(segment, halves, tables)
     totals, y = uncounted(totals, y)
     levels, lines = totals.shape
-    one_by_one = lines < _LANES or 8 * x.itemsize > _REGISTER
+    rows, length = x.shape
     for number in range(scales.shape[1]):
-        first, last = number * run, min(number * run + run, x.size)
+        first, last = number * run, min(number * run + run, length)
         end = (last + 7) >> 3
         for start in range(first >> 3, end, _STRIP):
             stop = min(start + _STRIP, end)
-            totals[:] = 0
-            middle = 0.0
-            for at in range(start, stop, 8):
-                count = min(8, stop - at)
-                # A byte may have elements of several runs.
-                segment[:] = 0
-                for e in range(max(first, 8 * at), min(last, 8 * (at + count))):
-                    segment[e - 8 * at] = x[e]
-                if centred:
-                    for t in range(8 * count):
-                        middle += np.float64(segment[t])
-                _fill(segment[: 8 * count], halves)
-                if one_by_one:
-                    for c in range(count):
-                        _join(halves[2 * c : 2 * c + 2], tables[c])
+            for row in range(rows):
+                values, into = x[row], y[row]
+                totals[:] = 0
+                middle = 0.0
+                for at in range(start, stop, 8):
+                    size = 8 * min(8, stop - at)
+                    # A byte may have elements of several runs.
+                    segment[:] = 0
+                    for e in range(max(first, 8 * at), min(last, 8 * at + size)):
+                        segment[e - 8 * at] = values[e]
+                    if centred:
+                        for t in range(size):
+                            middle += np.float64(segment[t])
+                    _add_strip(
+                        flat, at, level_step, byte_step, segment[:size], halves, tables, totals
+                    )
                 for level in range(levels):
-                    byte, total = level * level_step + at * byte_step, totals[level]
-                    if count == 8 and one_by_one:
-                        _add_eight_one_by_one(flat, byte, byte_step, tables, total)
-                    elif count == 8:
-                        _add_eight(flat, byte, byte_step, halves, total)
+                    total, scale = totals[level], scales[level, number]
+                    if scale.size == lines:
+                        for i in range(lines):
+                            into[i] += np.float64(scale[i]) * (np.float64(total[i]) - middle)
                     else:
-                        for c in range(count):
-                            if one_by_one:
-                                _add_one_by_one(flat, byte, tables[c], total)
-                            else:
-                                _add_one(flat, byte, 0, halves[2 * c :], total)
-                            byte += byte_step
-            for level in range(levels):
-                total, scale = totals[level], scales[level, number]
-                if scale.size == lines:
-                    for i in range(lines):
-                        y[i] += np.float64(scale[i]) * (np.float64(total[i]) - middle)
-                else:
-                    factor = np.float64(scale[0])
-                    for i in range(lines):
-                        y[i] += factor * (np.float64(total[i]) - middle)
+                        factor = np.float64(scale[0])
+                        for i in range(lines):
+                            into[i] += factor * (np.float64(total[i]) - middle)
 
 
 def new_tile(count: int, decoding: Decoding, x: Array) -> Array:
@@ -309,20 +325,15 @@ def _add_products(
         memory.scratch("tables", (8, 256), x.dtype),
         memory.scratch("totals", (1 if fold else levels, lines), x.dtype),
     )
+    if not fold:
+        held = read_only(np.ascontiguousarray(x))
+        _look_up(flat, level_step, byte_step, run, read_only(scales), held, centred, *scratch, y)
+        return
     one = read_only(np.ones((1, 1, 1), x.dtype))
-    for values, result in zip(x, y, strict=True):
-        if not fold:
-            held = read_only(np.ascontiguousarray(values))
-            _look_up(
-                flat, level_step, byte_step, run, read_only(scales), held, centred, *scratch, result
-            )
-            continue
-        for level, scale in enumerate(scales[..., 0]):
-            held = read_only(values * scale.repeat(run)[: values.size])
-            of_level = flat[level * level_step :]
-            _look_up(
-                of_level, level_step, byte_step, held.size, one, held, centred, *scratch, result
-            )
+    for level, scale in enumerate(scales[..., 0]):
+        held = read_only(x * scale.repeat(run))
+        of_level = flat[level * level_step :]
+        _look_up(of_level, level_step, byte_step, x.shape[1], one, held, centred, *scratch, y)
 
 
 @intrinsic

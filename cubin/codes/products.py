@@ -34,6 +34,9 @@ SUBTILE = 1 << 17
 LINES = 1 << 9
 """The fewest lines that a thread takes: sums of x are made for all of them."""
 
+WORK = 1 << 23
+"""The fewest elements, times rows and levels, for which another thread is worth its start."""
+
 EXACT = 1 << 23
 """The longest sum of signs that float32 holds exactly, however it is added up."""
 
@@ -154,7 +157,8 @@ def to_lines(x: Array, decoding: Decoding) -> Array:
                decoding.scales(cut), x, y=y[:, cut])  # fmt: skip
 
         if levels:
-            passes.for_each_lines(task, lines, 1, x, least=LINES)
+            least = max(LINES, WORK // (len(x) * levels * lines.length))
+            passes.for_each_lines(task, lines, 1, x, least=least)
         if decoding.shifted:
             with np.errstate(all="ignore"):  # x may not be finite
                 y += _of_shift(x, decoding)

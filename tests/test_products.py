@@ -72,6 +72,9 @@ def test_linear_in_loops(given, levels, batch, rng, monkeypatch):
 
     monkeypatch.setattr(blocks, "pays", lambda size: True)
     monkeypatch.setattr(arithmetic, "LINES", 100)
+    monkeypatch.setattr(arithmetic, "WORK", 1)
+    monkeypatch.setattr(blocks, "_workers", lambda: 3)
+    monkeypatch.setattr(blocks, "LOOPS_THREADED", 1)
     if batch < 40:
         monkeypatch.setattr(loops, "is_faster", lambda x, decoding: True)
     w = rng.normal(size=(333, 24 * 29)).astype(np.float32)

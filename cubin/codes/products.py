@@ -34,7 +34,7 @@ SUBTILE = 1 << 17
 LINES = 1 << 9
 """The fewest lines that a thread takes: sums of x are made for all of them."""
 
-WORK = 1 << 23
+WORK = 1 << 25
 """The fewest elements, times rows and levels, for which another thread is worth its start."""
 
 EXACT = 1 << 23

@@ -64,6 +64,7 @@ __global__ void cubin_sum_planes(
         const long long place = (scaled_lines > 1 ? line * runs : 0) + element / run;
         const int depth = MAP ? bits[line * length + element] : levels;
         W total = shift ? shift[place] : W(0), lost = 0;
+#pragma unroll 2  // more take more registers than a thread may have
         for (int level = 0; level < levels; ++level) {
           if (MAP && level >= depth) break;
           const W scale = scales[level * scaled_lines * runs + place];

@@ -22,7 +22,12 @@ CURRENT_DEVICE = [0]
 """The number of the device that memory is allocated on and kernels run on: the last entry."""
 
 _GUARD = 1 << 20
-_ADDRESSES = itertools.count(0x7F00_0000_0000, 1 << 34)
+_SMALL, _LARGE = 1 << 24, 1 << 34
+# Addresses stay below the window of shared memory, however many small allocations there are.
+_ADDRESSES = {
+    _SMALL: itertools.count(0x7F00_0000_0000, _SMALL),
+    _LARGE: itertools.count(1 << 52, _LARGE),
+}
 
 
 class Allocation:
@@ -34,9 +39,9 @@ class Allocation:
 
     def __init__(self, size: int, *, written: bool, held: Bytes | None = None) -> None:
         padded = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
-        if padded > (1 << 34) - _GUARD:
+        if padded > _LARGE - _GUARD:
             raise MemoryError(f"{size} bytes")
-        self.address = next(_ADDRESSES)
+        self.address = next(_ADDRESSES[_SMALL if padded <= _SMALL - _GUARD else _LARGE])
         self.size = size
         self.device = CURRENT_DEVICE[-1]
         self.bytes: Bytes = np.full(padded, UNWRITTEN, np.uint8) if held is None else held

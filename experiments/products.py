@@ -46,6 +46,9 @@ QUICK_SHAPES = ((1024, 1024), (2752, 1024))
 BATCHES = (1, 8, 64, 512)
 BITS = (1, 2, 3, 4)
 ROUNDS, QUICK_ROUNDS = 15, 5
+PAUSE = 0.04
+"""Seconds before a call: the threads of BLAS spin on for some 25 ms, and take a processor."""
+
 READ, QUICK_READ = 1 << 28, 1 << 26
 """Bytes that are read to measure the bandwidth."""
 
@@ -202,7 +205,7 @@ def samples(
     for _ in range(rounds):
         for number in order.permutation(len(names)):
             name = names[number]
-            time.sleep(benchmark.PAUSE)
+            time.sleep(PAUSE)
             if first[name] < benchmark.SHORT:
                 calls[name]()  # what another has left in the caches counts for none
             found[name].append(machine.time(calls[name], repeats[name]))

@@ -38,6 +38,9 @@ times further levels, looked up while tiles are decoded for BLAS."""
 _MADE = 256
 """Lines whose look-ups take as long as making the sums of x."""
 
+_TOTALS = 1 << 13
+"""Totals that are added up at a time: the C library keeps so little memory, and maps no pages."""
+
 _AT_ONCE = 256
 """Lines of a map that are packed at a time."""
 
@@ -295,19 +298,25 @@ def multiply_lines(planes: Array, bits: Any, scales: Array, x: Array, *, y: Arra
         multiply_tiles(planes_loops.sum_planes, planes, bits, scales, x, y)
         return
     levels = levels if mapped else min(levels, int(bits))
-    total = np.zeros(y.shape, np.float64)
     turned = planes_loops.turned(scales, levels)
-    _add_products(planes[:levels], run, turned, x, False, total)
+    parts = [(planes[:levels], turned, False)]
     if mapped:
-        # Elements without a code have counted as -1: what they lack to 0 is added.
+        # Elements without a code count as -1 in these products: what they lack to 0 is added.
         hot = np.empty((levels, width, lines), np.uint8)
         for start in range(0, lines, _AT_ONCE):
             cut = slice(start, start + _AT_ONCE)
             for level in range(levels):
                 some = np.greater(bits[cut], level).view(np.int8)
                 planes_loops.pack_signs(some[None], planes=hot[level : level + 1, :, cut])
-        _add_products(hot, run, turned * turned.dtype.type(-0.5), x, True, total)
-    y[...] = total
+        parts.append((hot, turned * turned.dtype.type(-0.5), True))
+    step = max(4, _TOTALS // lines)
+    for start in range(0, len(x), step):
+        rows = slice(start, min(start + step, len(x)))
+        total = memory.scratch("total", (rows.stop - start, lines), np.float64)
+        total[...] = 0
+        for held, factors, centred in parts:
+            _add_products(held, run, factors, x[rows], centred, total)
+        y[rows] = total
 
 
 def _add_products(

@@ -1,8 +1,8 @@
 """Products with packed codes: linear maps and convolutions that do not unpack the weights.
 
-A code takes part as it is: for a few rows of x, sums of x are looked up by the bytes of its planes
-[1]_; for many, tiles of the code are decoded for BLAS. Products of two codes compare their signs by
-XOR and count [2]_.
+A code takes part as it is: sums of x are looked up by the bits of its planes [1]_, or, where there
+are too many rows of x for that, tiles of the code are decoded for BLAS. Products of two codes
+compare their signs by XOR and count [2]_.
 
 References
 ----------

@@ -3,8 +3,8 @@
 Weights of two shapes are coded with 1 to 4 bits and scales per row. They multiply batches of 1 to
 512 rows of floats, and codes of 1 bit those of 1 bit. Beside them NumPy (CuPy on a GPU) multiplies
 in float32, and PyTorch, where it is installed, in float32, bfloat16 and with dynamic int8. Rounds
-call every candidate once, in another order each time. The limit of bandwidth is the time in which
-main memory gives the weights: those that lie in a cache may beat it.
+call every candidate for a while and time a call then, in another order each time. The limit of
+bandwidth is the time in which main memory gives the weights: those that lie in a cache may beat it.
 
 It prints a table and what follows from it, and writes products.csv, .png and .json (where the
 figures come from, and the findings) to the output folder.
@@ -46,6 +46,10 @@ QUICK_SHAPES = ((1024, 1024), (2752, 1024))
 BATCHES = (1, 8, 64, 512)
 BITS = (1, 2, 3, 4)
 ROUNDS, QUICK_ROUNDS = 15, 5
+WARM = 0.1
+"""Seconds for which a call is repeated before it is timed: the threads of BLAS spin on for 25 ms
+after the call before, and threads that wake begin on one processor together."""
+
 READ, QUICK_READ = 1 << 28, 1 << 26
 """Bytes that are read to measure the bandwidth."""
 
@@ -202,9 +206,9 @@ def samples(
     for _ in range(rounds):
         for number in order.permutation(len(names)):
             name = names[number]
-            time.sleep(benchmark.PAUSE)
-            if first[name] < benchmark.SHORT:
-                calls[name]()  # what another has left in the caches counts for none
+            end = time.perf_counter() + WARM
+            while time.perf_counter() < end:
+                calls[name]()
             found[name].append(machine.time(calls[name], repeats[name]))
     return found
 

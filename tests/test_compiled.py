@@ -585,8 +585,8 @@ loops = {
         np.ones(1024, np.int8), np.ones(1024, f), np.ones((2, 9), f)),
     products_loops._look_up: (
         read_only(np.ones(256, np.uint8)), 0, 32, 64, read_only(np.ones((1, 1, 32), f)),
-        read_only(np.ones(64, f)), False, np.ones(64, f), np.ones((16, 16), f),
-        np.ones((8, 256), f), np.ones((1, 32), f), np.ones(32)),
+        read_only(np.ones((1, 64), f)), False, np.ones(64, f), np.ones((16, 16), f),
+        np.ones((8, 256), f), np.ones((1, 32), f), np.ones((1, 32))),
     signs_loops._signs: (x[0], np.ones(9, f)),
     signs_loops._clip: (x[0], f(1), x[0], np.ones(9, f)),
 }

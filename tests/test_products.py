@@ -67,13 +67,17 @@ def test_linear(given, mapped, dtype, xp, host, rng):
 
 @pytest.mark.parametrize("given", [*GRANULARITIES, {"group_size": 12}, {"group_size": 87}], ids=str)
 @pytest.mark.parametrize("levels", [1, 2, 5])
-@pytest.mark.parametrize("batch", few([1, 3, 40], 1, 40))
+@pytest.mark.parametrize("batch", few([1, 9, 40], 1, 40))
 def test_linear_in_loops(given, levels, batch, rng, monkeypatch):
     loops = pytest.importorskip("cubin.codes.products_loops")
     from cubin.core.host import blocks
 
     monkeypatch.setattr(blocks, "pays", lambda size: True)
     monkeypatch.setattr(arithmetic, "LINES", 100)
+    monkeypatch.setattr(arithmetic, "WORK", 1)
+    monkeypatch.setattr(loops, "_TOTALS", 1)  # a few rows at a time
+    monkeypatch.setattr(blocks, "_workers", lambda: 3)
+    monkeypatch.setattr(blocks, "LOOPS_THREADED", 1)
     if batch < 40:
         monkeypatch.setattr(loops, "is_faster", lambda x, decoding: True)
     w = rng.normal(size=(333, 24 * 29)).astype(np.float32)
@@ -362,11 +366,13 @@ def test_signs_are_never_unpacked_as_a_whole(given, rng):
     x = rng.normal(size=(1024, 2048)).astype(np.float32)
     v = np.ones((40, 2048), np.float32)
     code = cubin.quantize(x, 8, **given)
+    some = cubin.quantize(x, np.arange(2048, dtype=np.int8) % 3, **given)
     results = {
         "quantize": (lambda: cubin.quantize(x, 8, **given), code.nbytes),
         "dequantize": (code.dequantize, x.nbytes),
         "linear": (lambda: products.linear(v, code), 0),
         "one row": (lambda: products.linear(v[0], code), 0),
+        "one row, map": (lambda: products.linear(v[0], some), 0),
     }
     for compute, nbytes in results.values():
         compute()
@@ -376,3 +382,26 @@ def test_signs_are_never_unpacked_as_a_whole(given, rng):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < nbytes + 9.5e6 < nbytes + 8 * x.size
+
+
+@pytest.mark.parametrize(
+    "given", [*GRANULARITIES, {"group_size": 12}, {"channel_axis": 0, "shift": True}], ids=str
+)
+def test_lines_side_by_side_are_decoded_to_the_same_bits(given, rng, monkeypatch):
+    pytest.importorskip("numba")
+    from cubin.codes import planes_loops
+    from cubin.codes.binary_code import decoding_of
+    from cubin.core.host import blocks
+
+    monkeypatch.setattr(blocks, "pays", lambda size: True)
+    for shape, bits in [((130, 72), 3), ((16, 24), 1), ((20, 24), rng.integers(0, 4, (20, 24)))]:
+        for dtype in (np.float16, np.float32, np.float64):
+            code = cubin.quantize(rng.normal(size=shape).astype(dtype), bits, **given)
+            decoding = decoding_of(code)
+            columns = np.full(shape[::-1], np.nan, dtype).T
+            decoding.write_all(columns)
+            np.testing.assert_array_equal(columns, code.dequantize())
+            part = np.full((50, 24), np.nan, dtype).T
+            decoding.part(slice(2, 15)).write(part[:13, :16], slice(0, 13), slice(0, 16))
+            np.testing.assert_array_equal(part[:13, :16], code.dequantize()[2:15, :16])
+    assert planes_loops._sum_columns.signatures

@@ -16,6 +16,9 @@ from cubin.core.libraries import Array
 from cubin.core.lines import Lines, lines_of
 from cubin.core.rows import Rows
 
+BESIDE = 1 << 6
+"""The fewest lines of a block where lines lie side by side in memory."""
+
 
 class Decoding:
     """The values of a code, which are computed block by block.
@@ -224,7 +227,9 @@ class Decoding:
         def task(lines: slice, elements: slice) -> None:
             self.write(y[lines, elements], lines, elements)
 
-        passes.for_each_lines(task, self.lines, self.run, y)
+        # Where lines lie side by side, many of them are worked on together.
+        least = None if y.flags.c_contiguous else BESIDE
+        passes.for_each_lines(task, self.lines, self.run, y, least=least)
 
 
 def coded(bits: Any, level: int, shape: tuple[int, ...], like: Array) -> Array:

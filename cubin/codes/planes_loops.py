@@ -206,14 +206,62 @@ def _sum_planes(
                     total[j] += lost[j] if lost[j] == lost[j] else lost.dtype.type(0)
 
 
+@loop
+def _sum_columns(
+    flat: Array, level_step: int, byte_step: int, scales: Array, count: int, y: Array
+) -> None:
+    """Write the same, without a map or a shift, where lines lie side by side: y is (n, pitch).
+
+    Byte j of line i at a level is ``flat[level * level_step + j * byte_step + i]``. Scales have the
+    shape (levels, runs, lines or 1); there are `count` lines.
+    """
+    flat, scales, y = uncounted(flat, scales, y)
+    levels, runs, _ = scales.shape
+    run = len(y) // max(1, runs)
+    for e in range(len(y)):
+        into, bit = y[e, :count], np.uint8(1 << (e & 7))
+        into[:] = 0
+        for level in range(levels):
+            at = level * level_step + (e >> 3) * byte_step
+            held, scale = flat[at : at + count], scales[level, e // run]
+            if scale.size == count:
+                for i in range(count):
+                    into[i] += scale[i] if held[i] & bit else -scale[i]
+            else:
+                step = scale[0]
+                for i in range(count):
+                    into[i] += step if held[i] & bit else -step
+
+
+def flat(planes: Array) -> Array:
+    """The bytes of planes, whose lines lie side by side, as one array: others may lie between."""
+    levels, width, lines = planes.shape
+    steps = planes.strides
+    extent = (levels - 1) * steps[0] + (width - 1) * steps[1] + lines
+    return read_only(np.lib.stride_tricks.as_strided(planes, (extent,), (1,)))
+
+
+def turned(scales: Array, levels: int) -> Array:
+    """The scales of so many levels, as (levels, runs, lines or 1)."""
+    found = np.empty((levels, *scales.shape[:0:-1]), scales.dtype)
+    for of_level, scale in zip(found, scales, strict=False):
+        of_level[...] = in_rows(scale.T)
+    return found
+
+
 def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array) -> None:
     """`planes.sum_planes`."""
-    levels, width, lines = planes.shape
+    levels, width, count = planes.shape
     levels = levels if np.ndim(bits) else min(levels, int(bits))
-    if lines > 1 and width <= SHORT_LINE and scales.shape[2] == 1:
+    plain = not (np.ndim(bits) or np.ndim(shift)) and y.dtype == scales.dtype
+    if plain and levels and planes.strides[2] == 1 and beside(y):
+        held, (level_step, byte_step, _) = turned(scales, levels), planes.strides
+        _sum_columns(flat(planes), level_step, byte_step, read_only(held), count, lines(y))
+        return
+    if count > 1 and width <= SHORT_LINE and scales.shape[2] == 1:
         _sum_short_lines(planes[:levels], bits, scales[:levels], shift, y)
         return
-    by_line = memory.scratch("planes", (levels, lines, width), np.uint8)
+    by_line = memory.scratch("planes", (levels, count, width), np.uint8)
     for level in range(levels):
         by_line[level] = in_rows(planes[level].T)
     values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
@@ -225,7 +273,7 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
     words = memory.scratch("words", (CHUNK // 8,), np.uint64)
     lost = memory.scratch("lost", (CHUNK,), scales.dtype)
     _sum_planes(
-        read_only(by_line), map_of(bits, lines), read_only(np.ascontiguousarray(held)),
+        read_only(by_line), map_of(bits, count), read_only(np.ascontiguousarray(held)),
         read_only(np.ascontiguousarray(base)), _WORDS, words, words.view(np.int8), lost,
         values,
     )  # fmt: skip

@@ -34,6 +34,9 @@ SUBTILE = 1 << 17
 LINES = 1 << 9
 """The fewest lines that a thread takes: sums of x are made for all of them."""
 
+WORK = 1 << 25
+"""The fewest elements, times rows and levels, for which another thread is worth its start."""
+
 EXACT = 1 << 23
 """The longest sum of signs that float32 holds exactly, however it is added up."""
 
@@ -88,6 +91,11 @@ def is_faster(x: Array, decoding: Decoding) -> bool:
     The compiled loop has a rule of its own.
     """
     return len(x) * decoding.levels <= FEW
+
+
+def new_tile(count: int, decoding: Decoding, x: Array) -> Array:
+    """Memory for so many lines, in the order in which they are decoded fastest."""
+    return libraries.library(x).empty((count, decoding.lines.length), x.dtype)
 
 
 def multiply_tiles(
@@ -146,17 +154,16 @@ def _to_lines(x: Array, decoding: Decoding) -> Array:
     y = xp.zeros((len(x), lines.count), x.dtype)
     if not (y.size and lines.length):
         return y
-    size = lines.count * lines.length
-    forms = passes.search_loops(sys.modules[__name__], x, size) or sys.modules[__name__]
-    if forms.is_faster(x, decoding):
-        on = passes.form(multiply_lines, x, size)
+    if _forms(x, decoding).is_faster(x, decoding):
+        on = passes.form(multiply_lines, x, lines.count * lines.length)
 
         def task(cut: slice, elements: slice) -> None:
             on(decoding.planes[..., cut], decoding.bits(cut),
                decoding.scales(cut), x, y=y[:, cut])  # fmt: skip
 
         if levels:
-            passes.for_each_lines(task, lines, 1, x, LINES)
+            least = max(LINES, WORK // (len(x) * levels * lines.length))
+            passes.for_each_lines(task, lines, 1, x, least=least)
         if decoding.shifted:
             with np.errstate(all="ignore"):  # x may not be finite
                 y += _of_shift(x, decoding)
@@ -190,11 +197,17 @@ def _of_shift(x: Array, decoding: Decoding) -> Array:
     return libraries.library(x).matmul(of_runs, shift.T)
 
 
+def _forms(x: Array, decoding: Decoding) -> Any:
+    """The module of the forms that run: this one, or that of its compiled loops."""
+    own, lines = sys.modules[__name__], decoding.lines
+    return passes.search_loops(own, x, lines.count * lines.length) or own
+
+
 def _tiles(decoding: Decoding, x: Array) -> Any:
     """Slices of lines, and their values in x's dtype. The next tile overwrites the last one."""
     lines = decoding.lines
     step = max(1, TILE // max(1, lines.length))
-    tile = libraries.library(x).empty((min(step, lines.count), lines.length), x.dtype)
+    tile = _forms(x, decoding).new_tile(min(step, lines.count), decoding, x)
     for start in range(0, lines.count, step):
         cut = slice(start, min(start + step, lines.count))
         part = tile[: cut.stop - start]
@@ -282,7 +295,7 @@ def _counts(a: Array, b: Array) -> Array:
     def task(cut: slice, elements: slice) -> None:
         on(a, b[cut], counts=counts[:, cut])
 
-    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, LINES)
+    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, least=LINES)
     return counts
 
 

@@ -16,11 +16,11 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from cubin.codes import planes_loops
+from cubin.codes import planes_loops, products
 from cubin.codes.decoding import Decoding
 from cubin.codes.products import FEW, multiply_tiles
 from cubin.core import memory
-from cubin.core.host.loops import in_rows, loop, part, read_only, uncounted
+from cubin.core.host.loops import loop, part, read_only, uncounted
 from cubin.core.libraries import Array
 
 _STRIP = 64
@@ -31,12 +31,18 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 _REGISTER = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 0
 """Bytes of a register in which an instruction looks numbers up, eight or more at a time."""
 
-_LIMITS = {16: (2, 384), 8: (1, 32)}
+_LIMITS = {16: (2, 384), 8: (1, 24)}
 """By the numbers of a register: levels looked up while BLAS multiplies a row of x, and rows
 times further levels, looked up while tiles are decoded for BLAS."""
 
 _MADE = 256
 """Lines whose look-ups take as long as making the sums of x."""
+
+_TOTALS = 1 << 13
+"""Totals that are added up at a time: the C library keeps so little memory, and maps no pages."""
+
+_AT_ONCE = 256
+"""Lines of a map that are packed at a time."""
 
 _LANES = 16
 """The most numbers of a register: so many lines there have to be."""
@@ -187,12 +193,40 @@ def _adder(count: int) -> Any:
 _add_eight, _add_one = _adder(8), _adder(1)
 
 
+@part
+def _add_strip(
+    flat: Array, at: int, level_step: int, byte_step: int, segment: Array, halves: Array,
+    tables: Array, totals: Array,
+) -> None:  # fmt: skip
+    """Add the sums of up to eight bytes of each line to the totals of each level."""
+    levels, lines = totals.shape
+    one_by_one = lines < _LANES or 8 * segment.itemsize > _REGISTER
+    count = segment.size >> 3
+    _fill(segment, halves)
+    if one_by_one:
+        for c in range(count):
+            _join(halves[2 * c : 2 * c + 2], tables[c])
+    for level in range(levels):
+        byte, total = level * level_step + at * byte_step, totals[level]
+        if count == 8 and one_by_one:
+            _add_eight_one_by_one(flat, byte, byte_step, tables, total)
+        elif count == 8:
+            _add_eight(flat, byte, byte_step, halves, total)
+        else:
+            for c in range(count):
+                if one_by_one:
+                    _add_one_by_one(flat, byte, tables[c], total)
+                else:
+                    _add_one(flat, byte, 0, halves[2 * c :], total)
+                byte += byte_step
+
+
 @loop
 def _look_up(
     flat: Array, level_step: int, byte_step: int, run: int, scales: Array, x: Array,
     centred: bool, segment: Array, halves: Array, tables: Array, totals: Array, y: Array,
 ) -> None:  # fmt: skip
-    """Add the products of x with some lines to `y`, in float64.
+    """Add the products of rows of x with some lines to `y`, (rows, lines) of float64.
 
     Byte j of line i at a level is ``flat[level * level_step + j * byte_step + i]``. Scales have the
     shape (levels, runs, lines or 1). If the signs are `centred`, they count as 0 and -2, and not as
@@ -202,49 +236,44 @@ def _look_up(
     segment, halves, tables = uncounted(segment, halves, tables)
     totals, y = uncounted(totals, y)
     levels, lines = totals.shape
-    one_by_one = lines < _LANES or 8 * x.itemsize > _REGISTER
+    rows, length = x.shape
     for number in range(scales.shape[1]):
-        first, last = number * run, min(number * run + run, x.size)
+        first, last = number * run, min(number * run + run, length)
         end = (last + 7) >> 3
         for start in range(first >> 3, end, _STRIP):
             stop = min(start + _STRIP, end)
-            totals[:] = 0
-            middle = 0.0
-            for at in range(start, stop, 8):
-                count = min(8, stop - at)
-                # A byte may have elements of several runs.
-                segment[:] = 0
-                for e in range(max(first, 8 * at), min(last, 8 * (at + count))):
-                    segment[e - 8 * at] = x[e]
-                if centred:
-                    for t in range(8 * count):
-                        middle += np.float64(segment[t])
-                _fill(segment[: 8 * count], halves)
-                if one_by_one:
-                    for c in range(count):
-                        _join(halves[2 * c : 2 * c + 2], tables[c])
+            for row in range(rows):
+                values, into = x[row], y[row]
+                totals[:] = 0
+                middle = 0.0
+                for at in range(start, stop, 8):
+                    size = 8 * min(8, stop - at)
+                    # A byte may have elements of several runs.
+                    segment[:] = 0
+                    for e in range(max(first, 8 * at), min(last, 8 * at + size)):
+                        segment[e - 8 * at] = values[e]
+                    if centred:
+                        for t in range(size):
+                            middle += np.float64(segment[t])
+                    _add_strip(
+                        flat, at, level_step, byte_step, segment[:size], halves, tables, totals
+                    )
                 for level in range(levels):
-                    byte, total = level * level_step + at * byte_step, totals[level]
-                    if count == 8 and one_by_one:
-                        _add_eight_one_by_one(flat, byte, byte_step, tables, total)
-                    elif count == 8:
-                        _add_eight(flat, byte, byte_step, halves, total)
+                    total, scale = totals[level], scales[level, number]
+                    if scale.size == lines:
+                        for i in range(lines):
+                            into[i] += np.float64(scale[i]) * (np.float64(total[i]) - middle)
                     else:
-                        for c in range(count):
-                            if one_by_one:
-                                _add_one_by_one(flat, byte, tables[c], total)
-                            else:
-                                _add_one(flat, byte, 0, halves[2 * c :], total)
-                            byte += byte_step
-            for level in range(levels):
-                total, scale = totals[level], scales[level, number]
-                if scale.size == lines:
-                    for i in range(lines):
-                        y[i] += np.float64(scale[i]) * (np.float64(total[i]) - middle)
-                else:
-                    factor = np.float64(scale[0])
-                    for i in range(lines):
-                        y[i] += factor * (np.float64(total[i]) - middle)
+                        factor = np.float64(scale[0])
+                        for i in range(lines):
+                            into[i] += factor * (np.float64(total[i]) - middle)
+
+
+def new_tile(count: int, decoding: Decoding, x: Array) -> Array:
+    """`products.new_tile`: lines side by side, as planes have them, are decoded faster."""
+    if decoding.mapped or decoding.shifted:
+        return products.new_tile(count, decoding, x)
+    return np.empty((decoding.lines.length, count), x.dtype).T
 
 
 def is_faster(x: Array, decoding: Decoding) -> bool:
@@ -269,29 +298,34 @@ def multiply_lines(planes: Array, bits: Any, scales: Array, x: Array, *, y: Arra
         multiply_tiles(planes_loops.sum_planes, planes, bits, scales, x, y)
         return
     levels = levels if mapped else min(levels, int(bits))
-    total = np.zeros(y.shape, np.float64)
-    turned = np.empty((levels, runs, scales.shape[1]), scales.dtype)
-    for of_level, scale in zip(turned, scales, strict=False):
-        of_level[...] = in_rows(scale.T)
-    _add_products(planes[:levels], run, turned, x, False, total)
+    turned = planes_loops.turned(scales, levels)
+    parts = [(planes[:levels], turned, False)]
     if mapped:
-        # Elements without a code have counted as -1: what they lack to 0 is added.
+        # Elements without a code count as -1 in these products: what they lack to 0 is added.
         hot = np.empty((levels, width, lines), np.uint8)
-        for level in range(levels):
-            some = np.greater(bits, level).view(np.int8)
-            planes_loops.pack_signs(some[None], planes=hot[level : level + 1])
-        _add_products(hot, run, turned * turned.dtype.type(-0.5), x, True, total)
-    y[...] = total
+        for start in range(0, lines, _AT_ONCE):
+            cut = slice(start, start + _AT_ONCE)
+            for level in range(levels):
+                some = np.greater(bits[cut], level).view(np.int8)
+                planes_loops.pack_signs(some[None], planes=hot[level : level + 1, :, cut])
+        parts.append((hot, turned * turned.dtype.type(-0.5), True))
+    step = max(4, _TOTALS // lines)
+    for start in range(0, len(x), step):
+        rows = slice(start, min(start + step, len(x)))
+        total = memory.scratch("total", (rows.stop - start, lines), np.float64)
+        total[...] = 0
+        for held, factors, centred in parts:
+            _add_products(held, run, factors, x[rows], centred, total)
+        y[rows] = total
 
 
 def _add_products(
     planes: Array, run: int, scales: Array, x: Array, centred: bool, y: Array
 ) -> None:
     """Add the products of rows of x with lines to `y`; arguments as for `_look_up`."""
-    levels, width, lines = planes.shape
+    levels, _, lines = planes.shape
     level_step, byte_step, _ = planes.strides
-    extent = (levels - 1) * level_step + (width - 1) * byte_step + lines
-    flat = read_only(np.lib.stride_tricks.as_strided(planes, (extent,), (1,)))
+    flat = planes_loops.flat(planes)
     # Where all lines share several scales, x takes them.
     fold = scales.shape[2] == 1 < scales.shape[1]
     scratch = (
@@ -300,20 +334,15 @@ def _add_products(
         memory.scratch("tables", (8, 256), x.dtype),
         memory.scratch("totals", (1 if fold else levels, lines), x.dtype),
     )
+    if not fold:
+        held = read_only(np.ascontiguousarray(x))
+        _look_up(flat, level_step, byte_step, run, read_only(scales), held, centred, *scratch, y)
+        return
     one = read_only(np.ones((1, 1, 1), x.dtype))
-    for values, result in zip(x, y, strict=True):
-        if not fold:
-            held = read_only(np.ascontiguousarray(values))
-            _look_up(
-                flat, level_step, byte_step, run, read_only(scales), held, centred, *scratch, result
-            )
-            continue
-        for level, scale in enumerate(scales[..., 0]):
-            held = read_only(values * scale.repeat(run)[: values.size])
-            of_level = flat[level * level_step :]
-            _look_up(
-                of_level, level_step, byte_step, held.size, one, held, centred, *scratch, result
-            )
+    for level, scale in enumerate(scales[..., 0]):
+        held = read_only(x * scale.repeat(run))
+        of_level = flat[level * level_step :]
+        _look_up(of_level, level_step, byte_step, x.shape[1], one, held, centred, *scratch, y)
 
 
 @intrinsic

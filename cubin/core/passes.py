@@ -222,13 +222,16 @@ def for_each_lines(
     lines: Lines,
     run: int,
     x: Array,
+    at_once: int | None = None,
+    *,
     least: int | None = None,
 ) -> None:
     """Call ``task(lines, elements)`` for blocks that tile some lines, with x's library.
 
     On a device there is a single block. On the host they fit the cache, and several threads take
     them. A block of a long line begins at a byte, and with a run of `run` elements if possible.
-    With `least` there is a block for each thread, of at least so many whole lines.
+    With `at_once` blocks have so many whole lines. With `least` there is a block for each thread,
+    of at least so many.
     """
     size = lines.count * lines.length
     if libraries.on_device(x) or not size:
@@ -238,8 +241,8 @@ def for_each_lines(
     if least is not None:
         whole = slice(0, lines.length)
         parts = [(share, whole) for share in blocks.shares(lines.count, least)]
-    elif lines.length <= blocks.BLOCK:
-        step = max(1, LINES_AT_ONCE // lines.length)
+    elif at_once is not None or lines.length <= blocks.BLOCK:
+        step = at_once or max(1, LINES_AT_ONCE // lines.length)
         parts = [(slice(start, min(start + step, lines.count)), slice(0, lines.length))
                  for start in range(0, lines.count, step)]  # fmt: skip
     else:

@@ -14,6 +14,7 @@ def result(tmp_path, monkeypatch):
     """The rows and the provenance of a small run."""
     monkeypatch.setattr(experiment, "QUICK_SHAPES", ((64, 96), (40, 96)))
     monkeypatch.setattr(experiment, "QUICK_READ", 1 << 16)
+    monkeypatch.setattr(experiment, "WARM", 0)
     monkeypatch.setattr(experiment, "BATCHES", (1, 8))
     arguments = ["--quick", "--rounds", "2", "--device", "cpu", "--output", str(tmp_path)]
     assert experiment.main(arguments) == 0

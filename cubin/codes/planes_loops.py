@@ -258,7 +258,7 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
         held, (level_step, byte_step, _) = turned(scales, levels), planes.strides
         _sum_columns(flat(planes), level_step, byte_step, read_only(held), count, lines(y))
         return
-    if count > 1 and width <= SHORT_LINE and scales.shape[2] == 1:
+    if levels and count > 1 and width <= SHORT_LINE and scales.shape[2] == 1:
         _sum_short_lines(planes[:levels], bits, scales[:levels], shift, y)
         return
     by_line = memory.scratch("planes", (levels, count, width), np.uint8)

@@ -530,6 +530,31 @@ def rows_and_columns():
         yield f"| {label} | {cells} |", found
 
 
+# ---------------------------------------------------------------- products
+
+PRODUCTS = table(RESULTS / "products.csv")
+BATCHES = (1, 8, 64, 512)
+BESIDE = {
+    "1 bit": {"candidate": "cubin", "bits": 1},
+    "2 bits": {"candidate": "cubin", "bits": 2},
+    "3 bits": {"candidate": "cubin", "bits": 3},
+    "4 bits": {"candidate": "cubin", "bits": 4},
+    "1 bit by 1 bit": {"candidate": "cubin, code of x"},
+    "PyTorch, bfloat16": {"candidate": "torch bfloat16"},
+    "PyTorch, int8": {"candidate": "torch int8"},
+}
+
+
+def speed_up(label, batch):
+    """How many times as fast as float32 products of 4096 x 4096 with so many rows of x are."""
+    return float(only(PRODUCTS, m=4096, n=4096, batch=batch, **BESIDE[label])["speed_up"])
+
+
+def products():
+    for label in BESIDE:
+        yield line(label, [speed_up(label, batch) for batch in BATCHES], 2)
+
+
 # ---------------------------------------------------------------- accuracy
 
 DIGITS = RESULTS / "train_mnist"
@@ -768,6 +793,10 @@ def sentences():
                 [f"{in_groups_of_64(m):.2f}" for m in ("optimal", "round to nearest")],
             ),
         ],
+        "docs/codes.md": [
+            ("float32 on {} cores of an {} (", machine(RESULTS / "products")),
+            *products(),
+        ],
         "docs/conventions.md": [
             (
                 "to {} for float32 arrays, {} for float64, {} for float16 and {} for bfloat16",
@@ -804,6 +833,17 @@ def sentences():
 
 
 CLAIMS = {
+    "docs/codes.md": {
+        "From 3 bits on, many rows are slower than with floats; integers of 8 bits are faster": (
+            lambda: all(
+                speed_up(bits, 512) < 1 < speed_up(bits, 8) for bits in ("3 bits", "4 bits")
+            )
+            and all(
+                speed_up("PyTorch, int8", batch) > speed_up(label, batch)
+                for batch in BATCHES for label in list(BESIDE)[:5]
+            )
+        ),
+    },
     "docs/calibration.md": {
         "Codes that know the inputs have less error than `optimal`, which knows the weights "
         "alone, in every layer": lambda: all(

@@ -555,6 +555,29 @@ def products():
         yield line(label, [speed_up(label, batch) for batch in BATCHES], 2)
 
 
+# ---------------------------------------------------------------- checkpoints
+
+SCALE = json.loads((RESULTS / "checkpoint_scale.json").read_text(encoding="utf-8"))
+SCHEDULED = json.loads((RESULTS / "scheduler_scale.json").read_text(encoding="utf-8"))
+
+
+def large_checkpoint():
+    runs = [SCALE[name] for name in ("one process", "2 processes")]
+    found = [(digits(r["seconds"]), f"{r['peak_bytes'] / 2**30:.1f}") for r in runs]
+    return [figure for run in found for figure in run]
+
+
+def scheduled():
+    for row in table(RESULTS / "scheduler_scale.csv"):
+        power, shared = int(row["part"]).bit_length() - 1, "yes" if int(row["batch"]) else "no"
+        sent = int(row["tasks"]) * float(row["task_bytes"]) / 1e6
+        seconds = [row[name] for name in ("scheduler_seconds", "worker_seconds", "seconds")]
+        yield (
+            f"| 2^{power} weights | {shared} | {{}} | {{}} MB | {{}} s | {{}} s | {{}} s |",
+            [f"{int(row['tasks']):,}", digits(sent), *map(digits, seconds)],
+        )
+
+
 # ---------------------------------------------------------------- accuracy
 
 DIGITS = RESULTS / "train_mnist"
@@ -792,6 +815,33 @@ def sentences():
                 "integers",
                 [f"{in_groups_of_64(m):.2f}" for m in ("optimal", "round to nearest")],
             ),
+        ],
+        "docs/checkpoints.md": [
+            (
+                "For {} GB of bfloat16 shards at 1 bit, on {} cores of an {} (",
+                [digits(SCALE["bytes"] / 1e9), *machine(RESULTS / "checkpoint_scale")],
+            ),
+            (
+                "one process takes {} s and {} GiB, two take {} s and at most {} GiB each",
+                large_checkpoint(),
+            ),
+            (
+                "one pass take {} s",
+                [digits(SCALE["read_seconds"] + SCALE["pass_seconds"])],
+            ),
+            (
+                "a run on 1,000 workers: {} tensors of 10^13 weights",
+                [f"{SCHEDULED['tensors']:,}"],
+            ),
+            ("whose headers are read in {} s", [digits(SCHEDULED["header_seconds"], 2)]),
+            (
+                "in one process, {} ms, and a weight a worker of one thread {} ns",
+                [
+                    digits(1e3 * SCHEDULED["seconds_of_a_task"], 2),
+                    digits(1e9 * SCHEDULED["seconds_of_a_weight"], 2),
+                ],
+            ),
+            *scheduled(),
         ],
         "docs/codes.md": [
             ("float32 on {} cores of an {} (", machine(RESULTS / "products")),

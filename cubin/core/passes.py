@@ -138,7 +138,7 @@ def whole_rows(
     itemsize = floats.work_dtype(inputs[0].dtype).itemsize
     block = blocks.rows_block(out.size, itemsize)
     parts = list(_blocks_of_rows(rows, block, _together(rows, inputs[0])))
-    _over(parts, task, rows, inputs, work=_work_of_levels(static[0]))
+    _over(parts, task, rows, inputs, work=_work(primitive, static[0]))
 
 
 def for_each_whole_rows(
@@ -185,7 +185,7 @@ def for_each_whole_rows(
         # In steps of eight rows, so that blocks of columns do not share bytes.
         together = max(_together(rows, x), 8 if size >= 8 * rows.length else 1)
         parts = list(_blocks_of_rows(rows, size, together))
-        _over(parts, task, rows, inputs, work=_work_of_levels(levels))
+        _over(parts, task, rows, inputs, work=_work(primitive, levels // 2))
         return
     xp = libraries.library(x)
     flat: list[Any] = [_side_by_side(a, rows) for a in inputs]
@@ -535,8 +535,9 @@ def _over(
     blocks.each(run, parts, size * work)
 
 
-def _work_of_levels(levels: int) -> int:
-    return max(1, levels // 2)
+def _work(primitive: Raw, levels: int) -> int:
+    """The work of a primitive on whole rows; those with `loops_from` search."""
+    return max(1, levels) * (1 if primitive.loops_from is None else 2)
 
 
 def _together(rows: Rows, x: Array) -> int:

@@ -1054,7 +1054,6 @@ PARAMETERS = {
         "From 65,536 elements on, ",
         "from 65,536 elements on |",
         *(found.where for found in grid.findings(GRID)),  # cells
-        "rows just over 2^17 elements",
     ],
     "docs/maps.md": ["mean of 1.4 bits", "is asked for 1.4 bits"],
     "docs/calibration.md": [

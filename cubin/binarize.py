@@ -11,14 +11,14 @@ from cubin import solvers
 from cubin.calibration import Gram, matrix_for
 from cubin.codes.binary_code import BinaryCode, assemble, joined
 from cubin.core import arrays, conversions, libraries, passes
-from cubin.core.bits import as_bits, as_precisions
+from cubin.core.bits import Bits, as_bits, as_precisions
 from cubin.core.libraries import Array
 from cubin.core.rows import Rows, rows_of
 from cubin.core.signs import inside, inside_bits, signs
 from cubin.gradients import multibit_grad, sign_grad
 from cubin.solvers import outputs, shifted
 from cubin.solvers.precisions import encode as encode_precisions
-from cubin.solvers.solver import solver_of
+from cubin.solvers.solver import Solver, solver_of
 
 
 def _sign_gradient(gy: Array, x: Array, **_: Any) -> Array:
@@ -399,9 +399,7 @@ def quantize(
         checked = as_bits(bits, x, limit=rule.most_bits, look=True)
         weights = _weights(importance, x, solver)
         matrix = None if gram is None else _matrix(gram, x, rows, checked.levels, solver, weights)
-        steps: tuple[int, ...] = (checked.levels,)
-        if precisions is not None:
-            steps = as_precisions(precisions, checked.entries)
+        several = None if precisions is None else as_precisions(precisions, checked.entries)
         # If every element counts, the scales of a row are finite only if the row is: then the
         # scales are checked, and x need not be read once more.
         scales_show = checked.levels > 0 and not checked.mapped and weights is None
@@ -424,28 +422,42 @@ def quantize(
             ]
             code = joined(codes, checked.entries, rows)
         else:
-            if matrix is not None:
-                first = checked if precisions is None else as_bits(steps[0], x)
-                more = steps[1:]
-                scales, planes = outputs.encode(x, first, rows, rule, matrix, bool(shift), more)
-            elif precisions is not None:
-                scales, planes = encode_precisions(x, steps, rows, rule, weights, bool(shift))
-            elif shift:
-                found = shifted.encode(x, checked, rows.as_stored(x), rule, weights)
-                scales, planes = xp.concatenate([found[0], found[2][None]]), found[1]
-            else:
-                scales, planes = solvers.encode(x, checked, rows.as_stored(x), rule, weights)
-            scales = scales.reshape(len(scales), *rows.scale_shape)
-            own = len(scales) - bool(shift) - checked.levels
-            tables, scales = scales[:own], scales[own:]
-            constant = scales[checked.levels, ...] if shift else None
-            parts = (scales[: checked.levels], planes, checked.entries, rows, constant)
-            code = assemble(*parts) if precisions is None else assemble(*parts, steps, tables)
+            code = _encoded(x, checked, rows, rule, weights, matrix, bool(shift), several)
         stored = [part for part in (code.scales, code.shift, code.tables) if part is not None]
         if check_finite and not all(bool(xp.isfinite(part).all()) for part in stored):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
         return code
+
+
+def _encoded(
+    x: Array,
+    bits: Bits,
+    rows: Rows,
+    solver: Solver,
+    importance: Array | None,
+    gram: Array | None,
+    shift: bool,
+    precisions: tuple[int, ...] | None,
+) -> BinaryCode:
+    """The code that a solver finds, where all rows have one length or there is a Gram matrix."""
+    first, *higher = precisions or (bits.levels,)
+    if gram is not None:
+        lowest = bits if precisions is None else as_bits(first, x)
+        scales, planes = outputs.encode(x, lowest, rows, solver, gram, shift, higher)
+    elif precisions is not None:
+        scales, planes = encode_precisions(x, precisions, rows, solver, importance, shift)
+    elif shift:
+        scales, planes = shifted.encode(x, bits, rows.as_stored(x), solver, importance)
+    else:
+        scales, planes = solvers.encode(x, bits, rows.as_stored(x), solver, importance)
+    # The tables of lower precisions come first, and a shift after the scales.
+    scales = scales.reshape(len(scales), *rows.scale_shape)
+    lower = len(scales) - bits.levels - shift
+    tables, scales = scales[:lower], scales[lower:]
+    constant = scales[bits.levels, ...] if shift else None
+    parts = (scales[: bits.levels], planes, bits.entries, rows, constant)
+    return assemble(*parts) if precisions is None else assemble(*parts, precisions, tables)
 
 
 def _weights(importance: Array | None, x: Array, solver: str) -> Array | None:

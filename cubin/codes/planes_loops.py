@@ -35,7 +35,7 @@ FEW_LINES = 1 << 3
 """Lines of a tile from which on a byte of all of them is written at a time."""
 
 SHORT_LINE = 1 << 3
-"""Bytes of a line from which on they are packed one after the other."""
+"""The most bytes of a line that goes together with others: it would end before vectors pay."""
 
 _SHORT = 1 << 5
 """The scales of shorter runs are repeated for each element."""
@@ -121,7 +121,7 @@ def pack_signs(signs: Array, *, planes: Array) -> None:
         whole = np.zeros((levels, count, 8 * width), np.int8)
         whole[..., :n] = signs
     words = read_only(whole.view(np.uint64))
-    if width < SHORT_LINE:
+    if width <= SHORT_LINE:
         _pack_short_lines(words, planes)
         return
     _pack_lines(words, memory.scratch("tile", (TILE, TILE), np.uint8), planes)

@@ -396,9 +396,9 @@ def for_each_searched(
     parts = list(_blocks_of_rows(rows, rows_at_once * rows.length))
     if len(parts) > 1 and rows.count * rows.length * states >= LONG_SEARCH:
         with progress.counted(task, name, "block", len(parts)) as task:
-            _over(parts, task, rows, inputs, device, 2)
+            _over(parts, task, rows, inputs, device, work=2)
     else:
-        _over(parts, task, rows, inputs, device, 2)
+        _over(parts, task, rows, inputs, device, work=2)
 
 
 def row_slices(x: Array) -> list[slice]:

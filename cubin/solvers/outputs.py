@@ -17,7 +17,7 @@ from cubin.core.rows import Rows, rows_of
 from cubin.solvers import encode as encode_weights
 from cubin.solvers import shifted
 from cubin.solvers.gram import Lines, Metric
-from cubin.solvers.search import MAX_ITERATIONS
+from cubin.solvers.search import LEAST_GAIN, MAX_ITERATIONS
 from cubin.solvers.solver import Solver, solver_of
 from cubin.solvers.tables import in_order
 
@@ -35,9 +35,6 @@ SPREAD = 0.5
 
 FLIPPED = 0.1
 """The share of the best codes that are flipped for another start."""
-
-LEAST_GAIN = 1e-9
-"""By how much of its error a line must get better for the search to go on: more than rounding."""
 
 
 def encode(
@@ -141,23 +138,20 @@ def _of_lines(
     bits_of_flat = Bits(depths, depths, bits.levels)
 
     def start(on_weights: Solver, importance: Array | None, shift: bool) -> Start:
-        scales, codes, constants = [], [], []
+        scales, codes = [], []
+        on_section = shifted.encode if shift else encode_weights
         for section in own.sections:
             some = bits_of_flat.of(section)
             w, weight = section.of(flat), section.of(importance)
-            if shift:
-                found, planes, constant = shifted.encode(w, some, section.rows, on_weights, weight)
-                constants.append(constant.reshape(section.rows.scale_shape))
-            else:
-                found, planes = encode_weights(w, some, section.rows, on_weights, weight)
-            scales.append(found.reshape(bits.levels, *section.rows.scale_shape))
+            found, planes = on_section(w, some, section.rows, on_weights, weight)
+            scales.append(found.reshape(len(found), *section.rows.scale_shape))
             codes.append(codes_of(planes, w.shape))
-        of_lines = own.joined(scales).reshape(bits.levels, count, len(groups)).transpose(2, 0, 1)
+        joined = own.joined(scales)
+        of_lines = joined.reshape(len(joined), count, len(groups)).transpose(2, 0, 1)
+        constant = xp.ascontiguousarray(of_lines[:, bits.levels]) if shift else None
         code = own.joined(codes).reshape(x.shape)
-        joined = own.joined(constants).reshape(count, len(groups)).T if shift else None
-        constant = None if joined is None else xp.ascontiguousarray(joined)
         codes_of_inputs = xp.ascontiguousarray(code.T[metric.order])
-        return Start(xp.ascontiguousarray(of_lines), constant, codes_of_inputs)
+        return Start(xp.ascontiguousarray(of_lines[:, : bits.levels]), constant, codes_of_inputs)
 
     # The importance of an input is its mean square. The best scales with it are a better start than
     # those of the solver itself.

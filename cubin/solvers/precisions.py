@@ -24,13 +24,10 @@ from cubin.core.rows import Rows
 from cubin.solvers import encode as encode_first
 from cubin.solvers import shifted
 from cubin.solvers.codebook import gained, solved
-from cubin.solvers.search import limit
+from cubin.solvers.search import LEAST_GAIN, limit
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import power_of_two, relative_weights
 from cubin.solvers.tables import Tables
-
-LEAST_GAIN = 1e-9
-"""By how much of its error a row must get better to go on: more than rounding."""
 
 
 def encode(
@@ -62,12 +59,8 @@ def encode(
     """
     first, levels = precisions[0], precisions[-1]
     bits = Bits(np.uint8(first), np.uint8(first), first)
-    xp, given = libraries.library(x), (x, bits, rows.as_stored(x), solver, importance)
-    if shift:
-        found, planes, constant = shifted.encode(*given)
-        found = xp.concatenate([found, constant[None]])
-    else:
-        found, planes = encode_first(*given)
+    xp, solve = libraries.library(x), shifted.encode if shift else encode_first
+    found, planes = solve(x, bits, rows.as_stored(x), solver, importance)
     encoding = Encoding(x, levels, rows, sum(precisions) + shift * len(precisions))
     weights = () if importance is None else (importance,)
 

@@ -14,6 +14,9 @@ from cubin.solvers.codebook import DEPENDENT, Codebook, fitted, nearest, split, 
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import SortedRows
 
+LEAST_GAIN = 1e-9
+"""By how much of its error a row must get better for a search to go on: more than rounding."""
+
 MAX_ITERATIONS = 1000
 """Upper limit of the iterations where a solver goes on until it converges."""
 

@@ -22,7 +22,7 @@ from cubin.core.passes import Part
 from cubin.core.rows import Rows, rows_of
 from cubin.solvers import encode as encode_unshifted
 from cubin.solvers.codebook import solved
-from cubin.solvers.search import limit
+from cubin.solvers.search import LEAST_GAIN, limit
 from cubin.solvers.solver import SOLVERS, Solver, solver_of
 from cubin.solvers.sorted_rows import power_of_two, relative_weights
 from cubin.solvers.tables import Tables, in_order
@@ -33,23 +33,20 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 ROUNDS = 8
 """The most times that this search starts again from the best shift so far."""
 
-LEAST_GAIN = 1e-9
-"""By how much of its error a row must get better to go on: more than rounding."""
-
 LISTED = 8
 """The most levels whose sums are listed for a row."""
 
 
 def encode(
     x: Array, bits: Bits, rows: Rows, solver: Solver, importance: Array | None = None
-) -> tuple[Array, Array, Array]:
-    """The scales of `x`, (levels, rows), its planes, and its shift, (rows,), as `solvers.encode`.
+) -> tuple[Array, Array]:
+    """The scales of `x` and then its shift, (levels + 1, rows), and its planes.
 
     The greedy solver takes the mean of a row, and solves for what is left. The others solve for the
     shift together with the scales: no row has a larger error than without a shift.
     """
-    encoding = Encoding(x, bits.levels, rows)
-    shift = libraries.library(x).zeros(rows.count, encoding.scales.dtype)
+    encoding = Encoding(x, bits.levels, rows, bits.levels + 1)
+    work = encoding.scales.dtype
 
     def solve(part: Part, x: Array, bits: Any, weight: Array | None = None) -> None:
         xp = libraries.library(x)
@@ -60,21 +57,19 @@ def encode(
         unit, valid = power_of_two(xp, abs(wide))
         wide = xp.where(valid[:, None], wide / unit, 0)
         unit = xp.where(valid, unit[:, 0], np.nan)
-        some = Bits(bits, bits, len(encoding.scales))
+        some = Bits(bits, bits, len(encoding.planes))
         if solver.name == "greedy":
-            scales, codes, constant = _greedy(wide, some, unit, shift.dtype)
+            scales, codes, constant = _greedy(wide, some, unit, work)
         else:
             scales, codes, constant = _fitted(wide, some, weight, solver)
-        shift[part.rows] = conversions.narrowed(constant * unit, shift.dtype)
-        narrow = conversions.narrowed((scales * unit)[:, :, None], shift.dtype)
-        encoding.store(part, codes, bits, list(narrow))
+        every = xp.concatenate([scales, constant[None]]) * unit
+        encoding.store(part, codes, bits, list(conversions.narrowed(every[:, :, None], work)))
 
     if x.size:
         inputs = (x, bits.values) if importance is None else (x, bits.values, importance)
         states = 1 << min(bits.levels, LISTED)
         passes.for_each_searched(solve, rows, states, *inputs, name=solver.name)
-    scales, shift = (conversions.rounded(a, x.dtype) for a in (encoding.scales, shift))
-    return scales, encoding.planes, shift
+    return conversions.rounded(encoding.scales, x.dtype), encoding.planes
 
 
 def _greedy(x: Array, bits: Bits, unit: Array, work: Any) -> tuple[Array, Array, Array]:

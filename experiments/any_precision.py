@@ -8,9 +8,7 @@ table, and writes any_precision.csv and .json (where the figures come from) to t
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import provenance
-from command_line import exit_status, pretrained_sample, weights_parser
+import solver_comparison
+from command_line import exit_status, pretrained_sample, weights_parser, write_results
 from tqdm import tqdm
 
 import cubin
@@ -34,13 +33,7 @@ SAMPLE_SIZE = 1_000_000
 QUICK_SAMPLE_SIZE = 20_000
 QUICK_TENSORS = 10
 
-SOLVERS: dict[str, dict[str, Any]] = {
-    "greedy": {"solver": "greedy"},
-    "refined": {"solver": "refined"},
-    "alternating, 2 iterations": {"solver": "alternating", "iterations": 2},
-    "alternating, converged": {"solver": "alternating", "iterations": None},
-    "optimal": {"solver": "optimal"},
-}
+SOLVERS = {name: solver.options for name, solver in solver_comparison.SOLVERS.items()}
 
 
 @dataclass(frozen=True)
@@ -122,14 +115,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{r.data:<20}{r.solver:<28}{r.bits:>4}  {r.alone:>9.5f}  {r.together:>9.5f}")
     print(omissions.text(arguments.verbose))
 
-    with (arguments.output / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Result)])
-        writer.writerows(dataclasses.astuple(result) for result in results)
     origin = provenance.record(vars(arguments), SEED, ("onnx", "safetensors", "rapidocr"))
-    path = arguments.output / f"{NAME}.json"
-    path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {arguments.output}: {NAME}.csv, .json")
+    header = [field.name for field in dataclasses.fields(Result)]
+    rows = map(dataclasses.astuple, results)
+    write_results(NAME, arguments.output, header, rows, origin, digits=None)
     return omissions.exit_status
 
 

@@ -37,6 +37,7 @@ import numpy as np
 import peers
 import provenance
 import train_mnist
+from command_line import output_parser
 from grid import Cell, Placed
 from tqdm import tqdm
 
@@ -655,8 +656,8 @@ def load() -> list[float] | None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    description, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description, epilog=details)
+    quick = "two base points and few neighbours, without torch.compile: under 2 minutes"
+    parser = output_parser(NAME, __doc__, quick)
     parser.add_argument(
         "--operations", nargs="+", choices=grid.OPERATIONS, default=grid.OPERATIONS, metavar="NAME",
         help=f"what to time: {', '.join(grid.OPERATIONS)} (default: all)",
@@ -672,14 +673,6 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="cpu: NumPy; cuda: CuPy; auto: cuda where there is a GPU (default: auto)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), metavar="FOLDER",
-        help="folder for the results (default: output)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="two base points and few neighbours, without torch.compile: under 2 minutes",
     )  # fmt: skip
     return parser
 

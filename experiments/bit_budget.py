@@ -459,7 +459,7 @@ def write(
     for point in points:
         gains = [gain(points, point, *against) for against in GAINS.values()]
         rows.append([*dataclasses.astuple(point), *gains])
-    write_results(NAME, arguments.output, header, rows, figure, 90, origin)
+    write_results(NAME, arguments.output, header, rows, origin, figure, 90)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

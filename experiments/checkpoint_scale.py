@@ -24,7 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import provenance
-from command_line import exit_status
+from command_line import exit_status, output_parser
 
 import cubin
 from cubin.commands.arguments import UsageError, make_folder
@@ -39,8 +39,7 @@ QUICK_SHAPES = {"mlp.up": (172, 64), "mlp.down": (64, 172), "attention": (64, 64
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    description, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description, epilog=details)
+    parser = output_parser(NAME, __doc__, "three shards of small matrices")
     parser.add_argument(
         "--gigabytes", type=float, default=20, metavar="N", help="of the checkpoint (default: 20)"
     )
@@ -51,8 +50,6 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, metavar="FOLDER", help="where the shards are (default: temporary)"
     )
-    parser.add_argument("--output", type=Path, default=Path("output"), metavar="FOLDER")
-    parser.add_argument("--quick", action="store_true", help="three shards of small matrices")
     return parser
 
 

@@ -132,9 +132,10 @@ def write_results(
     folder: Path,
     header: Sequence[str],
     rows: Iterable[Sequence[Any]],
-    figure: Figure,
-    dpi: int,
     origin: Mapping[str, Any],
+    figure: Figure | None = None,
+    dpi: int = 100,
+    digits: int | None = 6,
 ) -> None:
     """Write what a script measured to its folder, and say so.
 
@@ -145,19 +146,23 @@ def write_results(
     folder : Path
         An existing one.
     header, rows
-        The table. Floats are written with six digits.
-    figure : Figure
-    dpi : int
-        The figure's dots per inch.
+        The table.
     origin : mapping
         The record of the run: see `provenance`.
+    figure : Figure, optional
+    dpi : int
+        The figure's dots per inch.
+    digits : int or None
+        Of the floats in the table; None for all that they have.
     """
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for row in rows:
-            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
-    figure.savefig(folder / f"{name}.png", dpi=dpi)
+            cut = digits is not None
+            writer.writerow([f"{v:.{digits}g}" if cut and isinstance(v, float) else v for v in row])
+    if figure is not None:
+        figure.savefig(folder / f"{name}.png", dpi=dpi)
     text = json.dumps(origin, indent=2) + "\n"
     (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    print(f"Written to {folder}: {name}.csv, .png, .json")
+    print(f"Written to {folder}: {name}.csv,{'' if figure is None else ' .png,'} .json")

@@ -14,9 +14,7 @@ folder.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +27,7 @@ import layer_inputs
 import league
 import numpy as np
 import provenance
-from command_line import exit_status, output_parser, pretrained_sample
+from command_line import exit_status, output_parser, pretrained_sample, write_results
 from layer_inputs import Inputs
 from league import METHODS, Method
 from matplotlib.axes import Axes
@@ -416,16 +414,6 @@ def write(
     left_out: Mapping[str, int],
 ) -> None:
     """Write the CSV, the figure, and the provenance with the findings."""
-    with (arguments.output / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Point)])
-        for point in points:
-            values = dataclasses.astuple(point)
-            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in values])
-
-    figure = draw_all(Figure(figsize=(14, 4.6), layout="constrained"), points)
-    figure.savefig(arguments.output / f"{NAME}.png", dpi=80)
-
     origin = provenance.record(
         vars(arguments), SEED, packages=("matplotlib", "numba", "onnx", "onnxruntime", "rapidocr")
     )
@@ -433,9 +421,10 @@ def write(
     origin["least_input_vectors"] = min(layer.known.gram.count for layer in layers)
     origin["left_out"] = left_out
     origin["findings"] = list(said)
-    path = arguments.output / f"{NAME}.json"
-    path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {arguments.output}: {NAME}.csv, .png, .json")
+    header = [field.name for field in dataclasses.fields(Point)]
+    rows = map(dataclasses.astuple, points)
+    figure = draw_all(Figure(figsize=(14, 4.6), layout="constrained"), points)
+    write_results(NAME, arguments.output, header, rows, origin, figure, 80, digits=4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

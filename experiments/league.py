@@ -534,7 +534,7 @@ def write(
     }
     header = [field.name for field in dataclasses.fields(Point)]
     rows = map(dataclasses.astuple, points)
-    write_results(NAME, arguments.output, header, rows, figure, 80, origin)
+    write_results(NAME, arguments.output, header, rows, origin, figure, 80)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,24 +13,21 @@ figures come from, and the findings) to the output folder.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import benchmark
 import numpy as np
 import provenance
 from benchmark import Device, Host
-from command_line import exit_status
+from command_line import exit_status, output_parser, write_results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -374,8 +371,7 @@ def figure_of(results: Sequence[Result], library: str) -> Figure:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    description, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description, epilog=details)
+    parser = output_parser(NAME, __doc__, "smaller weights: under a minute")
     parser.add_argument(
         "--rounds", type=int,
         help=f"rounds of a shape and batch (default: {ROUNDS}; quick: {QUICK_ROUNDS})",
@@ -384,11 +380,6 @@ def argument_parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="cpu: NumPy; cuda: CuPy; auto: cuda where there is a GPU (default: auto)",
     )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), metavar="FOLDER",
-        help="folder for the results (default: output)",
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="smaller weights: under a minute")
     return parser
 
 
@@ -418,20 +409,15 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(results, library))
     print(*said, sep="\n")
 
-    path = arguments.output / NAME
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
-    figure_of(results, library).savefig(path.with_suffix(".png"), dpi=130)
     packages = ("matplotlib", "ml-dtypes", "numba", "torch")
     origin = provenance.record(vars(arguments), SEED, packages)
     origin |= {
         "library": library, "threads": benchmark.threads(), "load_average": benchmark.load(),
         "bytes_per_second": bytes_per_second, "findings": said,
     }  # fmt: skip
-    path.with_suffix(".json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    print(f"Written: {path}.csv, .png and .json")
+    header, rows = [field.name for field in fields(Result)], map(astuple, results)
+    figure = figure_of(results, library)
+    write_results(NAME, arguments.output, header, rows, origin, figure, 130, digits=None)
     return 0
 
 

@@ -12,9 +12,7 @@ it finds, and writes row_column_scales.csv and .json to the output folder.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import layer_outputs
 import numpy as np
 import provenance
 import scipy.linalg
-from command_line import exit_status, output_parser, pretrained_sample
+from command_line import exit_status, output_parser, pretrained_sample, write_results
 from layer_inputs import gram_with
 from league import DISTRIBUTIONS, SPECTRA, coded, gram_of
 from quantizers import SCALE_BITS, Quantized
@@ -314,19 +312,12 @@ def run(arguments: argparse.Namespace) -> int:
     points = [p for task in tqdm(tasks, unit="task", disable=None) for p in measured(task)]
     said = [*findings(points), *left_out]
     print(*said, sep="\n")
-    with (arguments.output / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Point)])
-        for point in points:
-            values = dataclasses.astuple(point)
-            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
     origin = provenance.record(
         vars(arguments), SEED, packages=("numba", "onnx", "onnxruntime", "rapidocr")
     )
     origin["findings"] = said
-    path = arguments.output / f"{NAME}.json"
-    path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {arguments.output}: {NAME}.csv, .json")
+    header = [field.name for field in dataclasses.fields(Point)]
+    write_results(NAME, arguments.output, header, map(dataclasses.astuple, points), origin)
     return 0
 
 

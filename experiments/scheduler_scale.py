@@ -10,7 +10,6 @@ of the run. The script prints a table and writes scheduler_scale.csv and .json t
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import heapq
 import itertools
@@ -23,13 +22,13 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import provenance
-from command_line import exit_status
+from command_line import exit_status, output_parser, write_results
 from tqdm import tqdm
 
 from cubin.analysis import measure, tasks
@@ -97,13 +96,10 @@ class Line:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    description, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=description, epilog=details)
+    parser = output_parser(NAME, __doc__, "200 tensors, 100 real tasks")
     parser.add_argument("--workers", type=int, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--tasks", type=int, default=20_000, metavar="N",
                         help="real tasks that are timed (default: 20000)")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("output"), metavar="FOLDER")
-    parser.add_argument("--quick", action="store_true", help="200 tensors, 100 real tasks")
     return parser
 
 
@@ -286,18 +282,14 @@ def run(arguments: argparse.Namespace) -> int:
             f"{line.tasks * line.task_bytes / 1e6:>9.0f} {line.scheduler_seconds:>8.0f} s "
             f"{line.worker_seconds:>6.0f} s {line.seconds:>6.0f} s {line.efficiency:>6.0%}"
         )
-    path = arguments.output / NAME
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [column.name for column in fields(Line)])
-        writer.writeheader()
-        writer.writerows(asdict(line) for line in lines)
     found = {
         "tensors": tensors, "weights": size, "header_seconds": headers,
         "seconds_of_a_task": costs[0], "seconds_of_a_weight": costs[1],
     }  # fmt: skip
     origin = provenance.record(vars(arguments), SEED, ("distributed", "numba")) | found
-    path.with_suffix(".json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    print(f"\nWritten: {path}.csv and .json")
+    print()
+    header = [column.name for column in fields(Line)]
+    write_results(NAME, arguments.output, header, map(astuple, lines), origin, digits=None)
     return 0
 
 

@@ -8,20 +8,19 @@ writes skewed.csv and .json (where the figures come from) to the output folder.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import provenance
+from command_line import exit_status, output_parser, write_results
 from tqdm import tqdm
 
 import cubin
+from cubin.commands.arguments import make_folder
 from cubin.solvers import SOLVERS
 
 NAME = "skewed"
@@ -86,27 +85,23 @@ def table(found: Sequence[Result]) -> str:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("output"), metavar="FOLDER")
-    parser.add_argument("--quick", action="store_true", help="smaller samples")
-    return parser
+    return output_parser(NAME, __doc__, "smaller samples")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write the results; return the exit status."""
+    found = list(results(QUICK_SHAPE if arguments.quick else SHAPE))
+    print(table(found))
+    make_folder(arguments.output)
+    origin = provenance.record(vars(arguments), SEED)
+    rows = map(dataclasses.astuple, found)
+    write_results(NAME, arguments.output, COLUMNS, rows, origin, digits=None)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment; return the exit status."""
-    arguments = argument_parser().parse_args(argv)
-    found = list(results(QUICK_SHAPE if arguments.quick else SHAPE))
-    print(table(found))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with (arguments.output / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(dataclasses.astuple(result) for result in found)
-    origin = provenance.record(vars(arguments), SEED)
-    path = arguments.output / f"{NAME}.json"
-    path.write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    print(f"Written to {arguments.output}: {NAME}.csv, .json")
-    return 0
+    """Run the experiment; return the exit status, 2 for what the user can mend."""
+    return exit_status(NAME, run, argument_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -366,7 +366,7 @@ def run(arguments: argparse.Namespace) -> int:
     origin = provenance.record(vars(arguments), SEED, packages)
     origin |= {"findings": said, "omissions": omissions.record()}
     rows = map(dataclasses.astuple, results)
-    write_results(NAME, arguments.output, COLUMNS, rows, figure_of(results), 130, origin)
+    write_results(NAME, arguments.output, COLUMNS, rows, origin, figure_of(results), 130)
     return omissions.exit_status
 
 

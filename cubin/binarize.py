@@ -75,7 +75,7 @@ def sign(x: Array, *, out: Array | None = None) -> Array:
     x = arrays.as_floats("x", x)
     with libraries.current_device(x):
         y = arrays.output(out, x)
-        passes.elements(signs, libraries.apart(x, y), y=y)
+        passes.elements(signs, libraries.apart(x, out), y=y)
     return y if out is None else out
 
 
@@ -209,10 +209,10 @@ def multibit(
     rule = solver_of(solver, iterations)
     with libraries.current_device(x):
         y = arrays.output(out, x)
-        checked = as_bits(bits, x, limit=rule.most_bits, look=solver != "greedy").apart(y)
+        checked = as_bits(bits, x, limit=rule.most_bits, look=solver != "greedy").apart(out)
         weights = _weights(importance, x, solver)
-        x = libraries.apart(x, y)
-        weights = None if weights is None else libraries.apart(weights, y)
+        x = libraries.apart(x, out)
+        weights = None if weights is None else libraries.apart(weights, out)
         if len(rows.sections) == 1:
             solvers.approximate(x, checked, rows.as_stored(x), y, rule, weights)
         else:

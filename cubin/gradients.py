@@ -68,7 +68,7 @@ def sign_grad(
     with libraries.current_device(x):
         gy = arrays.like("gy", gy, x)
         gx = arrays.output(out, x)
-        rule(libraries.apart(x, gx), libraries.apart(gy, gx), gx)
+        rule(libraries.apart(x, out), libraries.apart(gy, out), gx)
     return gx if out is None else out
 
 
@@ -135,6 +135,6 @@ def multibit_grad(
     with libraries.current_device(x):
         gy = arrays.like("gy", gy, x)
         gx = arrays.output(out, x)
-        checked = as_bits(bits, x).apart(gx)
-        rule(libraries.apart(x, gx), checked, libraries.apart(gy, gx), rows, gx)
+        checked = as_bits(bits, x).apart(out)
+        rule(libraries.apart(x, out), checked, libraries.apart(gy, out), rows, gx)
     return gx if out is None else out

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +16,7 @@ MAX_BITS = 16
 """The most levels of an element."""
 
 
-@dataclass(frozen=True)
-class Bits:
+class Bits(NamedTuple):
     """The number of bits of each element, checked.
 
     Attributes
@@ -40,9 +38,9 @@ class Bits:
         """Whether there is a map."""
         return not isinstance(self.entries, np.generic)
 
-    def apart(self, out: Array) -> Bits:
+    def apart(self, out: Array | None) -> Bits:
         """The same bits, with a copy of the map where writing `out` would overwrite it."""
-        if not self.mapped:
+        if out is None or not self.mapped:
             return self
         entries = libraries.apart(self.entries, out)
         return Bits(entries, _spread(entries, out), self.levels)

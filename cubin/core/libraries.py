@@ -48,13 +48,14 @@ def on_device(value: object) -> bool:
 
 def library(*arrays: object) -> ModuleType | Any:
     """NumPy, or CuPy if the arrays are CuPy's; TypeError for a mixture."""
-    owners = {on_device(array) for array in arrays}
-    if owners == {True, False}:
+    if not any(map(on_device, arrays)):
+        return np
+    if not all(map(on_device, arrays)):
         raise TypeError(
             "got NumPy and CuPy arrays in one call: move them to one side first, "
             "with cupy.asarray(a) or cupy.asnumpy(a)"
         )
-    return cupy() if True in owners else np
+    return cupy()
 
 
 def current_device(
@@ -106,13 +107,13 @@ def result_like(x: Array, dtype: Any) -> Array:
     return memory.empty(tuple(x.shape[axis] for axis in order), dtype).transpose(np.argsort(order))
 
 
-def apart(source: Array, out: Array) -> Array:
+def apart(source: Array, out: Array | None) -> Array:
     """`source`, or a copy where writing `out` would overwrite elements before they are read.
 
     If `source` is `out` itself there is no copy: each element is read before it is written.
     """
-    # A scalar shares no memory.
-    if isinstance(source, np.generic) or not library(source).may_share_memory(source, out):
+    # New memory is shared with nothing.
+    if out is None or not library(source).may_share_memory(source, out):
         return source
     same = (
         source.shape == out.shape

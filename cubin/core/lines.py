@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -43,9 +43,9 @@ class Lines:
         return -(-self.length // 8)
 
 
-def lines_of(shape: Sequence[int]) -> Lines:
+@lru_cache(maxsize=1 << 10)
+def lines_of(shape: tuple[int, ...]) -> Lines:
     """The lines of an array of shape `shape`."""
-    shape = tuple(shape)
     return Lines(shape[0], shape[1:]) if len(shape) > 1 else Lines(1, shape)
 
 

@@ -260,38 +260,29 @@ def for_each_lines(
 def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     """Run an elementwise primitive: one launch on a device, blocks over threads on the host."""
     output = next(iter(outputs.values()))
-    shape, size, device = output.shape, output.size, libraries.on_device(output)
-    if not device and size <= blocks.BLOCK and not blocks.pays(size):
-        blocks.alone(primitive.function, *inputs, **outputs)
-        return
     if not output.flags.c_contiguous:
         # The same elements in the order in which they lie.
         order = sorted(range(output.ndim), key=lambda axis: -abs(output.strides[axis]))
-        if order != list(range(output.ndim)):
-            spread = [_turned(a, order) for a in inputs]
-            elements(primitive, *spread, **{name: _turned(a, order) for name, a in outputs.items()})
-            return
-    if device:
+        inputs = tuple(_turned(a, order) for a in inputs)
+        outputs = {name: a.transpose(order) for name, a in outputs.items()}
+        output = next(iter(outputs.values()))
+    if libraries.on_device(output):
         primitive(*inputs, **outputs)
         return
-    on: Callable[..., None] = primitive.function
-    # Loops take C-contiguous arrays of one shape: what else there is among the inputs is copied,
-    # block by block.
-    if all(_is_plain(a, shape) for a in outputs.values()):
-        on = primitive.on_host(size)
-    looped = on is not primitive.function
-    spread = [np.broadcast_to(a, shape) if np.ndim(a) else a for a in inputs]
+    size = output.size
+    on = primitive.on_host(size)
+    if on is not primitive.function and not all(a.flags.carray for a in outputs.values()):
+        on = primitive.function  # loops write nothing else
+    if size <= blocks.BLOCK:
+        blocks.alone(on, *inputs, **outputs)
+        return
+    spread = [np.broadcast_to(a, output.shape) if np.ndim(a) else a for a in inputs]
 
-    def run(block: tuple[Any, ...]) -> None:
+    def run(block: blocks.Block) -> None:
         cut = [a[block] if np.ndim(a) else a for a in spread]
-        if looped:
-            cut = [blocks.in_order(a) if np.ndim(a) else a for a in cut]
         on(*cut, **{name: a[block] for name, a in outputs.items()})
 
-    if size <= blocks.BLOCK:
-        blocks.alone(run, (...,))
-        return
-    blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
+    blocks.each(run, list(blocks.tile(output.shape, blocks.elements_block(size))), size)
 
 
 def _turned(array: Any, order: Sequence[int]) -> Any:
@@ -299,17 +290,6 @@ def _turned(array: Any, order: Sequence[int]) -> Any:
     if not np.ndim(array):
         return array
     return array.reshape((1,) * (len(order) - array.ndim) + array.shape).transpose(order)
-
-
-def _is_plain(array: Any, shape: tuple[int, ...]) -> bool:
-    """Whether compiled loops take an array of this shape, or a scalar.
-
-    It has to be C-contiguous and aligned.
-    """
-    if not np.ndim(array):
-        return True
-    flags = array.flags
-    return bool(array.shape == shape and flags.c_contiguous and flags.aligned)
 
 
 def _side_by_side(array: Any, rows: Rows) -> Any:

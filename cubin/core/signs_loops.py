@@ -1,4 +1,4 @@
-"""The primitives of `signs.py` as compiled loops, on C-contiguous arrays."""
+"""The primitives of `signs.py` as compiled loops, which write C-contiguous arrays."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from cubin.core import floats
 from cubin.core.floats import as_integers
-from cubin.core.host.loops import in_work_dtype, loop, part, read_only
+from cubin.core.host.loops import in_rows, in_work_dtype, loop, part, read_only
 from cubin.core.libraries import Array
 
 
@@ -60,15 +60,15 @@ def signs(x: Array, *, y: Array) -> None:
     elif np.may_share_memory(x, y):
         _signs_in_place(y.reshape(-1))
     else:
-        _signs(read_only(x).reshape(-1), y.reshape(-1))
+        _signs(read_only(in_rows(x)).reshape(-1), y.reshape(-1))
 
 
 def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
     """`signs.gradient_inside`."""
     if floats.is_narrow(x.dtype):  # only x is computed with
         x, gy, gx = in_work_dtype(x), as_integers(gy), as_integers(gx)
-    x, gy = (read_only(a).reshape(-1) for a in (x, gy))
+    x, gy = (read_only(in_rows(a)).reshape(-1) for a in (x, gy))
     if np.ndim(bits):
-        _clip_to_bits(x, read_only(bits).reshape(-1), gy, gx.reshape(-1))
+        _clip_to_bits(x, read_only(in_rows(bits)).reshape(-1), gy, gx.reshape(-1))
     else:
         _clip(x, x.dtype.type(bits), gy, gx.reshape(-1))

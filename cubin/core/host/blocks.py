@@ -176,18 +176,18 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
             errors.clear()  # the traceback refers to `errors`: a cycle that keeps arrays alive
 
 
+@np.errstate(all="ignore")
 def alone(task: Callable[..., None], *inputs: Any, **outputs: Any) -> None:
     """Run a task that is a single block, on the calling thread."""
-    with np.errstate(all="ignore"):
-        np.setbufsize(_BUFFER)  # until this errstate ends
-        task(*inputs, **outputs)
+    np.setbufsize(_BUFFER)  # until the function's errstate ends
+    task(*inputs, **outputs)
 
 
+@np.errstate(all="ignore")
 def _run(task: Callable[[Any], None], blocks: Iterable[Any]) -> None:
-    with np.errstate(all="ignore"):
-        np.setbufsize(_BUFFER)  # until this errstate ends
-        for block in blocks:
-            task(block)
+    np.setbufsize(_BUFFER)  # until the function's errstate ends
+    for block in blocks:
+        task(block)
 
 
 def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:
@@ -304,11 +304,6 @@ def _loops(module: str) -> Any:
         return None
 
 
-def in_order(array: np.ndarray) -> np.ndarray:
-    """`array` as compiled loops take it: C-contiguous and aligned, a copy if need be."""
-    return sys.modules["cubin.core.host.loops"].in_rows(array)
-
-
 def _is_loaded() -> bool:
     return "cubin.core.host.loops" in sys.modules
 
@@ -324,7 +319,7 @@ def _numba_works() -> bool:
 
 def rows_block(size: int, itemsize: int) -> int:
     """Elements of a block of whole rows, of an array of `size` elements."""
-    if not is_ready(size):
+    if not is_ready(size) or size * itemsize <= WHOLE_ROWS:
         return WHOLE_ROWS // itemsize
     least, most = COMPILED_ROWS
     return min(max(least, portion(size) * itemsize), most) // itemsize

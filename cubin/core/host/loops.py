@@ -332,6 +332,8 @@ def _lies_in_columns(x: Array) -> bool:
 
 def in_rows(x: Array) -> Array:
     """`x` in C order and aligned: itself where it is. Columns take a tenth of NumPy's time."""
+    if x.flags.c_contiguous and x.flags.aligned:
+        return x
     if not _lies_in_columns(x):
         return np.require(x, requirements=("C", "A"))
     rows, kind = np.empty(x.shape, x.dtype), _PATTERNS[x.itemsize]

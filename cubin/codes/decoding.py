@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,28 +55,11 @@ class Decoding:
         self.planes, self._bits, self._shape = planes, bits, rows.shape
         self.mapped = not isinstance(bits, np.generic)
         self.levels = min(len(planes), MAX_BITS if self.mapped else int(bits))
-        self._scales = self._in_lines(scales, rows)
+        layout = _layout_of(rows)
+        self._runs, self.run, self._period, self._group = layout[3:]
+        self._scales = _in_lines(scales, layout)
         # Like the scales of one level.
-        self._shift = None if shift is None else self._in_lines(shift[None], rows)
-
-    def _in_lines(self, scales: Array, rows: Rows) -> Array:
-        """Scales that broadcast to the array, with the line as the first axis of each level."""
-        wide = conversions.rounded(scales, floats.work_dtype(scales.dtype))
-        inner = (1,) * len(rows.inner_shape)
-        wide = wide.reshape(len(wide), *rows.scale_shape, *inner)
-        wide = wide.transpose(0, *(1 + int(axis) for axis in np.argsort(rows.order)))
-        split = rows.split
-        if len(rows.shape) < 2:
-            wide, split = wide[:, None], (1, *split)
-        last = max((axis for axis in range(1, len(split)) if wide.shape[1 + axis] > 1), default=0)
-        self._runs = split[1 : last + 1]
-        self.run = math.prod(split[last + 1 :])
-        self._period = self._group = 0
-        if len(rows.sections) > 1:
-            # Groups begin at multiples of this, also where a line has several axes.
-            self._period = rows.shape[-1]
-            self._group, self.run = self.run, math.gcd(self.run, self._period)
-        return wide.reshape(wide.shape[: last + 2])
+        self._shift = None if shift is None else _in_lines(shift[None], layout)
 
     @property
     def shifted(self) -> bool:
@@ -129,8 +113,9 @@ class Decoding:
         xp: Any = libraries.library(scales)
         cut = scales[:, lines] if scales.shape[1] > 1 else scales
         levels, count = cut.shape[:2]
-        spread = xp.broadcast_to(cut, (levels, count, *self._runs))
-        spread = spread.reshape(levels, count, math.prod(self._runs))
+        if cut.shape[2:] != self._runs:
+            cut = xp.broadcast_to(cut, (levels, count, *self._runs))
+        spread = cut.reshape(levels, count, math.prod(self._runs))
         if spread.shape[2] == 1 or (elements is None and not self._period):
             return spread
         start, stop = (
@@ -230,6 +215,62 @@ class Decoding:
         # Where lines lie side by side, many of them are worked on together.
         least = None if y.flags.c_contiguous else BESIDE
         passes.for_each_lines(task, self.lines, self.run, y, least=least)
+
+
+class _Layout(NamedTuple):
+    """How the scales of rows lie along the lines.
+
+    Attributes
+    ----------
+    spread : tuple of int
+        The shape of a level's scales, and 1 for each axis within a row.
+    axes : tuple of int
+        The axis of the levels, and the axes of `spread` in the order of the array.
+    shape : tuple of int
+        The number of lines and the lengths of the axes of runs; 1 for an axis along which scales
+        are shared.
+    runs : tuple of int
+        The lengths of the axes of runs in a line.
+    run : int
+        So many neighbouring elements share their scales.
+    period, group : int
+        Where last groups are shorter: groups have so many elements, and begin anew after so many.
+        Else 0.
+    """
+
+    spread: tuple[int, ...]
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    runs: tuple[int, ...]
+    run: int
+    period: int
+    group: int
+
+
+@lru_cache(maxsize=1 << 10)
+def _layout_of(rows: Rows) -> _Layout:
+    spread = (*rows.scale_shape, *(1 for _ in rows.inner_shape))
+    axes = (0, *(1 + axis for axis in rows.places))
+    shape, split = tuple(spread[axis] for axis in rows.places), rows.split
+    if len(rows.shape) < 2:
+        shape, split = (1, *shape), (1, *split)
+    last = max((axis for axis in range(1, len(shape)) if shape[axis] > 1), default=0)
+    run, period, group = math.prod(split[last + 1 :]), 0, 0
+    if len(rows.sections) > 1:
+        # Groups begin at multiples of this, also where a line has several axes.
+        period = rows.shape[-1]
+        group, run = run, math.gcd(run, period)
+    return _Layout(spread, axes, shape[: last + 1], split[1 : last + 1], run, period, group)
+
+
+def _in_lines(scales: Array, layout: _Layout) -> Array:
+    """Scales, (levels, \\*scale shape), in the work dtype, with the line as their second axis.
+
+    They broadcast to the runs.
+    """
+    wide = conversions.rounded(scales, floats.work_dtype(scales.dtype))
+    spread = wide.reshape(len(wide), *layout.spread).transpose(layout.axes)
+    return spread.reshape(len(wide), *layout.shape)
 
 
 def coded(bits: Any, level: int, shape: tuple[int, ...], like: Array) -> Array:

@@ -107,8 +107,8 @@ def box_of(block: tuple[object, ...], rows: Rows) -> Box:
     cuts = [cut for cut in block if isinstance(cut, slice)]
     cuts += [slice(None)] * (len(lengths) - len(cuts))
     whole = [slice(*cut.indices(n)[:2]) for cut, n in zip(cuts, lengths, strict=True)]
-    order = tuple(sorted(range(len(lengths)), key=lambda at: rows.order[at]))
-    sizes, ranges = tuple(cut.stop - cut.start for cut in whole), tuple(whole[at] for at in order)
+    sizes = tuple(cut.stop - cut.start for cut in whole)
+    ranges = tuple(whole[at] for at in rows.places)
     if len(rows.shape) < 2:
-        return Box(sizes, order, slice(0, 1), ranges, rows.split)
-    return Box(sizes, order, ranges[0], ranges[1:], rows.split[1:])
+        return Box(sizes, rows.places, slice(0, 1), ranges, rows.split)
+    return Box(sizes, rows.places, ranges[0], ranges[1:], rows.split[1:])

@@ -131,7 +131,12 @@ class Rows:
     def aligned(self, scale: Array) -> Array:
         """Scales of shape `scale_shape` so that they broadcast to an array of shape `split`."""
         spread = scale.reshape(self.scale_shape + (1,) * len(self.inner_shape))
-        return spread.transpose(np.argsort(self.order).tolist())
+        return spread.transpose(self.places)
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Where `order` has each axis of `split`."""
+        return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
 
 
 @dataclass(frozen=True)

@@ -394,7 +394,6 @@ def quantize(
     rule = solver_of(solver, iterations)
     if not isinstance(shift, (bool, np.bool_)):
         raise TypeError(f"shift must be True or False, got {type(shift).__qualname__}")
-    xp = libraries.library(x)
     with libraries.current_device(x):
         checked = as_bits(bits, x, limit=rule.most_bits, look=True)
         weights = _weights(importance, x, solver)
@@ -423,8 +422,7 @@ def quantize(
             code = joined(codes, checked.entries, rows)
         else:
             code = _encoded(x, checked, rows, rule, weights, matrix, bool(shift), several)
-        stored = [part for part in (code.scales, code.shift, code.tables) if part is not None]
-        if check_finite and not all(bool(xp.isfinite(part).all()) for part in stored):
+        if check_finite and not _is_finite(code):
             _check_finite(x, rows)
             raise ValueError(f"the sum of |x| over a row overflows {x.dtype}: scale x down first")
         return code
@@ -494,6 +492,12 @@ def _matrix(
     if levels > outputs.MAX_LEVELS:
         raise ValueError(f"with gram bits go up to {outputs.MAX_LEVELS}, got {levels}")
     return matrix
+
+
+def _is_finite(code: BinaryCode) -> bool:
+    """Whether all scales and shifts are finite."""
+    stored = [part for part in (code.scales, code.shift, code.tables) if part is not None]
+    return all(bool(libraries.library(part).isfinite(part).all()) for part in stored)
 
 
 def _check_finite(x: Array, rows: Rows) -> None:

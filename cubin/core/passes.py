@@ -498,7 +498,7 @@ def _over(
 
     if len(parts) == 1 and parts[0].block == (...,):
         flat = [a if isinstance(a, np.generic) else rows.flat(gathered(a)) for a in inputs]
-        blocks.alone(task, parts[0], *flat)
+        blocks.each(lambda part: task(part, *flat), parts, size)
         return
     views = [a if isinstance(a, np.generic) else rows.view(a) for a in inputs]
 

@@ -283,7 +283,7 @@ def read_only(array: Array) -> Array:
     """A read-only view. Numba has two types, for arrays that are writable and those that are not:
     this way there is one."""
     view = array.view()
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view
 
 

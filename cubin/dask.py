@@ -259,7 +259,7 @@ def _approximated(
             of_chunk.get("bits", number), x, limit=solver.most_bits, look=solver.name != "greedy"
         )
         if "levels" in of_chunk:
-            bits = dataclasses.replace(bits, levels=min(int(of_chunk["levels"]), solver.most_bits))
+            bits = bits._replace(levels=min(int(of_chunk["levels"]), solver.most_bits))
         importance = of_chunk.get("importance")
         weights = None if importance is None else arrays.as_importance(importance, x)
         rows = dataclasses.replace(rows_of(x.shape, **layout), whole=whole)

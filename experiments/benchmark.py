@@ -598,15 +598,19 @@ def import_time(rounds: int) -> Timing:
     def started(module: str) -> float:
         start = time.perf_counter()
         root = Path(cubin.__file__).parents[1]
-        subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd=root)
+        command = [sys.executable, "-c", f"import {module}"]
+        subprocess.run(command, check=True, cwd=root, env=environment)
         return time.perf_counter() - start
 
     found: dict[str, list[float]] = {CUBIN: [], EXPRESSION: []}
-    for _ in range(rounds + 1):
-        found[CUBIN].append(started("cubin"))
-        found[EXPRESSION].append(started("numpy"))
-    # The least of them: a process that starts is delayed by much and sped up by nothing. The first
-    # one may have written bytecode.
+    with tempfile.TemporaryDirectory() as folder:
+        # The first processes write bytecode, also where this one does not.
+        bytecode = {"PYTHONPYCACHEPREFIX": folder, "PYTHONDONTWRITEBYTECODE": ""}
+        environment = {**os.environ, **bytecode}
+        for _ in range(rounds + 1):
+            found[CUBIN].append(started("cubin"))
+            found[EXPRESSION].append(started("numpy"))
+    # The least of them: a process that starts is delayed by much and sped up by nothing.
     return Timing({name: [min(taken[1:])] for name, taken in found.items()})
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
@@ -87,7 +85,7 @@ def test_threads_take_further_elements_where_the_grid_ends(device, rng, monkeypa
         monkeypatch.setattr(
             primitive,
             "launch",
-            lambda *given, plain=plain: dataclasses.replace(plain(*given), grid=2),
+            lambda *given, plain=plain: plain(*given)._replace(grid=2),
         )
     signs, bits, scales = sample(rng, 2, 70, 300, np.float32)
     planes, y = added(device, signs, bits, scales, np.float32)

@@ -687,7 +687,7 @@ def across(
     adjoint : callable, optional
         As in `border`.
     """
-    if any(LIBRARY_OF[type(value)] is DASK for value in arguments.values()):
+    if DASK in map(LIBRARY_OF.__getitem__, map(type, arguments.values())):
         # The adapter calls public functions: it is looked up here, since the core imports none.
         return importlib.import_module("cubin.dask").lazily(function.__name__, arguments)
     library, ours, given = enter(arguments)

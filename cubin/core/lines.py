@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,8 +49,7 @@ def lines_of(shape: tuple[int, ...]) -> Lines:
     return Lines(shape[0], shape[1:]) if len(shape) > 1 else Lines(1, shape)
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """Where a block of the view that `Rows.view` gives lies in the lines.
 
     Attributes

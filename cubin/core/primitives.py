@@ -28,9 +28,8 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -255,8 +254,7 @@ class Reduction(Primitive):
         kernel(*inputs, *outputs, axis=outputs[0].ndim - 1, keepdims=True)
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """How a raw kernel is launched.
 
     Attributes

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -139,8 +139,7 @@ class Rows:
         return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """Some elements of the last axis of an array, as an array whose rows have one length.
 
     Attributes

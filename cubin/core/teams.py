@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,8 +56,7 @@ MOST_ALIGNED = 8
 _NO_MAP = np.uint64(0)
 
 
-@dataclass(frozen=True)
-class Team:
+class Team(NamedTuple):
     """The threads that share a row.
 
     Attributes
@@ -108,8 +106,7 @@ def team_of(
     return Team(name, threads, pack, min(1 << (share - 1).bit_length(), most))
 
 
-@dataclass(frozen=True)
-class RowLaunch:
+class RowLaunch(NamedTuple):
     """How a kernel on whole rows is launched, and which rows it takes.
 
     Attributes

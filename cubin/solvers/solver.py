@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cubin.core import arrays
 from cubin.core.bits import MAX_BITS
 
 
-@dataclass(frozen=True)
-class Solver:
+class Solver(NamedTuple):
     """How the scales and signs of a row are found.
 
     Attributes
@@ -58,4 +56,4 @@ def solver_of(name: str, iterations: int | None) -> Solver:
     if iterations is not None and arrays.as_integer("iterations", iterations) < 0:
         raise ValueError(f"iterations must be None or at least 0, got {iterations}")
     solver = SOLVERS[name]
-    return dataclasses.replace(solver, iterations=iterations) if name == "alternating" else solver
+    return solver._replace(iterations=iterations) if name == "alternating" else solver

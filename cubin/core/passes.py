@@ -276,13 +276,14 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     if size <= blocks.BLOCK:
         blocks.alone(on, *inputs, **outputs)
         return
-    spread = [np.broadcast_to(a, output.shape) if np.ndim(a) else a for a in inputs]
+    shape = output.shape
+    spread = [np.broadcast_to(a, shape) if np.shape(a) not in ((), shape) else a for a in inputs]
 
     def run(block: blocks.Block) -> None:
         cut = [a[block] if np.ndim(a) else a for a in spread]
         on(*cut, **{name: a[block] for name, a in outputs.items()})
 
-    blocks.each(run, list(blocks.tile(output.shape, blocks.elements_block(size))), size)
+    blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
 
 
 def _turned(array: Any, order: Sequence[int]) -> Any:

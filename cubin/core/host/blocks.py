@@ -318,7 +318,7 @@ def _numba_works() -> bool:
 
 def rows_block(size: int, itemsize: int) -> int:
     """Elements of a block of whole rows, of an array of `size` elements."""
-    if not is_ready(size) or size * itemsize <= WHOLE_ROWS:
+    if not is_ready(size):
         return WHOLE_ROWS // itemsize
     least, most = COMPILED_ROWS
     return min(max(least, portion(size) * itemsize), most) // itemsize

@@ -1,4 +1,4 @@
-"""The primitive of `errors.py` as a compiled loop, which goes chunk by chunk and gives the same bits.
+"""The primitive of `errors.py` as a compiled loop, chunk by chunk and with the same bits.
 
 Products are added up as `cubin.core.sums` does it. None is stored beyond its chunk.
 """

@@ -273,9 +273,9 @@ def _approximate_narrow_rows(
     stored: Array, stored_words: Array, m: Array, magnitudes: Array, chunk: Array, sums: Array,
     values: Array, value_words: Array, y: Array,
 ) -> None:  # fmt: skip
-    """The same for float16 and bfloat16 as bit patterns. Of what is widened there are the words, too.
+    """The same for float16 and bfloat16 as bit patterns, a few rows at a time.
 
-    So few rows at a time are widened that they stay in the cache.
+    What is widened comes twice, as floats and as words. It stays in the cache.
     """
     for start in range(0, len(x), len(m)):
         count, depths = min(len(m), len(x) - start), bits[start : start + len(m)]

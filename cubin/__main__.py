@@ -34,6 +34,7 @@ options, a run goes on where it stopped. FOLDER/error_per_bit_width.csv is writt
 QUANTIZE_EXAMPLES = """examples:
   python -m cubin quantize model.safetensors --bits 2 --output codes.safetensors
   python -m cubin quantize model/ --bits 3 --map budget:1.4 --solver refined --output c.safetensors
+  python -m cubin quantize model/ --bits 4 --precisions 2-4 --output c.safetensors
 
 """
 SHOW_EXAMPLES = """examples:
@@ -121,6 +122,12 @@ def argument_parser() -> argparse.ArgumentParser:
         type=quantize.parse_map,
         metavar="budget:MEAN",
         help="a bit map of at most --bits bits, MEAN of them on average",
+    )
+    options.add_argument(
+        "--precisions",
+        type=parse_bits,
+        metavar="LIST",
+        help="2-4, 1,2,4, which ends on --bits: the file serves each of them, with its own scales",
     )
     options.add_argument("--solver", choices=sorted(SOLVERS), default="greedy")
     options.add_argument("--shift", action="store_true", help="a constant for each row, too")

@@ -6,15 +6,17 @@ sums is NaN, rather than a wrong 0 or infinity. Squares of other floats do neith
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from cubin.calibration import Gram, matrix_for
-from cubin.core import arrays, conversions, libraries, passes
+from cubin.core import arrays, conversions, libraries, memory, passes
 from cubin.core.libraries import Array
 from cubin.core.primitives import FLOATS, reduction
 from cubin.core.rows import axes_of, rows_of
+from cubin.core.sums import CHUNK, row_sums
 
 __all__ = [
     "Errors",
@@ -57,6 +59,7 @@ __device__ Moments operator+(const Moments& a, const Moments& b) {
     identity="Moments()",
     reduce_type="Moments",
     types=FLOATS,
+    looped=True,
     preamble=_CUDA,
 )
 def moments(
@@ -70,14 +73,15 @@ def moments(
     worst: np.ndarray,
 ) -> None:
     """Sums of (x - y)^2, x^2, y^2 and x y over the last axis, and the largest |x - y|."""
-    x = x.astype(np.float64)
-    y = approx.astype(np.float64)
-    power[..., 0] = np.einsum("...i,...i->...", x, x)
-    power_of_approx[..., 0] = np.einsum("...i,...i->...", y, y)
-    product[..., 0] = np.einsum("...i,...i->...", x, y)
-    np.subtract(x, y, out=x)
-    error[..., 0] = np.einsum("...i,...i->...", x, x)
-    np.max(np.abs(x, out=x), axis=-1, keepdims=True, initial=0, out=worst)
+    a, b = x.astype(np.float64), approx.astype(np.float64)
+    products = memory.scratch("products", x.shape, np.float64)
+    power[:, 0] = row_sums(np.multiply(a, a, out=products))
+    power_of_approx[:, 0] = row_sums(np.multiply(b, b, out=products))
+    # The loop begins with 0: a sum of -0.0 alone is +0 there.
+    product[:, 0] = row_sums(np.multiply(a, b, out=products)) + 0.0
+    np.subtract(a, b, out=a)
+    error[:, 0] = row_sums(np.multiply(a, a, out=products))
+    np.max(np.abs(a, out=a), axis=-1, keepdims=True, initial=0, out=worst)
 
 
 @dataclass(frozen=True)
@@ -160,15 +164,22 @@ def measure(
     x = arrays.as_floats("x", x)
     every = tuple(range(x.ndim))
     reduced = every if axis is None else axes_of("axis", axis, x.shape)
-    rows = rows_of(x.shape, tuple(a for a in every if a not in reduced))
+    kept = tuple(a for a in every if a not in reduced)
+    # A long row is added up in parts: shorter rows, of which many come in one block.
+    numbering, inner = kept, [a for a in every if a in reduced]
+    rows = rows_of(x.shape, numbering)
+    while passes.is_long(rows, x) and rows.length // x.shape[inner[0]] >= CHUNK:
+        numbering = (*numbering, inner.pop(0))
+        rows = rows_of(x.shape, numbering)
     with libraries.current_device(x):
         approx = arrays.like("approx", approx, x)
         sums = passes.partial_results(moments, rows, (x, approx), [])
         # The kept axes number the rows, in their order.
-        shape = rows.scale_shape
+        shape = tuple(x.shape[a] for a in kept)
+        count, parts = math.prod(shape), math.prod(x.shape[a] for a in numbering[len(kept) :])
         if keepdims:
             shape = tuple(1 if a in reduced else x.shape[a] for a in every)
-        *pieces, largest = sums
+        *pieces, largest = (a.reshape(count, parts * a.shape[1]) for a in sums)
         totals = [piece.sum(axis=-1) for piece in pieces]
         return Errors(*(a.reshape(shape)[()] for a in (*totals, largest.max(axis=-1))))
 

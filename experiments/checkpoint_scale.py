@@ -74,6 +74,7 @@ def write_shards(folder: Path, shapes: dict[str, tuple[int, ...]], count: int) -
             header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
             at = end
         text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # numbers are aligned, as the package safetensors has them
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for shape in tensors.values():

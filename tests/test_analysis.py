@@ -310,6 +310,41 @@ def test_one_bad_array_does_not_stop_the_others(weights, array, reason):
     assert reason in why
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("solver", ["greedy", "refined", "alternating", "optimal"])
+@pytest.mark.parametrize("iterations", [2, None])
+def test_no_solver_stumbles_over_what_cannot_be_measured(weights, solver, iterations):
+    bad = {
+        "nan": np.array([[1.0, np.nan, 3.0]]),
+        "infinity": np.full((3, 2), -np.inf, np.float32),
+        "large": np.array([[1e200, -3e200, 2e200]]),
+        "small": np.array([[1e-200, -3e-200, 2e-200]]),
+    }
+    table = error_per_bit_width({**bad, **weights}, [1, 3], solver, iterations=iterations)
+    assert {row.name for row in table.rows} == set(weights)
+    assert [name for name, _ in table.skipped] == list(bad)
+    for (_, reason), word in zip(table.skipped, ["NaN", "NaN", "overflow", "vanish"], strict=True):
+        assert word in reason
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, 1e200, 1e-200])
+def test_functions_see_no_array_that_cannot_be_measured(bad):
+    seen = []
+
+    def keep(x, bits):
+        seen.append(x)
+        return x
+
+    def ones(x):
+        seen.append(x)
+        return np.ones(x.shape, int)
+
+    for bits, solver in (([1], keep), (ones, "greedy")):
+        with pytest.raises(ValueError, match=r"NaN|overflow"):
+            error_per_bit_width(np.full((2, 3), bad), bits, solver)
+    assert not seen
+
+
 def test_an_array_that_an_axis_does_not_fit_is_skipped(rng):
     arrays = {"conv": rng.normal(size=(4, 3, 7, 7)), "fc": rng.normal(size=(4, 64))}
     table = error_per_bit_width(arrays, bits=[1], channel_axis=3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -135,3 +136,86 @@ def test_options_are_keywords():
     for name in ("relative_mse", "sqnr_db", "cosine_similarity", "max_abs_error"):
         with pytest.raises(TypeError):
             getattr(errors, name)(x, x, 0)
+
+
+# The order of sums
+
+SUMS = ("error", "power", "power_of_approx", "product", "worst")
+SHAPES = [(0, 3), (3, 0), (1, 1), (7, 127), (3, 128), (2, 143), (2, 1025), (3, 5000), (1, 150_001)]
+KINDS = {
+    "random": (1, 1),
+    "zeros": (0, -1),
+    "subnormal": (1e-41, 1e-39),
+    "overflowing": (1e160, 1),
+    "not finite": (np.nan, np.inf),
+}
+
+
+def pair(rng, shape, dtype, kind):
+    first, second = KINDS[kind]
+    x, y = rng.normal(size=shape), np.abs(rng.normal(size=shape))
+    if kind == "not finite":
+        x.ravel()[::501], y.ravel()[:1] = first, -second
+        x.ravel()[1::777] = second
+        first = second = 1
+    with np.errstate(all="ignore"):
+        return (x * first).astype(dtype), (y * second).astype(dtype)
+
+
+def sums_of(form, x, y):
+    """What a form gives for rows, (rows, 5)."""
+    outputs = {name: np.full((len(x), 1), np.nan) for name in SUMS}
+    with np.errstate(all="ignore"):
+        form(x, y, **outputs)
+    return np.hstack(list(outputs.values()))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loop_gives_the_bits_of_the_body(rng, dtype, kind):
+    pytest.importorskip("numba")
+    from cubin import errors_loops
+
+    for shape in SHAPES:
+        x, y = pair(rng, shape, dtype, kind)
+        expected = sums_of(errors.moments.function, x, y)
+        spread = np.repeat(x, 2, axis=1)[:, ::2], y[::-1].copy()[::-1]
+        for views in ((x, y), (np.asfortranarray(x), np.asfortranarray(y)), spread):
+            for form in (errors.moments.function, errors_loops.moments):
+                found = sums_of(form, *views)
+                np.testing.assert_array_equal(found, expected)
+                np.testing.assert_array_equal(np.signbit(found), np.signbit(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_sums_are_exact_to_float64(rng, dtype):
+    for shape in SHAPES[2:]:
+        x, y = pair(rng, shape, dtype, "random")
+        rows = zip(x.astype(float).tolist(), y.astype(float).tolist(), strict=True)
+        found = sums_of(errors.moments.function, x, y)
+        for (a, b), row in zip(rows, found, strict=True):
+            pairs = [*zip(a, b, strict=True)]
+            exact = [math.fsum((p - q) ** 2 for p, q in pairs), math.fsum(p * p for p in a),
+                     math.fsum(q * q for q in b), math.fsum(p * q for p, q in pairs)]  # fmt: skip
+            np.testing.assert_allclose(row[[0, 1, 2]], exact[:3], rtol=4e-15)
+            assert abs(row[3] - exact[3]) <= 4e-15 * math.sqrt(exact[1] * exact[2])
+            assert row[4] == max(abs(p - q) for p, q in pairs)
+
+
+@pytest.mark.parametrize("shape", [(1500, 1024), (3, 7, 70_001), (2**18 + 9,), (600, 5, 600)])
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_measure_has_the_same_bits_in_all_forms(rng, monkeypatch, shape, axis):
+    x = rng.normal(size=shape).astype(np.float32)
+    y = x + rng.normal(0, 0.1, shape).astype(np.float32)
+    found = []
+    # Loops for all sizes on two threads, on one, and NumPy's bodies.
+    for compiled, threads in ((0, "2"), (0, "1"), (sys.maxsize, "1")):
+        monkeypatch.setattr(blocks, "COMPILED", compiled)
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        measured = errors.measure(x, y, axis=axis)
+        found.append([getattr(measured, name) for name in SUMS])
+        turned = errors.measure(np.asfortranarray(x), y, axis=axis)
+        found.append([getattr(turned, name) for name in SUMS])
+    for other in found[1:]:
+        for one, expected in zip(other, found[0], strict=True):
+            np.testing.assert_array_equal(one, expected)

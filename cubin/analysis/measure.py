@@ -32,6 +32,9 @@ Quantizer = Callable[[Array, Array], Array]
 PART = 1 << 26
 """Elements of the largest tensor that is measured in one part: 512 MB in float64."""
 
+Sums = tuple[float, float, float, float, float]
+"""The fields of `Errors`."""
+
 
 class UnfitError(Exception):
     """An array that cannot be measured and is skipped; `error` says why."""
@@ -164,17 +167,19 @@ class Measured:
 
     Attributes
     ----------
-    power, worst : float
-        The sum of squares, and the largest magnitude.
-    sums : mapping of (str, label) to tuple of 5 floats
-        The fields of `Errors` by solver and label of the bits.
+    power : float
+        The sum of squares.
+    vanishes : bool
+        Whether float64 cannot hold its squares, of which all are 0, but the part is not.
+    sums : mapping of (str, label) to Sums
+        By solver and label of the bits.
     costs : mapping of label to (float, float)
         Payload and effective bits of the whole array.
     """
 
     power: float
-    worst: float
-    sums: Mapping[tuple[str, Any], tuple[float, ...]] = field(repr=False)
+    vanishes: bool
+    sums: Mapping[tuple[str, Any], Sums] = field(repr=False)
     costs: Mapping[Any, tuple[float, float]]
 
 
@@ -189,11 +194,10 @@ def measure(sweep: Sweep, entry: Entry, cut: Cut) -> Measured:
     rows = layout(entry, sweep)
     x = entry.load(cut)
     with libraries.current_device(x, entry.library):
-        approx = checked.output(None, x)
-        approx.fill(0)
-        whole = errors.measure(x, approx)
-        power, worst = float(whole.power), float(whole.worst)
-        check_range(power, worst, joined=not cut)
+        if not sweep.by_rows:
+            # Functions see no array that cannot be measured. Solvers take any, and the first errors
+            # that are measured tell the same.
+            vanishes(x, float(errors.measure(x, x).power), whole=True)
         maps = {
             label: bit_map(bits(entry.in_library(x.copy())), x) if callable(bits) else bits
             for label, bits in sweep.widths.items()
@@ -202,37 +206,48 @@ def measure(sweep: Sweep, entry: Entry, cut: Cut) -> Measured:
             label: (payload_bits(bits, rows.shape), effective_bits(bits, rows, x.dtype))
             for label, bits in maps.items()
         }
-        sums: dict[tuple[str, Any], tuple[float, ...]] = {}
-        for solver, quantize in sweep.quantizers.items():
-            for label, bits in maps.items():
-                if callable(quantize):
-                    result = f"the result of {solver!r}"
-                    y = quantize(entry.in_library(x.copy()), entry.in_library(bits))
-                    y = checked.like(result, libraries.viewed(result, y)[1], x)
-                else:
-                    y = multibit(
-                        x,
-                        bits,
-                        solver=quantize,
-                        channel_axis=entry.channel_axis,
-                        group_size=sweep.group_size,
-                        iterations=sweep.iterations,
-                        importance=entry.importance,
-                        out=approx,
-                    )
-                measured = errors.measure(x, y)
-                if not np.isfinite(float(measured.error)):
-                    raise UnfitError(
-                        ValueError(f"{solver!r} gives NaN or infinity at {label!r} bits")
-                    )
-                sums[solver, label] = (
-                    float(measured.error),
-                    float(measured.power),
-                    float(measured.power_of_approx),
-                    float(measured.product),
-                    float(measured.worst),
+        sums = sums_of(sweep, entry, x, maps)
+        power, lost = 0.0, False
+        for number, ((solver, label), (error, power, *_)) in enumerate(sums.items()):
+            if not number:
+                lost = vanishes(x, power, whole=not cut)
+            if not math.isfinite(error):
+                raise UnfitError(ValueError(f"{solver!r} gives NaN or infinity at {label!r} bits"))
+        return Measured(power, lost, sums, costs)
+
+
+def sums_of(
+    sweep: Sweep, entry: Entry, x: Array, maps: Mapping[Any, Any]
+) -> dict[tuple[str, Any], Sums]:
+    """What is measured of `x` by solver and label of the bits."""
+    approx = checked.output(None, x)
+    sums = {}
+    for solver, quantize in sweep.quantizers.items():
+        for label, bits in maps.items():
+            if callable(quantize):
+                result = f"the result of {solver!r}"
+                y = quantize(entry.in_library(x.copy()), entry.in_library(bits))
+                y = checked.like(result, libraries.viewed(result, y)[1], x)
+            else:
+                y = multibit(
+                    x,
+                    bits,
+                    solver=quantize,
+                    channel_axis=entry.channel_axis,
+                    group_size=sweep.group_size,
+                    iterations=sweep.iterations,
+                    importance=entry.importance,
+                    out=approx,
                 )
-        return Measured(power, worst, sums, costs)
+            measured = errors.measure(x, y)
+            sums[solver, label] = (
+                float(measured.error),
+                float(measured.power),
+                float(measured.power_of_approx),
+                float(measured.product),
+                float(measured.worst),
+            )
+    return sums
 
 
 def bit_map(bits: Any, x: Array) -> Any:
@@ -242,11 +257,29 @@ def bit_map(bits: Any, x: Array) -> Any:
     return view
 
 
-def check_range(power: float, worst: float, joined: bool) -> None:
-    """Raise where the errors of an array cannot be measured; in a part, squares may vanish."""
-    if not np.isfinite(worst):
+def vanishes(x: Array, power: float, whole: bool) -> bool:
+    """Whether float64 cannot hold the squares of `x`, whose sum is `power`, since they are 0.
+
+    Raises
+    ------
+    UnfitError
+        If the errors of the array cannot be measured. Squares may vanish in a part of it.
+    """
+    if 0 < power < math.inf:
+        return False
+    zeros = checked.output(None, x)
+    zeros.fill(0)
+    largest = float(errors.max_abs_error(x, zeros))
+    if not math.isfinite(largest):
         raise UnfitError(ValueError("it has NaN or infinity: clean it, e.g. with nan_to_num"))
-    if not np.isfinite(power) or (joined and power == 0 and worst > 0):
+    lost = power == 0 and largest > 0
+    check_range(power, lost and whole)
+    return lost
+
+
+def check_range(power: float, lost: bool) -> None:
+    """Raise where float64 cannot hold the sum of squares of an array."""
+    if lost or not math.isfinite(power):
         raise UnfitError(
             ValueError("the squares of its values overflow or vanish in float64: scale it first")
         )
@@ -260,27 +293,16 @@ def join(sweep: Sweep, entry: Entry, parts: Sequence[Measured]) -> list[ErrorRow
     UnfitError
         If the array cannot be measured.
     """
-    # As NumPy's numbers, which give infinity where Python's raise.
-    check_range(
-        float(added([part.power for part in parts])),
-        max(part.worst for part in parts),
-        joined=True,
-    )
+    power = added([part.power for part in parts])
+    check_range(power, power == 0 and any(part.vanishes for part in parts))
     rows = []
     for solver, quantize in sweep.quantizers.items():
         for label in sweep.widths:
-            fields = zip(*(part.sums[solver, label] for part in parts), strict=True)
-            error, power, power_of_approx, product, worst = fields
+            of_parts = total([part.sums[solver, label] for part in parts])
             payload, effective = parts[0].costs[label]
             rows.append(
                 ErrorRow.of(
-                    Errors(
-                        added(error),
-                        added(power),
-                        added(power_of_approx),
-                        added(product),
-                        np.float64(max(worst)),
-                    ),
+                    Errors(*map(np.float64, of_parts)),
                     name=entry.name,
                     shape=entry.shape,
                     solver=solver,
@@ -293,9 +315,16 @@ def join(sweep: Sweep, entry: Entry, parts: Sequence[Measured]) -> list[ErrorRow
     return rows
 
 
-def added(numbers: Sequence[float]) -> np.float64:
+def total(parts: Sequence[Sums]) -> Sums:
+    """The sums of parts, added from the first to the last, and the largest error."""
+    *sums, worst = zip(*parts, strict=True)
+    error, power, power_of_approx, product = map(added, sums)
+    return error, power, power_of_approx, product, max(worst)
+
+
+def added(numbers: Sequence[float]) -> float:
     """The sum, from the first to the last."""
-    total = np.float64(numbers[0])
-    for number in numbers[1:]:
-        total = total + np.float64(number)
+    total = 0.0
+    for number in numbers:
+        total += number
     return total

@@ -80,6 +80,7 @@ def codes(
                         solver=arguments.solver,
                         iterations=arguments.iterations,
                         shift=arguments.shift,
+                        precisions=arguments.precisions,
                         **granularity,
                     ),
                 )
@@ -99,6 +100,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"--map budget:{arguments.map:g} needs more than the {arguments.bits} bits of --bits"
         )
+    if arguments.precisions is not None:
+        if arguments.map is not None:
+            raise UsageError("--precisions and --map exclude each other")
+        if arguments.precisions[-1] != arguments.bits:
+            listed = ",".join(map(str, arguments.precisions))
+            raise UsageError(f"--precisions {listed} must end on the {arguments.bits} of --bits")
     sweep_for(arguments.bits, arguments.solver, arguments.group_size, arguments.iterations)
     weights = Weights(arguments.paths, arguments.include, arguments.exclude)
     omissions = Omissions(weights, arguments.strict)

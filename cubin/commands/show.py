@@ -24,6 +24,7 @@ def facts(stored: StoredCode, weights: Mapping[str, Any] | None) -> dict[str, An
         "name": stored.name,
         "shape": list(stored.shape),
         "bits": "map" if stored.mapped else stored.levels,
+        "precisions": None if code.precisions is None else list(code.precisions),
         "payload_bits": code.payload_bits,
         "effective_bits": code.effective_bits,
         "bytes": stored.nbytes,
@@ -98,7 +99,7 @@ def cells(one: dict[str, Any]) -> list[str]:
     known = [
         one["name"],
         "x".join(map(str, one["shape"])),
-        str(one["bits"]),
+        ",".join(map(str, one["precisions"] or [one["bits"]])),
         f"{one['payload_bits']:.3f}",
         f"{one['effective_bits']:.3f}",
         f"{one['bytes']:,}",

@@ -328,19 +328,24 @@ def elements_of_rows(
 
 
 def for_each_part(
-    task: Callable[..., None], rows: Rows, *inputs: Any, one_by_one: bool = False
+    task: Callable[..., None],
+    rows: Rows,
+    *inputs: Any,
+    one_by_one: bool = False,
+    size: int = blocks.BLOCK,
 ) -> None:
     """Call ``task(part, *inputs)`` for parts that tile the rows, each input as (rows, n).
 
     On a device there is a single part. On the host parts are blocks that fit the cache, and several
     threads take them. An input is an array of the rows' shape, or a scalar, which is passed on.
-    Pieces of long rows come together with those beside them, or else `one_by_one`.
+    Pieces of long rows come together with those beside them, or else `one_by_one`. Other rows come
+    in blocks of about `size` elements.
     """
     device = any(map(libraries.on_device, inputs))
     if device:
         parts = [_ALL]
     else:
-        parts = list(_parts(rows, 1 if one_by_one else _together(rows, inputs[0])))
+        parts = list(_parts(rows, 1 if one_by_one else _together(rows, inputs[0]), size))
     _over(parts, task, rows, inputs, device)
 
 
@@ -423,8 +428,11 @@ def partial_results(
         outputs = {name: result[at] for name, result in zip(names, results, strict=True)}
         on(*flat, *(scale[part.rows] for scale in scales), **outputs)
 
-    # Bodies add the elements of one long row more exactly than those of rows side by side.
-    for_each_part(reduce, rows, *inputs, one_by_one=on is primitive.function)
+    # Bodies add the elements of one long row more exactly than those of rows side by side. Loops
+    # read every row once, so that larger blocks of them, of which there are fewer, are faster.
+    body = on is primitive.function
+    size = blocks.BLOCK if body else blocks.elements_block(rows.size)
+    for_each_part(reduce, rows, *inputs, one_by_one=body, size=size)
     return results
 
 
@@ -530,10 +538,10 @@ def _together(rows: Rows, x: Array) -> int:
     return blocks.rows_together(rows.count) if side_by_side else 1
 
 
-def _parts(rows: Rows, together: int) -> Iterator[Part]:
+def _parts(rows: Rows, together: int, size: int) -> Iterator[Part]:
     """Blocks of whole rows, or pieces of long ones, that fit the cache of the host."""
     if rows.length <= blocks.BLOCK:
-        yield from _blocks_of_rows(rows, blocks.BLOCK, together)
+        yield from _blocks_of_rows(rows, size, together)
         return
     for numbers, head in _row_blocks(rows, together):
         for piece, inner in enumerate(blocks.tile(rows.inner_shape, blocks.PIECE)):

@@ -1,4 +1,4 @@
-"""Sums of magnitudes in an order that depends on their number alone.
+"""Sums of rows in an order that depends on the number of elements alone.
 
 A row is cut into chunks of 1024 numbers, the last of which may be shorter.
 
@@ -37,14 +37,15 @@ UNIT = 1 / COLUMNS
 
 def magnitude_sums(m: Array) -> Array:
     """The sums, (rows, 1) in float64, of the numbers of rows, (rows, n), none of them negative."""
-    totals = _row_sums(m)
+    totals = row_sums(m)
     over = totals == np.inf
     if np.count_nonzero(over):
-        totals[over] = _row_sums(m[over] * m.dtype.type(UNIT)) / UNIT
+        totals[over] = row_sums(m[over] * m.dtype.type(UNIT)) / UNIT
     return totals[:, None]
 
 
-def _row_sums(m: Array) -> Array:
+def row_sums(m: Array) -> Array:
+    """The sums, (rows,) in float64, of the numbers of rows, (rows, n)."""
     rows, length = m.shape
     full = length // CHUNK * CHUNK
     parts = [m[:, :full].reshape(rows, full // CHUNK, CHUNK)] if full else []

@@ -5,11 +5,14 @@ The arrays of elements are (rows, n).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
     beside,
+    in_rows,
     in_work_dtype,
     keep,
     keep_coded_in_place,
@@ -17,6 +20,8 @@ from cubin.core.host.loops import (
     loop,
     magnitude_sum,
     map_of,
+    narrow_to_bfloat16,
+    narrow_to_float16,
     part,
     place,
     read_only,
@@ -24,6 +29,8 @@ from cubin.core.host.loops import (
     store,
     target,
     uncounted,
+    widen_bfloat16,
+    widen_float16,
 )
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK
@@ -213,11 +220,11 @@ def _write(
     """Write the sum of scale * sign over the levels of a row, with the scales as stored.
 
     `plain` says that there is no map and that storing rounds no scale. Then up to four levels take
-    one pass.
+    one pass. A single level needs its stored scale alone.
     """
     s, levels = scales, scales.size
-    if plain and levels == 1:
-        _write_one(x, s[0], y)
+    if levels == 1 and not bits.size:
+        _write_one(x, stored[0], y)
     elif plain and levels == 2:
         _write_two(x, s[0], s[1], y)
     elif plain and levels == 3:
@@ -258,6 +265,41 @@ def _approximate_rows(
         group, depths, fitted = x[start:stop], bits[start:stop], scales[start:stop]
         _find_scales(group, depths, fitted, m, magnitudes, sums)
         _write_rows(group, depths, fitted, fitted, False, chunk, y[start:stop])
+
+
+@loop
+def _approximate_narrow_rows(
+    x: Array, bits: Array, ieee: bool, wide: Array, words: Array, scales: Array, scale_words: Array,
+    stored: Array, stored_words: Array, m: Array, magnitudes: Array, chunk: Array, sums: Array,
+    values: Array, value_words: Array, y: Array,
+) -> None:  # fmt: skip
+    """The same for float16 and bfloat16 as bit patterns, a few rows at a time.
+
+    What is widened comes twice, as floats and as words. It stays in the cache.
+    """
+    for start in range(0, len(x), len(m)):
+        count, depths = min(len(m), len(x) - start), bits[start : start + len(m)]
+        for row in range(count):
+            if ieee:
+                widen_float16(x[start + row], words[row])
+            else:
+                widen_bfloat16(x[start + row], words[row])
+        fitted = scales[:count]
+        _find_scales(wide[:count], depths, fitted, m, magnitudes, sums)
+        for row in range(count):
+            half = y[start + row, : scales.shape[1]]  # which is written later
+            if ieee:
+                narrow_to_float16(scale_words[row], half)
+                widen_float16(half, stored_words[row])
+            else:
+                narrow_to_bfloat16(scale_words[row], half)
+                widen_bfloat16(half, stored_words[row])
+        _write_rows(wide[:count], depths, fitted, stored[:count], True, chunk, values[:count])
+        for row in range(count):
+            if ieee:
+                narrow_to_float16(value_words[row], y[start + row])
+            else:
+                narrow_to_bfloat16(value_words[row], y[start + row])
 
 
 # ---------------------------------------------------------------- codes
@@ -362,14 +404,34 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     if beside(x, y):
         columns.approximate_rows(x, bits, levels, y=y)
         return
+    short = x.shape[1] < columns.SHORT_ROW
+    if floats.is_narrow(x.dtype) and not short:
+        _approximate_narrow(x, bits, levels, y)
+        return
     wide = in_work_dtype(x)
     depths = map_of(bits, len(x))
-    if y.dtype != wide.dtype or x.shape[1] < columns.SHORT_ROW:
+    if short:
         _write_levels(wide, depths, _scales(wide, depths, levels), y)
         return
     values, scales = target(y, wide), np.empty((len(x), levels), wide.dtype)
     _approximate_rows(wide, depths, scales, *_rows(wide), *scratch(wide.dtype), values)
     store(values, y)
+
+
+def _approximate_narrow(x: Array, bits: Array, levels: int, y: Array) -> None:
+    half = read_only(in_rows(x)).view(np.uint16)
+    m, magnitudes = _rows(half, np.float32)
+    wide = memory.scratch("widened rows", m.shape, np.float32)
+    values = memory.scratch("values of rows", m.shape, np.float32)
+    scales, stored = np.empty((2, len(m), levels), np.float32)
+    result = y if y.flags.carray else np.empty(y.shape, y.dtype)
+    _approximate_narrow_rows(
+        half, map_of(bits, len(x)), x.dtype == np.float16, read_only(wide), wide.view(np.uint32),
+        scales, read_only(scales.view(np.uint32)), stored, stored.view(np.uint32), m, magnitudes,
+        *scratch(np.float32), values, read_only(values.view(np.uint32)), result.view(np.uint16),
+    )  # fmt: skip
+    if result is not y:
+        place(result, y)
 
 
 def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
@@ -406,10 +468,10 @@ def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     _codes(wide, map_of(bits, len(x)), _stack(scales, wide), chunk, code)
 
 
-def _rows(x: Array) -> tuple[Array, Array]:
+def _rows(x: Array, work: Any = None) -> tuple[Array, Array]:
     """Scratch for the magnitudes of the rows that take turns at each level; and it, read-only."""
     together = max(1, min(len(x), TOGETHER // max(1, x.shape[1])))
-    m = memory.scratch("rows", (together, x.shape[1]), x.dtype)
+    m = memory.scratch("rows", (together, x.shape[1]), work or x.dtype)
     return m, read_only(m)
 
 

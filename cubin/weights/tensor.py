@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cubin.core import floats
+from cubin.core import floats, passes
+from cubin.core.rows import rows_of
 from cubin.weights.float8 import FLOAT8
 
 Axis = int | tuple[int, ...] | None
@@ -143,15 +144,17 @@ def native_float(array: np.ndarray) -> np.ndarray:
 
 def not_finite(array: np.ndarray) -> int:
     """Count the values that are NaN or infinite."""
-    if array.dtype.name == "bfloat16":
-        if not array.size:
-            return 0
-        magnitudes = array.view(np.uint16) & np.uint16(0x7FFF)
-        return int(np.count_nonzero(magnitudes >= 0x7F80)) if magnitudes.max() >= 0x7F80 else 0
-    # The extremes carry every NaN and infinity, and need no array of flags.
-    if not array.size or (np.isfinite(array.min()) and np.isfinite(array.max())):
-        return 0
-    return int(array.size - np.count_nonzero(np.isfinite(array)))
+    infinity = floats.infinity(array.dtype)
+    counts: list[int] = []
+
+    def count(_: Any, values: np.ndarray) -> None:
+        word = floats.as_integers(values)
+        magnitudes = np.bitwise_and(word, word.dtype.type(np.iinfo(word.dtype).max >> 1))
+        if magnitudes.size and magnitudes.max() >= infinity:
+            counts.append(int(np.count_nonzero(magnitudes >= infinity)))
+
+    passes.for_each_part(count, rows_of(array.shape), array)
+    return sum(counts)
 
 
 def channel_rows(array: Any, channel_axis: Axis) -> Any:

@@ -57,6 +57,33 @@ def test_codes_with_a_shift(net, tmp_path):
     }
 
 
+@pytest.mark.parametrize("options", [[], ["--shift", "--solver", "refined"]])
+def test_codes_of_several_precisions(net, tmp_path, capsys, options):
+    path, arrays = net
+    out = tmp_path / "c.safetensors"
+    asked = ["--bits", 4, "--precisions", "1,3-4", *options]
+    assert run("quantize", path, *asked, "--output", out) == 0
+    found = dict(load_codes(out))
+    for name, array in arrays.items():
+        expected = cubin.quantize(
+            array,
+            4,
+            channel_axis=0,
+            precisions=(1, 3, 4),
+            shift="--shift" in options,
+            solver="refined" if options else "greedy",
+        )
+        assert found[name] == expected
+        for precision in (1, 3):
+            assert found[name].at(precision) == expected.at(precision)
+    capsys.readouterr()
+    assert run("show", out) == 0
+    assert "1,3,4" in capsys.readouterr().out
+    assert run("show", out, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)["tensors"]
+    assert [(one["bits"], one["precisions"]) for one in shown] == [(4, [1, 3, 4])] * 2
+
+
 def test_a_checkpoint_of_many_types(checkpoint, tmp_path, capsys):
     out = tmp_path / "c.safetensors"
     assert run("quantize", checkpoint, "--bits", 2, "--output", out) == 1
@@ -88,6 +115,7 @@ def test_show(net, tmp_path, capsys):
         expected = float(cubin.errors.relative_mse(array, code.dequantize()))
         assert one["relative_mse"] == expected
         assert one["effective_bits"] == code.effective_bits
+        assert one["precisions"] is None
     assert said["overall"]["file_bits"] == 8 * out.stat().st_size / 240
     assert run("show", out, "--weights", path) == 0
     assert "rel. MSE" in capsys.readouterr().out
@@ -108,6 +136,22 @@ def test_show_of_groups_with_the_weights(net, tmp_path, capsys):
         (["show", "c.safetensors", "--weights", "other.npz"], "no tensor 'a'"),
         (["quantize", "net.npz", "--bits", "17", "--output", "d"], "17"),
         (["quantize", "net.npz", "--bits", "1", "--map", "budget:1.4", "--output", "d"], "--bits"),
+        (["quantize", "net.npz", "--bits", "4", "--precisions", "1-3", "--output", "d"], "1,2,3"),
+        (
+            [
+                "quantize",
+                "net.npz",
+                "--bits",
+                "2",
+                "--precisions",
+                "1-2",
+                "--map",
+                "budget:1",
+                "--output",
+                "d",
+            ],
+            "--precisions and --map",
+        ),
         (["quantize", "nan.npy", "--bits", "1", "--output", "d"], "12 of 12 values"),
         (["quantize", "net.npz", "--bits", "1", "--output", "no/folder/d"], "no/folder"),
     ],

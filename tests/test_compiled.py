@@ -385,8 +385,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("of_x", LAYOUTS)
 @pytest.mark.parametrize("of_gy", LAYOUTS)
-def test_elementwise_loops_on_every_layout(rng, monkeypatch, dtype, of_x, of_gy):
-    monkeypatch.setattr(blocks, "BLOCK", 500)
+@pytest.mark.parametrize("block", [500, 5000], ids=["blocks", "one block"])
+def test_elementwise_loops_on_every_layout(rng, monkeypatch, dtype, of_x, of_gy, block):
+    monkeypatch.setattr(blocks, "BLOCK", block)
     x, gy = (rng.normal(size=(6, 35, 20)).astype(dtype) for _ in range(2))
     x, gy = LAYOUTS[of_x](x), LAYOUTS[of_gy](gy)
     order = np.empty_like(x).strides

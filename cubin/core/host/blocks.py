@@ -38,7 +38,7 @@ THREADED = 1 << 22
 LOOPS_THREADED = 1 << 21
 """The same for compiled loops. They start sooner: they hardly need the GIL."""
 
-COMPILED = 1 << 8
+COMPILED = 1 << 6
 """Elements from which on compiled loops are faster, once Numba is loaded."""
 
 LOADING = 1 << 20
@@ -178,7 +178,7 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
 
 @np.errstate(all="ignore")
 def alone(task: Callable[..., None], *inputs: Any, **outputs: Any) -> None:
-    """Run a task on the calling thread that works element by element, on a single block."""
+    """Run a task that is a single block, on the calling thread, with the buffer as NumPy has it."""
     task(*inputs, **outputs)
 
 

@@ -25,7 +25,7 @@ from cubin.core.sums import CHUNK, COLUMNS, SHORT
 
 
 @part
-def _add_halves(x: Array, y: Array, sums: Array) -> int:
+def _add_halves(x: Array, y: Array, sums: Array) -> np.int64:
     """Write the sums of products at j, and at j in the second half of the chunk, for each j.
 
     Returns the bits of the largest error.
@@ -54,7 +54,7 @@ def _add_columns(m: Array, n: int) -> None:
 
 
 @part
-def _append(x: Array, y: Array, size: int, sums: Array) -> int:
+def _append(x: Array, y: Array, size: int, sums: Array) -> np.int64:
     """Write the products behind the first `size` sums; return the bits of the largest error."""
     worst = np.int64(0)
     for j in range(x.size):
@@ -67,7 +67,7 @@ def _append(x: Array, y: Array, size: int, sums: Array) -> int:
 
 
 @part
-def _add_chunk(x: Array, y: Array, sums: Array, totals: Array) -> int:
+def _add_chunk(x: Array, y: Array, sums: Array, totals: Array) -> np.int64:
     """Add the products of a chunk to four totals; return the bits of the largest error."""
     width = x.size // COLUMNS if x.size >= SHORT else 0
     whole = COLUMNS * width

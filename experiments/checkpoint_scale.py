@@ -1,10 +1,10 @@
 """A large checkpoint: time and memory of `python -m cubin error` on generated bfloat16 shards.
 
-The shards are written to a folder, measured in one process and on worker processes, and removed.
-What it is compared with: reading the same bytes, and one pass of the greedy kernel over as many
-weights. The script prints a table and writes checkpoint_scale.json to the output folder. Whatever
-the disk keeps in memory is read from there: make the checkpoint larger than the memory to leave
-that out.
+The shards are written to a folder, measured in one process on all cores, in one on a single thread,
+and on worker processes, and removed. What it is compared with: reading the same bytes, and one pass
+of the greedy kernel over as many weights. The script prints a table and writes
+checkpoint_scale.json to the output folder. Whatever the disk keeps in memory is read from there:
+make the checkpoint larger than the memory to leave that out.
 """
 
 from __future__ import annotations
@@ -112,15 +112,24 @@ def seconds_of_a_pass(weights: int) -> float:
     return float(np.median(times)) * weights / x.size
 
 
-def run_of(folder: Path, output: Path, bits: str, *options: str) -> dict[str, float]:
-    """Run the command; give its seconds and the peak memory of its largest process, in bytes."""
+def run_of(
+    folder: Path, output: Path, bits: str, *options: str, threads: int | None = None
+) -> dict[str, float]:
+    """Run the command, on so many threads if it is said.
+
+    Returns
+    -------
+    dict
+        Its seconds, and the peak memory of its largest process, in bytes.
+    """
     command = [sys.executable, "-m", "cubin", "error", str(folder), "--bits", bits]
     root = Path(cubin.__file__).parents[1]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    share = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     begun = time.perf_counter()
     process = subprocess.Popen(
         [*command, "--output", str(output), *options],
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path} | share,
         stdout=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
@@ -148,16 +157,20 @@ def run(arguments: argparse.Namespace) -> int:
             "read_seconds": seconds_to_read(folder),
             "pass_seconds": seconds_of_a_pass(weights),
             "one process": run_of(folder, Path(temporary) / "one", arguments.bits),
+            "one thread": run_of(folder, Path(temporary) / "thread", arguments.bits, threads=1),
         }
         workers = f"{arguments.workers} processes"
         found[workers] = run_of(
             folder, Path(temporary) / "two", arguments.bits, "--workers", str(arguments.workers)
         )
-        results = [(Path(temporary) / name / "error_per_bit_width.csv") for name in ("one", "two")]
-        found["same bits"] = results[0].read_bytes() == results[1].read_bytes()
+        results = {
+            (Path(temporary) / name / "error_per_bit_width.csv").read_bytes()
+            for name in ("one", "thread", "two")
+        }
+        found["same bits"] = len(results) == 1
     least = found["read_seconds"] + found["pass_seconds"]
     print(f"{nbytes / 1e9:.2f} GB, {weights:,} weights; reading and one pass: {least:.1f} s")
-    for name in ("one process", workers):
+    for name in ("one process", "one thread", workers):
         seconds, peak = found[name]["seconds"], found[name]["peak_bytes"]
         print(f"{name}: {seconds:.1f} s, {peak / 2**30:.2f} GiB in its largest process")
     origin = provenance.record(vars(arguments), SEED, ("numba", "ml_dtypes")) | found

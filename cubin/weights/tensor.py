@@ -144,14 +144,15 @@ def native_float(array: np.ndarray) -> np.ndarray:
 
 def not_finite(array: np.ndarray) -> int:
     """Count the values that are NaN or infinite."""
-    infinity = floats.infinity(array.dtype)
-    counts: list[int] = []
+    infinity, counts = floats.infinity(array.dtype), []
+    negative = infinity | infinity.dtype.type(1 << (8 * infinity.itemsize - 1))
 
     def count(_: Any, values: np.ndarray) -> None:
+        # As signed integers, bit patterns have the positive numbers on top, else the negative ones.
         word = floats.as_integers(values)
-        magnitudes = np.bitwise_and(word, word.dtype.type(np.iinfo(word.dtype).max >> 1))
-        if magnitudes.size and magnitudes.max() >= infinity:
-            counts.append(int(np.count_nonzero(magnitudes >= infinity)))
+        signed = word.view(f"i{word.itemsize}")
+        if word.size and (word.max() >= negative or signed.max() >= infinity):
+            counts.append(int(np.count_nonzero(word & ~(negative ^ infinity) >= infinity)))
 
     passes.for_each_part(count, rows_of(array.shape), array)
     return sum(counts)

@@ -64,7 +64,7 @@ WHOLE_ROWS = 1 << 20
 
 They go through the whole block at every level, so it has to stay in the cache."""
 
-COMPILED_ROWS = (1 << 19, 1 << 23)
+COMPILED_ROWS = (1 << 21, 1 << 23)
 """The fewest and the most bytes of such a block for compiled loops, which go row by row."""
 
 TOGETHER = (16, 64)
@@ -113,13 +113,14 @@ def extent(block: Block, shape: Sequence[int]) -> int:
 
 def portion(size: int, work: int | None = None) -> int:
     """Elements of a block of `size` elements in all, at most `LARGEST`: a thread that is alone has
-    one block, and of several each has four.
+    one block, and of several each has two.
 
-    Smaller blocks mean more steps in Python. With larger ones, threads wait longer for the last.
-    `work` is that of `threads`, as many elements if it is not given.
+    Between blocks a thread needs the GIL, and waits for others that hold it: smaller blocks mean
+    more of this. With larger ones, threads wait longer for the last. `work` is that of `threads`,
+    as many elements if it is not given.
     """
     number = threads(size if work is None else work)
-    return min(size if number == 1 else size // (4 * number), LARGEST)
+    return min(size if number == 1 else size // (2 * number), LARGEST)
 
 
 def shares(count: int, least: int) -> list[slice]:
@@ -391,4 +392,4 @@ def sorted_block(size: int) -> int:
 
 def elements_block(size: int) -> int:
     """Elements of a block of an array of `size` elements that are worked on one by one."""
-    return max(BLOCK, portion(size)) if is_ready(size) else BLOCK
+    return max(4 * BLOCK, portion(size)) if is_ready(size) else BLOCK

@@ -5,15 +5,12 @@ The arrays of elements are (rows, n).
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
     beside,
     coded_residual_sum,
-    in_rows,
     in_work_dtype,
     keep,
     keep_coded_in_place,
@@ -21,7 +18,6 @@ from cubin.core.host.loops import (
     loop,
     magnitude_sum,
     map_of,
-    narrow,
     part,
     place,
     read_only,
@@ -31,7 +27,6 @@ from cubin.core.host.loops import (
     store,
     target,
     uncounted,
-    widen,
 )
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, SHORT
@@ -188,23 +183,6 @@ def _write_four(x: Array, a: float, b: float, c: float, d: float, y: Array) -> N
 
 
 @part
-def _write_four_rounded(x: Array, scales: Array, stored: Array, y: Array) -> None:
-    """The same where storing rounds the scales, for up to four levels. See `_four`."""
-    a, b, c, _ = _four(scales, 0)
-    p, q, r, s = _four(stored, 0)
-    zero = x.dtype.type(0)
-    for j in range(y.size):
-        n = zero - x[j]
-        total = zero + step(n, p)
-        n += step(n, a)
-        total += step(n, q)
-        n += step(n, b)
-        total += step(n, r)
-        n += step(n, c)
-        y[j] = total + step(n, s)
-
-
-@part
 def _add_four(n: Array, scales: Array, stored: Array, first: int, y: Array) -> None:
     """Add four levels to `y`. Levels beyond the last have the scale 0, which changes nothing."""
     a, b, c, d = _four(scales, first)
@@ -254,13 +232,14 @@ def _four(scales: Array, first: int) -> tuple[float, float, float, float]:
 
 @part
 def _write(
-    x: Array, bits: Array, scales: Array, stored: Array, rounded: bool, chunk: Array, y: Array
+    x: Array, bits: Array, scales: Array, stored: Array, plain: bool, chunk: Array, y: Array
 ) -> None:
     """Write the sum of scale * sign over the levels of a row, with the scales as stored.
 
-    Without a map up to four levels take one pass.
+    `plain` says that there is no map and that storing rounds no scale. Then up to four levels take
+    one pass.
     """
-    s, levels, plain = scales, scales.size, not (bits.size or rounded)
+    s, levels = scales, scales.size
     if plain and levels == 1:
         _write_one(x, s[0], y)
     elif plain and levels == 2:
@@ -269,8 +248,6 @@ def _write(
         _write_three(x, s[0], s[1], s[2], y)
     elif plain and levels == 4:
         _write_four(x, s[0], s[1], s[2], s[3], y)
-    elif bits.size == 0 and levels <= 4:
-        _write_four_rounded(x, scales, stored, y)
     else:
         for start in range(0, x.size, CHUNK):
             values, depths = y[start : start + CHUNK], bits[start : start + CHUNK]
@@ -290,8 +267,9 @@ def _write_rows(
 ) -> None:
     x, bits, scales, stored = uncounted(x, bits, scales, stored)
     chunk, y = uncounted(chunk, y)
+    plain = not (bits.size or rounded)
     for row in range(len(x)):
-        _write(x[row], bits[row], scales[row], stored[row], rounded, chunk, y[row])
+        _write(x[row], bits[row], scales[row], stored[row], plain, chunk, y[row])
 
 
 @loop
@@ -304,28 +282,6 @@ def _approximate_rows(
         group, depths, fitted = x[start:stop], bits[start:stop], scales[start:stop]
         _find_scales(group, depths, fitted, m, magnitudes, sums)
         _write_rows(group, depths, fitted, fitted, False, chunk, y[start:stop])
-
-
-@loop
-def _approximate_narrow_rows(
-    x: Array, ieee: bool, bits: Array, scales: Array, scale_words: Array, halves: Array,
-    same_halves: Array, stored: Array, stored_words: Array, wide: Array, words: Array, m: Array,
-    magnitudes: Array, chunk: Array, sums: Array, values: Array, value_words: Array, y: Array,
-) -> None:  # fmt: skip
-    """The same of float16 (`ieee`) or bfloat16, whose bit patterns are `x` and `y`.
-
-    Rows that take turns are widened into `wide`, and their approximations are narrowed at once.
-    Those named words are the bit patterns of float32, and `same_halves` is `halves`, read-only.
-    """
-    for start in range(0, len(x), len(m)):
-        stop = min(start + len(m), len(x))
-        group, depths, fitted = wide[: stop - start], bits[start:stop], scales[start:stop]
-        widen(x[start:stop].reshape(-1), words[: stop - start].reshape(-1), ieee)
-        _find_scales(group, depths, fitted, m, magnitudes, sums)
-        narrow(scale_words[start:stop].reshape(-1), halves[start:stop].reshape(-1), ieee)
-        widen(same_halves[start:stop].reshape(-1), stored_words[start:stop].reshape(-1), ieee)
-        _write_rows(group, depths, fitted, stored[start:stop], True, chunk, values)
-        narrow(value_words[: stop - start].reshape(-1), y[start:stop].reshape(-1), ieee)
 
 
 # ---------------------------------------------------------------- codes
@@ -427,28 +383,14 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     if beside(x, y):
         columns.approximate_rows(x, bits, levels, y=y)
         return
-    depths, scales = map_of(bits, len(x)), np.empty((len(x), levels), floats.work_dtype(x.dtype))
-    if floats.is_narrow(x.dtype):
-        _approximate_narrow(in_rows(x), depths, scales, y)
-        return
     wide = in_work_dtype(x)
-    values = target(y, wide)
+    depths = map_of(bits, len(x))
+    if y.dtype != wide.dtype:
+        _write_levels(wide, depths, _scales(wide, depths, levels), y)
+        return
+    values, scales = target(y, wide), np.empty((len(x), levels), wide.dtype)
     _approximate_rows(wide, depths, scales, *_rows(wide), *scratch(wide.dtype), values)
     store(values, y)
-
-
-def _approximate_narrow(x: Array, bits: Array, scales: Array, y: Array) -> None:
-    stored, halves = np.empty_like(scales), np.empty(scales.shape, np.uint16)
-    m, magnitudes = _rows(x, scales.dtype)
-    wide, values = (memory.scratch(name, m.shape, m.dtype) for name in ("wide", "values"))
-    half = y if y.flags.carray else np.empty(y.shape, y.dtype)
-    _approximate_narrow_rows(
-        read_only(x).view(np.uint16), x.dtype == np.float16, bits, scales,
-        read_only(scales).view(np.uint32), halves, read_only(halves), read_only(stored),
-        stored.view(np.uint32), read_only(wide), wide.view(np.uint32), m, magnitudes,
-        *scratch(m.dtype), values, read_only(values).view(np.uint32), half.view(np.uint16),
-    )  # fmt: skip
-    store(half, y)
 
 
 def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
@@ -482,11 +424,10 @@ def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     _codes(wide, map_of(bits, len(x)), _stack(scales, wide), chunk, code)
 
 
-def _rows(x: Array, dtype: Any = None) -> tuple[Array, Array]:
-    """Scratch for the magnitudes of the rows that take turns at each level, of x's dtype unless
-    another is given; and it, read-only."""
+def _rows(x: Array) -> tuple[Array, Array]:
+    """Scratch for the magnitudes of the rows that take turns at each level; and it, read-only."""
     together = max(1, min(len(x), TOGETHER // max(1, x.shape[1])))
-    m = memory.scratch("rows", (together, x.shape[1]), dtype or x.dtype)
+    m = memory.scratch("rows", (together, x.shape[1]), x.dtype)
     return m, read_only(m)
 
 

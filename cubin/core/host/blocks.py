@@ -272,7 +272,7 @@ def _serve(inbox: Inbox) -> None:
     """Do the jobs that come, and keep nothing of them."""
     while True:
         working, calls = inbox.get()
-        with working, contextlib.suppress(IndexError):  # no call is left: the caller was done before
+        with working, contextlib.suppress(IndexError):  # no call is left where the caller is done
             work, number = calls.pop()
             work(number)
             del work

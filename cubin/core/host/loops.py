@@ -22,11 +22,13 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
-from numba.extending import intrinsic
 
 from cubin.core import floats, memory
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, COLUMNS, LANES, SHORT, UNIT
+
+intrinsic: Any = numba.extending.intrinsic
+"""The same, without Numba's annotations: to them every call has a context."""
 
 
 class _Cache(FunctionCache):
@@ -152,9 +154,9 @@ def _in_lanes(
         return context.make_array(kinds[position])(context, builder, array)
 
     def function(name: str, result: Any, *arguments: Any) -> Any:
-        shape = f"v{LANES}{dict(float='f32', double='f64', i8='i8')[str(result.element)]}"
+        letters = {"float": "f32", "double": "f64", "i8": "i8"}[str(result.element)]
         declared = ir.FunctionType(result, [argument.type for argument in arguments])
-        name = f"llvm.{name}.{shape}" + ".p0" * (name == "masked.load")
+        name = f"llvm.{name}.v{LANES}{letters}" + ".p0" * (name == "masked.load")
         found = cgutils.get_or_insert_function(builder.module, declared, name)
         return builder.call(found, arguments)
 
@@ -237,9 +239,7 @@ def residual_sum(context: Any, x: Any, size: Any, taken: Any) -> Any:
 
 
 @intrinsic
-def coded_residual_sum(
-    context: Any, x: Any, size: Any, taken: Any, bits: Any, level: Any
-) -> Any:
+def coded_residual_sum(context: Any, x: Any, size: Any, taken: Any, bits: Any, level: Any) -> Any:
     """The same of elements with a code at a level, and their number."""
     result = numba.types.Tuple((numba.float64, numba.int32))
 
@@ -390,24 +390,6 @@ def narrow_to_bfloat16(words: Array, half: Array) -> None:
         nan = np.uint32((word >> 16) & 0x8000 | 0x7FC0)
         value = nan if np.uint32(word & 0x7FFFFFFF) > np.uint32(_INFINITE) else value
         half[j] = np.uint16(value)
-
-
-@part
-def widen(half: Array, words: Array, ieee: bool) -> None:
-    """Convert float16, if it is `ieee`, or bfloat16 to float32, both as bit patterns."""
-    if ieee:
-        widen_float16(half, words)
-    else:
-        widen_bfloat16(half, words)
-
-
-@part
-def narrow(words: Array, half: Array, ieee: bool) -> None:
-    """Convert float32 to float16, if that is `ieee`, or bfloat16, both as bit patterns."""
-    if ieee:
-        narrow_to_float16(words, half)
-    else:
-        narrow_to_bfloat16(words, half)
 
 
 # ---------------------------------------------------------------- arguments and results of loops
@@ -561,13 +543,19 @@ def lines_in_work_dtype(x: Array) -> Array:
 @loop
 def _widen_lines(half: Array, words: Array, ieee: bool) -> None:
     for e in range(len(words)):
-        widen(half[e, : words.shape[1]], words[e], ieee)
+        if ieee:
+            widen_float16(half[e, : words.shape[1]], words[e])
+        else:
+            widen_bfloat16(half[e, : words.shape[1]], words[e])
 
 
 @loop
 def _narrow_lines(words: Array, half: Array, ieee: bool) -> None:
     for e in range(len(words)):
-        narrow(words[e], half[e, : words.shape[1]], ieee)
+        if ieee:
+            narrow_to_float16(words[e], half[e, : words.shape[1]])
+        else:
+            narrow_to_bfloat16(words[e], half[e, : words.shape[1]])
 
 
 def store_lines(values: Array, y: Array) -> None:

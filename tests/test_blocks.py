@@ -35,7 +35,7 @@ def test_tiles_cover_every_element_once_and_in_order(shape, size):
 def test_every_task_runs_once_on_several_threads(monkeypatch, workers, count):
     monkeypatch.setattr(blocks, "_workers", lambda: workers)
     done = []
-    blocks.each(done.append, range(count), size=blocks.THREADED)
+    blocks.each(done.append, range(count), work=blocks.THREADED)
     assert sorted(done) == list(range(count))
 
 
@@ -70,7 +70,7 @@ def test_a_thread_takes_over_what_another_has_left(monkeypatch):
         else:
             rest.release()
 
-    blocks.each(task, range(20), size=blocks.THREADED)
+    blocks.each(task, range(20), work=blocks.THREADED)
 
 
 @pytest.mark.parametrize("size", [1, blocks.THREADED])
@@ -98,7 +98,7 @@ def test_what_is_raised_stops_the_other_threads(monkeypatch):
         done.append(number)
 
     with pytest.raises(KeyboardInterrupt):
-        blocks.each(task, range(300), size=blocks.THREADED)
+        blocks.each(task, range(300), work=blocks.THREADED)
     assert sorted(done) == sorted(set(began) - {0})
     assert len(began) < 30
 
@@ -348,4 +348,4 @@ def test_threads_keep_no_memory_of_blocks(monkeypatch):
 
 
 def test_tasks_do_not_warn():
-    blocks.each(lambda _: np.float32([3e38]) * 10, range(4), size=blocks.THREADED)
+    blocks.each(lambda _: np.float32([3e38]) * 10, range(4), work=blocks.THREADED)

@@ -11,6 +11,7 @@ from cubin.codes.planes import pack_signs
 from cubin.core import floats, passes
 from cubin.core.host import blocks
 from cubin.core.rows import rows_of
+from cubin.core.sums import SHORT
 from cubin.solvers import greedy
 from tests.exhaustive import few
 
@@ -148,16 +149,18 @@ def test_signs_to_planes(rng, count, n, columns):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("n", [1, 8, 27, greedy_columns_loops.SHORT_ROW - 1])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 27, SHORT - 1])
 @pytest.mark.parametrize("rows", [1, 3, 70, 1500])
 def test_short_rows(rng, dtype, mapped, n, rows):
     x = rng.normal(size=(rows, n)).astype(dtype)
     x[0, 0] = np.nan
     x[-1] = np.finfo(dtype).max
-    bits = rng.integers(0, 4, x.shape).astype(np.uint8) if mapped else np.uint8(3)
+    if rows > 5:
+        x[1, -1], x[2], x[3], x[4] = np.inf, -0.0, np.finfo(dtype).smallest_subnormal, -2
+    bits = rng.integers(0, 7, x.shape).astype(np.uint8) if mapped else np.uint8(6)
     with np.errstate(all="ignore"):
-        expected = greedy._level_scales(x, bits, 3)
-    scales = greedy_loops._scales(loops.read_only(x), loops.map_of(bits, rows), 3)
+        expected = greedy._level_scales(x, bits, 6)
+    scales = greedy_loops._scales(loops.read_only(x), loops.map_of(bits, rows), 6)
     np.testing.assert_array_equal(scales.T[:, :, None], expected)
 
 

@@ -135,10 +135,10 @@ def whole_rows(
     if device:
         task(_ALL, *(_side_by_side(a, rows) for a in inputs))
         return
-    itemsize = floats.work_dtype(inputs[0].dtype).itemsize
-    block = blocks.rows_block(out.size, itemsize)
+    itemsize, work = floats.work_dtype(inputs[0].dtype).itemsize, _work(primitive, static[0])
+    block = blocks.rows_block(out.size, itemsize, out.size * work)
     parts = list(_blocks_of_rows(rows, block, _together(rows, inputs[0])))
-    _over(parts, task, rows, inputs, work=_work(primitive, static[0]))
+    _over(parts, task, rows, inputs, work=work)
 
 
 def for_each_whole_rows(
@@ -179,13 +179,12 @@ def for_each_whole_rows(
         finish(part, signs)
 
     if not libraries.on_device(x):
-        size = min(
-            blocks.rows_block(x.size, floats.work_dtype(x.dtype).itemsize), memory.SCRATCH // levels
-        )
+        itemsize, work = floats.work_dtype(x.dtype).itemsize, _work(primitive, levels // 2)
+        size = min(blocks.rows_block(x.size, itemsize, x.size * work), memory.SCRATCH // levels)
         # In steps of eight rows, so that blocks of columns do not share bytes.
         together = max(_together(rows, x), 8 if size >= 8 * rows.length else 1)
         parts = list(_blocks_of_rows(rows, size, together))
-        _over(parts, task, rows, inputs, work=_work(primitive, levels // 2))
+        _over(parts, task, rows, inputs, work=work)
         return
     xp = libraries.library(x)
     flat: list[Any] = [_side_by_side(a, rows) for a in inputs]

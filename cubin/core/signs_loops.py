@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cubin.core import floats
-from cubin.core.floats import as_integers
+from cubin.core.floats import as_integers, magnitudes_up_to
 from cubin.core.host.loops import in_rows, in_work_dtype, loop, part, read_only
 from cubin.core.libraries import Array
 
@@ -44,6 +44,13 @@ def _clip(x: Array, bound: float, gy: Array, gx: Array) -> None:
 
 
 @loop
+def _clip_patterns(x: Array, end: int, gy: Array, gx: Array) -> None:
+    """The same on the bit patterns of float16 or bfloat16: magnitudes below the pattern `end`."""
+    for j in range(x.size):
+        gx[j] = gy[j] if np.uint16(x[j] & np.uint16(0x7FFF)) < end else np.uint16(0)
+
+
+@loop
 def _clip_to_bits(x: Array, bits: Array, gy: Array, gx: Array) -> None:
     for j in range(x.size):
         bound = x.dtype.type(bits[j])
@@ -65,10 +72,13 @@ def signs(x: Array, *, y: Array) -> None:
 
 def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
     """`signs.gradient_inside`."""
-    if floats.is_narrow(x.dtype):  # only x is computed with
-        x, gy, gx = in_work_dtype(x), as_integers(gy), as_integers(gx)
+    narrow, mapped, dtype = floats.is_narrow(x.dtype), np.ndim(bits) > 0, x.dtype
+    if narrow:  # only x is computed with, and not even that for one bound
+        x, gy, gx = in_work_dtype(x) if mapped else as_integers(x), as_integers(gy), as_integers(gx)
     x, gy = (read_only(in_rows(a)).reshape(-1) for a in (x, gy))
-    if np.ndim(bits):
+    if mapped:
         _clip_to_bits(x, read_only(in_rows(bits)).reshape(-1), gy, gx.reshape(-1))
+    elif narrow:
+        _clip_patterns(x, magnitudes_up_to(float(bits), dtype), gy, gx.reshape(-1))
     else:
         _clip(x, x.dtype.type(bits), gy, gx.reshape(-1))

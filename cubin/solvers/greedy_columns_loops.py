@@ -21,7 +21,6 @@ from cubin.core.host.loops import (
     read_only,
     store_lines,
     sum_in_sixteenths,
-    transpose,
     uncounted,
 )
 from cubin.core.libraries import Array
@@ -37,12 +36,6 @@ COPIED = 1 << 19
 KEPT = 1 << 19
 """Elements of the largest band that is copied, and gone through in the copy at every level. What
 is larger than that is read from its place at every level."""
-
-TURNED = 1 << 13
-"""Elements of short rows that are turned at a time: they stay in the first-level cache."""
-
-SHORT_ROW = 48
-"""Elements from which on a loop along a row pays, whose rows do not lie side by side."""
 
 # ---------------------------------------------------------------- sums
 
@@ -223,30 +216,6 @@ def _level_sums(
             _add_chunk(left, none[:width], chunk, sums, lanes, total)
     if not bits.shape[1]:
         counts[:] = len(x)
-
-
-@loop
-def _find_short_scales(
-    x: Array, bits: Array, scales: Array, by_level: Array, turned: Array, elements: Array,
-    depths_turned: Array, depths: Array, band: Array, m: Array, none: Array, chunk: Array,
-    sums: Array, lanes: Array, totals: Array, counts: Array,
-) -> None:  # fmt: skip
-    """Write the scales, (rows, levels), of short rows, which are turned to stand side by side.
-
-    `elements` is `turned` and `depths` is `depths_turned`, both read-only.
-    """
-    levels = scales.shape[1]
-    for first in range(0, len(x), none.size):
-        stop = min(first + none.size, len(x))
-        width = stop - first
-        transpose(x[first:stop], turned)
-        if bits.shape[1]:
-            transpose(bits[first:stop], depths_turned)
-        _find_scales(elements, depths, 0, levels, by_level, none[:width], True, band, m, chunk,
-                     sums, lanes, totals[:width], counts[:width])  # fmt: skip
-        for level in range(levels):
-            for row in range(width):
-                scales[first + row, level] = by_level[level, row]
 
 
 # ---------------------------------------------------------------- approximations and codes
@@ -459,26 +428,6 @@ def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> N
 
 def _even(levels: int) -> int:
     return levels + levels % 2
-
-
-def short_scales(x: Array, bits: Array, levels: int) -> Array:
-    """The scales, (rows, levels), of rows that are short, and contiguous in the work dtype.
-
-    A loop along such a row would end before its vectors pay.
-    """
-    rows, n = x.shape
-    scales = np.empty((rows, levels), x.dtype)
-    least, most = BAND
-    width = min(rows, max(least, min(TURNED // max(1, n) // least * least, most)))
-    turned = memory.scratch("turned", (n, width), x.dtype)
-    depths = memory.scratch("turned bits", (n, width if bits.shape[1] else 0), np.uint8)
-    _find_short_scales(
-        x, bits, scales, np.empty((levels, width), x.dtype), turned, read_only(turned), depths,
-        read_only(depths), memory.scratch("band", (n * width,), x.dtype),
-        memory.scratch("magnitudes", (n * width,), x.dtype), *_scratch(width, x.dtype),
-        np.empty(width), np.empty(width, np.int32),
-    )  # fmt: skip
-    return scales
 
 
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:

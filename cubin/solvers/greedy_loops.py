@@ -12,6 +12,7 @@ import numpy as np
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
     beside,
+    coded_residual_sum,
     in_rows,
     in_work_dtype,
     keep,
@@ -25,7 +26,9 @@ from cubin.core.host.loops import (
     part,
     place,
     read_only,
+    residual_sum,
     scratch,
+    short_sum_in_sixteenths,
     store,
     target,
     uncounted,
@@ -33,7 +36,7 @@ from cubin.core.host.loops import (
     widen_float16,
 )
 from cubin.core.libraries import Array
-from cubin.core.sums import CHUNK
+from cubin.core.sums import CHUNK, SHORT
 from cubin.solvers import greedy_columns_loops as columns
 from cubin.solvers.greedy_columns_loops import negate, step
 
@@ -42,6 +45,24 @@ TOGETHER = 1 << 15
 another row is computed."""
 
 # ---------------------------------------------------------------- scales
+
+
+@part
+def _find_short_scales(x: Array, bits: Array, scales: Array) -> None:
+    """Write the scales of rows that are too short for columns of sums.
+
+    What the levels before leave is computed again, since storing it would take longer.
+    """
+    for level in range(scales.shape[1]):
+        for row in range(len(x)):
+            taken, count = scales[row, :level], x.shape[1]
+            if bits.shape[1]:
+                total, count = coded_residual_sum(x[row], count, taken, bits[row], level)
+            else:
+                total = residual_sum(x[row], count, taken)
+            if total == np.inf:
+                total = short_sum_in_sixteenths(x[row], taken, bits[row], level)
+            scales[row, level] = x.dtype.type(total / count) if count else x.dtype.type(0)
 
 
 @loop
@@ -57,6 +78,9 @@ def _find_scales(
     x, bits, scales, m = uncounted(x, bits, scales, m)
     magnitudes, sums = uncounted(magnitudes, sums)
     zero, mapped, last = x.dtype.type(0), bits.shape[1] > 0, scales.shape[1] - 1
+    if x.shape[1] < SHORT:
+        _find_short_scales(x, bits, scales)
+        return
     for level in range(last + 1):
         for row in range(len(x)):
             taken = scales[row, level - 1] if level else zero
@@ -79,15 +103,6 @@ def _find_scales(
                     source = magnitudes[row, start:stop]
                 total += magnitude_sum(source, less, sums)
             scales[row, level] = x.dtype.type(total / count) if count else zero
-
-
-@loop
-def _level_scales(
-    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, sums: Array
-) -> None:
-    for start in range(0, len(x), len(m)):
-        stop = start + len(m)
-        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, magnitudes, sums)
 
 
 @loop
@@ -319,16 +334,15 @@ def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) ->
 
 @loop
 def _encode_rows(
-    x: Array, bits: Array, scales: Array, known: bool, m: Array, magnitudes: Array, chunk: Array,
-    sums: Array, signs: Array,
+    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, chunk: Array, sums: Array,
+    signs: Array,
 ) -> None:  # fmt: skip
-    """Write the signs, and the scales unless they are `known`."""
+    """Write the scales and the signs."""
     x, bits, scales, m = uncounted(x, bits, scales, m)
     chunk, signs = uncounted(chunk, signs)
     for start in range(0, len(x), len(m)):
         stop = min(start + len(m), len(x))
-        if not known:
-            _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, magnitudes, sums)
+        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, magnitudes, sums)
         for row in range(start, stop):
             for first in range(0, x.shape[1], CHUNK):
                 elements = x[row, first : first + CHUNK]
@@ -368,16 +382,6 @@ def _codes(x: Array, bits: Array, scales: Array, chunk: Array, code: Array) -> N
 # ---------------------------------------------------------------- as the primitives are called
 
 
-def _scales(x: Array, bits: Array, levels: int) -> Array:
-    """The scales of whole rows in the work dtype, (rows, levels)."""
-    if x.shape[1] < columns.SHORT_ROW:
-        return columns.short_scales(x, bits, levels)
-    scales = np.empty((len(x), levels), x.dtype)
-    _, sums = scratch(x.dtype)
-    _level_scales(x, bits, scales, *_rows(x), sums)
-    return scales
-
-
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
     """`greedy.level_sums`."""
     if beside(x):
@@ -404,15 +408,11 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     if beside(x, y):
         columns.approximate_rows(x, bits, levels, y=y)
         return
-    short = x.shape[1] < columns.SHORT_ROW
-    if floats.is_narrow(x.dtype) and not short:
+    if floats.is_narrow(x.dtype):
         _approximate_narrow(x, bits, levels, y)
         return
     wide = in_work_dtype(x)
     depths = map_of(bits, len(x))
-    if short:
-        _write_levels(wide, depths, _scales(wide, depths, levels), y)
-        return
     values, scales = target(y, wide), np.empty((len(x), levels), wide.dtype)
     _approximate_rows(wide, depths, scales, *_rows(wide), *scratch(wide.dtype), values)
     store(values, y)
@@ -447,12 +447,9 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
         columns.encode_rows(x, bits, levels, scales=scales, signs=signs)
         return
     wide = in_work_dtype(x)
-    depths, short = map_of(bits, len(x)), x.shape[1] < columns.SHORT_ROW
-    by_row = np.empty((len(x), levels), wide.dtype)
-    if short:
-        by_row = columns.short_scales(wide, depths, levels)
+    depths, by_row = map_of(bits, len(x)), np.empty((len(x), levels), wide.dtype)
     plain = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
-    _encode_rows(wide, depths, by_row, short, *_rows(wide), *scratch(wide.dtype), plain)
+    _encode_rows(wide, depths, by_row, *_rows(wide), *scratch(wide.dtype), plain)
     if plain is not signs:
         place(plain, signs)
     scales[...] = by_row.T[:, :, None]

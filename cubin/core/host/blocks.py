@@ -24,7 +24,12 @@ import numpy as np
 from cubin.core import memory
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from queue import SimpleQueue
+
+    Job = tuple[threading.Lock, list[tuple[Callable[[int], None], int]]]
+    """A lock that is held while a thread works, and the call, which that thread takes out."""
+
+    Inbox = SimpleQueue[Job]
 
 BLOCK = 1 << 17
 """Elements of a block: 512 KB of float32."""
@@ -95,7 +100,7 @@ def tile(shape: Sequence[int], size: int | None = None) -> Iterator[Block]:
     axis -= 1
     step = max(1, size // inner)
     whole = (slice(None),) * (len(shape) - axis - 1)
-    for outer in np.ndindex(*shape[:axis]):
+    for outer in itertools.product(*map(range, shape[:axis])):
         fixed = tuple(slice(index, index + 1) for index in outer)
         for start in range(0, shape[axis], step):
             yield (*fixed, slice(start, min(start + step, shape[axis])), *whole)
@@ -106,12 +111,16 @@ def extent(block: Block, shape: Sequence[int]) -> int:
     return math.prod(len(range(*cut.indices(n))) for cut, n in zip(block, shape, strict=True))
 
 
-def portion(size: int) -> int:
-    """Elements of a block if each thread is to have four of `size` elements, at most `LARGEST`.
+def portion(size: int, work: int | None = None) -> int:
+    """Elements of a block of `size` elements in all, at most `LARGEST`: a thread that is alone has
+    one block, and of several each has two.
 
-    Smaller blocks mean more steps in Python. With larger ones, threads wait longer for the last.
+    Between blocks a thread needs the GIL, and waits for others that hold it: smaller blocks mean
+    more of this. With larger ones, threads wait longer for the last. `work` is that of `threads`,
+    as many elements if it is not given.
     """
-    return min(size // (4 * _workers()), LARGEST)
+    number = threads(size if work is None else work)
+    return min(size if number == 1 else size // (2 * number), LARGEST)
 
 
 def shares(count: int, least: int) -> list[slice]:
@@ -127,17 +136,21 @@ def shares(count: int, least: int) -> list[slice]:
 # ---------------------------------------------------------------- threads
 
 
-def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
-    """Run `task` on every block; `size` is the number of elements of all of them.
+def threads(work: int) -> int:
+    """How many threads share `work`: elements, times how often each is worked on."""
+    shared = work >= (LOOPS_THREADED if is_ready(work) else THREADED) and not _thread.works
+    return _workers() if shared else 1
 
-    Threads share the work from `THREADED` elements on, or `LOOPS_THREADED`. The calling thread is
-    one of them, so that two callers cannot block each other. A task that calls this function runs
-    the inner blocks on its own thread. The first exception in any thread stops the others after
-    their current block, and is raised here.
+
+def each(task: Callable[[Any], None], blocks: Sequence[Any], work: int) -> None:
+    """Run `task` on every block. `threads` share the work.
+
+    The calling thread is one of them, so that two callers cannot block each other. A task that
+    calls this function runs the inner blocks on its own thread. The first exception in any thread
+    stops the others after their current block, and is raised here.
     """
-    threaded = size >= (LOOPS_THREADED if is_ready(size) else THREADED) and not _thread.works
-    workers = max(1, min(_workers(), len(blocks))) if threaded else 1
-    if workers == 1:
+    workers = min(threads(work), len(blocks))
+    if workers <= 1:
         _run(task, blocks)
         return
     # Each thread begins in a range of its own. If neighbouring blocks went to different threads,
@@ -146,7 +159,7 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
     shares = [deque(blocks[start:stop]) for start, stop in itertools.pairwise(ends)]
     errors: list[BaseException] = []
 
-    def work(number: int) -> None:
+    def take(number: int) -> None:
         _thread.works = True
         try:
             _run(task, _taken(shares[number:] + shares[:number]))
@@ -161,9 +174,9 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], size: int) -> None:
         for share in shares:
             share.clear()
 
-    helpers = _Helpers(work, workers - 1)
+    helpers = _Helpers(take, workers - 1)
     try:
-        work(0)
+        take(0)
         helpers.wait()
     except BaseException:  # raised while this thread waited, such as KeyboardInterrupt
         stop()
@@ -202,40 +215,72 @@ def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:
 
 
 class _Helpers:
-    """Calls of ``work(number)`` on threads of the pool, for the numbers from 1 to `count`."""
+    """Calls of ``work(number)`` on other threads, for the numbers from 1 to `count`.
+
+    There are fewer where threads are at work for other callers, or cannot start, as while the
+    interpreter ends. The caller then does their work.
+    """
 
     def __init__(self, work: Callable[[int], None], count: int) -> None:
-        # The pool keeps a reference to the arguments of past jobs. So it gets lists, which are
-        # emptied once they are done, and keeps no array alive.
-        self._jobs = [[(work, number)] for number in range(1, count + 1)]
-        self._futures: list[Future[None]] = []
-        # No thread can start while the interpreter ends, or where the system has no more. The
-        # caller then does all the work.
-        with contextlib.suppress(RuntimeError):
-            for job in self._jobs:
-                self._futures.append(_pool().submit(_help, job))
+        self._jobs: list[tuple[Inbox, Job]] = []
+        for number in range(1, count + 1):
+            inbox = _pool().inbox()
+            if inbox is None:
+                return
+            self._jobs.append((inbox, (threading.Lock(), [(work, number)])))
+            inbox.put(self._jobs[-1][1])
 
     def wait(self) -> None:
-        """Wait for the threads that have begun, and cancel the others: no work is left for them."""
-        for job in self._jobs:
-            job.clear()
-        for future in self._futures:
-            if not future.cancel():
-                future.result()
+        """Wait for the threads that have begun. The others will find no call: nothing is left."""
+        for _, (working, calls) in self._jobs:
+            calls.clear()
+            with working:
+                pass
+        _pool().idle.extend(inbox for inbox, _ in self._jobs)
+        self._jobs.clear()
 
 
-def _help(job: list[tuple[Callable[[int], None], int]]) -> None:
-    with contextlib.suppress(IndexError):  # the list is empty: the caller was done before
-        work, number = job.pop()
-        work(number)
-        del work
+class _Pool:
+    """Threads that wait for jobs, each at an inbox of its own.
+
+    `concurrent.futures` takes twice as long to start a job, which large arrays feel.
+    """
+
+    def __init__(self) -> None:
+        self.idle: deque[Inbox] = deque()
+        self._numbers = itertools.count(1)
+
+    def inbox(self) -> Inbox | None:
+        """That of a thread that waits, the last that did so, or of a new one; None without."""
+        from queue import SimpleQueue
+
+        with contextlib.suppress(IndexError):
+            return self.idle.pop()
+        if (number := next(self._numbers)) >= WORKERS:
+            return None
+        inbox: Inbox = SimpleQueue()
+        # A daemon, since it waits for ever: the interpreter need not wait for it.
+        thread = threading.Thread(target=_serve, args=(inbox,), name=f"cubin_{number}", daemon=True)
+        with contextlib.suppress(RuntimeError):
+            thread.start()
+            return inbox
+        return None
+
+
+def _serve(inbox: Inbox) -> None:
+    """Do the jobs that come, and keep nothing of them."""
+    while True:
+        working, calls = inbox.get()
+        with working, contextlib.suppress(IndexError):  # no call is left where the caller is done
+            work, number = calls.pop()
+            work(number)
+            del work
+        del working, calls
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
-    from concurrent.futures import ThreadPoolExecutor  # here, since it takes long to import
-
-    return ThreadPoolExecutor(WORKERS - 1, "cubin")
+def _pool() -> _Pool:
+    return _Pool()
 
 
 if hasattr(os, "register_at_fork"):
@@ -316,12 +361,12 @@ def _numba_works() -> bool:
     return True
 
 
-def rows_block(size: int, itemsize: int) -> int:
-    """Elements of a block of whole rows, of an array of `size` elements."""
+def rows_block(size: int, itemsize: int, work: int) -> int:
+    """Elements of a block of whole rows, of an array of `size` elements, with this `work`."""
     if not is_ready(size):
         return WHOLE_ROWS // itemsize
     least, most = COMPILED_ROWS
-    return min(max(least, portion(size) * itemsize), most) // itemsize
+    return min(max(least, portion(size, work) * itemsize), most) // itemsize
 
 
 def rows_together(count: int) -> int:

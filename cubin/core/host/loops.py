@@ -19,13 +19,16 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba.core import cgutils
 from numba.core.caching import FunctionCache
-from numba.extending import intrinsic
 
 from cubin.core import floats, memory
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, COLUMNS, LANES, SHORT, UNIT
+
+intrinsic: Any = numba.extending.intrinsic
+"""The same, without Numba's annotations: to them every call has a context."""
 
 
 class _Cache(FunctionCache):
@@ -127,26 +130,124 @@ def _add_columns(m: Array, taken: float, n: int, sums: Array) -> None:
         sums[j] = even + ((r + s) + (t + u))
 
 
-@part
-def sum_in_lanes(sums: Array, size: int) -> float:
-    """The sum of the first `size` numbers, in eight lanes that take one number each in turn.
+def _in_lanes(
+    context: Any, builder: Any, kinds: Any, numbers: Any, size: Any, taken: Any = None,
+    bits: Any = None, level: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Instructions that add numbers to eight lanes in turn, and the lanes in pairs; and count them.
 
-    Zeros are written after them, up to a multiple of eight.
+    With scales `taken` the numbers are the magnitudes of what these leave. With `bits` those of
+    elements with a code at `level` count. `kinds` are the types of all arguments from `numbers` on.
+
+    LLVM makes vectors of a loop only where that is long, and rows of few elements are common. The
+    last numbers, which do not fill the lanes, are read with a mask.
     """
-    end = -(-size // LANES) * LANES
-    for j in range(size, end):
-        sums[j] = 0
-    a = b = c = d = e = f = g = h = 0.0
-    for j in range(0, end, LANES):
-        a += np.float64(sums[j])
-        b += np.float64(sums[j + 1])
-        c += np.float64(sums[j + 2])
-        d += np.float64(sums[j + 3])
-        e += np.float64(sums[j + 4])
-        f += np.float64(sums[j + 5])
-        g += np.float64(sums[j + 6])
-        h += np.float64(sums[j + 7])
-    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+    word, none = ir.IntType(64), ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+    wide = ir.VectorType(ir.DoubleType(), LANES)
+
+    def spread(value: Any) -> Any:
+        empty = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+        first = builder.insert_element(empty, value, ir.IntType(32)(0))
+        return builder.shuffle_vector(first, empty, none)
+
+    def view(position: int, array: Any) -> Any:
+        return context.make_array(kinds[position])(context, builder, array)
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        letters = {"float": "f32", "double": "f64", "i8": "i8"}[str(result.element)]
+        declared = ir.FunctionType(result, [argument.type for argument in arguments])
+        name = f"llvm.{name}.v{LANES}{letters}" + ".p0" * (name == "masked.load")
+        found = cgutils.get_or_insert_function(builder.module, declared, name)
+        return builder.call(found, arguments)
+
+    def load(position: int, array: Any, start: Any, mask: Any) -> Any:
+        kind = kinds[position].dtype
+        vector = ir.VectorType(context.get_value_type(kind), LANES)
+        where = builder.gep(view(position, array).data, [start])
+        where = builder.bitcast(where, vector.as_pointer())
+        if mask is None:
+            return builder.load(where, align=kind.bitwidth // 8)
+        align = ir.IntType(32)(kind.bitwidth // 8)
+        return function("masked.load", vector, where, align, mask, vector(None))
+
+    def add(start: Any, mask: Any = None) -> None:
+        found = load(0, numbers, start, mask)
+        zeros, coded = found.type(None), mask
+        if taken is not None:
+            found = function("fabs", found.type, found)
+            left = cgutils.alloca_once_value(builder, found)
+            scales = view(2, taken)
+            (levels,) = cgutils.unpack_tuple(builder, scales.shape, 1)
+            with cgutils.for_range(builder, levels) as turn:
+                scale = spread(builder.load(builder.gep(scales.data, [turn.index])))
+                found = builder.fsub(builder.load(left), scale)
+                builder.store(function("fabs", found.type, found), left)
+            found = builder.load(left)
+        if bits is not None:
+            coded = builder.icmp_unsigned(">", load(3, bits, start, mask), spread(level))
+            coded = coded if mask is None else builder.and_(coded, mask)
+        if coded is not None:
+            found = builder.select(coded, found, zeros)
+        if found.type != wide:
+            found = builder.fpext(found, wide)
+        builder.store(builder.fadd(builder.load(lanes), found), lanes)
+        if bits is not None:
+            more = builder.zext(coded, none.type)
+            builder.store(builder.add(builder.load(counts), more), counts)
+
+    def total(vector: Any, plus: Any) -> Any:
+        width = LANES
+        while width > 1:
+            width //= 2
+            half = ir.VectorType(ir.IntType(32), width)
+            even, odd = (half(list(range(first, 2 * width, 2))) for first in (0, 1))
+            vector = plus(
+                builder.shuffle_vector(vector, vector, even),
+                builder.shuffle_vector(vector, vector, odd),
+            )
+        return builder.extract_element(vector, ir.IntType(32)(0))
+
+    lanes, counts = (cgutils.alloca_once_value(builder, kind(None)) for kind in (wide, none.type))
+    whole = builder.and_(size, word(-LANES))
+    with cgutils.for_range_slice(builder, word(0), whole, word(LANES)) as (start, _):
+        add(start)
+    rest, lane = builder.sub(size, whole), ir.Constant(ir.VectorType(word, LANES), [*range(LANES)])
+    with builder.if_then(builder.icmp_signed(">", rest, word(0))):
+        add(whole, builder.icmp_signed("<", lane, spread(rest)))
+    count = size if bits is None else total(builder.load(counts), builder.add)
+    return total(builder.load(lanes), builder.fadd), count
+
+
+@intrinsic
+def sum_in_lanes(context: Any, numbers: Any, size: Any) -> Any:
+    """The sum of the first `size` numbers, in eight lanes that take one number each in turn."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _in_lanes(context, builder, signature.args, *arguments)[0]
+
+    return numba.float64(numbers, numba.int64), generate
+
+
+@intrinsic
+def residual_sum(context: Any, x: Any, size: Any, taken: Any) -> Any:
+    """The same of the magnitudes of x that the scales `taken` leave."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _in_lanes(context, builder, signature.args, *arguments)[0]
+
+    return numba.float64(x, numba.int64, taken), generate
+
+
+@intrinsic
+def coded_residual_sum(context: Any, x: Any, size: Any, taken: Any, bits: Any, level: Any) -> Any:
+    """The same of elements with a code at a level, and their number."""
+    result = numba.types.Tuple((numba.float64, numba.int32))
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        found = _in_lanes(context, builder, signature.args, *arguments)
+        return context.make_tuple(builder, result, found)
+
+    return result(x, numba.int64, taken, bits, numba.uint8), generate
 
 
 @part
@@ -157,6 +258,21 @@ def _sum(m: Array, taken: float, sums: Array) -> float:
     for j in range(rest.size):
         rest[j] = abs(abs(m[COLUMNS * width + j]) - taken)
     return sum_in_lanes(sums, width + rest.size)
+
+
+@loop
+def short_sum_in_sixteenths(x: Array, taken: Array, bits: Array, level: int) -> float:
+    """`residual_sum` where it overflows, or with a map `coded_residual_sum`: of the numbers times
+    `UNIT`, which cannot. It allocates, since it is rare.
+    """
+    small = np.empty(x.size, x.dtype)
+    for j in range(x.size):
+        left = abs(x[j])
+        for i in range(taken.size):
+            left = abs(left - taken[i])
+        coded = bits.size == 0 or bits[j] > np.uint8(level)
+        small[j] = left * UNIT if coded else x.dtype.type(0)
+    return sum_in_lanes(small, small.size) / UNIT
 
 
 @loop

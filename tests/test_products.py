@@ -324,37 +324,83 @@ def test_mixed_libraries(device):
 
 
 @pytest.mark.kernels
-def test_bytes_of_a_product(device, rng):
-    """A plane is read once, a bit a weight; x once for every 32 lines."""
+@pytest.mark.parametrize(
+    ("dtype", "at_once", "template"),
+    [("float32", 8, "float, false, 8, 8"), ("float64", 4, "double, false, 4, 8")],
+)
+def test_bytes_of_products(dtype, at_once, template, device, rng):
+    """A block reads a plane once for its rows, a bit a weight; x once for every 32 lines."""
     ptx = pytest.importorskip("tests.ptx")
-    code = cubin.quantize(device.asarray(rng.normal(size=(64, 512)).astype(np.float32)), 2,
-                          channel_axis=0)  # fmt: skip
-    x = device.asarray(rng.normal(size=512).astype(np.float32))
-    with ptx.launches() as launches:
-        products.linear(x, code)
-    (launch,) = launches
-    assert launch.kernel == "cubin_multiply_lines<float, false>"
-    assert launch.read_unique == code.planes.nbytes + code.scales.nbytes + x.nbytes
-    assert launch.written == launch.written_unique == 64 * 4
+    w = rng.normal(size=(64, 512)).astype(dtype)
+    code = cubin.quantize(device.asarray(w), 2, channel_axis=0)
+    x = device.asarray(rng.normal(size=(2 * at_once, 512)).astype(dtype))
+    scales = 16 * code.scales.nbytes  # once for each strip of a line, of 512 / 32
+    read = {}
+    for rows in (1, at_once, 2 * at_once):
+        with ptx.launches() as launches:
+            products.linear(x[:rows], code)
+        (launch,) = launches
+        assert launch.read_unique == code.planes.nbytes + code.scales.nbytes + x[:rows].nbytes
+        assert launch.written == launch.written_unique == rows * 64 * x.itemsize
+        read[rows] = launch.read
+    assert launch.kernel == f"cubin_multiply_lines<{template}>"
+    for rows, tiles in ((1, 1), (at_once, 1), (2 * at_once, 2)):
+        of_x = 2 * x[:rows].nbytes
+        assert read[rows] == tiles * (code.planes.nbytes + scales) + of_x
+
+
+ROWS = {"float32": [1, 2, 3, 8, 13], "float64": [1, 2, 3, 9]}
+"""Rows of x for which the kernel differs, and some that do not fill their blocks."""
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", few(ROWS, "float32"))
+@pytest.mark.parametrize("given", [{}, *({"group_size": size} for size in (3, 25, 64))], ids=str)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_row_has_the_same_bits_in_any_batch(given, mapped, dtype, device, host, rng):
+    w = rng.normal(size=(35, 650)).astype(dtype)
+    bits = rng.integers(0, 3, w.shape) if mapped else 2
+    code = cubin.quantize(device.asarray(w), bits, **given)
+    x = rng.normal(size=(13, 650)).astype(dtype)
+    most = host(products.linear(device.asarray(x), code))
+    check(most, x, code.to_host())
+    for rows in ROWS[dtype]:
+        found = host(products.linear(device.asarray(x[13 - rows :]), code))
+        np.testing.assert_array_equal(found, most[13 - rows :])
+
+
+def test_the_scale_of_a_level_without_elements(xp, host, rng):
+    """It may be NaN, and counts for nothing."""
+    bits = np.ones((33, 40), np.uint8)
+    bits[7] = 2
+    code = cubin.quantize(xp.asarray(rng.normal(size=bits.shape)), bits, channel_axis=0)
+    scales = host(code.scales).copy()
+    scales[1, bits[:, 0] < 2] = np.nan
+    holes = BinaryCode.from_signs(xp.asarray(scales), code.signs, bits, channel_axis=0)
+    x = xp.asarray(rng.normal(size=(3, 40)))
+    np.testing.assert_array_equal(host(products.linear(x, holes)), host(products.linear(x, code)))
 
 
 KERNELS = [
-    (pack_signs, [(256,)]),
+    (pack_signs, [(256,)], 1024),
     (sum_planes, [("float16", "float", "true"), ("float", "float", "false"),
-                  ("double", "double", "true")]),
-    (arithmetic.multiply_lines, [("float", "false"), ("float", "true"), ("double", "true")]),
-    (arithmetic.count_unequal, [(16,)]),
+                  ("double", "double", "true")], 1024),
+    (arithmetic.multiply_lines, [("float", "false", 8, 8), ("float", "false", 2, 32),
+                                 ("float", "true", 2, 32), ("double", "true", 1, 32)], 1024),
+    (arithmetic.multiply_lines, [("float", "true", 8, 8), ("double", "false", 4, 8),
+                                 ("double", "true", 4, 8)], 512),
+    (arithmetic.count_unequal, [(16,)], 1024),
 ]  # fmt: skip
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("arch", few(ARCHITECTURES, "sm_90"))
 @pytest.mark.parametrize(
-    ("primitive", "templates"), KERNELS, ids=lambda value: getattr(value, "name", "")
+    ("primitive", "templates", "threads"), KERNELS, ids=lambda value: getattr(value, "name", "")
 )
-def test_registers_suffice(primitive, templates, arch, device, monkeypatch):
+def test_registers_suffice(primitive, templates, threads, arch, device, monkeypatch):
     names = [primitive.name_of(template) for template in templates]
-    assert_registers_suffice(arch, device, monkeypatch, primitive.source, names)
+    assert_registers_suffice(arch, device, monkeypatch, primitive.source, names, threads)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,10 @@ _CUDA = source(__file__)
 FEW = 16
 """Rows of x, times levels, that `multiply_lines` takes."""
 
+FEW_ON_DEVICE = 64
+"""The same on a device: a guess until a GPU is seen. A level takes two look-ups for each byte and
+row, and from about so many on BLAS is faster, on tiles that lie in the second-level cache."""
+
 TILE = 1 << 21
 """Elements of a tile that BLAS multiplies: 8 MB of float32."""
 
@@ -41,24 +45,28 @@ EXACT = 1 << 23
 """The longest sum of signs that float32 holds exactly, however it is added up."""
 
 _NO_MAP = np.uint64(0)
-_THREADS = 256
 
 
 def _multiply_launch(planes: Array, bits: Any, scales: Array, x: Array, y: Array) -> Launch:
-    levels, width, lines = planes.shape
+    levels, _, lines = planes.shape
     mapped, xp = np.ndim(bits) > 0, libraries.library(planes)
     scales, x = xp.ascontiguousarray(scales), xp.ascontiguousarray(x)
     held = xp.ascontiguousarray(bits) if mapped else _NO_MAP
     levels = min(levels, MAX_BITS) if mapped else min(levels, int(bits))
     _, scaled_lines, runs = scales.shape
     batch, length = x.shape
-    sizes = (lines, length, width, planes.strides[0], planes.strides[1],
-             max(1, length // max(1, runs)), runs, scaled_lines,
-             y.strides[0] // y.itemsize)  # fmt: skip
-    grid = max(1, -(-lines // 32) * batch)
+    run = max(1, length // max(1, runs))
+    # Strips of four bytes that cover a run, which may begin within a byte.
+    strips = -(-run // 32) if run % 8 == 0 else -(-(run + 14) // 32)
+    # Shared memory has 32 KB of sums. With more warps more bytes are on their way at a time.
+    rows = min(1 << (batch - 1).bit_length(), 32 // x.itemsize)
+    warps = 32 if rows * x.itemsize <= 8 else 8
+    sizes = (batch, lines, length, planes.strides[0], planes.strides[1], run, runs, strips,
+             scaled_lines, y.strides[0] // y.itemsize)  # fmt: skip
+    grid = max(1, -(-lines // 32) * -(-batch // rows))
     numbers = (*map(np.int64, sizes), np.int32(levels))
-    template = (C_TYPES[y.dtype.char], str(mapped).lower())
-    return Launch(template, grid, _THREADS, (planes, held, scales, x, y, *numbers))
+    template = (C_TYPES[y.dtype.char], str(mapped).lower(), rows, warps)
+    return Launch(template, grid, 32 * warps, (planes, held, scales, x, y, *numbers))
 
 
 @raw(
@@ -90,7 +98,7 @@ def is_faster(x: Array, decoding: Decoding) -> bool:
 
     The compiled loop has a rule of its own.
     """
-    return len(x) * decoding.levels <= FEW
+    return len(x) * decoding.levels <= (FEW_ON_DEVICE if libraries.on_device(x) else FEW)
 
 
 def new_tile(count: int, decoding: Decoding, x: Array) -> Array:

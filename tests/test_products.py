@@ -73,13 +73,13 @@ def test_linear_in_loops(given, levels, batch, rng, monkeypatch):
     from cubin.core.host import blocks
 
     monkeypatch.setattr(blocks, "pays", lambda size: True)
-    monkeypatch.setattr(arithmetic, "LINES", 100)
+    monkeypatch.setattr(arithmetic, "LEAST", 100)
     monkeypatch.setattr(arithmetic, "WORK", 1)
     monkeypatch.setattr(loops, "_TOTALS", 1)  # a few rows at a time
     monkeypatch.setattr(blocks, "_workers", lambda: 3)
     monkeypatch.setattr(blocks, "LOOPS_THREADED", 1)
     if batch < 40:
-        monkeypatch.setattr(loops, "is_faster", lambda x, decoding: True)
+        monkeypatch.setattr(loops, "by_lines", lambda x, decoding: loops.multiply_lines)
     w = rng.normal(size=(333, 24 * 29)).astype(np.float32)
     bits = levels if levels < 5 else rng.integers(0, 4, w.shape)
     code = cubin.quantize(w, bits, **given)
@@ -98,7 +98,7 @@ def test_lines_have_the_same_bits_in_any_part(given, mapped, rng, monkeypatch):
     from cubin.core.host import blocks
 
     monkeypatch.setattr(blocks, "pays", lambda size: True)
-    monkeypatch.setattr(loops, "is_faster", lambda x, decoding: True)
+    monkeypatch.setattr(loops, "by_lines", lambda x, decoding: loops.multiply_lines)
     w = rng.normal(size=(75, 12 * 43)).astype(np.float32)
     code = cubin.quantize(w, rng.integers(0, 4, w.shape) if mapped else 3, **given)
     for dtype in (np.float32, np.float64):

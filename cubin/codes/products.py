@@ -35,8 +35,9 @@ TILE = 1 << 21
 SUBTILE = 1 << 17
 """Elements of a tile that `multiply_lines` decodes, in the cache."""
 
-LINES = 1 << 9
-"""The fewest lines that a thread takes: sums of x are made for all of them."""
+LEAST = 1 << 7
+"""The fewest lines that a thread takes, for all of which sums of x are made; or rows of x, for all
+of which lines are decoded."""
 
 WORK = 1 << 25
 """The fewest elements, times rows and levels, for which another thread is worth its start."""
@@ -93,12 +94,15 @@ def multiply_lines(
     multiply_tiles(sum_planes.function, planes, bits, scales, x, y)
 
 
-def is_faster(x: Array, decoding: Decoding) -> bool:
-    """Whether `multiply_lines` is faster than BLAS on decoded tiles.
+def by_lines(x: Array, decoding: Decoding) -> Callable[..., None] | None:
+    """The form of `multiply_lines` for rows of x and parts of the lines, or of the rows.
 
-    The compiled loop has a rule of its own.
+    None where BLAS on decoded tiles of all lines is faster. Compiled loops have a rule of their own.
     """
-    return len(x) * decoding.levels <= (FEW_ON_DEVICE if libraries.on_device(x) else FEW)
+    few = FEW_ON_DEVICE if libraries.on_device(x) else FEW
+    if len(x) * decoding.levels > few:
+        return None
+    return passes.form(multiply_lines, x, decoding.lines.count * decoding.lines.length)
 
 
 def new_tile(count: int, decoding: Decoding, x: Array) -> Array:
@@ -162,16 +166,21 @@ def _to_lines(x: Array, decoding: Decoding) -> Array:
     y = xp.zeros((len(x), lines.count), x.dtype)
     if not (y.size and lines.length):
         return y
-    if _forms(x, decoding).is_faster(x, decoding):
-        on = passes.form(multiply_lines, x, lines.count * lines.length)
+    on = _forms(x, decoding).by_lines(x, decoding)
+    if on is not None:
+        rows = Lines(len(x), (lines.length,))
+        most, other = (lines, rows) if lines.count >= rows.count else (rows, lines)
 
         def task(cut: slice, elements: slice) -> None:
-            on(decoding.planes[..., cut], decoding.bits(cut),
-               decoding.scales(cut), x, y=y[:, cut])  # fmt: skip
+            of_lines, of_rows = cut, slice(None)
+            if most is rows:
+                of_lines, of_rows = slice(0, lines.count), cut
+            on(decoding.planes[..., of_lines], decoding.bits(of_lines), decoding.scales(of_lines),
+               x[of_rows], y=y[of_rows, of_lines])  # fmt: skip
 
         if levels:
-            least = max(LINES, WORK // (len(x) * levels * lines.length))
-            passes.for_each_lines(task, lines, 1, x, least=least)
+            least = max(LEAST, WORK // (other.count * levels * lines.length))
+            passes.for_each_lines(task, most, 1, x, least=least)
         if decoding.shifted:
             with np.errstate(all="ignore"):  # x may not be finite
                 y += _of_shift(x, decoding)
@@ -303,7 +312,7 @@ def _counts(a: Array, b: Array) -> Array:
     def task(cut: slice, elements: slice) -> None:
         on(a, b[cut], counts=counts[:, cut])
 
-    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, least=LINES)
+    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, least=LEAST)
     return counts
 
 

@@ -108,6 +108,94 @@ def test_lines_have_the_same_bits_in_any_part(given, mapped, rng, monkeypatch):
             np.testing.assert_array_equal(products.linear(x, code[cut]), whole[:, cut])
 
 
+DECODED = [(1, 8), (15, 13), (16, 512), (17, 24), (47, 520), (49, 1032), (333, 72), (1101, 40)]
+"""Lines, which fill registers and tiles or do not, and elements, which fill chunks or do not."""
+
+
+@pytest.mark.parametrize("shape", DECODED, ids=str)
+@pytest.mark.parametrize("given", [{}, {"channel_axis": 0}, {"group_size": 8}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_decoded_tiles(shape, given, dtype, rng, monkeypatch):
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    if not loops._FUSED:
+        pytest.skip("this processor does not multiply and add at once")
+    if given.get("group_size") and shape[1] % 8:
+        given = {"group_size": shape[1]}
+    monkeypatch.setattr(loops, "_ROWS", 16)
+    code = cubin.quantize(rng.normal(size=shape).astype(dtype), 3, **given)
+    scales = code.scales.reshape(3, len(code.scales[0]) if given else 1, -1)
+    x = rng.normal(size=(37, shape[1])).astype(dtype)
+    whole = np.full((37, shape[0]), np.nan, dtype)
+    for levels in (1, 3):
+        loops.multiply_decoded(code.planes, np.uint8(levels), scales, x, y=whole)
+        check(whole, x, code.truncate(levels))
+    # Neither other lines nor other rows change a bit.
+    lines, rows = slice(shape[0] // 3, shape[0] - shape[0] // 4), slice(1, 10)
+    of_lines = scales if scales.shape[1] == 1 else scales[:, lines]
+    part = np.full(whole.shape, np.nan, dtype)[rows, lines]
+    loops.multiply_decoded(code.planes[..., lines], np.uint8(3), of_lines, x[rows], y=part)
+    np.testing.assert_array_equal(part, whole[rows, lines])
+    x[3, 0], x[5, -1] = np.nan, np.inf
+    found = np.empty_like(whole)
+    loops.multiply_decoded(code.planes, np.uint8(3), scales, x, y=found)
+    assert not np.isfinite(found[[3, 5]]).any()
+    others = np.delete(np.arange(37), [3, 5])
+    np.testing.assert_array_equal(found[others], whole[others])
+
+
+BYTES = [{}, {"channel_axis": 0}, {"group_size": 24}, {"group_size": 40}]
+"""Granularities whose runs begin at bytes."""
+
+
+@pytest.mark.parametrize("given", BYTES, ids=str)
+@pytest.mark.parametrize("form", ["looked up", "looked up, map", "decoded"])
+@pytest.mark.parametrize("shape", [(40, 150), (150, 40)], ids=str)
+def test_threads_share_lines_or_rows(shape, given, form, rng, monkeypatch):
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    from cubin.core.host import blocks
+
+    if form == "decoded" and not loops._FUSED:
+        pytest.skip("this processor does not multiply and add at once")
+    multiply = loops.multiply_decoded if form == "decoded" else loops.multiply_lines
+    monkeypatch.setattr(loops, "by_lines", lambda x, decoding: multiply)
+    monkeypatch.setattr(blocks, "pays", lambda size: True)
+    monkeypatch.setattr(arithmetic, "LEAST", 8)
+    monkeypatch.setattr(arithmetic, "WORK", 1)
+    monkeypatch.setattr(blocks, "LOOPS_THREADED", 1)
+    w = rng.normal(size=(shape[0], 24 * 29)).astype(np.float32)
+    bits = rng.integers(0, 3, w.shape) if form == "looked up, map" else 3
+    code = cubin.quantize(w, bits, **given)
+    x = rng.normal(size=(shape[1], w.shape[1])).astype(np.float32)
+    found = []
+    for workers in (1, 3):
+        monkeypatch.setattr(blocks, "_workers", lambda workers=workers: workers)
+        found.append(products.linear(x, code))
+    check(found[0], x, code)
+    np.testing.assert_array_equal(*found)
+
+
+def test_many_rows_are_looked_up_decoded_or_left_to_blas(rng, monkeypatch):
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    from cubin.codes.binary_code import decoding_of
+
+    monkeypatch.setattr(loops, "_REGISTER", 64)
+    monkeypatch.setattr(loops, "_FUSED", True)
+    w = rng.normal(size=(4096, 24)).astype(np.float32)
+
+    def chosen(rows, bits, **given):
+        x = np.empty((rows, 24), np.float32)
+        return loops.by_lines(x, decoding_of(cubin.quantize(w, bits, **given)))
+
+    few, many = loops.multiply_lines, loops.multiply_decoded
+    assert [chosen(200, 1), chosen(8, 2), chosen(4, 4)] == [few] * 3
+    assert [chosen(500, 1), chosen(32, 2), chosen(8, 4, group_size=8)] == [many] * 3
+    bits = rng.integers(0, 3, w.shape)
+    assert [chosen(8, bits), chosen(64, bits)] == [few, None]
+    assert chosen(64, 2, group_size=12) is chosen(64, 2, channel_axis=1) is None
+    monkeypatch.setattr(loops, "_FUSED", False)
+    assert chosen(500, 2) is None
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_products_of_every_shape(data):

@@ -36,11 +36,8 @@ _REGISTER = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 0
 _FUSED = bool(_REGISTER) and "+fma" in _FEATURES
 """Whether there are instructions that multiply and add."""
 
-_LIMITS = {4: (1, 24), 8: (0, 16)}
-"""By the bytes of a number: levels that are looked up for any number of rows, and rows times
-further levels. Looking up eight signs takes about as long as multiplying eight numbers. So at one
-level nothing is gained by decoding; each further level costs as much again, and decoding it as
-much as some rows of look-ups."""
+_FEW_FOR_BLAS = 4 * FEW
+"""What `FEW` is where only BLAS takes more: it decodes maps, and packs what it multiplies."""
 
 _MADE = 256
 """Lines whose look-ups take as long as making the sums of x."""
@@ -284,14 +281,20 @@ def new_tile(count: int, decoding: Decoding, x: Array) -> Array:
 
 
 def by_lines(x: Array, decoding: Decoding) -> Callable[..., None] | None:
-    """`products.by_lines`."""
+    """`products.by_lines`.
+
+    Looking up the sums of eight elements in a register of 16 numbers takes about as long as to
+    multiply eight decoded numbers of 16 lines. So a single level is looked up, for any number of
+    rows. Each further level takes as long again for each row, and decoding as long as look-ups for
+    about `FEW` rows.
+    """
+    whole = decoding.run % 8 == 0 or decoding.run == decoding.lines.length
+    decoded = _FUSED and whole and not decoding.mapped
     short = not decoding.shared and decoding.run < min(_SHORT, decoding.lines.length)
     # The signs that a map leaves out are looked up, too. And sums have to be made.
     levels = decoding.levels * (2 if decoding.mapped else 1) * (1 + _MADE / decoding.lines.count)
-    free, few = _LIMITS[x.itemsize] if _REGISTER and not short else (0, FEW)
-    whole = decoding.run % 8 == 0 or decoding.run == decoding.lines.length
-    decoded = _FUSED and whole and not decoding.mapped
-    if len(x) * (levels - free) <= few and not (short and decoded):
+    free = 0 if short else _REGISTER // x.itemsize // _LANES
+    if len(x) * (levels - free) <= (FEW if decoded or short else _FEW_FOR_BLAS):
         return multiply_lines
     return multiply_decoded if decoded else None
 
@@ -368,10 +371,10 @@ _GROUP = 8 if _REGISTER == 64 else 4
 """Rows of x that are multiplied at a time: 24 of 32 registers hold sums, or 12 of 16."""
 
 _WIDE = 11 * _COLUMNS * _REGISTER
-"""Bytes of an element of all lines of a tile. This is no power of two: elements that lie so far
+"""The most bytes of an element of all lines of a tile. This is no power of two: elements that lie so far
 apart would fall into the same few places of the cache."""
 
-_ROWS = 1 << 10
+_ROWS = 1 << 9
 """Rows of x for which a tile is decoded. It bounds the memory of their totals."""
 
 
@@ -402,8 +405,7 @@ def _decode_bytes(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         planes, factors, values = (
-            context.make_array(signature.args[k])(context, builder, arguments[k])
-            for k in (0, 3, 5)
+            context.make_array(signature.args[k])(context, builder, arguments[k]) for k in (0, 3, 5)
         )
         _, start, step, _, number, _, element, line = arguments
         vector = ir.VectorType(context.get_value_type(tile.dtype), lanes)
@@ -539,7 +541,7 @@ def multiply_decoded(planes: Array, bits: Any, scales: Array, x: Array, *, y: Ar
         planes = np.pad(planes, ((0, 0), (0, 0), (0, lanes - lines)))
     spread = np.zeros((levels, scales.shape[2], max(lines, lanes)), x.dtype)
     spread[..., :lines] = scales[:levels].transpose(0, 2, 1)
-    wide = _WIDE // x.itemsize
+    wide = min(_WIDE // x.itemsize, -(-lines // lanes) * lanes)
     tile = memory.scratch("decoded", (_CHUNK, wide), x.dtype)
     tile[...] = 0
     for top in range(0, len(x), _ROWS):

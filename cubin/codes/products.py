@@ -1,7 +1,7 @@
 """Products of arrays with packed codes, which are never unpacked as a whole.
 
 For a few rows of x and levels, `multiply_lines` goes through the planes themselves. Beyond, tiles
-of lines are decoded, and BLAS multiplies them: every tile then serves many rows.
+of lines are decoded and multiplied, by compiled loops or by BLAS: every tile then serves many rows.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def multiply_lines(
 def by_lines(x: Array, decoding: Decoding) -> Callable[..., None] | None:
     """The form of `multiply_lines` for rows of x and parts of the lines, or of the rows.
 
-    None where BLAS on decoded tiles of all lines is faster. Compiled loops have a rule of their own.
+    None where BLAS on decoded tiles of all lines is faster. Compiled loops have their own rule.
     """
     few = FEW_ON_DEVICE if libraries.on_device(x) else FEW
     if len(x) * decoding.levels > few:

@@ -2,12 +2,12 @@
 
 Products look up signed sums: four elements of x have 16 of them, and half a byte of a plane says
 which one a line needs. Neighbouring lines lie side by side in a plane. So the sums stay in
-registers, and one instruction looks up as many of them as a register has numbers.
+registers, and one instruction looks up as many of them as a register has numbers. Many rows of x
+are multiplied with decoded tiles, whose lines lie side by side as well.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -371,8 +371,8 @@ _GROUP = 8 if _REGISTER == 64 else 4
 """Rows of x that are multiplied at a time: 24 of 32 registers hold sums, or 12 of 16."""
 
 _WIDE = 11 * _COLUMNS * _REGISTER
-"""The most bytes of an element of all lines of a tile. This is no power of two: elements that lie so far
-apart would fall into the same few places of the cache."""
+"""The most bytes of an element of all lines of a tile. This is no power of two: elements that lie
+so far apart would fall into the same few places of the cache."""
 
 _ROWS = 1 << 9
 """Rows of x for which a tile is decoded. It bounds the memory of their totals."""
@@ -437,8 +437,8 @@ def _decode_bytes(
 def _adder_of_products(columns: int) -> Any:
     """Add ``x @ tile`` to totals of `_GROUP` rows, and as many lines as `columns` registers hold.
 
-    Sums stay in registers: this is what compiled loops over arrays cannot say. They take one product
-    after the other.
+    Sums stay in registers, which compiled loops over arrays cannot say. They take one product after
+    the other.
     """
 
     @intrinsic
@@ -502,9 +502,9 @@ def _multiply(
 ) -> None:  # fmt: skip
     """Add the products of rows of x with some lines to `totals`, (rows, lines or more).
 
-    Planes are as for `_look_up`; scales have the shape (levels, runs, lines). There are whole groups
-    of rows, and at least as many lines as a register holds. A run begins at a byte. `tile` is
-    scratch.
+    Planes are as for `_look_up`; scales have the shape (levels, runs, lines). There are whole
+    groups of rows, and at least as many lines as a register holds. A run begins at a byte. `tile`
+    is scratch; what it has beyond the lines is added to what `totals` has there.
     """
     flat, scales, x = uncounted(flat, scales, x)
     tile, totals = uncounted(tile, totals)
@@ -530,8 +530,8 @@ def _multiply(
 def multiply_decoded(planes: Array, bits: Any, scales: Array, x: Array, *, y: Array) -> None:
     """`products.multiply_lines` on decoded tiles, without a map, where runs begin at bytes.
 
-    A tile of lines lies in the cache, and serves all rows of x. It is not packed anew, as BLAS would
-    do. Nor do threads wait for those of BLAS, which spin on for a while after each product.
+    A tile of lines lies in the cache, and serves all rows of x. It is not packed anew, as BLAS
+    would do. Nor do threads wait for those of BLAS, which spin on for a while after each product.
     """
     lanes = _REGISTER // x.itemsize
     levels, lines = min(len(planes), int(bits)), planes.shape[2]
@@ -556,7 +556,7 @@ def multiply_decoded(planes: Array, bits: Any, scales: Array, x: Array, *, y: Ar
             totals[...] = 0
             level_step, byte_step, _ = of_lines.strides
             _multiply(
-                planes_loops.flat(of_lines), level_step, byte_step, run,
+                read_only(planes_loops.flat(of_lines)), level_step, byte_step, run,
                 read_only(np.ascontiguousarray(spread[..., cut])), read_only(held), tile, lanes,
                 totals,
             )  # fmt: skip

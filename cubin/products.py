@@ -1,7 +1,7 @@
 """Products with packed codes: linear maps and convolutions that do not unpack the weights.
 
 A code takes part as it is: sums of x are looked up by the bits of its planes [1]_, or, where there
-are too many rows of x for that, tiles of the code are decoded for BLAS. Products of two codes
+are too many rows of x for that, tiles of the code are decoded and multiplied. Products of two codes
 compare their signs by XOR and count [2]_.
 
 References
@@ -46,7 +46,7 @@ def linear(x: Array | BinaryCode, code: BinaryCode) -> Array:
     The gradient of x is ``gy @ code``; PyTorch records it where x requires grad.
 
     Sums are accumulated in float32, or in float64 if x or the code has float64, in an order that
-    depends on the shapes. Where BLAS multiplies, for many rows or levels, it decides the order.
+    depends on the shapes. Where BLAS multiplies, it decides the order.
     The sums of scales are not rounded to the dtype of a float16 code. The shift c is 0 where the
     code has none.
 

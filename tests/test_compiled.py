@@ -516,7 +516,7 @@ for shape in ((1, 1 << 18), (2003, 131), (64, 5003)):
 """
     start = (
         "from cubin.core.host import blocks; from cubin.solvers import search_rows as s;"
-        "from cubin.codes import products_loops as p; p.is_faster = lambda *_: True;"
+        "from cubin.codes import products_loops as p; p.by_lines = lambda *_: p.multiply_lines;"
         "blocks.COMPILED = blocks.LOADING = 0;"
         "s.reconstruct_rows.loops_from = s.solve_rows.loops_from = 0\n"
     )
@@ -560,6 +560,7 @@ VECTORS = {
     greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
     planes_loops._sum_planes: {"vaddps"},
     products_loops._look_up: {"vpermd"},
+    products_loops._multiply: {"vfmadd213ps"},
     signs_loops._signs: {"vmovups"},
     signs_loops._clip: {"vmovups"},
 }
@@ -588,6 +589,9 @@ loops = {
         read_only(np.ones(256, np.uint8)), 0, 32, 64, read_only(np.ones((1, 1, 32), f)),
         read_only(np.ones((1, 64), f)), False, np.ones(64, f), np.ones((16, 16), f),
         np.ones((8, 256), f), np.ones((1, 32), f), np.ones((1, 32))),
+    products_loops._multiply: (
+        read_only(np.ones(256, np.uint8)), 0, 32, 64, read_only(np.ones((1, 1, 32), f)),
+        read_only(np.ones((8, 64), f)), np.ones((512, 264), f), 8, np.ones((8, 264), f)),
     signs_loops._signs: (x[0], np.ones(9, f)),
     signs_loops._clip: (x[0], f(1), x[0], np.ones(9, f)),
 }

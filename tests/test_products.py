@@ -73,13 +73,13 @@ def test_linear_in_loops(given, levels, batch, rng, monkeypatch):
     from cubin.core.host import blocks
 
     monkeypatch.setattr(blocks, "pays", lambda size: True)
-    monkeypatch.setattr(arithmetic, "LINES", 100)
+    monkeypatch.setattr(arithmetic, "LEAST", 100)
     monkeypatch.setattr(arithmetic, "WORK", 1)
     monkeypatch.setattr(loops, "_TOTALS", 1)  # a few rows at a time
     monkeypatch.setattr(blocks, "_workers", lambda: 3)
     monkeypatch.setattr(blocks, "LOOPS_THREADED", 1)
     if batch < 40:
-        monkeypatch.setattr(loops, "is_faster", lambda x, decoding: True)
+        monkeypatch.setattr(loops, "by_lines", lambda x, decoding: loops.multiply_lines)
     w = rng.normal(size=(333, 24 * 29)).astype(np.float32)
     bits = levels if levels < 5 else rng.integers(0, 4, w.shape)
     code = cubin.quantize(w, bits, **given)
@@ -98,7 +98,7 @@ def test_lines_have_the_same_bits_in_any_part(given, mapped, rng, monkeypatch):
     from cubin.core.host import blocks
 
     monkeypatch.setattr(blocks, "pays", lambda size: True)
-    monkeypatch.setattr(loops, "is_faster", lambda x, decoding: True)
+    monkeypatch.setattr(loops, "by_lines", lambda x, decoding: loops.multiply_lines)
     w = rng.normal(size=(75, 12 * 43)).astype(np.float32)
     code = cubin.quantize(w, rng.integers(0, 4, w.shape) if mapped else 3, **given)
     for dtype in (np.float32, np.float64):
@@ -106,6 +106,94 @@ def test_lines_have_the_same_bits_in_any_part(given, mapped, rng, monkeypatch):
         whole = products.linear(x, code)
         for cut in (slice(0, 16), slice(3, 50), slice(60, 75), slice(7, 9)):
             np.testing.assert_array_equal(products.linear(x, code[cut]), whole[:, cut])
+
+
+DECODED = [(1, 8), (15, 13), (16, 512), (17, 24), (47, 520), (49, 1032), (333, 72), (1101, 40)]
+"""Lines, which fill registers and tiles or do not, and elements, which fill chunks or do not."""
+
+
+@pytest.mark.parametrize("shape", DECODED, ids=str)
+@pytest.mark.parametrize("given", [{}, {"channel_axis": 0}, {"group_size": 8}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_decoded_tiles(shape, given, dtype, rng, monkeypatch):
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    if not loops._FUSED:
+        pytest.skip("this processor does not multiply and add at once")
+    if given.get("group_size") and shape[1] % 8:
+        given = {"group_size": shape[1]}
+    monkeypatch.setattr(loops, "_ROWS", 16)
+    code = cubin.quantize(rng.normal(size=shape).astype(dtype), 3, **given)
+    scales = code.scales.reshape(3, len(code.scales[0]) if given else 1, -1)
+    x = rng.normal(size=(37, shape[1])).astype(dtype)
+    whole = np.full((37, shape[0]), np.nan, dtype)
+    for levels in (1, 3):
+        loops.multiply_decoded(code.planes, np.uint8(levels), scales, x, y=whole)
+        check(whole, x, code.truncate(levels))
+    # Neither other lines nor other rows change a bit.
+    lines, rows = slice(shape[0] // 3, shape[0] - shape[0] // 4), slice(1, 10)
+    of_lines = scales if scales.shape[1] == 1 else scales[:, lines]
+    part = np.full(whole.shape, np.nan, dtype)[rows, lines]
+    loops.multiply_decoded(code.planes[..., lines], np.uint8(3), of_lines, x[rows], y=part)
+    np.testing.assert_array_equal(part, whole[rows, lines])
+    x[3, 0], x[5, -1] = np.nan, np.inf
+    found = np.empty_like(whole)
+    loops.multiply_decoded(code.planes, np.uint8(3), scales, x, y=found)
+    assert not np.isfinite(found[[3, 5]]).any()
+    others = np.delete(np.arange(37), [3, 5])
+    np.testing.assert_array_equal(found[others], whole[others])
+
+
+BYTES = [{}, {"channel_axis": 0}, {"group_size": 24}, {"group_size": 40}]
+"""Granularities whose runs begin at bytes."""
+
+
+@pytest.mark.parametrize("given", BYTES, ids=str)
+@pytest.mark.parametrize("form", ["looked up", "looked up, map", "decoded"])
+@pytest.mark.parametrize("shape", [(40, 150), (150, 40)], ids=str)
+def test_threads_share_lines_or_rows(shape, given, form, rng, monkeypatch):
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    from cubin.core.host import blocks
+
+    if form == "decoded" and not loops._FUSED:
+        pytest.skip("this processor does not multiply and add at once")
+    multiply = loops.multiply_decoded if form == "decoded" else loops.multiply_lines
+    monkeypatch.setattr(loops, "by_lines", lambda x, decoding: multiply)
+    monkeypatch.setattr(blocks, "pays", lambda size: True)
+    monkeypatch.setattr(arithmetic, "LEAST", 8)
+    monkeypatch.setattr(arithmetic, "WORK", 1)
+    monkeypatch.setattr(blocks, "LOOPS_THREADED", 1)
+    w = rng.normal(size=(shape[0], 24 * 29)).astype(np.float32)
+    bits = rng.integers(0, 3, w.shape) if form == "looked up, map" else 3
+    code = cubin.quantize(w, bits, **given)
+    x = rng.normal(size=(shape[1], w.shape[1])).astype(np.float32)
+    found = []
+    for workers in (1, 3):
+        monkeypatch.setattr(blocks, "_workers", lambda workers=workers: workers)
+        found.append(products.linear(x, code))
+    check(found[0], x, code)
+    np.testing.assert_array_equal(*found)
+
+
+def test_many_rows_are_looked_up_decoded_or_left_to_blas(rng, monkeypatch):
+    loops = pytest.importorskip("cubin.codes.products_loops")
+    from cubin.codes.binary_code import decoding_of
+
+    monkeypatch.setattr(loops, "_REGISTER", 64)
+    monkeypatch.setattr(loops, "_FUSED", True)
+    w = rng.normal(size=(4096, 24)).astype(np.float32)
+
+    def chosen(rows, bits, **given):
+        x = np.empty((rows, 24), np.float32)
+        return loops.by_lines(x, decoding_of(cubin.quantize(w, bits, **given)))
+
+    few, many = loops.multiply_lines, loops.multiply_decoded
+    assert [chosen(200, 1), chosen(8, 2), chosen(4, 4)] == [few] * 3
+    assert [chosen(500, 1), chosen(32, 2), chosen(8, 4, group_size=8)] == [many] * 3
+    bits = rng.integers(0, 3, w.shape)
+    assert [chosen(8, bits), chosen(64, bits)] == [few, None]
+    assert chosen(64, 2, group_size=12) is chosen(64, 2, channel_axis=1) is None
+    monkeypatch.setattr(loops, "_FUSED", False)
+    assert chosen(500, 2) is None
 
 
 @settings(max_examples=60)
@@ -324,37 +412,83 @@ def test_mixed_libraries(device):
 
 
 @pytest.mark.kernels
-def test_bytes_of_a_product(device, rng):
-    """A plane is read once, a bit a weight; x once for every 32 lines."""
+@pytest.mark.parametrize(
+    ("dtype", "at_once", "template"),
+    [("float32", 8, "float, false, 8, 8"), ("float64", 4, "double, false, 4, 8")],
+)
+def test_bytes_of_products(dtype, at_once, template, device, rng):
+    """A block reads a plane once for its rows, a bit a weight; x once for every 32 lines."""
     ptx = pytest.importorskip("tests.ptx")
-    code = cubin.quantize(device.asarray(rng.normal(size=(64, 512)).astype(np.float32)), 2,
-                          channel_axis=0)  # fmt: skip
-    x = device.asarray(rng.normal(size=512).astype(np.float32))
-    with ptx.launches() as launches:
-        products.linear(x, code)
-    (launch,) = launches
-    assert launch.kernel == "cubin_multiply_lines<float, false>"
-    assert launch.read_unique == code.planes.nbytes + code.scales.nbytes + x.nbytes
-    assert launch.written == launch.written_unique == 64 * 4
+    w = rng.normal(size=(64, 512)).astype(dtype)
+    code = cubin.quantize(device.asarray(w), 2, channel_axis=0)
+    x = device.asarray(rng.normal(size=(2 * at_once, 512)).astype(dtype))
+    scales = 16 * code.scales.nbytes  # once for each strip of a line, of 512 / 32
+    read = {}
+    for rows in (1, at_once, 2 * at_once):
+        with ptx.launches() as launches:
+            products.linear(x[:rows], code)
+        (launch,) = launches
+        assert launch.read_unique == code.planes.nbytes + code.scales.nbytes + x[:rows].nbytes
+        assert launch.written == launch.written_unique == rows * 64 * x.itemsize
+        read[rows] = launch.read
+    assert launch.kernel == f"cubin_multiply_lines<{template}>"
+    for rows, tiles in ((1, 1), (at_once, 1), (2 * at_once, 2)):
+        of_x = 2 * x[:rows].nbytes
+        assert read[rows] == tiles * (code.planes.nbytes + scales) + of_x
+
+
+ROWS = {"float32": [1, 2, 3, 8, 13], "float64": [1, 2, 3, 9]}
+"""Rows of x for which the kernel differs, and some that do not fill their blocks."""
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", few(ROWS, "float32"))
+@pytest.mark.parametrize("given", [{}, *({"group_size": size} for size in (3, 25, 64))], ids=str)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_row_has_the_same_bits_in_any_batch(given, mapped, dtype, device, host, rng):
+    w = rng.normal(size=(35, 650)).astype(dtype)
+    bits = rng.integers(0, 3, w.shape) if mapped else 2
+    code = cubin.quantize(device.asarray(w), bits, **given)
+    x = rng.normal(size=(13, 650)).astype(dtype)
+    most = host(products.linear(device.asarray(x), code))
+    check(most, x, code.to_host())
+    for rows in ROWS[dtype]:
+        found = host(products.linear(device.asarray(x[13 - rows :]), code))
+        np.testing.assert_array_equal(found, most[13 - rows :])
+
+
+def test_the_scale_of_a_level_without_elements(xp, host, rng):
+    """It may be NaN, and counts for nothing."""
+    bits = np.ones((33, 40), np.uint8)
+    bits[7] = 2
+    code = cubin.quantize(xp.asarray(rng.normal(size=bits.shape)), bits, channel_axis=0)
+    scales = host(code.scales).copy()
+    scales[1, bits[:, 0] < 2] = np.nan
+    holes = BinaryCode.from_signs(xp.asarray(scales), code.signs, bits, channel_axis=0)
+    x = xp.asarray(rng.normal(size=(3, 40)))
+    np.testing.assert_array_equal(host(products.linear(x, holes)), host(products.linear(x, code)))
 
 
 KERNELS = [
-    (pack_signs, [(256,)]),
+    (pack_signs, [(256,)], 1024),
     (sum_planes, [("float16", "float", "true"), ("float", "float", "false"),
-                  ("double", "double", "true")]),
-    (arithmetic.multiply_lines, [("float", "false"), ("float", "true"), ("double", "true")]),
-    (arithmetic.count_unequal, [(16,)]),
+                  ("double", "double", "true")], 1024),
+    (arithmetic.multiply_lines, [("float", "false", 8, 8), ("float", "false", 2, 32),
+                                 ("float", "true", 2, 32), ("double", "true", 1, 32)], 1024),
+    (arithmetic.multiply_lines, [("float", "true", 8, 8), ("double", "false", 4, 8),
+                                 ("double", "true", 4, 8)], 512),
+    (arithmetic.count_unequal, [(16,)], 1024),
 ]  # fmt: skip
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("arch", few(ARCHITECTURES, "sm_90"))
 @pytest.mark.parametrize(
-    ("primitive", "templates"), KERNELS, ids=lambda value: getattr(value, "name", "")
+    ("primitive", "templates", "threads"), KERNELS, ids=lambda value: getattr(value, "name", "")
 )
-def test_registers_suffice(primitive, templates, arch, device, monkeypatch):
+def test_registers_suffice(primitive, templates, threads, arch, device, monkeypatch):
     names = [primitive.name_of(template) for template in templates]
-    assert_registers_suffice(arch, device, monkeypatch, primitive.source, names)
+    assert_registers_suffice(arch, device, monkeypatch, primitive.source, names, threads)
 
 
 @pytest.mark.parametrize(

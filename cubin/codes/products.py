@@ -1,7 +1,7 @@
 """Products of arrays with packed codes, which are never unpacked as a whole.
 
 For a few rows of x and levels, `multiply_lines` goes through the planes themselves. Beyond, tiles
-of lines are decoded, and BLAS multiplies them: every tile then serves many rows.
+of lines are decoded and multiplied, by compiled loops or by BLAS: every tile then serves many rows.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ _CUDA = source(__file__)
 FEW = 16
 """Rows of x, times levels, that `multiply_lines` takes."""
 
+FEW_ON_DEVICE = 64
+"""The same on a device: a guess until a GPU is seen. A level takes two look-ups for each byte and
+row, and from about so many on BLAS is faster, on tiles that lie in the second-level cache."""
+
 TILE = 1 << 21
 """Elements of a tile that BLAS multiplies: 8 MB of float32."""
 
 SUBTILE = 1 << 17
 """Elements of a tile that `multiply_lines` decodes, in the cache."""
 
-LINES = 1 << 9
-"""The fewest lines that a thread takes: sums of x are made for all of them."""
+LEAST = 1 << 7
+"""The fewest lines that a thread takes, for all of which sums of x are made; or rows of x, for all
+of which lines are decoded."""
 
 WORK = 1 << 25
 """The fewest elements, times rows and levels, for which another thread is worth its start."""
@@ -41,24 +46,28 @@ EXACT = 1 << 23
 """The longest sum of signs that float32 holds exactly, however it is added up."""
 
 _NO_MAP = np.uint64(0)
-_THREADS = 256
 
 
 def _multiply_launch(planes: Array, bits: Any, scales: Array, x: Array, y: Array) -> Launch:
-    levels, width, lines = planes.shape
+    levels, _, lines = planes.shape
     mapped, xp = np.ndim(bits) > 0, libraries.library(planes)
     scales, x = xp.ascontiguousarray(scales), xp.ascontiguousarray(x)
     held = xp.ascontiguousarray(bits) if mapped else _NO_MAP
     levels = min(levels, MAX_BITS) if mapped else min(levels, int(bits))
     _, scaled_lines, runs = scales.shape
     batch, length = x.shape
-    sizes = (lines, length, width, planes.strides[0], planes.strides[1],
-             max(1, length // max(1, runs)), runs, scaled_lines,
-             y.strides[0] // y.itemsize)  # fmt: skip
-    grid = max(1, -(-lines // 32) * batch)
+    run = max(1, length // max(1, runs))
+    # Strips of four bytes that cover a run, which may begin within a byte.
+    strips = -(-run // 32) if run % 8 == 0 else -(-(run + 14) // 32)
+    # Shared memory has 32 KB of sums. With more warps more bytes are on their way at a time.
+    rows = min(1 << (batch - 1).bit_length(), 32 // x.itemsize)
+    warps = 32 if rows * x.itemsize <= 8 else 8
+    sizes = (batch, lines, length, planes.strides[0], planes.strides[1], run, runs, strips,
+             scaled_lines, y.strides[0] // y.itemsize)  # fmt: skip
+    grid = max(1, -(-lines // 32) * -(-batch // rows))
     numbers = (*map(np.int64, sizes), np.int32(levels))
-    template = (C_TYPES[y.dtype.char], str(mapped).lower())
-    return Launch(template, grid, _THREADS, (planes, held, scales, x, y, *numbers))
+    template = (C_TYPES[y.dtype.char], str(mapped).lower(), rows, warps)
+    return Launch(template, grid, 32 * warps, (planes, held, scales, x, y, *numbers))
 
 
 @raw(
@@ -85,12 +94,15 @@ def multiply_lines(
     multiply_tiles(sum_planes.function, planes, bits, scales, x, y)
 
 
-def is_faster(x: Array, decoding: Decoding) -> bool:
-    """Whether `multiply_lines` is faster than BLAS on decoded tiles.
+def by_lines(x: Array, decoding: Decoding) -> Callable[..., None] | None:
+    """The form of `multiply_lines` for rows of x and parts of the lines, or of the rows.
 
-    The compiled loop has a rule of its own.
+    None where BLAS on decoded tiles of all lines is faster. Compiled loops have their own rule.
     """
-    return len(x) * decoding.levels <= FEW
+    few = FEW_ON_DEVICE if libraries.on_device(x) else FEW
+    if len(x) * decoding.levels > few:
+        return None
+    return passes.form(multiply_lines, x, decoding.lines.count * decoding.lines.length)
 
 
 def new_tile(count: int, decoding: Decoding, x: Array) -> Array:
@@ -154,16 +166,21 @@ def _to_lines(x: Array, decoding: Decoding) -> Array:
     y = xp.zeros((len(x), lines.count), x.dtype)
     if not (y.size and lines.length):
         return y
-    if _forms(x, decoding).is_faster(x, decoding):
-        on = passes.form(multiply_lines, x, lines.count * lines.length)
+    on = _forms(x, decoding).by_lines(x, decoding)
+    if on is not None:
+        rows = Lines(len(x), (lines.length,))
+        most, other = (lines, rows) if lines.count >= rows.count else (rows, lines)
 
         def task(cut: slice, elements: slice) -> None:
-            on(decoding.planes[..., cut], decoding.bits(cut),
-               decoding.scales(cut), x, y=y[:, cut])  # fmt: skip
+            of_lines, of_rows = cut, slice(None)
+            if most is rows:
+                of_lines, of_rows = slice(0, lines.count), cut
+            on(decoding.planes[..., of_lines], decoding.bits(of_lines), decoding.scales(of_lines),
+               x[of_rows], y=y[of_rows, of_lines])  # fmt: skip
 
         if levels:
-            least = max(LINES, WORK // (len(x) * levels * lines.length))
-            passes.for_each_lines(task, lines, 1, x, least=least)
+            least = max(LEAST, WORK // (other.count * levels * lines.length))
+            passes.for_each_lines(task, most, 1, x, least=least)
         if decoding.shifted:
             with np.errstate(all="ignore"):  # x may not be finite
                 y += _of_shift(x, decoding)
@@ -295,7 +312,7 @@ def _counts(a: Array, b: Array) -> Array:
     def task(cut: slice, elements: slice) -> None:
         on(a, b[cut], counts=counts[:, cut])
 
-    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, least=LINES)
+    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, least=LEAST)
     return counts
 
 

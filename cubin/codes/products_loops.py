@@ -2,11 +2,13 @@
 
 Products look up signed sums: four elements of x have 16 of them, and half a byte of a plane says
 which one a line needs. Neighbouring lines lie side by side in a plane. So the sums stay in
-registers, and one instruction looks up as many of them as a register has numbers.
+registers, and one instruction looks up as many of them as a register has numbers. Many rows of x
+are multiplied with decoded tiles, whose lines lie side by side as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from cubin.codes import planes_loops, products
 from cubin.codes.decoding import Decoding
 from cubin.codes.products import FEW, multiply_tiles
 from cubin.core import memory
-from cubin.core.host.loops import loop, part, read_only, uncounted
+from cubin.core.host.loops import in_rows, loop, part, read_only, uncounted
 from cubin.core.libraries import Array
 
 _STRIP = 64
@@ -31,9 +33,11 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 _REGISTER = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 0
 """Bytes of a register in which an instruction looks numbers up, eight or more at a time."""
 
-_LIMITS = {16: (2, 384), 8: (1, 24)}
-"""By the numbers of a register: levels looked up while BLAS multiplies a row of x, and rows
-times further levels, looked up while tiles are decoded for BLAS."""
+_FUSED = bool(_REGISTER) and "+fma" in _FEATURES
+"""Whether there are instructions that multiply and add."""
+
+_FEW_FOR_BLAS = 4 * FEW
+"""What `FEW` is where only BLAS takes more: it decodes maps, and packs what it multiplies."""
 
 _MADE = 256
 """Lines whose look-ups take as long as making the sums of x."""
@@ -276,14 +280,23 @@ def new_tile(count: int, decoding: Decoding, x: Array) -> Array:
     return np.empty((decoding.lines.length, count), x.dtype).T
 
 
-def is_faster(x: Array, decoding: Decoding) -> bool:
-    """`products.is_faster`."""
-    if not decoding.shared and decoding.run < min(_SHORT, decoding.lines.length):
-        return len(x) * decoding.levels <= FEW  # they go through tiles
+def by_lines(x: Array, decoding: Decoding) -> Callable[..., None] | None:
+    """`products.by_lines`.
+
+    Looking up the sums of eight elements in a register of 16 numbers takes about as long as to
+    multiply eight decoded numbers of 16 lines. So a single level is looked up, for any number of
+    rows. Each further level takes as long again for each row, and decoding as long as look-ups for
+    about `FEW` rows.
+    """
+    whole = decoding.run % 8 == 0 or decoding.run == decoding.lines.length
+    decoded = _FUSED and whole and not decoding.mapped
+    short = not decoding.shared and decoding.run < min(_SHORT, decoding.lines.length)
     # The signs that a map leaves out are looked up, too. And sums have to be made.
     levels = decoding.levels * (2 if decoding.mapped else 1) * (1 + _MADE / decoding.lines.count)
-    free, few = _LIMITS.get(_REGISTER // x.itemsize, (0, FEW))
-    return len(x) * (levels - free) <= few
+    free = 0 if short else _REGISTER // x.itemsize // _LANES
+    if len(x) * (levels - free) <= (FEW if decoded or short else _FEW_FOR_BLAS):
+        return multiply_lines
+    return multiply_decoded if decoded else None
 
 
 def multiply_lines(planes: Array, bits: Any, scales: Array, x: Array, *, y: Array) -> None:
@@ -343,6 +356,212 @@ def _add_products(
         held = read_only(x * scale.repeat(run))
         of_level = flat[level * level_step :]
         _look_up(of_level, level_step, byte_step, x.shape[1], one, held, centred, *scratch, y)
+
+
+# ---------------------------------------------------------------- decoded tiles
+
+_CHUNK = 1 << 9
+"""Elements of lines that are decoded at a time, whose products are added up before they join their
+total."""
+
+_COLUMNS = 3
+"""Registers of neighbouring lines that are multiplied at a time."""
+
+_GROUP = 8 if _REGISTER == 64 else 4
+"""Rows of x that are multiplied at a time: 24 of 32 registers hold sums, or 12 of 16."""
+
+_WIDE = 11 * _COLUMNS * _REGISTER
+"""The most bytes of an element of all lines of a tile. This is no power of two: elements that lie
+so far apart would fall into the same few places of the cache."""
+
+_ROWS = 1 << 9
+"""Rows of x for which a tile is decoded. It bounds the memory of their totals."""
+
+
+def _address(builder: Any, array: Any, kind: Any, *index: Any) -> Any:
+    """Where an element of an array lies, as a pointer to `kind`. Numbers of Python are indices."""
+    place = ir.IntType(64)
+    at = builder.ptrtoint(array.data, place)
+    for number, step in zip(
+        index, cgutils.unpack_tuple(builder, array.strides, len(index)), strict=True
+    ):
+        number = place(number) if isinstance(number, int) else number
+        at = builder.add(at, builder.mul(number, step))
+    return builder.inttoptr(at, kind.as_pointer())
+
+
+@intrinsic
+def _decode_bytes(
+    context: Any, flat: Any, at: Any, level_step: Any, scales: Any, run: Any, tile: Any,
+    element: Any, line: Any,
+) -> Any:  # fmt: skip
+    """Write eight elements of as many lines as a register holds, from a byte of each of them.
+
+    ``tile[element + t, line + i]`` is the sum of the scales of line i with the signs of bit t. The
+    bytes of a level are loaded once for all eight.
+    """
+    size = tile.dtype.bitwidth // 8
+    lanes, place = _REGISTER // size, ir.IntType(64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        planes, factors, values = (
+            context.make_array(signature.args[k])(context, builder, arguments[k]) for k in (0, 3, 5)
+        )
+        _, start, step, _, number, _, element, line = arguments
+        vector = ir.VectorType(context.get_value_type(tile.dtype), lanes)
+        integers, eight = (ir.VectorType(ir.IntType(bits), lanes) for bits in (8 * size, 8))
+        zero, none = ir.Constant(vector, None), ir.Constant(integers, None)
+        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(8)]
+        levels = cgutils.unpack_tuple(builder, factors.shape, 3)[0]
+        with cgutils.for_range(builder, levels) as turn:
+            byte = builder.add(start, builder.mul(turn.index, step))
+            held = builder.load(_address(builder, planes, eight, byte), align=1)
+            signs = builder.zext(held, integers)
+            where = _address(builder, factors, vector, turn.index, number, line)
+            plus = builder.load(where, align=size)
+            minus = builder.fneg(plus)
+            for t, total in enumerate(sums):
+                bit = builder.and_(signs, ir.Constant(integers, [1 << t] * lanes))
+                signed = builder.select(builder.icmp_unsigned("!=", bit, none), plus, minus)
+                builder.store(builder.fadd(builder.load(total), signed), total)
+        for t, total in enumerate(sums):
+            row = builder.add(element, place(t))
+            target = _address(builder, values, vector, row, line)
+            builder.store(builder.load(total), target, align=size)
+        return context.get_dummy_value()
+
+    whole = types.intp
+    return types.void(flat, whole, whole, scales, whole, tile, whole, whole), generate
+
+
+def _adder_of_products(columns: int) -> Any:
+    """Add ``x @ tile`` to totals of `_GROUP` rows, and as many lines as `columns` registers hold.
+
+    Sums stay in registers, which compiled loops over arrays cannot say. They take one product after
+    the other.
+    """
+
+    @intrinsic
+    def add(
+        context: Any, tile: Any, count: Any, line: Any, x: Any, row: Any, start: Any, totals: Any
+    ) -> Any:
+        size = tile.dtype.bitwidth // 8
+        lanes, place = _REGISTER // size, ir.IntType(64)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            values, rows, sums = (
+                context.make_array(signature.args[k])(context, builder, arguments[k])
+                for k in (0, 3, 6)
+            )
+            _, count, line, _, first, start, _ = arguments
+            number = context.get_value_type(tile.dtype)
+            vector = ir.VectorType(number, lanes)
+            every = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+            fused = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, [vector] * 3),
+                f"llvm.fma.v{lanes}f{8 * size}",
+            )  # fmt: skip
+            zero = ir.Constant(vector, None)
+            held = [[cgutils.alloca_once_value(builder, zero) for _ in range(columns)]
+                    for _ in range(_GROUP)]  # fmt: skip
+            lines = [builder.add(line, place(column * lanes)) for column in range(columns)]
+            with cgutils.for_range(builder, count) as turn:
+                of_lines = [
+                    builder.load(_address(builder, values, vector, turn.index, at), align=size)
+                    for at in lines
+                ]
+                element = builder.add(start, turn.index)
+                for r, of_row in enumerate(held):
+                    at = _address(builder, rows, number, builder.add(first, place(r)), element)
+                    same = ir.Constant(vector, ir.Undefined)
+                    same = builder.insert_element(same, builder.load(at), place(0))
+                    same = builder.shuffle_vector(same, same, every)
+                    for value, total in zip(of_lines, of_row, strict=True):
+                        added = builder.call(fused, [value, same, builder.load(total)])
+                        builder.store(added, total)
+            for r, of_row in enumerate(held):
+                for at, total in zip(lines, of_row, strict=True):
+                    target = _address(builder, sums, vector, builder.add(first, place(r)), at)
+                    before = builder.load(target, align=size)
+                    builder.store(builder.fadd(before, builder.load(total)), target, align=size)
+            return context.get_dummy_value()
+
+        whole = types.intp
+        return types.void(tile, whole, whole, x, whole, whole, totals), generate
+
+    return add
+
+
+_add_one_column, _add_two_columns, _add_three_columns = map(_adder_of_products, (1, 2, 3))
+
+
+@loop
+def _multiply(
+    flat: Array, level_step: int, byte_step: int, run: int, scales: Array, x: Array, tile: Array,
+    lanes: int, totals: Array,
+) -> None:  # fmt: skip
+    """Add the products of rows of x with some lines to `totals`, (rows, lines or more).
+
+    Planes are as for `_look_up`; scales have the shape (levels, runs, lines). There are whole
+    groups of rows, and at least as many lines as a register holds. A run begins at a byte. `tile`
+    is scratch; what it has beyond the lines is added to what `totals` has there.
+    """
+    flat, scales, x = uncounted(flat, scales, x)
+    tile, totals = uncounted(tile, totals)
+    lines, (rows, length) = scales.shape[2], x.shape
+    for start in range(0, length, _CHUNK):
+        count = min(_CHUNK, length - start)
+        for j in range((count + 7) >> 3):
+            at, of_run = ((start >> 3) + j) * byte_step, (start + 8 * j) // run
+            for line in range(0, lines, lanes):
+                # The last lines may be written twice: no byte beyond them is read.
+                line = min(line, lines - lanes)
+                _decode_bytes(flat, at + line, level_step, scales, of_run, tile, 8 * j, line)
+        for line in range(0, lines, 3 * lanes):
+            for row in range(0, rows, _GROUP):
+                if lines - line > 2 * lanes:
+                    _add_three_columns(tile, count, line, x, row, start, totals)
+                elif lines - line > lanes:
+                    _add_two_columns(tile, count, line, x, row, start, totals)
+                else:
+                    _add_one_column(tile, count, line, x, row, start, totals)
+
+
+def multiply_decoded(planes: Array, bits: Any, scales: Array, x: Array, *, y: Array) -> None:
+    """`products.multiply_lines` on decoded tiles, without a map, where runs begin at bytes.
+
+    A tile of lines lies in the cache, and serves all rows of x. It is not packed anew, as BLAS
+    would do. Nor do threads wait for those of BLAS, which spin on for a while after each product.
+    """
+    lanes = _REGISTER // x.itemsize
+    levels, lines = min(len(planes), int(bits)), planes.shape[2]
+    run = x.shape[1] // scales.shape[2]
+    planes = planes[:levels] if planes.strides[2] == 1 else np.ascontiguousarray(planes[:levels])
+    if lines < lanes:
+        planes = np.pad(planes, ((0, 0), (0, 0), (0, lanes - lines)))
+    spread = np.zeros((levels, scales.shape[2], max(lines, lanes)), x.dtype)
+    spread[..., :lines] = scales[:levels].transpose(0, 2, 1)
+    wide = min(_WIDE // x.itemsize, -(-lines // lanes) * lanes)
+    tile = memory.scratch("decoded", (_CHUNK, wide), x.dtype)
+    tile[...] = 0
+    for top in range(0, len(x), _ROWS):
+        rows = slice(top, min(top + _ROWS, len(x)))
+        short = -(rows.stop - top) % _GROUP
+        held = np.pad(x[rows], ((0, short), (0, 0))) if short else in_rows(x[rows])
+        totals = memory.scratch("products", (len(held), wide), x.dtype)
+        for first in range(0, lines, wide):
+            # At least as many lines as a register holds: some of them once more.
+            cut = slice(max(0, min(first, lines - lanes)), min(first + wide, max(lines, lanes)))
+            of_lines = planes[..., cut]
+            totals[...] = 0
+            level_step, byte_step, _ = of_lines.strides
+            _multiply(
+                read_only(planes_loops.flat(of_lines)), level_step, byte_step, run,
+                read_only(np.ascontiguousarray(spread[..., cut])), read_only(held), tile, lanes,
+                totals,
+            )  # fmt: skip
+            some = slice(cut.start, min(cut.stop, lines))
+            y[rows, some] = totals[: rows.stop - top, : some.stop - some.start]
 
 
 @intrinsic

@@ -27,6 +27,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from cubin import products
+from cubin.codes.binary_code import BinaryCode
 from cubin.core.arrays import as_floats, as_integer, as_pair, as_real, as_real_below
 from cubin.core.floats import is_float, work_dtype
 from cubin.core.libraries import Array, library, on_device
@@ -381,7 +383,7 @@ def _per_channel(name: str, parameter: Array, x: Array) -> Array:
 
 def conv2d(
     x: Operand,
-    w: Operand,
+    w: Operand | BinaryCode,
     *,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
@@ -401,7 +403,8 @@ def conv2d(
     Parameters
     ----------
     x : Node or array, shape (n, channels, height, width)
-    w : Node or array, shape (kernels, channels / groups, kernel height, kernel width)
+    w : Node, array or BinaryCode, shape (kernels, channels / groups, kernel height, kernel width)
+        A code is a constant, which neither direction decodes as a whole: `cubin.products.conv2d`.
     stride : int or (int, int)
         The steps of the window along height and width, at least 1.
     padding : int or (int, int)
@@ -432,6 +435,12 @@ def conv2d(
     K. Chellapilla, S. Puri and P. Simard, "High Performance Convolutional Neural Networks for
     Document Processing", IWFHR 2006.
     """
+    if isinstance(w, BinaryCode):
+        _, images = _values(x=x)
+        options: Any = {"stride": stride, "padding": padding, "groups": groups}
+        value = products.conv2d(images, w, **options)
+        shape = images.shape
+        return _node(value, (x, lambda g: products.conv2d_grad(g, w, shape, **options)))
     xp, images, kernels = _values(x=x, w=w)
     stride, padding = as_pair("stride", stride, 1), as_pair("padding", padding, 0)
     groups = as_integer("groups", groups)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 import cubin
 from cubin import operators, tape
 from cubin.tape import Node, gradients
+from tests.required import require
 
 
 def pulled(output: Node, x: Node, seed):
@@ -199,3 +202,81 @@ def test_a_frozen_code(xp, host, rng, shape):
     )
     tape.check_gradient(lambda v: tape.linear(v, code), xp.asarray(values))
     assert tape.linear(xp.asarray(values), code).value.shape == y.value.shape
+
+
+CONVOLUTIONS = [
+    ((2, 3, 5, 6), (4, 3, 3, 3), 1, 0, 1),
+    ((2, 4, 5, 7), (6, 2, 3, 2), (2, 1), (1, 2), 2),
+    ((1, 3, 4, 4), (3, 1, 1, 1), 3, 0, 3),
+]
+
+
+@pytest.mark.parametrize(("shape", "kernels", "stride", "padding", "groups"), CONVOLUTIONS)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_frozen_code_of_kernels(shape, kernels, stride, padding, groups, mapped, xp, host, rng):
+    bits = rng.integers(0, 3, kernels) if mapped else 2
+    code = cubin.quantize(xp.asarray(rng.normal(size=kernels)), bits, channel_axis=0)
+    options = {"stride": stride, "padding": padding, "groups": groups}
+    x = Node(xp.asarray(rng.normal(size=shape)))
+    found = tape.conv2d(x, code, **options)
+    expected = tape.conv2d(x, code.dequantize(), **options)
+    np.testing.assert_allclose(host(found.value), host(expected.value), rtol=1e-12, atol=1e-12)
+    g = xp.asarray(rng.normal(size=found.value.shape))
+    np.testing.assert_allclose(
+        host(pulled(found, x, g)), host(pulled(expected, x, g)), rtol=1e-12, atol=1e-12
+    )
+    tape.check_gradient(lambda v: tape.conv2d(v, code, **options), x.value)
+    assert tape.conv2d(x.value, code, **options).parents == ()
+
+
+@pytest.mark.parametrize(("shape", "kernels", "stride", "padding", "groups"), CONVOLUTIONS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_frozen_code_of_kernels_is_the_convolution_of_pytorch(
+    shape, kernels, stride, padding, groups, dtype, rng
+):
+    torch = require("torch")
+    code = cubin.quantize(rng.normal(size=kernels).astype(np.float32), 2, channel_axis=0)
+    values = rng.normal(size=shape).astype(dtype)
+    x = Node(values)
+    found = tape.conv2d(x, code, stride=stride, padding=padding, groups=groups)
+    g = rng.normal(size=found.value.shape).astype(dtype)
+    theirs = torch.from_numpy(values.astype(np.float64)).requires_grad_()
+    weights = torch.from_numpy(code.dequantize().astype(np.float64))
+    expected = torch.nn.functional.conv2d(
+        theirs, weights, stride=stride, padding=padding, groups=groups
+    )
+    expected.backward(torch.from_numpy(g.astype(np.float64)))
+    room = {"float16": 1e-2, "float32": 1e-5, "float64": 1e-6}[dtype]
+    gx = pulled(found, x, g)
+    assert found.value.dtype == gx.dtype == dtype
+    np.testing.assert_allclose(found.value, expected.detach().numpy(), rtol=room, atol=room)
+    np.testing.assert_allclose(gx, theirs.grad.numpy(), rtol=room, atol=room)
+
+
+def test_a_frozen_code_of_kernels_is_not_decoded_as_a_whole(rng):
+    w = rng.normal(size=(4096, 2048, 1, 1)).astype(np.float32)
+    code = cubin.quantize(w, 1, channel_axis=0)
+    x = Node(rng.normal(size=(20, 2048, 1, 1)).astype(np.float32))
+    g = np.ones((20, 4096, 1, 1), np.float32)
+
+    def step():
+        pulled(tape.conv2d(x, code), x, g)
+
+    step()
+    cubin.memory.release()
+    tracemalloc.start()
+    step()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < w.nbytes / 2
+
+
+def test_kernels_of_a_code_that_do_not_fit(rng):
+    code = cubin.quantize(rng.normal(size=(2, 2, 3, 3)), 1)
+    x = Node(np.ones((1, 4, 3, 3)))
+    with pytest.raises(ValueError, match="groups=1 does not fit 4 channels"):
+        tape.conv2d(x, code)
+    with pytest.raises(ValueError, match="stride must be one or two integers of at least 1"):
+        tape.conv2d(x, code, groups=2, stride=0)
+    with pytest.raises(TypeError, match="x must be float16"):
+        tape.conv2d(np.ones((1, 4, 3, 3), int), code, groups=2)

@@ -67,8 +67,9 @@ def write(path: str | os.PathLike[str], codes: Mapping[str, Any]) -> None:
         with replacing(path) as file:
             _write_tensors(file, packed)
         return
-    ((layout, held),) = packed.values()
-    members: dict[str, Any] = held
+    layout: dict[str, Any]
+    members: dict[str, Any]
+    ((layout, members),) = packed.values()
     text = np.frombuffer(json.dumps({"format": FORMAT, **layout}).encode(), np.uint8)
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, member in {"layout": text, **members}.items():
@@ -152,14 +153,14 @@ def pack(code: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     _check_size(levels, shape, planes.nbytes + bits.nbytes)
     if scales.dtype.name == _PATTERNS:
         layout["scales"], scales = _PATTERNS, floats.as_integers(scales)
-    held = {"scales": scales, "bits": bits, "planes": planes}
+    arrays = {"scales": scales, "bits": bits, "planes": planes}
     if code.shift is not None:
         layout["shift"] = True
-        held["shift"] = code.shift.view(scales.dtype)
+        arrays["shift"] = code.shift.view(scales.dtype)
     if code.precisions is not None:
         layout["precisions"] = list(code.precisions)
-        held["tables"] = code.tables.view(scales.dtype)
-    return layout, {name: np.asarray(array, order="C") for name, array in held.items()}
+        arrays["tables"] = code.tables.view(scales.dtype)
+    return layout, {name: np.asarray(array, order="C") for name, array in arrays.items()}
 
 
 def unpack(layout: dict[str, Any], members: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -272,8 +273,8 @@ def _existing(planes: np.ndarray, bits: np.ndarray, shape: tuple[int, ...]) -> n
     parts, lines = [], lines_of(shape)
     depths = np.broadcast_to(bits, shape).reshape(lines.count, lines.length)
     for level, plane in enumerate(planes):
-        held = np.unpackbits(np.ascontiguousarray(plane.T), 1, lines.length, "little")
-        parts.append(np.packbits(held[depths > level], bitorder="little"))
+        signs = np.unpackbits(np.ascontiguousarray(plane.T), 1, lines.length, "little")
+        parts.append(np.packbits(signs[depths > level], bitorder="little"))
     return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
 
@@ -288,9 +289,9 @@ def _spread(
     planes, at = np.zeros((levels, lines.width, lines.count), np.uint8), 0
     for level, count in enumerate(counts):
         stop = at - (-count // 8)
-        held = np.zeros((lines.count, lines.length), np.uint8)
-        held[depths > level] = np.unpackbits(packed[at:stop], count=count, bitorder="little")
-        planes[level] = np.packbits(held, axis=1, bitorder="little").T
+        signs = np.zeros((lines.count, lines.length), np.uint8)
+        signs[depths > level] = np.unpackbits(packed[at:stop], count=count, bitorder="little")
+        planes[level] = np.packbits(signs, axis=1, bitorder="little").T
         at = stop
     return planes
 
@@ -303,8 +304,11 @@ def _write_tensors(file: BinaryIO, packed: Mapping[str, Any]) -> None:
     layouts = {name: layout for name, (layout, _) in packed.items()}
     metadata = {"format": FORMAT, "codes": json.dumps(layouts)}
     header: dict[str, Any] = {"__metadata__": metadata}
-    tensors = [(f"{name}.{part}" if name else part, array)
-               for name, (_, held) in packed.items() for part, array in held.items()]  # fmt: skip
+    tensors = [
+        (f"{name}.{part}" if name else part, array)
+        for name, (_, members) in packed.items()
+        for part, array in members.items()
+    ]
     # The widest numbers come first, so that all of them are aligned.
     tensors.sort(key=lambda pair: -pair[1].itemsize)
     start = 0

@@ -551,7 +551,7 @@ def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, dict[str, Any],
     library: Library | None = None
     ours: dict[str, Any] = {}
     others = []
-    given = dict(arguments)
+    views = dict(arguments)
     for name, value in arguments.items():
         owner = LIBRARY_OF[type(value)]
         if owner is None:
@@ -560,7 +560,7 @@ def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, dict[str, Any],
         elif owner is DLPACK:
             if name == "out":
                 DLPACK.check_output(value)
-            given[name] = DLPACK.view(name, value)
+            views[name] = DLPACK.view(name, value)
             others.append(name)
         elif library is None or owner is library:
             library = owner
@@ -568,7 +568,7 @@ def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, dict[str, Any],
         else:
             others.append(name)
     if library is None:
-        return None, ours, given
+        return None, ours, views
     home, first = next(iter(ours.items()))
     for name, value in ours.items():
         library.check(name, value)
@@ -580,7 +580,7 @@ def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, dict[str, Any],
                 f"{name} lies on {value.device}, but {home} on {first.device}: move one of them"
             )
     for name in others:
-        value = given[name]
+        value = views[name]
         owner = LIBRARY_OF[type(value)]
         if owner is not None or (_is_plain(value) and value.dtype.kind not in "iu"):
             plain = "CuPy array" if on_device(value) else "NumPy array"
@@ -588,7 +588,7 @@ def enter(arguments: Mapping[str, Any]) -> tuple[Library | None, dict[str, Any],
                 f"{name} is a {plain if owner is None else owner.array}, but {home} is a "
                 f"{library.array}: bring both to one library"
             )
-    return library, ours, given
+    return library, ours, views
 
 
 def viewed(name: str, value: Any) -> tuple[Library | None, Any]:
@@ -599,13 +599,13 @@ def viewed(name: str, value: Any) -> tuple[Library | None, Any]:
 
 def all_viewed(arguments: Mapping[str, Any]) -> tuple[Library | None, list[Any]]:
     """The library that arguments are from, and all of them, its arrays as NumPy's or CuPy's."""
-    owner, ours, given = enter(arguments)
+    owner, ours, views = enter(arguments)
     if owner is None:
-        return None, list(given.values())
+        return None, list(views.values())
     with owner.stream(owner.index(next(iter(ours.values())))):
         for name, value in ours.items():
-            given[name] = owner.view(name, value)
-    return owner, list(given.values())
+            views[name] = owner.view(name, value)
+    return owner, list(views.values())
 
 
 def _is_plain(value: Any) -> bool:
@@ -690,9 +690,9 @@ def across(
     if DASK in map(LIBRARY_OF.__getitem__, map(type, arguments.values())):
         # The adapter calls public functions: it is looked up here, since the core imports none.
         return importlib.import_module("cubin.dask").lazily(function.__name__, arguments)
-    library, ours, given = enter(arguments)
+    library, ours, views = enter(arguments)
     if library is None:
-        return function(**given)
+        return function(**views)
     if "x" in ours:
         x = ours["x"]
         if not library.is_floating(x):
@@ -700,13 +700,13 @@ def across(
                 f"x must be floating point, got {x.dtype}: cast it first, e.g. {library.cast}"
             )
         if (gradient or adjoint) and library.records(x):
-            if given.get("out") is not None:
+            if views.get("out") is not None:
                 raise TypeError(
                     "x requires grad, and writing out is not recorded: use torch.no_grad()"
                 )
 
             def forward() -> Any:
-                return _worked(function, takes_out, library, ours, given)
+                return _worked(function, takes_out, library, ours, views)
 
             if adjoint is not None:
                 rest = {name: value for name, value in arguments.items() if name != "x"}
@@ -714,7 +714,7 @@ def across(
                 return library.record_linear(forward, pull_back, x)
             if gradient is not None:
                 return library.record(forward, gradient, arguments)
-    return _worked(function, takes_out, library, ours, given)
+    return _worked(function, takes_out, library, ours, views)
 
 
 def _worked(
@@ -722,24 +722,24 @@ def _worked(
     takes_out: bool,
     library: Library,
     ours: dict[str, Any],
-    given: dict[str, Any],
+    views: dict[str, Any],
 ) -> Any:
     """The result of a function whose arguments are of this library: these, by name, and all."""
     first = next(iter(ours.values()))
-    out = given.get("out")
+    out = views.get("out")
     target = out
     if out is None:
         if takes_out and "x" in ours:
             target = library.empty_like(ours["x"])
             if target is not None:
-                given["out"] = target
+                views["out"] = target
                 ours["out"] = target
     elif "out" in ours:
         library.check_output(out)
     with library.stream(library.index(first)):
         for name, value in ours.items():
-            given[name] = library.view(name, value)
-        result = function(**given)
+            views[name] = library.view(name, value)
+        result = function(**views)
         if out is not None:
             library.written(out)
         return given_back(result, library, first) if target is None else target

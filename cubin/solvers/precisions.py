@@ -110,6 +110,9 @@ def extended(residuals: Residuals, levels: int, iterations: int) -> None:
 class Residuals:
     """Codes and least-squares scales of some rows, to which levels are added.
 
+    It keeps the sums of levels that stay, and adds up in the same order on any device. A `Block` of
+    `shifted` has bit maps, keeps nothing, and sums signs as bytes: faster where all change.
+
     Parameters
     ----------
     x : array, shape (rows, n)

@@ -1,6 +1,12 @@
 """The solvers that refit scales: from the magnitudes of rows to their codebooks.
 
-Many rows are solved at a time, by array operations on their sorted magnitudes.
+Many rows are solved at a time, by array operations on their sorted magnitudes. `refined` is that of
+[1]_, `alternating` that of [2]_; `optimal` alternates from several starts.
+
+.. [1] Y. Guo et al., "Network Sketching: Exploiting Binary Structure in Deep CNNs", CVPR 2017,
+   arXiv:1706.02021.
+.. [2] C. Xu et al., "Alternating Multi-bit Quantization for Recurrent Neural Networks", ICLR 2018,
+   arXiv:1802.00150.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from cubin.core import floats, memory
 from cubin.core.floats import as_integers
 from cubin.core.host.loops import (
     in_work_dtype,
+    inner,
     loop,
     map_of,
     part,
@@ -59,7 +60,7 @@ LONGEST = sorted_rows_loops.LONGEST
 """A row must have fewer elements."""
 
 
-@part
+@inner
 def _padded(size: int) -> int:
     return -(-size // COLUMNS) * COLUMNS
 
@@ -130,7 +131,7 @@ def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool) -> Spac
 # ---------------------------------------------------------------- sums
 
 
-@part
+@inner
 def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     """Write the sums, four magnitudes each, of those above an edge; return their number.
 
@@ -146,7 +147,7 @@ def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     return m.size - below
 
 
-@loop
+@inner
 def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
     """The sum of the values of elements whose magnitudes lie above an edge; `sums` is scratch."""
     zero, n = m.dtype.type(0), m.size // 4
@@ -158,7 +159,7 @@ def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
     return sum_in_lanes(sums, n)
 
 
-@part
+@inner
 def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, step: int) -> None:
     """Write the numbers and totals of magnitudes above the lower edges of cells.
 
@@ -195,7 +196,7 @@ def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, ste
 # ---------------------------------------------------------------- least squares
 
 
-@part
+@inner
 def _set_equations(space: Space, levels: int) -> None:
     """Write the normal equations of the first `levels` levels."""
     equations, codes, starts = space.equations, space.codes, space.starts
@@ -225,7 +226,7 @@ def _set_equations(space: Space, levels: int) -> None:
         equations[j, j] = equations[levels + 1, j]
 
 
-@part
+@inner
 def _mean(equations: Array, level: int, scales: Array) -> float:
     """The greedy scale of a level: the mean of its signs times the residuals of those before."""
     total, count = equations[level + 1, level], equations[level, level]
@@ -234,7 +235,7 @@ def _mean(equations: Array, level: int, scales: Array) -> float:
     return total / (count if count > 0 else 1.0)
 
 
-@loop
+@inner
 def _solve(equations: Array, levels: int, scales: Array) -> float:
     """Write the least-squares scales and return their gain; the equations are overwritten."""
     for p in range(levels):
@@ -258,7 +259,7 @@ def _solve(equations: Array, levels: int, scales: Array) -> float:
 # ---------------------------------------------------------------- cells
 
 
-@part
+@inner
 def _set_nearest(space: Space, levels: int) -> None:
     """Write the cells in which the nearest sum of the first `levels` levels is the same."""
     scales, sums, all_lower, all_codes = space.fitted, space.sums, space.lower, space.codes
@@ -282,7 +283,7 @@ def _set_nearest(space: Space, levels: int) -> None:
         lower[cell] = rounded_down(sums[cell - 1] / 2 + sums[cell] / 2, lower)
 
 
-@part
+@inner
 def _split(space: Space, level: int) -> None:
     """Cut every cell of `level` levels where the residual after them changes its sign.
 
@@ -312,7 +313,7 @@ def _split(space: Space, level: int) -> None:
             total[base + 2 * cell] = total[base + cell]
 
 
-@part
+@inner
 def _hand_out(
     space: Space, unit: float, mapped: bool, scales: Array, lower: Array, codes: Array
 ) -> None:
@@ -343,7 +344,7 @@ def _hand_out(
 # ---------------------------------------------------------------- rows
 
 
-@loop
+@inner
 def _unit(words: Array, bits: Array) -> float:
     """A power of two near the largest magnitude of a row: 0 for zeros, NaN if it is not finite.
 
@@ -364,7 +365,7 @@ def _unit(words: Array, bits: Array) -> float:
     return np.nan if exponent == largest else unit
 
 
-@loop
+@inner
 def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
     """Write |x| * factor of the elements of `depth` bits, or of all where there is no map.
 
@@ -382,7 +383,7 @@ def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
     return x.size
 
 
-@part
+@inner
 def _arrange(
     x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space
 ) -> None:

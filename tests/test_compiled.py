@@ -557,7 +557,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
 # Of these even an instruction set of 2013 has vectors, of eight numbers.
 VECTORS = {
     greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
-    planes_loops._sum_planes: {"vaddps"},
+    planes_loops._add_two_levels: {"vaddps", "vblendvps"},
     products_loops._look_up: {"vpermd"},
     signs_loops._signs: {"vmovups"},
     signs_loops._clip: {"vmovups"},
@@ -579,10 +579,9 @@ m = np.ones((2, 9), f)
 loops = {
     greedy_loops._approximate_rows: (
         x, bits, np.ones((2, 2), f), m, read_only(m), *scratch(f), np.ones((2, 9), f)),
-    planes_loops._sum_planes: (
-        read_only(np.ones((2, 2, 2), np.uint8)), bits, read_only(np.ones((2, 2, 1), f)),
-        read_only(np.ones((2, 1), f)), planes_loops._WORDS, np.ones(128, np.uint64),
-        np.ones(1024, np.int8), np.ones(1024, f), np.ones((2, 9), f)),
+    planes_loops._add_two_levels: (
+        np.ones(32, np.uint8), 0, 8, 1, 64, 8, 64, read_only(np.ones(8, f)), 0, 4, 1, 64, 64, True,
+        np.ones(64, f)),
     products_loops._look_up: (
         read_only(np.ones(256, np.uint8)), 0, 32, 64, read_only(np.ones((1, 1, 32), f)),
         read_only(np.ones((1, 64), f)), False, np.ones(64, f), np.ones((16, 16), f),

@@ -1,97 +1,189 @@
-"""The primitives of `planes.py` as compiled loops: see there for what each does."""
+"""The primitives of `planes.py` as compiled loops: see there for what each does.
+
+Planes have a byte of each line side by side. The loops work along lines. So the bytes are turned on
+the way, eight lines by eight bytes at a time.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
-from cubin.core import memory
+from cubin.core import floats, memory
+from cubin.core.bits import MAX_BITS
 from cubin.core.host.loops import (
     beside,
     in_rows,
     lines,
     loop,
     map_of,
+    narrow_to_bfloat16,
+    narrow_to_float16,
     part,
     read_only,
     store,
-    target,
     uncounted,
 )
 from cubin.core.libraries import Array
-from cubin.core.rows import flattened
-from cubin.core.sums import CHUNK
 
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+WORD = 32
+"""Elements whose values are computed at a time: the bits of a number hold their signs. Loops of
+exactly so many steps need no remainder."""
 
-_WORDS = read_only((_BITS.view(np.int8) * np.int8(2) - np.int8(1)).view(np.uint64)[:, 0])
-"""The eight signs of every byte, an int8 each."""
+PIECE = 1 << 11
+"""Elements whose sums stay in the first-level cache until they are written."""
 
-TILE = 1 << 6
-"""Lines, and bytes of them, that are packed at a time."""
+PACKED = 1 << 15
+"""Bytes of the lines that are packed at a time."""
 
-FEW_LINES = 1 << 3
-"""Lines of a tile from which on a byte of all of them is written at a time."""
-
-SHORT_LINE = 1 << 3
-"""The most bytes of a line that goes together with others: it would end before vectors pay."""
-
-_SHORT = 1 << 5
+SHORT_RUN = 8
 """The scales of shorter runs are repeated for each element."""
 
+SLACK = 8
+"""Bytes beyond the last that may be read with it, as one number."""
+
+
+# ---------------------------------------------------------------- bytes
+
+
+@intrinsic
+def _word(context: Any, bytes_of: Any, at: Any) -> Any:
+    """Eight bytes of an array as one number, wherever they begin; the first is the lowest."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        found = builder.load(_place(context, builder, bytes_of, arguments))
+        found.align = 1
+        return found
+
+    return types.uint64(bytes_of, types.intp), generate
+
+
+@intrinsic
+def _put_word(context: Any, bytes_of: Any, at: Any, word: Any) -> Any:
+    """Write eight bytes of an array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        stored = builder.store(arguments[2], _place(context, builder, bytes_of, arguments))
+        stored.align = 1
+        return context.get_dummy_value()
+
+    return types.none(bytes_of, types.intp, types.uint64), generate
+
+
+def _place(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
+    data = context.make_array(kind)(context, builder, arguments[0]).data
+    return builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
+
+
+@part
+def _swapped(one: int, other: int, shift: int, low: int) -> tuple[int, int]:
+    """Two words, after the higher parts of the one and the lower parts of the other are swapped."""
+    both = ((one >> shift) ^ other) & low
+    return one ^ (both << shift), other ^ both
+
 
 @loop
-def _pack_lines(words: Array, tile: Array, planes: Array) -> None:
-    """Write planes, (levels, width, lines), from words of eight signs, (levels, lines, width).
+def _copy(source: Array, pitch: int, target: Array, step: int, count: int) -> None:
+    """Copy every byte of so many that lie `pitch` apart to where they lie `step` apart."""
+    source, target = uncounted(source, target)
+    if pitch == 1 and step == 1:
+        for i in range(count):
+            target[i] = source[i]
+    else:
+        # Without a sign, an index cannot count from the end, which takes time to check.
+        near, far = np.uintp(step), np.uintp(pitch)
+        for i in range(count):
+            target[np.uintp(i) * near] = source[np.uintp(i) * far]
 
-    They are turned in a tile of `TILE` lines and bytes, so that neighbours are written together.
+
+@loop
+def _turn(
+    source: Array, first: int, pitch: int, rows: int, columns: int, target: Array, at: int,
+    step: int,
+) -> None:  # fmt: skip
+    """Write ``target[at + j * step + i] = source[first + i * pitch + j]``, both arrays of bytes."""
+    source, target = uncounted(source, target)
+    low4, low2, low1 = (
+        np.uint64(0x00000000FFFFFFFF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00FF00FF00FF00FF)
+    )  # fmt: skip
+    by4, by2, by1 = np.uint64(32), np.uint64(16), np.uint64(8)
+    whole_rows, whole_columns = rows // 8 * 8, columns // 8 * 8
+    for i in range(0, whole_rows, 8):
+        for j in range(0, whole_columns, 8):
+            o = first + i * pitch + j
+            a, b = _word(source, o), _word(source, o + pitch)
+            c, d = _word(source, o + 2 * pitch), _word(source, o + 3 * pitch)
+            e, f = _word(source, o + 4 * pitch), _word(source, o + 5 * pitch)
+            g, h = _word(source, o + 6 * pitch), _word(source, o + 7 * pitch)
+            a, e = _swapped(a, e, by4, low4)
+            b, f = _swapped(b, f, by4, low4)
+            c, g = _swapped(c, g, by4, low4)
+            d, h = _swapped(d, h, by4, low4)
+            a, c = _swapped(a, c, by2, low2)
+            b, d = _swapped(b, d, by2, low2)
+            e, g = _swapped(e, g, by2, low2)
+            f, h = _swapped(f, h, by2, low2)
+            a, b = _swapped(a, b, by1, low1)
+            c, d = _swapped(c, d, by1, low1)
+            e, f = _swapped(e, f, by1, low1)
+            g, h = _swapped(g, h, by1, low1)
+            o = at + j * step + i
+            _put_word(target, o, a)
+            _put_word(target, o + step, b)
+            _put_word(target, o + 2 * step, c)
+            _put_word(target, o + 3 * step, d)
+            _put_word(target, o + 4 * step, e)
+            _put_word(target, o + 5 * step, f)
+            _put_word(target, o + 6 * step, g)
+            _put_word(target, o + 7 * step, h)
+    for j in range(whole_columns, columns):
+        _copy(source[first + j :], pitch, target[at + j * step :], 1, rows)
+    for i in range(whole_rows, rows):
+        _copy(source[first + i * pitch :], 1, target[at + i :], step, whole_columns)
+
+
+# ---------------------------------------------------------------- signs to planes
+
+
+@loop
+def _pack_lines(
+    signs: Array, n: int, packed: Array, planes: Array, level_step: int, byte_step: int, count: int
+) -> None:
+    """Write planes from the signs of lines of n elements, level after level.
+
+    There is room in `packed` for the bytes of some lines; `byte_step` and `level_step` are those of
+    the planes.
     """
-    words, tile, planes = uncounted(words, tile, planes)
-    levels, width, lines = planes.shape
-    ones, one = np.uint64(0x0101010101010101), np.uint64(1)
-    for level in range(levels):
-        for first in range(0, lines, TILE):
-            stop = min(first + TILE, lines)
-            for start in range(0, width, TILE):
-                size = min(TILE, width - start)
-                for i in range(stop - first):
-                    held, packed = words[level, first + i, start : start + size], tile[i]
-                    for j in range(size):
-                        # The lowest bits of a byte are 01 for +1, 11 for -1, and 00 for 0.
-                        bits = held[j] & ~(held[j] >> one) & ones
-                        bits |= bits >> np.uint64(7)
-                        bits |= bits >> np.uint64(14)
-                        packed[j] = np.uint8(bits | bits >> np.uint64(28))
-                if stop - first < FEW_LINES:
-                    for i in range(stop - first):
-                        for j in range(size):
-                            planes[level, start + j, first + i] = tile[i, j]
-                    continue
+    signs, packed, planes = uncounted(signs, packed, planes)
+    width, whole = (n + 7) // 8, n // 8
+    one, ones = np.uint64(1), np.uint64(0x0101010101010101)
+    at_once = packed.size // width
+    for level in range(signs.size // (count * n)):
+        for first in range(0, count, at_once):
+            some = min(at_once, count - first)
+            start = (level * count + first) * n
+            # Lines of whole bytes follow each other as one line does.
+            turns, size = (some, whole) if n % 8 else (1, some * whole)
+            for i in range(turns):
+                bytes_of, at = packed[i * width :], start + i * n
                 for j in range(size):
-                    into = planes[level, start + j, first:stop]
-                    for i in range(stop - first):
-                        into[i] = tile[i, j]
-
-
-@loop
-def _pack_short_lines(words: Array, planes: Array) -> None:
-    """The same for lines of few bytes: a byte of many lines at a time."""
-    words, planes = uncounted(words, planes)
-    levels, width, lines = planes.shape
-    ones, one = np.uint64(0x0101010101010101), np.uint64(1)
-    # The product has bit 0 of byte k at bit 56 + k.
-    gather = np.uint64(0x0102040810204080)
-    for level in range(levels):
-        held = words[level].reshape(-1)
-        for first in range(0, lines, TILE):
-            stop = min(first + TILE, lines)
-            for j in range(width):
-                source, into = held[first * width + j :], planes[level, j, first:stop]
-                for i in range(stop - first):
-                    word = source[i * width]
+                    # The lowest bits of a byte are 01 for +1, 11 for -1, and 00 for 0.
+                    word = _word(signs, at + 8 * j)
                     bits = word & ~(word >> one) & ones
-                    into[i] = np.uint8(bits * gather >> np.uint64(56))
+                    bits |= bits >> np.uint64(7)
+                    bits |= bits >> np.uint64(14)
+                    bytes_of[j] = np.uint8(bits | bits >> np.uint64(28))
+                if n % 8:
+                    last = 0
+                    for j in range(n - 8 * whole):
+                        last |= int(signs[at + 8 * whole + j] > 0) << j
+                    bytes_of[whole] = np.uint8(last)
+            _turn(packed, 0, width, some, width, planes, level * level_step + first, byte_step)
 
 
 @loop
@@ -112,98 +204,230 @@ def _pack_columns(signs: Array, planes: Array) -> None:
 
 def pack_signs(signs: Array, *, planes: Array) -> None:
     """`planes.pack_signs`."""
+    if not signs.size:
+        return
     if beside(signs):
         _pack_columns(read_only(lines(signs)), planes)
         return
-    levels, width, count = planes.shape
-    whole, n = in_rows(signs), signs.shape[2]
-    if n % 8:
-        whole = np.zeros((levels, count, 8 * width), np.int8)
-        whole[..., :n] = signs
-    words = read_only(whole.view(np.uint64))
-    if width <= SHORT_LINE:
-        _pack_short_lines(words, planes)
-        return
-    _pack_lines(words, memory.scratch("tile", (TILE, TILE), np.uint8), planes)
+    _, width, count = planes.shape
+    level_step, byte_step, _ = planes.strides
+    packed = memory.scratch("packed", (max(PACKED, 8 * width),), np.uint8)
+    in_order = read_only(in_rows(signs).reshape(-1))
+    _pack_lines(in_order, signs.shape[2], packed, flat(planes), level_step, byte_step, count)
+
+
+# ---------------------------------------------------------------- planes to sums
+
+# A sum is never -0.0, since it begins with 0. So a level of the scale 0 changes nothing, and levels
+# come in pairs.
 
 
 @part
-def _add_signs(scale: float, sign: Array, y: Array) -> None:
-    zero, none = y.dtype.type(0), np.int8(0)
-    for j in range(y.size):
-        step = scale if sign[j] > none else -scale
-        y[j] += step if sign[j] != none else zero
+def _add_two(p: int, q: int, a: float, b: float, first: bool, y: Array) -> None:
+    zero, none = y.dtype.type(0), np.uint32(0)
+    for j in range(WORD):
+        bit = np.uint32(np.uint32(1) << np.uint32(j))
+        total = zero if first else y[j]
+        total += a if p & bit != none else -a
+        y[j] = total + (b if q & bit != none else -b)
 
 
 @part
-def _add_signs_of_each(scale: Array, sign: Array, y: Array) -> None:
-    """The same where each element has a scale."""
-    zero, none = y.dtype.type(0), np.int8(0)
-    for j in range(y.size):
-        step = scale[j] if sign[j] > none else -scale[j]
-        y[j] += step if sign[j] != none else zero
+def _add_two_to_bytes(
+    p: int, q: int, a: float, b: float, c: float, d: float, e: float, f: float, g: float, h: float,
+    first: bool, y: Array,
+) -> None:  # fmt: skip
+    """The same where each byte has a scale: `a` to `d`, and `e` to `h` at the second level."""
+    zero, none = y.dtype.type(0), np.uint32(0)
+    for j in range(WORD):
+        bit = np.uint32(np.uint32(1) << np.uint32(j))
+        total = zero if first else y[j]
+        one = (a if j < 8 else b) if j < 16 else (c if j < 24 else d)
+        two = (e if j < 8 else f) if j < 16 else (g if j < 24 else h)
+        total += one if p & bit != none else -one
+        y[j] = total + (two if q & bit != none else -two)
 
 
-@part
-def _add_signs_exactly(scale: float, sign: Array, y: Array, lost: Array) -> None:
-    """The same, and add what is rounded away to `lost`: Knuth's sum of two numbers."""
-    zero, none = y.dtype.type(0), np.int8(0)
-    for j in range(y.size):
-        step = scale if sign[j] > none else -scale
-        step = step if sign[j] != none else zero
-        rounded = y[j] + step
-        added = rounded - y[j]
-        lost[j] += (y[j] - (rounded - added)) + (step - added)
-        y[j] = rounded
+# What follows works on a piece: some lines of `size` elements, or a part of one. Elements of a line
+# that are left of a word are computed, too, and so a line begins at every multiple of `wide`, which
+# is `size` in whole words. Its bytes begin at `first`, and those of the next line `pitch` further.
+
+
+@loop
+def _add_two_levels(
+    held: Array, first: int, other: int, turns: int, size: int, pitch: int, wide: int,
+    scales: Array, one: int, two: int, apart: int, left: int, run: int, begin: bool, y: Array,
+) -> None:  # fmt: skip
+    """Add two levels to the sums, or to 0 in the `begin`ning. The second has its bytes at `other`.
+
+    The scales begin at `one` and `two`, those of the next line `apart` further. The first run of a
+    line has `left` elements, the others have `run`, which fill bytes.
+    """
+    held, scales, y = uncounted(held, scales, y)
+    for turn in range(turns):
+        a, rest, line = turn * apart, left, y[turn * wide :]
+        for e in range(0, size, WORD):
+            byte, sums = turn * pitch + (e >> 3), line[e:]
+            p, q = np.uint32(_word(held, first + byte)), np.uint32(_word(held, other + byte))
+            if rest >= min(WORD, size - e):
+                _add_two(p, q, scales[one + a], scales[two + a], begin, sums)
+            else:
+                b = a + (rest == 8)
+                c = b + (run == 8 or rest == 16)
+                d = c + (run == 8 or rest == 24 or (run == 16 and rest == 8))
+                _add_two_to_bytes(
+                    p, q, scales[one + a], scales[one + b], scales[one + c], scales[one + d],
+                    scales[two + a], scales[two + b], scales[two + c], scales[two + d], begin, sums,
+                )  # fmt: skip
+            rest -= WORD
+            while rest <= 0:
+                a, rest = a + 1, rest + run
+
+
+@loop
+def _spread(
+    scales: Array, place: int, turns: int, size: int, wide: int, apart: int, left: int, run: int,
+    of_each: Array,
+) -> None:  # fmt: skip
+    """Write the scale of each element."""
+    scales, of_each = uncounted(scales, of_each)
+    for turn in range(turns):
+        line, at = of_each[turn * wide :], place + turn * apart
+        if run == 1:
+            of_line = scales[at:]
+            for j in range(size):
+                line[j] = of_line[j]
+            continue
+        start, stop = 0, min(left, size)
+        while start < size:
+            of_run, scale = line[start:stop], scales[at]
+            for j in range(of_run.size):
+                of_run[j] = scale
+            start, stop, at = stop, min(stop + run, size), at + 1
+
+
+@loop
+def _add_two_coded_levels(
+    held: Array, first: int, other: int, turns: int, size: int, pitch: int, wide: int, a: Array,
+    b: Array, depths: Array, level: int, y: Array,
+) -> None:  # fmt: skip
+    """The same where each element has its scales and its number of bits."""
+    held, a, b, depths, y = uncounted(held, a, b, depths, y)
+    zero, none, start = y.dtype.type(0), np.uint32(0), np.int32(level)
+    for turn in range(turns):
+        for e in range(0, size, WORD):
+            at, byte = turn * wide + e, turn * pitch + (e >> 3)
+            p, q = np.uint32(_word(held, first + byte)), np.uint32(_word(held, other + byte))
+            of_one, of_other, bits, sums = a[at:], b[at:], depths[at:], y[at:]
+            for j in range(WORD):
+                bit = np.uint32(np.uint32(1) << np.uint32(j))
+                total, more = sums[j] if level else zero, np.int32(np.int32(bits[j]) - start)
+                one = of_one[j] if p & bit != none else -of_one[j]
+                two = of_other[j] if q & bit != none else -of_other[j]
+                total += one if more > np.int32(0) else zero
+                sums[j] = total + (two if more > np.int32(1) else zero)
+
+
+@loop
+def _add_level_exactly(
+    held: Array, first: int, turns: int, size: int, pitch: int, wide: int, a: Array,
+    depths: Array, level: int, y: Array, lost: Array,
+) -> None:  # fmt: skip
+    """The same for one level. What is rounded away is added to `lost`: Knuth's sum of two."""
+    held, a, depths, y, lost = uncounted(held, a, depths, y, lost)
+    zero, none, number = y.dtype.type(0), np.uint32(0), np.int32(level)
+    for turn in range(turns):
+        for e in range(0, size, WORD):
+            at, byte = turn * wide + e, turn * pitch + (e >> 3)
+            p = np.uint32(_word(held, first + byte))
+            of_one, bits, sums, rest = a[at:], depths[at:], y[at:], lost[at:]
+            for j in range(WORD):
+                bit = np.uint32(np.uint32(1) << np.uint32(j))
+                one = of_one[j] if p & bit != none else -of_one[j]
+                one = one if np.int32(bits[j]) > number else zero
+                rounded = sums[j] + one
+                added = rounded - sums[j]
+                rest[j] += (sums[j] - (rounded - added)) + (one - added)
+                sums[j] = rounded
 
 
 @loop
 def _sum_planes(
-    planes: Array, bits: Array, scales: Array, shift: Array, table: Array, words: Array,
-    signs: Array, lost: Array, y: Array,
+    planes: Array, level_step: int, byte_step: int, count: int, n: int, bits: Array, scales: Array,
+    levels: int, scaled: int, run: int, shifted: bool, held: Array, depths: Array, room: Array,
+    words: Array, y: Array, half: Array, pitch: int, ieee: bool,
 ) -> None:  # fmt: skip
-    """Write the sums of scales, (levels, lines or 1, runs), times planes, (levels, lines, bytes).
+    """Write the sums of scale * sign over some levels of lines of n elements.
 
-    They begin with the shift, (lines or 1, runs), and with 0 where that has no runs. `words` and
-    `signs` are the same scratch, for the signs of a chunk; `lost` is scratch, too.
+    Byte j of line i at a level is ``planes[level * level_step + j * byte_step + i]``. Scales have
+    the shape (levels, scaled, n / run), with a level of 0 to make them even, and the shift after
+    them; a word may read on beyond their end. There is a line of them for each line, or one for
+    all.
+
+    Line i of the result begins at ``y[i * pitch]``, or at ``half[i * pitch]`` where it is float16
+    (`ieee`) or bfloat16. The other arrays are scratch; `words` is `room` as bit patterns.
     """
-    planes, bits, scales, shift = uncounted(planes, bits, scales, shift)
-    table, words, signs, lost, y = uncounted(table, words, signs, lost, y)
-    length, runs, shifted = y.shape[1], scales.shape[2], shift.shape[1] > 0
-    run = length // max(1, runs)
-    for line in range(len(y)):
-        scaled = line if scales.shape[1] > 1 else 0
-        for start in range(0, length, CHUNK):
-            stop = min(start + CHUNK, length)
-            total, sign = y[line, start:stop], signs[: stop - start]
-            total[:] = 0
+    planes, bits, scales, held = uncounted(planes, bits, scales, held)
+    depths, room, words, y, half = uncounted(depths, room, words, y, half)
+    width, runs, mapped = (n + 7) // 8, n // run, bits.size > 0
+    even, of_level, step = (levels + 1) // 2 * 2, scaled * runs, count * width + SLACK
+    for level in range(levels):
+        _turn(planes, level * level_step, byte_step, width, count, held, level * step, width)
+    total, lost = room[:PIECE], room[PIECE : 2 * PIECE]
+    a, b = room[2 * PIECE : 3 * PIECE], room[3 * PIECE :]
+    plain = not (mapped or shifted) and (run % 8 == 0 or runs == 1)
+    # Lines of whole bytes follow each other as one line does.
+    joined = n % 8 == 0 and pitch == n and (scaled == count or runs == 1)
+    lines, length = (1, count * n) if joined else (count, n)
+    if scaled == 1 and runs == 1:
+        run = length
+    apart = runs if scaled > 1 else 0
+    wide = min(PIECE, (length + WORD - 1) // WORD * WORD)
+    at_once = PIECE // wide
+    for line in range(0, lines, at_once):
+        turns = min(at_once, lines - line)
+        for start in range(0, length, PIECE):
+            size, byte = min(PIECE, length - start), line * width + (start >> 3)
+            place, left = line * apart + start // run, run - start % run
+            if mapped:
+                for turn in range(turns):
+                    source, of_line = bits[(line + turn) * n + start :], depths[turn * wide :]
+                    for j in range(size):
+                        of_line[j] = source[j]
             if shifted:
-                lost[:] = 0
-                for at in range(start // run, -(-stop // run)):
-                    first, last = max(at * run, start) - start, min(at * run + run, stop) - start
-                    total[first:last] = shift[scaled, at]
-            for level in range(len(planes)):
-                held = planes[level, line, start >> 3 : (stop + 7) >> 3]
-                for j in range(held.size):
-                    words[j] = table[held[j]]
-                if bits.shape[1]:
-                    depth, number = bits[line, start:stop], np.uint8(level)
-                    for j in range(depth.size):
-                        sign[j] = sign[j] if depth[j] > number else np.int8(0)
-                if runs == length and not shifted:
-                    _add_signs_of_each(scales[level, scaled, start:stop], sign, total)
-                    continue
-                for at in range(start // run, -(-stop // run)):
-                    first, last = max(at * run, start) - start, min(at * run + run, stop) - start
-                    scale, here = scales[level, scaled, at], total[first:last]
-                    if shifted:
-                        _add_signs_exactly(scale, sign[first:last], here, lost[first:last])
-                    else:
-                        _add_signs(scale, sign[first:last], here)
-            if shifted:
-                for j in range(total.size):
+                _spread(scales, even * of_level + place, turns, size, wide, apart, left, run, total)
+                lost[: turns * wide] = 0
+                for level in range(levels):
+                    _spread(
+                        scales, level * of_level + place, turns, size, wide, apart, left, run, a
+                    )
+                    _add_level_exactly(held, level * step + byte, turns, size, width, wide, a,
+                                       depths, level, total, lost)  # fmt: skip
+                for j in range(turns * wide):
                     # It is NaN where a sum is not finite.
                     total[j] += lost[j] if lost[j] == lost[j] else lost.dtype.type(0)
+            for level in range(0, 0 if shifted else even, 2):
+                first, other = level * step + byte, min(level + 1, levels - 1) * step + byte
+                one = level * of_level + place
+                two = one + of_level
+                if plain:
+                    _add_two_levels(held, first, other, turns, size, width, wide, scales, one, two,
+                                    apart, left, run, level == 0, total)  # fmt: skip
+                else:
+                    _spread(scales, one, turns, size, wide, apart, left, run, a)
+                    _spread(scales, two, turns, size, wide, apart, left, run, b)
+                    _add_two_coded_levels(held, first, other, turns, size, width, wide, a, b,
+                                          depths, level, total)  # fmt: skip
+            for turn in range(turns):
+                at, begin = (line + turn) * pitch + start, turn * wide
+                if half.size == 0:
+                    values, sums = y[at : at + size], total[begin:]
+                    for j in range(values.size):
+                        values[j] = sums[j]
+                elif ieee:
+                    narrow_to_float16(words[begin : begin + size], half[at : at + size])
+                else:
+                    narrow_to_bfloat16(words[begin : begin + size], half[at : at + size])
 
 
 @loop
@@ -212,8 +436,7 @@ def _sum_columns(
 ) -> None:
     """Write the same, without a map or a shift, where lines lie side by side: y is (n, pitch).
 
-    Byte j of line i at a level is ``flat[level * level_step + j * byte_step + i]``. Scales have the
-    shape (levels, runs, lines or 1); there are `count` lines.
+    Scales have the shape (levels, runs, lines or 1); there are `count` lines.
     """
     flat, scales, y = uncounted(flat, scales, y)
     levels, runs, _ = scales.shape
@@ -233,12 +456,16 @@ def _sum_columns(
                     into[i] += step if held[i] & bit else -step
 
 
-def flat(planes: Array) -> Array:
-    """The bytes of planes, whose lines lie side by side, as one array: others may lie between."""
-    levels, width, lines = planes.shape
-    steps = planes.strides
-    extent = (levels - 1) * steps[0] + (width - 1) * steps[1] + lines
-    return read_only(np.lib.stride_tricks.as_strided(planes, (extent,), (1,)))
+def flat(array: Array) -> Array:
+    """Memory from the first element of an array to its last: others may lie between.
+
+    The steps of its axes are positive, and the elements of the last axis lie side by side.
+    """
+    if array.flags.c_contiguous:
+        return array.reshape(-1)
+    steps = [step // array.itemsize for step in array.strides]
+    extent = 1 + sum((n - 1) * step for n, step in zip(array.shape, steps, strict=True))
+    return np.lib.stride_tricks.as_strided(array, (extent,), (array.itemsize,))
 
 
 def turned(scales: Array, levels: int) -> Array:
@@ -251,49 +478,52 @@ def turned(scales: Array, levels: int) -> Array:
 
 def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array) -> None:
     """`planes.sum_planes`."""
-    levels, width, count = planes.shape
-    levels = levels if np.ndim(bits) else min(levels, int(bits))
-    plain = not (np.ndim(bits) or np.ndim(shift)) and y.dtype == scales.dtype
-    if plain and levels and planes.strides[2] == 1 and beside(y):
-        held, (level_step, byte_step, _) = turned(scales, levels), planes.strides
-        _sum_columns(flat(planes), level_step, byte_step, read_only(held), count, lines(y))
+    (levels, width, count), n = planes.shape, y.shape[1]
+    mapped, shifted = np.ndim(bits) > 0, np.ndim(shift) > 0
+    levels = levels if mapped else min(levels, int(bits))
+    if not y.size or not (levels or shifted):
+        y[...] = 0
         return
-    if levels and count > 1 and width <= SHORT_LINE and scales.shape[2] == 1:
-        _sum_short_lines(planes[:levels], bits, scales[:levels], shift, y)
+    if planes.strides[2] != 1:
+        planes = np.ascontiguousarray(planes)
+    level_step, byte_step, _ = planes.strides
+    if beside(y) and y.dtype == scales.dtype and not (mapped or shifted):
+        held = read_only(turned(scales, levels))
+        _sum_columns(read_only(flat(planes)), level_step, byte_step, held, count, lines(y))
         return
-    by_line = memory.scratch("planes", (levels, count, width), np.uint8)
-    for level in range(levels):
-        by_line[level] = in_rows(planes[level].T)
-    values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
-    run = y.shape[1] // max(1, scales.shape[2])
-    held = scales[:levels]
-    base = shift if np.ndim(shift) else np.empty((1, 0), scales.dtype)
-    if 1 < run < _SHORT and not base.size:
-        held = held.repeat(run, axis=2)
-    words = memory.scratch("words", (CHUNK // 8,), np.uint64)
-    lost = memory.scratch("lost", (CHUNK,), scales.dtype)
+    pitch = y.strides[0] // y.itemsize if count > 1 else n
+    narrow = floats.is_narrow(y.dtype) and scales.dtype == np.float32
+    direct = y.strides[1] == y.itemsize and pitch >= n and y.flags.aligned
+    if not (direct and (narrow or y.dtype == scales.dtype)):
+        values = np.empty(y.shape, scales.dtype)
+        sum_planes(planes, bits, scales, shift, y=values)
+        store(values, y)
+        return
+    padded, scaled, run = _padded(scales[:levels], shift, n)
+    held = memory.scratch("planes", (levels * (count * width + SLACK),), np.uint8)
+    room = memory.scratch("sums", (4 * PIECE,), scales.dtype)
+    depths = memory.scratch("depths", (PIECE,), np.uint8)
+    if not mapped:
+        depths[:] = MAX_BITS
+    values, none = flat(y), np.empty(0, scales.dtype)
+    wide, half = (none, values.view(np.uint16)) if narrow else (values, none.view(np.uint16))
     _sum_planes(
-        read_only(by_line), map_of(bits, count), read_only(np.ascontiguousarray(held)),
-        read_only(np.ascontiguousarray(base)), _WORDS, words, words.view(np.int8), lost,
-        values,
+        read_only(flat(planes)), level_step, byte_step, count, n, map_of(bits, 0).reshape(-1),
+        read_only(padded), levels, scaled, run, shifted, held, depths, room, room.view(np.uint32),
+        wide, half, pitch, y.dtype == np.float16,
     )  # fmt: skip
-    store(values, y)
 
 
-def _sum_short_lines(planes: Array, bits: Any, scales: Array, shift: Any, y: Array) -> None:
-    """`sum_planes` for lines of few bytes with a scale each, or one for all: as a single line.
-
-    It has the unused bits at the end of each line as elements.
-    """
-    levels, width, lines = planes.shape
-    flat = np.ascontiguousarray(planes.transpose(0, 2, 1)).reshape(levels, -1, 1)
-    n, whole = y.shape[1], 8 * width
-    if np.ndim(bits):
-        depths = np.zeros((lines, whole), np.uint8)
-        depths[:, :n] = bits
-        bits = depths.reshape(1, -1)
-    values = y if n == whole and y.flags.c_contiguous else np.empty((lines, whole), y.dtype)
-    of_line = shift.reshape(1, -1) if np.ndim(shift) else shift
-    sum_planes(flat, bits, scales.reshape(levels, 1, -1), of_line, y=values.reshape(1, -1))
-    if values is not y:
-        y[...] = flattened(values[:, :n], (y.size,)).reshape(y.shape)
+def _padded(scales: Array, shift: Any, n: int) -> tuple[Array, int, int]:
+    """Scales and shift as `_sum_planes` takes them, their lines, and the elements of a run."""
+    levels, scaled, runs = scales.shape
+    even, shifted, run = levels + levels % 2, int(np.ndim(shift) > 0), n // runs
+    repeats = run if run < SHORT_RUN and runs > 1 else 1
+    shape = (even + shifted, scaled, runs, repeats)
+    size = math.prod(shape)
+    padded = memory.scratch("scales", (size + WORD,), scales.dtype)
+    of_level = padded[:size].reshape(shape)
+    of_level[:levels], of_level[levels:even] = scales[..., None], 0
+    if shifted:
+        of_level[even] = shift[..., None]
+    return padded, scaled, run // repeats

@@ -659,6 +659,29 @@ def test_sums_of_planes(rng, dtype, levels, runs, shape):
                 np.testing.assert_array_equal(other, found[0])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", *WORK])
+@pytest.mark.parametrize("run", [1, 3, 8, 16, 24, 32, 40, 100, 2400])
+@pytest.mark.parametrize("lines", [1, 3, 17])
+def test_sums_of_planes_with_runs(rng, dtype, run, lines):
+    """Runs that fill bytes or do not; scales of each line, or for all; in a part of an array."""
+    work, n, levels = floats.work_dtype(np.dtype(dtype)), 2400, 3
+    planes = rng.integers(0, 256, (levels, n // 8, lines)).astype(np.uint8)
+    signs = np.unpackbits(planes, axis=1, bitorder="little").transpose(0, 2, 1)
+    bits = rng.integers(0, levels + 1, (lines, n)).astype(np.uint8)
+    around = np.full((lines, n + 5), 7, dtype)
+    for scaled in (1, lines):
+        scales = rng.normal(size=(levels, scaled, n // run)).astype(dtype).astype(work)
+        step = np.where(signs, 1, -1) * scales.repeat(run, axis=2)
+        for depth in (np.uint8(levels), np.uint8(1), bits):
+            total = np.zeros((lines, n), work)
+            for level in range(levels):
+                total += np.where(depth > level, step[level], 0).astype(work)
+            planes_loops.sum_planes(planes, depth, scales, 0, y=around[:, 2:-3])
+            np.testing.assert_array_equal(around[:, 2:-3], total.astype(dtype))
+            assert (around[:, :2] == 7).all()
+            assert (around[:, -3:] == 7).all()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("solver", ["greedy", "alternating"])
 def test_narrow_floats_are_rounded_once(rng, solver, dtype):

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cubin.core import floats, memory
+from cubin.core import memory
 from cubin.core.bits import MAX_BITS
 from cubin.core.host.loops import (
     beside,
@@ -22,8 +22,6 @@ from cubin.core.host.loops import (
     lines,
     loop,
     map_of,
-    narrow_to_bfloat16,
-    narrow_to_float16,
     part,
     read_only,
     store,
@@ -37,9 +35,6 @@ exactly so many steps need no remainder."""
 
 PIECE = 1 << 11
 """Elements whose sums stay in the first-level cache until they are written."""
-
-PACKED = 1 << 15
-"""Bytes of the lines that are packed at a time."""
 
 SHORT_RUN = 8
 """The scales of shorter runs are repeated for each element."""
@@ -80,7 +75,7 @@ def _place(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
     return builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
 
 
-@part
+@loop
 def _swapped(one: int, other: int, shift: int, low: int) -> tuple[int, int]:
     """Two words, after the higher parts of the one and the lower parts of the other are swapped."""
     both = ((one >> shift) ^ other) & low
@@ -88,9 +83,11 @@ def _swapped(one: int, other: int, shift: int, low: int) -> tuple[int, int]:
 
 
 @loop
-def _copy(source: Array, pitch: int, target: Array, step: int, count: int) -> None:
-    """Copy every byte of so many that lie `pitch` apart to where they lie `step` apart."""
-    source, target = uncounted(source, target)
+def _copy(
+    source: Array, first: int, pitch: int, target: Array, at: int, step: int, count: int
+) -> None:
+    """Copy bytes that lie `pitch` apart, from `first` on, to where they lie `step` apart."""
+    source, target = uncounted(source[first:], target[at:])
     if pitch == 1 and step == 1:
         for i in range(count):
             target[i] = source[i]
@@ -103,11 +100,22 @@ def _copy(source: Array, pitch: int, target: Array, step: int, count: int) -> No
 
 @loop
 def _turn(
+    source: Array, source_step: int, pitch: int, rows: int, columns: int, target: Array,
+    target_step: int, step: int, levels: int,
+) -> None:  # fmt: skip
+    """Write ``target[level * target_step + j * step + i]``, byte after byte, from
+    ``source[level * source_step + i * pitch + j]``."""
+    source, target = uncounted(source, target)
+    for level in range(levels):
+        _turn_level(source, level * source_step, pitch, rows, columns, target,
+                    level * target_step, step)  # fmt: skip
+
+
+@loop
+def _turn_level(
     source: Array, first: int, pitch: int, rows: int, columns: int, target: Array, at: int,
     step: int,
 ) -> None:  # fmt: skip
-    """Write ``target[at + j * step + i] = source[first + i * pitch + j]``, both arrays of bytes."""
-    source, target = uncounted(source, target)
     low4, low2, low1 = (
         np.uint64(0x00000000FFFFFFFF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00FF00FF00FF00FF)
     )  # fmt: skip
@@ -142,48 +150,36 @@ def _turn(
             _put_word(target, o + 6 * step, g)
             _put_word(target, o + 7 * step, h)
     for j in range(whole_columns, columns):
-        _copy(source[first + j :], pitch, target[at + j * step :], 1, rows)
+        _copy(source, first + j, pitch, target, at + j * step, 1, rows)
     for i in range(whole_rows, rows):
-        _copy(source[first + i * pitch :], 1, target[at + i :], step, whole_columns)
+        _copy(source, first + i * pitch, 1, target, at + i, step, whole_columns)
 
 
 # ---------------------------------------------------------------- signs to planes
 
 
 @loop
-def _pack_lines(
-    signs: Array, n: int, packed: Array, planes: Array, level_step: int, byte_step: int, count: int
-) -> None:
-    """Write planes from the signs of lines of n elements, level after level.
-
-    There is room in `packed` for the bytes of some lines; `byte_step` and `level_step` are those of
-    the planes.
-    """
-    signs, packed, planes = uncounted(signs, packed, planes)
+def _pack_lines(signs: Array, n: int, packed: Array) -> None:
+    """Write the bytes of lines of n signs, line after line."""
+    signs, packed = uncounted(signs, packed)
     width, whole = (n + 7) // 8, n // 8
     one, ones = np.uint64(1), np.uint64(0x0101010101010101)
-    at_once = packed.size // width
-    for level in range(signs.size // (count * n)):
-        for first in range(0, count, at_once):
-            some = min(at_once, count - first)
-            start = (level * count + first) * n
-            # Lines of whole bytes follow each other as one line does.
-            turns, size = (some, whole) if n % 8 else (1, some * whole)
-            for i in range(turns):
-                bytes_of, at = packed[i * width :], start + i * n
-                for j in range(size):
-                    # The lowest bits of a byte are 01 for +1, 11 for -1, and 00 for 0.
-                    word = _word(signs, at + 8 * j)
-                    bits = word & ~(word >> one) & ones
-                    bits |= bits >> np.uint64(7)
-                    bits |= bits >> np.uint64(14)
-                    bytes_of[j] = np.uint8(bits | bits >> np.uint64(28))
-                if n % 8:
-                    last = 0
-                    for j in range(n - 8 * whole):
-                        last |= int(signs[at + 8 * whole + j] > 0) << j
-                    bytes_of[whole] = np.uint8(last)
-            _turn(packed, 0, width, some, width, planes, level * level_step + first, byte_step)
+    # Lines of whole bytes follow each other as one line does.
+    turns, size = (signs.size // n, whole) if n % 8 else (1, signs.size // 8)
+    for i in range(turns):
+        line, at = packed[i * width :], i * n
+        for j in range(size):
+            # The lowest bits of a byte are 01 for +1, 11 for -1, and 00 for 0.
+            word = _word(signs, at + 8 * j)
+            bits = word & ~(word >> one) & ones
+            bits |= bits >> np.uint64(7)
+            bits |= bits >> np.uint64(14)
+            line[j] = np.uint8(bits | bits >> np.uint64(28))
+        if n % 8:
+            last = 0
+            for j in range(n - 8 * whole):
+                last |= int(signs[at + 8 * whole + j] > 0) << j
+            line[whole] = np.uint8(last)
 
 
 @loop
@@ -209,11 +205,12 @@ def pack_signs(signs: Array, *, planes: Array) -> None:
     if beside(signs):
         _pack_columns(read_only(lines(signs)), planes)
         return
-    _, width, count = planes.shape
+    levels, width, count = planes.shape
     level_step, byte_step, _ = planes.strides
-    packed = memory.scratch("packed", (max(PACKED, 8 * width),), np.uint8)
-    in_order = read_only(in_rows(signs).reshape(-1))
-    _pack_lines(in_order, signs.shape[2], packed, flat(planes), level_step, byte_step, count)
+    packed = memory.scratch("packed", (levels * count * width,), np.uint8)
+    _pack_lines(read_only(in_rows(signs).reshape(-1)), signs.shape[2], packed)
+    _turn(read_only(packed), count * width, width, count, width, flat(planes), level_step,
+          byte_step, levels)  # fmt: skip
 
 
 # ---------------------------------------------------------------- planes to sums
@@ -352,82 +349,87 @@ def _add_level_exactly(
 
 
 @loop
-def _sum_planes(
-    planes: Array, level_step: int, byte_step: int, count: int, n: int, bits: Array, scales: Array,
-    levels: int, scaled: int, run: int, shifted: bool, held: Array, depths: Array, room: Array,
-    words: Array, y: Array, half: Array, pitch: int, ieee: bool,
+def _write(sums: Array, turns: int, size: int, wide: int, y: Array, first: int, pitch: int) -> None:
+    """Write the sums of a piece to where its lines lie, `pitch` apart."""
+    sums, y = uncounted(sums, y)
+    for turn in range(turns):
+        values, line = y[first + turn * pitch :], sums[turn * wide :]
+        for j in range(size):
+            values[j] = line[j]
+
+
+@loop
+def _sum_levels(
+    held: Array, step: int, levels: int, pitch: int, scales: Array, of_level: int, apart: int,
+    run: int, total: Array, lines: int, length: int, y: Array, y_pitch: int,
 ) -> None:  # fmt: skip
-    """Write the sums of scale * sign over some levels of lines of n elements.
+    """Write the sums of scale * sign over some levels of lines, where runs fill bytes.
 
-    Byte j of line i at a level is ``planes[level * level_step + j * byte_step + i]``. Scales have
-    the shape (levels, scaled, n / run), with a level of 0 to make them even, and the shift after
-    them; a word may read on beyond their end. There is a line of them for each line, or one for
-    all.
-
-    Line i of the result begins at ``y[i * pitch]``, or at ``half[i * pitch]`` where it is float16
-    (`ieee`) or bfloat16. The other arrays are scratch; `words` is `room` as bit patterns.
+    The bytes of a line begin at multiples of `pitch` in `held`, those of the next level `step`
+    further; its scales at multiples of `apart`, those of the next level `of_level` further, with a
+    level of 0 to make them even; and its sums at multiples of `y_pitch`. There is room in `total`
+    for a piece.
     """
-    planes, bits, scales, held = uncounted(planes, bits, scales, held)
-    depths, room, words, y, half = uncounted(depths, room, words, y, half)
-    width, runs, mapped = (n + 7) // 8, n // run, bits.size > 0
-    even, of_level, step = (levels + 1) // 2 * 2, scaled * runs, count * width + SLACK
-    for level in range(levels):
-        _turn(planes, level * level_step, byte_step, width, count, held, level * step, width)
-    total, lost = room[:PIECE], room[PIECE : 2 * PIECE]
-    a, b = room[2 * PIECE : 3 * PIECE], room[3 * PIECE :]
-    plain = not (mapped or shifted) and (run % 8 == 0 or runs == 1)
-    # Lines of whole bytes follow each other as one line does.
-    joined = n % 8 == 0 and pitch == n and (scaled == count or runs == 1)
-    lines, length = (1, count * n) if joined else (count, n)
-    if scaled == 1 and runs == 1:
-        run = length
-    apart = runs if scaled > 1 else 0
     wide = min(PIECE, (length + WORD - 1) // WORD * WORD)
-    at_once = PIECE // wide
+    at_once, even = PIECE // wide, (levels + 1) // 2 * 2
     for line in range(0, lines, at_once):
         turns = min(at_once, lines - line)
         for start in range(0, length, PIECE):
-            size, byte = min(PIECE, length - start), line * width + (start >> 3)
+            size, byte = min(PIECE, length - start), line * pitch + (start >> 3)
             place, left = line * apart + start // run, run - start % run
-            if mapped:
-                for turn in range(turns):
-                    source, of_line = bits[(line + turn) * n + start :], depths[turn * wide :]
-                    for j in range(size):
-                        of_line[j] = source[j]
+            for level in range(0, even, 2):
+                first, other = level * step + byte, min(level + 1, levels - 1) * step + byte
+                one = level * of_level + place
+                _add_two_levels(
+                    held, first, other, turns, size, pitch, wide, scales, one, one + of_level,
+                    apart, left, run, level == 0, total,
+                )  # fmt: skip
+            _write(total, turns, size, wide, y, line * y_pitch + start, y_pitch)
+
+
+@loop
+def _sum_coded_levels(
+    held: Array, step: int, levels: int, pitch: int, scales: Array, of_level: int, apart: int,
+    run: int, room: Array, lines: int, length: int, y: Array, y_pitch: int, bits: Array,
+    depths: Array, shifted: bool,
+) -> None:  # fmt: skip
+    """The same with a map of `bits`, if there is one; and where they are `shifted`, with the shift
+    after the levels in `scales`. Runs may be of any length. `room` and `depths` are scratch."""
+    bits, depths, room = uncounted(bits, depths, room)
+    total, lost = room[:PIECE], room[PIECE : 2 * PIECE]
+    a, b = room[2 * PIECE : 3 * PIECE], room[3 * PIECE :]
+    wide = min(PIECE, (length + WORD - 1) // WORD * WORD)
+    at_once, even = PIECE // wide, (levels + 1) // 2 * 2
+    for line in range(0, lines, at_once):
+        turns = min(at_once, lines - line)
+        for start in range(0, length, PIECE):
+            size, byte = min(PIECE, length - start), line * pitch + (start >> 3)
+            place, left = line * apart + start // run, run - start % run
+            for turn in range(turns if bits.size else 0):
+                source, of_line = bits[(line + turn) * length + start :], depths[turn * wide :]
+                for j in range(size):
+                    of_line[j] = source[j]
+            for level in range(0, 0 if shifted else even, 2):
+                first, other = level * step + byte, min(level + 1, levels - 1) * step + byte
+                one = level * of_level + place
+                _spread(scales, one, turns, size, wide, apart, left, run, a)
+                _spread(scales, one + of_level, turns, size, wide, apart, left, run, b)
+                _add_two_coded_levels(
+                    held, first, other, turns, size, pitch, wide, a, b, depths, level, total
+                )
             if shifted:
                 _spread(scales, even * of_level + place, turns, size, wide, apart, left, run, total)
                 lost[: turns * wide] = 0
                 for level in range(levels):
-                    _spread(
-                        scales, level * of_level + place, turns, size, wide, apart, left, run, a
+                    first, one = level * step + byte, level * of_level + place
+                    _spread(scales, one, turns, size, wide, apart, left, run, a)
+                    _add_level_exactly(
+                        held, first, turns, size, pitch, wide, a, depths, level, total, lost
                     )
-                    _add_level_exactly(held, level * step + byte, turns, size, width, wide, a,
-                                       depths, level, total, lost)  # fmt: skip
                 for j in range(turns * wide):
                     # It is NaN where a sum is not finite.
                     total[j] += lost[j] if lost[j] == lost[j] else lost.dtype.type(0)
-            for level in range(0, 0 if shifted else even, 2):
-                first, other = level * step + byte, min(level + 1, levels - 1) * step + byte
-                one = level * of_level + place
-                two = one + of_level
-                if plain:
-                    _add_two_levels(held, first, other, turns, size, width, wide, scales, one, two,
-                                    apart, left, run, level == 0, total)  # fmt: skip
-                else:
-                    _spread(scales, one, turns, size, wide, apart, left, run, a)
-                    _spread(scales, two, turns, size, wide, apart, left, run, b)
-                    _add_two_coded_levels(held, first, other, turns, size, width, wide, a, b,
-                                          depths, level, total)  # fmt: skip
-            for turn in range(turns):
-                at, begin = (line + turn) * pitch + start, turn * wide
-                if half.size == 0:
-                    values, sums = y[at : at + size], total[begin:]
-                    for j in range(values.size):
-                        values[j] = sums[j]
-                elif ieee:
-                    narrow_to_float16(words[begin : begin + size], half[at : at + size])
-                else:
-                    narrow_to_bfloat16(words[begin : begin + size], half[at : at + size])
+            _write(total, turns, size, wide, y, line * y_pitch + start, y_pitch)
 
 
 @loop
@@ -492,26 +494,31 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
         _sum_columns(read_only(flat(planes)), level_step, byte_step, held, count, lines(y))
         return
     pitch = y.strides[0] // y.itemsize if count > 1 else n
-    narrow = floats.is_narrow(y.dtype) and scales.dtype == np.float32
-    direct = y.strides[1] == y.itemsize and pitch >= n and y.flags.aligned
-    if not (direct and (narrow or y.dtype == scales.dtype)):
-        values = np.empty(y.shape, scales.dtype)
+    in_place = y.strides[1] == y.itemsize and pitch >= n and y.flags.aligned
+    if y.dtype != scales.dtype or not in_place:
+        values = memory.scratch("values", y.shape, scales.dtype)
         sum_planes(planes, bits, scales, shift, y=values)
         store(values, y)
         return
     padded, scaled, run = _padded(scales[:levels], shift, n)
-    held = memory.scratch("planes", (levels * (count * width + SLACK),), np.uint8)
+    step, runs = count * width + SLACK, n // run
+    held = memory.scratch("planes", (levels * step,), np.uint8)
+    _turn(read_only(flat(planes)), level_step, byte_step, width, count, held, step, width, levels)
     room = memory.scratch("sums", (4 * PIECE,), scales.dtype)
+    found, length = count, n
+    if n % 8 == 0 and pitch == n and (scaled == count or runs == 1):
+        # Lines of whole bytes follow each other as one line does.
+        found, length = 1, count * n
+    if scaled == 1 and runs == 1:
+        run = length
+    layout = (held, step, levels, width, read_only(padded), scaled * runs,
+              runs if scaled > 1 else 0, run, room, found, length, flat(y), pitch)  # fmt: skip
+    if not (mapped or shifted) and (run % 8 == 0 or runs == 1):
+        _sum_levels(*layout)
+        return
     depths = memory.scratch("depths", (PIECE,), np.uint8)
-    if not mapped:
-        depths[:] = MAX_BITS
-    values, none = flat(y), np.empty(0, scales.dtype)
-    wide, half = (none, values.view(np.uint16)) if narrow else (values, none.view(np.uint16))
-    _sum_planes(
-        read_only(flat(planes)), level_step, byte_step, count, n, map_of(bits, 0).reshape(-1),
-        read_only(padded), levels, scaled, run, shifted, held, depths, room, room.view(np.uint32),
-        wide, half, pitch, y.dtype == np.float16,
-    )  # fmt: skip
+    depths[:] = MAX_BITS
+    _sum_coded_levels(*layout, map_of(bits, 0).reshape(-1), depths, shifted)
 
 
 def _padded(scales: Array, shift: Any, n: int) -> tuple[Array, int, int]:

@@ -106,53 +106,46 @@ def _turn(
     """Write ``target[level * target_step + j * step + i]``, byte after byte, from
     ``source[level * source_step + i * pitch + j]``."""
     source, target = uncounted(source, target)
-    for level in range(levels):
-        _turn_level(source, level * source_step, pitch, rows, columns, target,
-                    level * target_step, step)  # fmt: skip
-
-
-@loop
-def _turn_level(
-    source: Array, first: int, pitch: int, rows: int, columns: int, target: Array, at: int,
-    step: int,
-) -> None:  # fmt: skip
     low4, low2, low1 = (
         np.uint64(0x00000000FFFFFFFF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00FF00FF00FF00FF)
     )  # fmt: skip
     by4, by2, by1 = np.uint64(32), np.uint64(16), np.uint64(8)
     whole_rows, whole_columns = rows // 8 * 8, columns // 8 * 8
-    for i in range(0, whole_rows, 8):
-        for j in range(0, whole_columns, 8):
-            o = first + i * pitch + j
-            a, b = _word(source, o), _word(source, o + pitch)
-            c, d = _word(source, o + 2 * pitch), _word(source, o + 3 * pitch)
-            e, f = _word(source, o + 4 * pitch), _word(source, o + 5 * pitch)
-            g, h = _word(source, o + 6 * pitch), _word(source, o + 7 * pitch)
-            a, e = _swapped(a, e, by4, low4)
-            b, f = _swapped(b, f, by4, low4)
-            c, g = _swapped(c, g, by4, low4)
-            d, h = _swapped(d, h, by4, low4)
-            a, c = _swapped(a, c, by2, low2)
-            b, d = _swapped(b, d, by2, low2)
-            e, g = _swapped(e, g, by2, low2)
-            f, h = _swapped(f, h, by2, low2)
-            a, b = _swapped(a, b, by1, low1)
-            c, d = _swapped(c, d, by1, low1)
-            e, f = _swapped(e, f, by1, low1)
-            g, h = _swapped(g, h, by1, low1)
-            o = at + j * step + i
-            _put_word(target, o, a)
-            _put_word(target, o + step, b)
-            _put_word(target, o + 2 * step, c)
-            _put_word(target, o + 3 * step, d)
-            _put_word(target, o + 4 * step, e)
-            _put_word(target, o + 5 * step, f)
-            _put_word(target, o + 6 * step, g)
-            _put_word(target, o + 7 * step, h)
-    for j in range(whole_columns, columns):
-        _copy(source, first + j, pitch, target, at + j * step, 1, rows)
-    for i in range(whole_rows, rows):
-        _copy(source, first + i * pitch, 1, target, at + i, step, whole_columns)
+    byte = source.itemsize
+    for level in range(levels):
+        first, at = level * source_step, level * target_step
+        for i in range(0, whole_rows, 8):
+            for j in range(0, whole_columns, 8):
+                o = first + i * pitch + j
+                a, b = _word(source, o), _word(source, o + pitch)
+                c, d = _word(source, o + 2 * pitch), _word(source, o + 3 * pitch)
+                e, f = _word(source, o + 4 * pitch), _word(source, o + 5 * pitch)
+                g, h = _word(source, o + 6 * pitch), _word(source, o + 7 * pitch)
+                a, e = _swapped(a, e, by4, low4)
+                b, f = _swapped(b, f, by4, low4)
+                c, g = _swapped(c, g, by4, low4)
+                d, h = _swapped(d, h, by4, low4)
+                a, c = _swapped(a, c, by2, low2)
+                b, d = _swapped(b, d, by2, low2)
+                e, g = _swapped(e, g, by2, low2)
+                f, h = _swapped(f, h, by2, low2)
+                a, b = _swapped(a, b, by1, low1)
+                c, d = _swapped(c, d, by1, low1)
+                e, f = _swapped(e, f, by1, low1)
+                g, h = _swapped(g, h, by1, low1)
+                o = at + j * step + i
+                _put_word(target, o, a)
+                _put_word(target, o + step, b)
+                _put_word(target, o + 2 * step, c)
+                _put_word(target, o + 3 * step, d)
+                _put_word(target, o + 4 * step, e)
+                _put_word(target, o + 5 * step, f)
+                _put_word(target, o + 6 * step, g)
+                _put_word(target, o + 7 * step, h)
+        for j in range(whole_columns, columns):
+            _copy(source, first + j, pitch, target, at + j * step, byte, rows)
+        for i in range(whole_rows, rows):
+            _copy(source, first + i * pitch, byte, target, at + i, step, whole_columns)
 
 
 # ---------------------------------------------------------------- signs to planes

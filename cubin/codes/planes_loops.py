@@ -51,7 +51,7 @@ def _word(context: Any, bytes_of: Any, at: Any) -> Any:
     """Eight bytes of an array as one number, wherever they begin; the first is the lowest."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        found = builder.load(_place(context, builder, bytes_of, arguments))
+        found = builder.load(_place(context, builder, bytes_of, *arguments))
         found.align = 1
         return found
 
@@ -59,27 +59,44 @@ def _word(context: Any, bytes_of: Any, at: Any) -> Any:
 
 
 @intrinsic
-def _put_word(context: Any, bytes_of: Any, at: Any, word: Any) -> Any:
-    """Write eight bytes of an array."""
+def _turn_block(
+    context: Any, source: Any, first: Any, pitch: Any, target: Any, at: Any, step: Any
+) -> Any:
+    """Write ``target[at + j * step + i] = source[first + i * pitch + j]`` for i and j up to 7.
+
+    Parts of the eight words are swapped in three steps: halves, quarters, bytes. As statements they
+    would take Numba a second.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        stored = builder.store(arguments[2], _place(context, builder, bytes_of, arguments))
-        stored.align = 1
+        (source, first, pitch, target, at, step), word = arguments, ir.IntType(64)
+        words = []
+        for _ in range(8):
+            words.append(builder.load(_place(context, builder, signature.args[0], source, first)))
+            words[-1].align = 1
+            first = builder.add(first, pitch)
+        for apart, low in ((4, (1 << 32) - 1), (2, 0x0000FFFF0000FFFF), (1, 0x00FF00FF00FF00FF)):
+            shift = word(8 * apart)
+            for i in range(8):
+                if not i & apart:
+                    one, other = words[i], words[i + apart]
+                    both = builder.and_(builder.xor(builder.lshr(one, shift), other), word(low))
+                    words[i] = builder.xor(one, builder.shl(both, shift))
+                    words[i + apart] = builder.xor(other, both)
+        for value in words:
+            where = _place(context, builder, signature.args[3], target, at)
+            builder.store(value, where).align = 1
+            at = builder.add(at, step)
         return context.get_dummy_value()
 
-    return types.none(bytes_of, types.intp, types.uint64), generate
+    size = types.intp
+    return types.none(source, size, size, target, size, size), generate
 
 
-def _place(context: Any, builder: Any, kind: Any, arguments: Any) -> Any:
-    data = context.make_array(kind)(context, builder, arguments[0]).data
-    return builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
-
-
-@loop
-def _swapped(one: int, other: int, shift: int, low: int) -> tuple[int, int]:
-    """Two words, after the higher parts of the one and the lower parts of the other are swapped."""
-    both = ((one >> shift) ^ other) & low
-    return one ^ (both << shift), other ^ both
+def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
+    """The address of eight bytes of an array."""
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), ir.IntType(64).as_pointer())
 
 
 @loop
@@ -106,42 +123,13 @@ def _turn(
     """Write ``target[level * target_step + j * step + i]``, byte after byte, from
     ``source[level * source_step + i * pitch + j]``."""
     source, target = uncounted(source, target)
-    low4, low2, low1 = (
-        np.uint64(0x00000000FFFFFFFF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00FF00FF00FF00FF)
-    )  # fmt: skip
-    by4, by2, by1 = np.uint64(32), np.uint64(16), np.uint64(8)
     whole_rows, whole_columns = rows // 8 * 8, columns // 8 * 8
     byte = source.itemsize
     for level in range(levels):
         first, at = level * source_step, level * target_step
         for i in range(0, whole_rows, 8):
             for j in range(0, whole_columns, 8):
-                o = first + i * pitch + j
-                a, b = _word(source, o), _word(source, o + pitch)
-                c, d = _word(source, o + 2 * pitch), _word(source, o + 3 * pitch)
-                e, f = _word(source, o + 4 * pitch), _word(source, o + 5 * pitch)
-                g, h = _word(source, o + 6 * pitch), _word(source, o + 7 * pitch)
-                a, e = _swapped(a, e, by4, low4)
-                b, f = _swapped(b, f, by4, low4)
-                c, g = _swapped(c, g, by4, low4)
-                d, h = _swapped(d, h, by4, low4)
-                a, c = _swapped(a, c, by2, low2)
-                b, d = _swapped(b, d, by2, low2)
-                e, g = _swapped(e, g, by2, low2)
-                f, h = _swapped(f, h, by2, low2)
-                a, b = _swapped(a, b, by1, low1)
-                c, d = _swapped(c, d, by1, low1)
-                e, f = _swapped(e, f, by1, low1)
-                g, h = _swapped(g, h, by1, low1)
-                o = at + j * step + i
-                _put_word(target, o, a)
-                _put_word(target, o + step, b)
-                _put_word(target, o + 2 * step, c)
-                _put_word(target, o + 3 * step, d)
-                _put_word(target, o + 4 * step, e)
-                _put_word(target, o + 5 * step, f)
-                _put_word(target, o + 6 * step, g)
-                _put_word(target, o + 7 * step, h)
+                _turn_block(source, first + i * pitch + j, pitch, target, at + j * step + i, step)
         for j in range(whole_columns, columns):
             _copy(source, first + j, pitch, target, at + j * step, byte, rows)
         for i in range(whole_rows, rows):

@@ -558,7 +558,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
 # Of these even an instruction set of 2013 has vectors, of eight numbers.
 VECTORS = {
     greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
-    planes_loops._sum_planes: {"vaddps"},
+    planes_loops._add_two_levels: {"vaddps", "vblendvps"},
     products_loops._look_up: {"vpermd"},
     products_loops._multiply: {"vfmadd213ps"},
     signs_loops._signs: {"vmovups"},
@@ -581,10 +581,9 @@ m = np.ones((2, 9), f)
 loops = {
     greedy_loops._approximate_rows: (
         x, bits, np.ones((2, 2), f), m, read_only(m), *scratch(f), np.ones((2, 9), f)),
-    planes_loops._sum_planes: (
-        read_only(np.ones((2, 2, 2), np.uint8)), bits, read_only(np.ones((2, 2, 1), f)),
-        read_only(np.ones((2, 1), f)), planes_loops._WORDS, np.ones(128, np.uint64),
-        np.ones(1024, np.int8), np.ones(1024, f), np.ones((2, 9), f)),
+    planes_loops._add_two_levels: (
+        np.ones(32, np.uint8), 0, 8, 1, 64, 8, 64, read_only(np.ones(8, f)), 0, 4, 1, 64, 64, True,
+        np.ones(64, f)),
     products_loops._look_up: (
         read_only(np.ones(256, np.uint8)), 0, 32, 64, read_only(np.ones((1, 1, 32), f)),
         read_only(np.ones((1, 64), f)), False, np.ones(64, f), np.ones((16, 16), f),
@@ -663,6 +662,29 @@ def test_sums_of_planes(rng, dtype, levels, runs, shape):
                     found.append(plain(y))
             for other in found[1:]:
                 np.testing.assert_array_equal(other, found[0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", *WORK])
+@pytest.mark.parametrize("run", [1, 3, 8, 16, 24, 32, 40, 100, 2400])
+@pytest.mark.parametrize("lines", [1, 3, 17])
+def test_sums_of_planes_with_runs(rng, dtype, run, lines):
+    """Runs that fill bytes or do not; scales of each line, or for all; in a part of an array."""
+    work, n, levels = floats.work_dtype(np.dtype(dtype)), 2400, 3
+    planes = rng.integers(0, 256, (levels, n // 8, lines)).astype(np.uint8)
+    signs = np.unpackbits(planes, axis=1, bitorder="little").transpose(0, 2, 1)
+    bits = rng.integers(0, levels + 1, (lines, n)).astype(np.uint8)
+    around = np.full((lines, n + 5), 7, dtype)
+    for scaled in (1, lines):
+        scales = rng.normal(size=(levels, scaled, n // run)).astype(dtype).astype(work)
+        step = np.where(signs, 1, -1) * scales.repeat(run, axis=2)
+        for depth in (np.uint8(levels), np.uint8(1), bits):
+            total = np.zeros((lines, n), work)
+            for level in range(levels):
+                total += np.where(depth > level, step[level], 0).astype(work)
+            planes_loops.sum_planes(planes, depth, scales, 0, y=around[:, 2:-3])
+            np.testing.assert_array_equal(around[:, 2:-3], total.astype(dtype))
+            assert (around[:, :2] == 7).all()
+            assert (around[:, -3:] == 7).all()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,12 +1,21 @@
-"""The primitives of `planes.py` as compiled loops: see there for what each does."""
+"""The primitives of `planes.py` as compiled loops: see there for what each does.
+
+Planes have a byte of each line side by side. The loops work along lines. So the bytes are turned on
+the way, eight lines by eight bytes at a time.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from cubin.core import memory
+from cubin.core.bits import MAX_BITS
 from cubin.core.host.loops import (
     beside,
     in_rows,
@@ -16,82 +25,142 @@ from cubin.core.host.loops import (
     part,
     read_only,
     store,
-    target,
     uncounted,
 )
 from cubin.core.libraries import Array
-from cubin.core.rows import flattened
-from cubin.core.sums import CHUNK
 
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+WORD = 32
+"""Elements whose values are computed at a time: the bits of a number hold their signs. Loops of
+exactly so many steps need no remainder."""
 
-_WORDS = read_only((_BITS.view(np.int8) * np.int8(2) - np.int8(1)).view(np.uint64)[:, 0])
-"""The eight signs of every byte, an int8 each."""
+PIECE = 1 << 11
+"""Elements whose sums stay in the first-level cache until they are written."""
 
-TILE = 1 << 6
-"""Lines, and bytes of them, that are packed at a time."""
-
-FEW_LINES = 1 << 3
-"""Lines of a tile from which on a byte of all of them is written at a time."""
-
-SHORT_LINE = 1 << 3
-"""The most bytes of a line that goes together with others: it would end before vectors pay."""
-
-_SHORT = 1 << 5
+SHORT_RUN = 8
 """The scales of shorter runs are repeated for each element."""
 
+SLACK = 8
+"""Bytes beyond the last that may be read with it, as one number."""
 
-@loop
-def _pack_lines(words: Array, tile: Array, planes: Array) -> None:
-    """Write planes, (levels, width, lines), from words of eight signs, (levels, lines, width).
 
-    They are turned in a tile of `TILE` lines and bytes, so that neighbours are written together.
+# ---------------------------------------------------------------- bytes
+
+
+@intrinsic
+def _word(context: Any, bytes_of: Any, at: Any) -> Any:
+    """Eight bytes of an array as one number, wherever they begin; the first is the lowest."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        found = builder.load(_place(context, builder, bytes_of, *arguments))
+        found.align = 1
+        return found
+
+    return types.uint64(bytes_of, types.intp), generate
+
+
+@intrinsic
+def _turn_block(
+    context: Any, source: Any, first: Any, pitch: Any, target: Any, at: Any, step: Any
+) -> Any:
+    """Write ``target[at + j * step + i] = source[first + i * pitch + j]`` for i and j up to 7.
+
+    Parts of the eight words are swapped in three steps: halves, quarters, bytes. As statements they
+    would take Numba a second.
     """
-    words, tile, planes = uncounted(words, tile, planes)
-    levels, width, lines = planes.shape
-    ones, one = np.uint64(0x0101010101010101), np.uint64(1)
-    for level in range(levels):
-        for first in range(0, lines, TILE):
-            stop = min(first + TILE, lines)
-            for start in range(0, width, TILE):
-                size = min(TILE, width - start)
-                for i in range(stop - first):
-                    held, packed = words[level, first + i, start : start + size], tile[i]
-                    for j in range(size):
-                        # The lowest bits of a byte are 01 for +1, 11 for -1, and 00 for 0.
-                        bits = held[j] & ~(held[j] >> one) & ones
-                        bits |= bits >> np.uint64(7)
-                        bits |= bits >> np.uint64(14)
-                        packed[j] = np.uint8(bits | bits >> np.uint64(28))
-                if stop - first < FEW_LINES:
-                    for i in range(stop - first):
-                        for j in range(size):
-                            planes[level, start + j, first + i] = tile[i, j]
-                    continue
-                for j in range(size):
-                    into = planes[level, start + j, first:stop]
-                    for i in range(stop - first):
-                        into[i] = tile[i, j]
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (source, first, pitch, target, at, step), word = arguments, ir.IntType(64)
+        words = []
+        for _ in range(8):
+            words.append(builder.load(_place(context, builder, signature.args[0], source, first)))
+            words[-1].align = 1
+            first = builder.add(first, pitch)
+        for apart, low in ((4, (1 << 32) - 1), (2, 0x0000FFFF0000FFFF), (1, 0x00FF00FF00FF00FF)):
+            shift = word(8 * apart)
+            for i in range(8):
+                if not i & apart:
+                    one, other = words[i], words[i + apart]
+                    both = builder.and_(builder.xor(builder.lshr(one, shift), other), word(low))
+                    words[i] = builder.xor(one, builder.shl(both, shift))
+                    words[i + apart] = builder.xor(other, both)
+        for value in words:
+            where = _place(context, builder, signature.args[3], target, at)
+            builder.store(value, where).align = 1
+            at = builder.add(at, step)
+        return context.get_dummy_value()
+
+    size = types.intp
+    return types.none(source, size, size, target, size, size), generate
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
+    """The address of eight bytes of an array."""
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), ir.IntType(64).as_pointer())
 
 
 @loop
-def _pack_short_lines(words: Array, planes: Array) -> None:
-    """The same for lines of few bytes: a byte of many lines at a time."""
-    words, planes = uncounted(words, planes)
-    levels, width, lines = planes.shape
-    ones, one = np.uint64(0x0101010101010101), np.uint64(1)
-    # The product has bit 0 of byte k at bit 56 + k.
-    gather = np.uint64(0x0102040810204080)
+def _copy(
+    source: Array, first: int, pitch: int, target: Array, at: int, step: int, count: int
+) -> None:
+    """Copy bytes that lie `pitch` apart, from `first` on, to where they lie `step` apart."""
+    source, target = uncounted(source[first:], target[at:])
+    if pitch == 1 and step == 1:
+        for i in range(count):
+            target[i] = source[i]
+    else:
+        # Without a sign, an index cannot count from the end, which takes time to check.
+        near, far = np.uintp(step), np.uintp(pitch)
+        for i in range(count):
+            target[np.uintp(i) * near] = source[np.uintp(i) * far]
+
+
+@loop
+def _turn(
+    source: Array, source_step: int, pitch: int, rows: int, columns: int, target: Array,
+    target_step: int, step: int, levels: int,
+) -> None:  # fmt: skip
+    """Write ``target[level * target_step + j * step + i]``, byte after byte, from
+    ``source[level * source_step + i * pitch + j]``."""
+    source, target = uncounted(source, target)
+    whole_rows, whole_columns = rows // 8 * 8, columns // 8 * 8
+    byte = source.itemsize
     for level in range(levels):
-        held = words[level].reshape(-1)
-        for first in range(0, lines, TILE):
-            stop = min(first + TILE, lines)
-            for j in range(width):
-                source, into = held[first * width + j :], planes[level, j, first:stop]
-                for i in range(stop - first):
-                    word = source[i * width]
-                    bits = word & ~(word >> one) & ones
-                    into[i] = np.uint8(bits * gather >> np.uint64(56))
+        first, at = level * source_step, level * target_step
+        for i in range(0, whole_rows, 8):
+            for j in range(0, whole_columns, 8):
+                _turn_block(source, first + i * pitch + j, pitch, target, at + j * step + i, step)
+        for j in range(whole_columns, columns):
+            _copy(source, first + j, pitch, target, at + j * step, byte, rows)
+        for i in range(whole_rows, rows):
+            _copy(source, first + i * pitch, byte, target, at + i, step, whole_columns)
+
+
+# ---------------------------------------------------------------- signs to planes
+
+
+@loop
+def _pack_lines(signs: Array, n: int, packed: Array) -> None:
+    """Write the bytes of lines of n signs, line after line."""
+    signs, packed = uncounted(signs, packed)
+    width, whole = (n + 7) // 8, n // 8
+    one, ones = np.uint64(1), np.uint64(0x0101010101010101)
+    # Lines of whole bytes follow each other as one line does.
+    turns, size = (signs.size // n, whole) if n % 8 else (1, signs.size // 8)
+    for i in range(turns):
+        line, at = packed[i * width :], i * n
+        for j in range(size):
+            # The lowest bits of a byte are 01 for +1, 11 for -1, and 00 for 0.
+            word = _word(signs, at + 8 * j)
+            bits = word & ~(word >> one) & ones
+            bits |= bits >> np.uint64(7)
+            bits |= bits >> np.uint64(14)
+            line[j] = np.uint8(bits | bits >> np.uint64(28))
+        if n % 8:
+            last = 0
+            for j in range(n - 8 * whole):
+                last |= int(signs[at + 8 * whole + j] > 0) << j
+            line[whole] = np.uint8(last)
 
 
 @loop
@@ -112,98 +181,236 @@ def _pack_columns(signs: Array, planes: Array) -> None:
 
 def pack_signs(signs: Array, *, planes: Array) -> None:
     """`planes.pack_signs`."""
+    if not signs.size:
+        return
     if beside(signs):
         _pack_columns(read_only(lines(signs)), planes)
         return
     levels, width, count = planes.shape
-    whole, n = in_rows(signs), signs.shape[2]
-    if n % 8:
-        whole = np.zeros((levels, count, 8 * width), np.int8)
-        whole[..., :n] = signs
-    words = read_only(whole.view(np.uint64))
-    if width <= SHORT_LINE:
-        _pack_short_lines(words, planes)
-        return
-    _pack_lines(words, memory.scratch("tile", (TILE, TILE), np.uint8), planes)
+    level_step, byte_step, _ = planes.strides
+    packed = memory.scratch("packed", (levels * count * width,), np.uint8)
+    _pack_lines(read_only(in_rows(signs).reshape(-1)), signs.shape[2], packed)
+    _turn(read_only(packed), count * width, width, count, width, flat(planes), level_step,
+          byte_step, levels)  # fmt: skip
+
+
+# ---------------------------------------------------------------- planes to sums
+
+# A sum is never -0.0, since it begins with 0. So a level of the scale 0 changes nothing, and levels
+# come in pairs.
 
 
 @part
-def _add_signs(scale: float, sign: Array, y: Array) -> None:
-    zero, none = y.dtype.type(0), np.int8(0)
-    for j in range(y.size):
-        step = scale if sign[j] > none else -scale
-        y[j] += step if sign[j] != none else zero
+def _add_two(p: int, q: int, a: float, b: float, first: bool, y: Array) -> None:
+    zero, none = y.dtype.type(0), np.uint32(0)
+    for j in range(WORD):
+        bit = np.uint32(np.uint32(1) << np.uint32(j))
+        total = zero if first else y[j]
+        total += a if p & bit != none else -a
+        y[j] = total + (b if q & bit != none else -b)
 
 
 @part
-def _add_signs_of_each(scale: Array, sign: Array, y: Array) -> None:
-    """The same where each element has a scale."""
-    zero, none = y.dtype.type(0), np.int8(0)
-    for j in range(y.size):
-        step = scale[j] if sign[j] > none else -scale[j]
-        y[j] += step if sign[j] != none else zero
+def _add_two_to_bytes(
+    p: int, q: int, a: float, b: float, c: float, d: float, e: float, f: float, g: float, h: float,
+    first: bool, y: Array,
+) -> None:  # fmt: skip
+    """The same where each byte has a scale: `a` to `d`, and `e` to `h` at the second level."""
+    zero, none = y.dtype.type(0), np.uint32(0)
+    for j in range(WORD):
+        bit = np.uint32(np.uint32(1) << np.uint32(j))
+        total = zero if first else y[j]
+        one = (a if j < 8 else b) if j < 16 else (c if j < 24 else d)
+        two = (e if j < 8 else f) if j < 16 else (g if j < 24 else h)
+        total += one if p & bit != none else -one
+        y[j] = total + (two if q & bit != none else -two)
 
 
-@part
-def _add_signs_exactly(scale: float, sign: Array, y: Array, lost: Array) -> None:
-    """The same, and add what is rounded away to `lost`: Knuth's sum of two numbers."""
-    zero, none = y.dtype.type(0), np.int8(0)
-    for j in range(y.size):
-        step = scale if sign[j] > none else -scale
-        step = step if sign[j] != none else zero
-        rounded = y[j] + step
-        added = rounded - y[j]
-        lost[j] += (y[j] - (rounded - added)) + (step - added)
-        y[j] = rounded
+# What follows works on a piece: some lines of `size` elements, or a part of one. Elements of a line
+# that are left of a word are computed, too, and so a line begins at every multiple of `wide`, which
+# is `size` in whole words. Its bytes begin at `first`, and those of the next line `pitch` further.
 
 
 @loop
-def _sum_planes(
-    planes: Array, bits: Array, scales: Array, shift: Array, table: Array, words: Array,
-    signs: Array, lost: Array, y: Array,
+def _add_two_levels(
+    held: Array, first: int, other: int, turns: int, size: int, pitch: int, wide: int,
+    scales: Array, one: int, two: int, apart: int, left: int, run: int, begin: bool, y: Array,
 ) -> None:  # fmt: skip
-    """Write the sums of scales, (levels, lines or 1, runs), times planes, (levels, lines, bytes).
+    """Add two levels to the sums, or to 0 in the `begin`ning. The second has its bytes at `other`.
 
-    They begin with the shift, (lines or 1, runs), and with 0 where that has no runs. `words` and
-    `signs` are the same scratch, for the signs of a chunk; `lost` is scratch, too.
+    The scales begin at `one` and `two`, those of the next line `apart` further. The first run of a
+    line has `left` elements, the others have `run`, which fill bytes.
     """
-    planes, bits, scales, shift = uncounted(planes, bits, scales, shift)
-    table, words, signs, lost, y = uncounted(table, words, signs, lost, y)
-    length, runs, shifted = y.shape[1], scales.shape[2], shift.shape[1] > 0
-    run = length // max(1, runs)
-    for line in range(len(y)):
-        scaled = line if scales.shape[1] > 1 else 0
-        for start in range(0, length, CHUNK):
-            stop = min(start + CHUNK, length)
-            total, sign = y[line, start:stop], signs[: stop - start]
-            total[:] = 0
+    held, scales, y = uncounted(held, scales, y)
+    for turn in range(turns):
+        a, rest, line = turn * apart, left, y[turn * wide :]
+        for e in range(0, size, WORD):
+            byte, sums = turn * pitch + (e >> 3), line[e:]
+            p, q = np.uint32(_word(held, first + byte)), np.uint32(_word(held, other + byte))
+            if rest >= min(WORD, size - e):
+                _add_two(p, q, scales[one + a], scales[two + a], begin, sums)
+            else:
+                b = a + (rest == 8)
+                c = b + (run == 8 or rest == 16)
+                d = c + (run == 8 or rest == 24 or (run == 16 and rest == 8))
+                _add_two_to_bytes(
+                    p, q, scales[one + a], scales[one + b], scales[one + c], scales[one + d],
+                    scales[two + a], scales[two + b], scales[two + c], scales[two + d], begin, sums,
+                )  # fmt: skip
+            rest -= WORD
+            while rest <= 0:
+                a, rest = a + 1, rest + run
+
+
+@loop
+def _spread(
+    scales: Array, place: int, turns: int, size: int, wide: int, apart: int, left: int, run: int,
+    of_each: Array,
+) -> None:  # fmt: skip
+    """Write the scale of each element."""
+    scales, of_each = uncounted(scales, of_each)
+    for turn in range(turns):
+        line, at = of_each[turn * wide :], place + turn * apart
+        if run == 1:
+            of_line = scales[at:]
+            for j in range(size):
+                line[j] = of_line[j]
+            continue
+        start, stop = 0, min(left, size)
+        while start < size:
+            of_run, scale = line[start:stop], scales[at]
+            for j in range(of_run.size):
+                of_run[j] = scale
+            start, stop, at = stop, min(stop + run, size), at + 1
+
+
+@loop
+def _add_two_coded_levels(
+    held: Array, first: int, other: int, turns: int, size: int, pitch: int, wide: int, a: Array,
+    b: Array, depths: Array, level: int, y: Array,
+) -> None:  # fmt: skip
+    """The same where each element has its scales and its number of bits."""
+    held, a, b, depths, y = uncounted(held, a, b, depths, y)
+    zero, none, start = y.dtype.type(0), np.uint32(0), np.int32(level)
+    for turn in range(turns):
+        for e in range(0, size, WORD):
+            at, byte = turn * wide + e, turn * pitch + (e >> 3)
+            p, q = np.uint32(_word(held, first + byte)), np.uint32(_word(held, other + byte))
+            of_one, of_other, bits, sums = a[at:], b[at:], depths[at:], y[at:]
+            for j in range(WORD):
+                bit = np.uint32(np.uint32(1) << np.uint32(j))
+                total, more = sums[j] if level else zero, np.int32(np.int32(bits[j]) - start)
+                one = of_one[j] if p & bit != none else -of_one[j]
+                two = of_other[j] if q & bit != none else -of_other[j]
+                total += one if more > np.int32(0) else zero
+                sums[j] = total + (two if more > np.int32(1) else zero)
+
+
+@loop
+def _add_level_exactly(
+    held: Array, first: int, turns: int, size: int, pitch: int, wide: int, a: Array,
+    depths: Array, level: int, y: Array, lost: Array,
+) -> None:  # fmt: skip
+    """The same for one level. What is rounded away is added to `lost`: Knuth's sum of two."""
+    held, a, depths, y, lost = uncounted(held, a, depths, y, lost)
+    zero, none, number = y.dtype.type(0), np.uint32(0), np.int32(level)
+    for turn in range(turns):
+        for e in range(0, size, WORD):
+            at, byte = turn * wide + e, turn * pitch + (e >> 3)
+            p = np.uint32(_word(held, first + byte))
+            of_one, bits, sums, rest = a[at:], depths[at:], y[at:], lost[at:]
+            for j in range(WORD):
+                bit = np.uint32(np.uint32(1) << np.uint32(j))
+                one = of_one[j] if p & bit != none else -of_one[j]
+                one = one if np.int32(bits[j]) > number else zero
+                rounded = sums[j] + one
+                added = rounded - sums[j]
+                rest[j] += (sums[j] - (rounded - added)) + (one - added)
+                sums[j] = rounded
+
+
+@loop
+def _write(sums: Array, turns: int, size: int, wide: int, y: Array, first: int, pitch: int) -> None:
+    """Write the sums of a piece to where its lines lie, `pitch` apart."""
+    sums, y = uncounted(sums, y)
+    for turn in range(turns):
+        values, line = y[first + turn * pitch :], sums[turn * wide :]
+        for j in range(size):
+            values[j] = line[j]
+
+
+@loop
+def _sum_levels(
+    held: Array, step: int, levels: int, pitch: int, scales: Array, of_level: int, apart: int,
+    run: int, total: Array, lines: int, length: int, y: Array, y_pitch: int,
+) -> None:  # fmt: skip
+    """Write the sums of scale * sign over some levels of lines, where runs fill bytes.
+
+    The bytes of a line begin at multiples of `pitch` in `held`, those of the next level `step`
+    further; its scales at multiples of `apart`, those of the next level `of_level` further, with a
+    level of 0 to make them even; and its sums at multiples of `y_pitch`. There is room in `total`
+    for a piece.
+    """
+    wide = min(PIECE, (length + WORD - 1) // WORD * WORD)
+    at_once, even = PIECE // wide, (levels + 1) // 2 * 2
+    for line in range(0, lines, at_once):
+        turns = min(at_once, lines - line)
+        for start in range(0, length, PIECE):
+            size, byte = min(PIECE, length - start), line * pitch + (start >> 3)
+            place, left = line * apart + start // run, run - start % run
+            for level in range(0, even, 2):
+                first, other = level * step + byte, min(level + 1, levels - 1) * step + byte
+                one = level * of_level + place
+                _add_two_levels(
+                    held, first, other, turns, size, pitch, wide, scales, one, one + of_level,
+                    apart, left, run, level == 0, total,
+                )  # fmt: skip
+            _write(total, turns, size, wide, y, line * y_pitch + start, y_pitch)
+
+
+@loop
+def _sum_coded_levels(
+    held: Array, step: int, levels: int, pitch: int, scales: Array, of_level: int, apart: int,
+    run: int, room: Array, lines: int, length: int, y: Array, y_pitch: int, bits: Array,
+    depths: Array, shifted: bool,
+) -> None:  # fmt: skip
+    """The same with a map of `bits`, if there is one; and where they are `shifted`, with the shift
+    after the levels in `scales`. Runs may be of any length. `room` and `depths` are scratch."""
+    bits, depths, room = uncounted(bits, depths, room)
+    total, lost = room[:PIECE], room[PIECE : 2 * PIECE]
+    a, b = room[2 * PIECE : 3 * PIECE], room[3 * PIECE :]
+    wide = min(PIECE, (length + WORD - 1) // WORD * WORD)
+    at_once, even = PIECE // wide, (levels + 1) // 2 * 2
+    for line in range(0, lines, at_once):
+        turns = min(at_once, lines - line)
+        for start in range(0, length, PIECE):
+            size, byte = min(PIECE, length - start), line * pitch + (start >> 3)
+            place, left = line * apart + start // run, run - start % run
+            for turn in range(turns if bits.size else 0):
+                source, of_line = bits[(line + turn) * length + start :], depths[turn * wide :]
+                for j in range(size):
+                    of_line[j] = source[j]
+            for level in range(0, 0 if shifted else even, 2):
+                first, other = level * step + byte, min(level + 1, levels - 1) * step + byte
+                one = level * of_level + place
+                _spread(scales, one, turns, size, wide, apart, left, run, a)
+                _spread(scales, one + of_level, turns, size, wide, apart, left, run, b)
+                _add_two_coded_levels(
+                    held, first, other, turns, size, pitch, wide, a, b, depths, level, total
+                )
             if shifted:
-                lost[:] = 0
-                for at in range(start // run, -(-stop // run)):
-                    first, last = max(at * run, start) - start, min(at * run + run, stop) - start
-                    total[first:last] = shift[scaled, at]
-            for level in range(len(planes)):
-                held = planes[level, line, start >> 3 : (stop + 7) >> 3]
-                for j in range(held.size):
-                    words[j] = table[held[j]]
-                if bits.shape[1]:
-                    depth, number = bits[line, start:stop], np.uint8(level)
-                    for j in range(depth.size):
-                        sign[j] = sign[j] if depth[j] > number else np.int8(0)
-                if runs == length and not shifted:
-                    _add_signs_of_each(scales[level, scaled, start:stop], sign, total)
-                    continue
-                for at in range(start // run, -(-stop // run)):
-                    first, last = max(at * run, start) - start, min(at * run + run, stop) - start
-                    scale, here = scales[level, scaled, at], total[first:last]
-                    if shifted:
-                        _add_signs_exactly(scale, sign[first:last], here, lost[first:last])
-                    else:
-                        _add_signs(scale, sign[first:last], here)
-            if shifted:
-                for j in range(total.size):
+                _spread(scales, even * of_level + place, turns, size, wide, apart, left, run, total)
+                lost[: turns * wide] = 0
+                for level in range(levels):
+                    first, one = level * step + byte, level * of_level + place
+                    _spread(scales, one, turns, size, wide, apart, left, run, a)
+                    _add_level_exactly(
+                        held, first, turns, size, pitch, wide, a, depths, level, total, lost
+                    )
+                for j in range(turns * wide):
                     # It is NaN where a sum is not finite.
                     total[j] += lost[j] if lost[j] == lost[j] else lost.dtype.type(0)
+            _write(total, turns, size, wide, y, line * y_pitch + start, y_pitch)
 
 
 @loop
@@ -212,8 +419,7 @@ def _sum_columns(
 ) -> None:
     """Write the same, without a map or a shift, where lines lie side by side: y is (n, pitch).
 
-    Byte j of line i at a level is ``flat[level * level_step + j * byte_step + i]``. Scales have the
-    shape (levels, runs, lines or 1); there are `count` lines.
+    Scales have the shape (levels, runs, lines or 1); there are `count` lines.
     """
     flat, scales, y = uncounted(flat, scales, y)
     levels, runs, _ = scales.shape
@@ -233,12 +439,16 @@ def _sum_columns(
                     into[i] += step if held[i] & bit else -step
 
 
-def flat(planes: Array) -> Array:
-    """The bytes of planes, whose lines lie side by side, as one array: others may lie between."""
-    levels, width, lines = planes.shape
-    steps = planes.strides
-    extent = (levels - 1) * steps[0] + (width - 1) * steps[1] + lines
-    return read_only(np.lib.stride_tricks.as_strided(planes, (extent,), (1,)))
+def flat(array: Array) -> Array:
+    """Memory from the first element of an array to its last: others may lie between.
+
+    The steps of its axes are positive, and the elements of the last axis lie side by side.
+    """
+    if array.flags.c_contiguous:
+        return array.reshape(-1)
+    steps = [step // array.itemsize for step in array.strides]
+    extent = 1 + sum((n - 1) * step for n, step in zip(array.shape, steps, strict=True))
+    return np.lib.stride_tricks.as_strided(array, (extent,), (array.itemsize,))
 
 
 def turned(scales: Array, levels: int) -> Array:
@@ -251,49 +461,57 @@ def turned(scales: Array, levels: int) -> Array:
 
 def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array) -> None:
     """`planes.sum_planes`."""
-    levels, width, count = planes.shape
-    levels = levels if np.ndim(bits) else min(levels, int(bits))
-    plain = not (np.ndim(bits) or np.ndim(shift)) and y.dtype == scales.dtype
-    if plain and levels and planes.strides[2] == 1 and beside(y):
-        held, (level_step, byte_step, _) = turned(scales, levels), planes.strides
-        _sum_columns(flat(planes), level_step, byte_step, read_only(held), count, lines(y))
+    (levels, width, count), n = planes.shape, y.shape[1]
+    mapped, shifted = np.ndim(bits) > 0, np.ndim(shift) > 0
+    levels = levels if mapped else min(levels, int(bits))
+    if not y.size or not (levels or shifted):
+        y[...] = 0
         return
-    if levels and count > 1 and width <= SHORT_LINE and scales.shape[2] == 1:
-        _sum_short_lines(planes[:levels], bits, scales[:levels], shift, y)
+    if planes.strides[2] != 1:
+        planes = np.ascontiguousarray(planes)
+    level_step, byte_step, _ = planes.strides
+    if beside(y) and y.dtype == scales.dtype and not (mapped or shifted):
+        held = read_only(turned(scales, levels))
+        _sum_columns(read_only(flat(planes)), level_step, byte_step, held, count, lines(y))
         return
-    by_line = memory.scratch("planes", (levels, count, width), np.uint8)
-    for level in range(levels):
-        by_line[level] = in_rows(planes[level].T)
-    values = target(y) if y.dtype == scales.dtype else np.empty(y.shape, scales.dtype)
-    run = y.shape[1] // max(1, scales.shape[2])
-    held = scales[:levels]
-    base = shift if np.ndim(shift) else np.empty((1, 0), scales.dtype)
-    if 1 < run < _SHORT and not base.size:
-        held = held.repeat(run, axis=2)
-    words = memory.scratch("words", (CHUNK // 8,), np.uint64)
-    lost = memory.scratch("lost", (CHUNK,), scales.dtype)
-    _sum_planes(
-        read_only(by_line), map_of(bits, count), read_only(np.ascontiguousarray(held)),
-        read_only(np.ascontiguousarray(base)), _WORDS, words, words.view(np.int8), lost,
-        values,
-    )  # fmt: skip
-    store(values, y)
+    pitch = y.strides[0] // y.itemsize if count > 1 else n
+    in_place = y.strides[1] == y.itemsize and pitch >= n and y.flags.aligned
+    if y.dtype != scales.dtype or not in_place:
+        values = memory.scratch("values", y.shape, scales.dtype)
+        sum_planes(planes, bits, scales, shift, y=values)
+        store(values, y)
+        return
+    padded, scaled, run = _padded(scales[:levels], shift, n)
+    step, runs = count * width + SLACK, n // run
+    held = memory.scratch("planes", (levels * step,), np.uint8)
+    _turn(read_only(flat(planes)), level_step, byte_step, width, count, held, step, width, levels)
+    room = memory.scratch("sums", (4 * PIECE,), scales.dtype)
+    found, length = count, n
+    if n % 8 == 0 and pitch == n and (scaled == count or runs == 1):
+        # Lines of whole bytes follow each other as one line does.
+        found, length = 1, count * n
+    if scaled == 1 and runs == 1:
+        run = length
+    layout = (held, step, levels, width, read_only(padded), scaled * runs,
+              runs if scaled > 1 else 0, run, room, found, length, flat(y), pitch)  # fmt: skip
+    if not (mapped or shifted) and (run % 8 == 0 or runs == 1):
+        _sum_levels(*layout)
+        return
+    depths = memory.scratch("depths", (PIECE,), np.uint8)
+    depths[:] = MAX_BITS
+    _sum_coded_levels(*layout, map_of(bits, 0).reshape(-1), depths, shifted)
 
 
-def _sum_short_lines(planes: Array, bits: Any, scales: Array, shift: Any, y: Array) -> None:
-    """`sum_planes` for lines of few bytes with a scale each, or one for all: as a single line.
-
-    It has the unused bits at the end of each line as elements.
-    """
-    levels, width, lines = planes.shape
-    flat = np.ascontiguousarray(planes.transpose(0, 2, 1)).reshape(levels, -1, 1)
-    n, whole = y.shape[1], 8 * width
-    if np.ndim(bits):
-        depths = np.zeros((lines, whole), np.uint8)
-        depths[:, :n] = bits
-        bits = depths.reshape(1, -1)
-    values = y if n == whole and y.flags.c_contiguous else np.empty((lines, whole), y.dtype)
-    of_line = shift.reshape(1, -1) if np.ndim(shift) else shift
-    sum_planes(flat, bits, scales.reshape(levels, 1, -1), of_line, y=values.reshape(1, -1))
-    if values is not y:
-        y[...] = flattened(values[:, :n], (y.size,)).reshape(y.shape)
+def _padded(scales: Array, shift: Any, n: int) -> tuple[Array, int, int]:
+    """Scales and shift as `_sum_planes` takes them, their lines, and the elements of a run."""
+    levels, scaled, runs = scales.shape
+    even, shifted, run = levels + levels % 2, int(np.ndim(shift) > 0), n // runs
+    repeats = run if run < SHORT_RUN and runs > 1 else 1
+    shape = (even + shifted, scaled, runs, repeats)
+    size = math.prod(shape)
+    padded = memory.scratch("scales", (size + WORD,), scales.dtype)
+    of_level = padded[:size].reshape(shape)
+    of_level[:levels], of_level[levels:even] = scales[..., None], 0
+    if shifted:
+        of_level[even] = shift[..., None]
+    return padded, scaled, run // repeats

@@ -338,7 +338,7 @@ def _add_products(
     """Add the products of rows of x with lines to `y`; arguments as for `_look_up`."""
     levels, _, lines = planes.shape
     level_step, byte_step, _ = planes.strides
-    flat = planes_loops.flat(planes)
+    flat = read_only(planes_loops.flat(planes))
     # Where all lines share several scales, x takes them.
     fold = scales.shape[2] == 1 < scales.shape[1]
     scratch = (

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from cubin.core import memory
 from cubin.core.bits import MAX_BITS
 from cubin.core.host.loops import (
     beside,
     in_rows,
+    intrinsic,
     lines,
     loop,
     map_of,
@@ -36,8 +36,8 @@ exactly so many steps need no remainder."""
 PIECE = 1 << 11
 """Elements whose sums stay in the first-level cache until they are written."""
 
-SHORT_RUN = 8
-"""The scales of shorter runs are repeated for each element."""
+SHORT_RUN = 32
+"""The scales of shorter runs are repeated for each element, unless they fill bytes."""
 
 SLACK = 8
 """Bytes beyond the last that may be read with it, as one number."""
@@ -506,7 +506,7 @@ def _padded(scales: Array, shift: Any, n: int) -> tuple[Array, int, int]:
     """Scales and shift as `_sum_planes` takes them, their lines, and the elements of a run."""
     levels, scaled, runs = scales.shape
     even, shifted, run = levels + levels % 2, int(np.ndim(shift) > 0), n // runs
-    repeats = run if run < SHORT_RUN and runs > 1 else 1
+    repeats = run if run < SHORT_RUN and run % 8 and runs > 1 else 1
     shape = (even + shifted, scaled, runs, repeats)
     size = math.prod(shape)
     padded = memory.scratch("scales", (size + WORD,), scales.dtype)

@@ -16,13 +16,12 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 
 from cubin.codes import planes_loops, products
 from cubin.codes.decoding import Decoding
 from cubin.codes.products import FEW, multiply_tiles
 from cubin.core import memory
-from cubin.core.host.loops import in_rows, loop, part, read_only, uncounted
+from cubin.core.host.loops import in_rows, intrinsic, loop, part, read_only, uncounted
 from cubin.core.libraries import Array
 
 _STRIP = 64

@@ -23,7 +23,6 @@ from cubin.core import floats, memory
 from cubin.core.floats import as_integers
 from cubin.core.host.loops import (
     in_work_dtype,
-    inner,
     loop,
     map_of,
     part,
@@ -60,7 +59,7 @@ LONGEST = sorted_rows_loops.LONGEST
 """A row must have fewer elements."""
 
 
-@inner
+@part
 def _padded(size: int) -> int:
     return -(-size // COLUMNS) * COLUMNS
 
@@ -131,7 +130,7 @@ def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool) -> Spac
 # ---------------------------------------------------------------- sums
 
 
-@inner
+@part
 def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     """Write the sums, four magnitudes each, of those above an edge; return their number.
 
@@ -147,7 +146,7 @@ def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     return m.size - below
 
 
-@inner
+@loop
 def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
     """The sum of the values of elements whose magnitudes lie above an edge; `sums` is scratch."""
     zero, n = m.dtype.type(0), m.size // 4
@@ -159,7 +158,7 @@ def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
     return sum_in_lanes(sums, n)
 
 
-@inner
+@part
 def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, step: int) -> None:
     """Write the numbers and totals of magnitudes above the lower edges of cells.
 
@@ -196,7 +195,7 @@ def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, ste
 # ---------------------------------------------------------------- least squares
 
 
-@inner
+@part
 def _set_equations(space: Space, levels: int) -> None:
     """Write the normal equations of the first `levels` levels."""
     equations, codes, starts = space.equations, space.codes, space.starts
@@ -226,7 +225,7 @@ def _set_equations(space: Space, levels: int) -> None:
         equations[j, j] = equations[levels + 1, j]
 
 
-@inner
+@part
 def _mean(equations: Array, level: int, scales: Array) -> float:
     """The greedy scale of a level: the mean of its signs times the residuals of those before."""
     total, count = equations[level + 1, level], equations[level, level]
@@ -235,7 +234,7 @@ def _mean(equations: Array, level: int, scales: Array) -> float:
     return total / (count if count > 0 else 1.0)
 
 
-@inner
+@loop
 def _solve(equations: Array, levels: int, scales: Array) -> float:
     """Write the least-squares scales and return their gain; the equations are overwritten."""
     for p in range(levels):
@@ -259,7 +258,7 @@ def _solve(equations: Array, levels: int, scales: Array) -> float:
 # ---------------------------------------------------------------- cells
 
 
-@inner
+@part
 def _set_nearest(space: Space, levels: int) -> None:
     """Write the cells in which the nearest sum of the first `levels` levels is the same."""
     scales, sums, all_lower, all_codes = space.fitted, space.sums, space.lower, space.codes
@@ -283,7 +282,7 @@ def _set_nearest(space: Space, levels: int) -> None:
         lower[cell] = rounded_down(sums[cell - 1] / 2 + sums[cell] / 2, lower)
 
 
-@inner
+@part
 def _split(space: Space, level: int) -> None:
     """Cut every cell of `level` levels where the residual after them changes its sign.
 
@@ -313,7 +312,7 @@ def _split(space: Space, level: int) -> None:
             total[base + 2 * cell] = total[base + cell]
 
 
-@inner
+@part
 def _hand_out(
     space: Space, unit: float, mapped: bool, scales: Array, lower: Array, codes: Array
 ) -> None:
@@ -344,7 +343,7 @@ def _hand_out(
 # ---------------------------------------------------------------- rows
 
 
-@inner
+@loop
 def _unit(words: Array, bits: Array) -> float:
     """A power of two near the largest magnitude of a row: 0 for zeros, NaN if it is not finite.
 
@@ -365,7 +364,7 @@ def _unit(words: Array, bits: Array) -> float:
     return np.nan if exponent == largest else unit
 
 
-@inner
+@loop
 def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
     """Write |x| * factor of the elements of `depth` bits, or of all where there is no map.
 
@@ -383,7 +382,7 @@ def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
     return x.size
 
 
-@inner
+@part
 def _arrange(
     x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space
 ) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from numba.extending import overload
 
 from cubin.core.floats import as_integers
-from cubin.core.host.loops import in_work_dtype, inner, loop, read_only, store, target
+from cubin.core.host.loops import in_work_dtype, loop, part, read_only, store, target
 from cubin.core.host.loops import (
     uncounted as _uncounted,
 )
@@ -254,7 +254,7 @@ class Space(NamedTuple):
     fitted: Array
 
 
-@inner
+@loop
 def _set_signs(code: int, signs: Array, products: Array, at: int, levels: int) -> None:
     """Write the signs of a code and their products."""
     for i in range(levels):
@@ -263,7 +263,7 @@ def _set_signs(code: int, signs: Array, products: Array, at: int, levels: int) -
             products[at, i * (i - 1) // 2 + j] = signs[at, i] * signs[at, j]
 
 
-@inner
+@loop
 def _space(levels: int, lower: Array) -> Space:
     """A `Space` for rows of up to `levels` levels, with this `lower`."""
     cells, pairs = 1 << (levels - 1), levels * (levels - 1) // 2
@@ -296,7 +296,7 @@ def _space(levels: int, lower: Array) -> Space:
     )
 
 
-@inner
+@loop
 def _find_positions(values: Array, start: int, stop: int, lower: Array, positions: Array) -> None:
     """Write where in the row the elements of each cell start, and where the last ones stop.
 
@@ -320,7 +320,7 @@ def _find_positions(values: Array, start: int, stop: int, lower: Array, position
             positions[cell] = at + one if values[at] <= lower[cell] else at
 
 
-@inner
+@loop
 def _add_cells(row: Row, space: Space, codes: Array, levels: int) -> float:
     """Write the share of some cells in the normal equations; return their elements' weight."""
     positions, first, mass = space.positions, row.first, row.mass
@@ -348,7 +348,7 @@ def _add_cells(row: Row, space: Space, codes: Array, levels: int) -> float:
     return total
 
 
-@inner
+@loop
 def _solve(space: Space, levels: int) -> float:
     """Write the least-squares scales to `space.fitted`, and return their gain.
 
@@ -431,7 +431,7 @@ def rounded_down_by_type(value: Any, like: Any) -> Callable[..., Any]:
     return single if like.dtype == numba.types.float32 else double
 
 
-@inner
+@loop
 def _signed(value: float, code: int, level: int) -> float:
     return value if code >> level & 1 else -value
 
@@ -473,7 +473,7 @@ def _set_nearest(scales: Array, levels: int, space: Space) -> None:
         lower[cell] = rounded_down(sizes[cell - 1] / 2 + sizes[cell] / 2, lower)
 
 
-@inner
+@loop
 def _set_all_nearest(scales: Array, levels: int, row: Row, space: Space) -> None:
     """The same for every number of levels that the elements of a row may have."""
     mapped = len(row.starts) > 2
@@ -481,7 +481,7 @@ def _set_all_nearest(scales: Array, levels: int, row: Row, space: Space) -> None
         _set_nearest(scales, reached, space)
 
 
-@inner
+@loop
 def _value(code: int, scales: Array, levels: int) -> float:
     """The sum of scale * sign over the first levels of a code."""
     value = 0.0
@@ -490,7 +490,7 @@ def _value(code: int, scales: Array, levels: int) -> float:
     return value
 
 
-@inner
+@loop
 def _split(level: int, space: Space) -> None:
     """Write the cells of ``level + 1`` levels.
 
@@ -511,7 +511,7 @@ def _split(level: int, space: Space) -> None:
         codes[2 * (cells + cell) + 1] = code | 1 << level
 
 
-@inner
+@loop
 def _mean_residual(row: Row, space: Space, level: int, highest: int) -> float:
     """The mean magnitude of the residual before `level`, over the elements that have this level."""
     depths, weighted = len(row.starts) - 1, len(row.mass) > 0
@@ -560,13 +560,13 @@ def _successive(row: Row, space: Space, levels: int, highest: int, refit: bool) 
     return gain
 
 
-@inner
+@loop
 def _copy(scales: Array, levels: int, target: Array) -> None:
     for level in range(levels):
         target[level] = scales[level]
 
 
-@inner
+@loop
 def _take_sizes(space: Space, levels: int, scales: Array) -> None:
     """Write the sizes of the scales that were fitted last."""
     for level in range(levels):
@@ -632,7 +632,7 @@ def _set_best_pair(row: Row, pair: Array) -> None:
                 pair[0], pair[1] = abs(initial), abs(second)
 
 
-@inner
+@loop
 def _set_start(row: Row, number: int, levels: int, mean: float, best: Array, start: Array) -> bool:
     """Write the start of the search with this number to `start`; return whether there is one.
 
@@ -687,7 +687,7 @@ def _search(
             mean = best[0]
 
 
-@inner
+@loop
 def _hand_out(
     space: Space, levels: int, mapped: bool, scales: Array, lower: Array, codes: Array
 ) -> None:
@@ -779,7 +779,7 @@ def _tabulate(codes: Array, scales: Array, mapped: bool, values: Array) -> None:
             values[row, cell] = value
 
 
-@inner
+@part
 def _of_four(x: Array, factor: float, lower: Array, table: Array, mirror: Any, y: Array) -> None:
     """`_look_up` for a row with up to four cells: edges and entries stay in registers."""
     never = lower.dtype.type(np.inf)
@@ -796,7 +796,7 @@ def _of_four(x: Array, factor: float, lower: Array, table: Array, mirror: Any, y
         y[j] = mirror - entry if x[j] <= 0 else entry
 
 
-@inner
+@part
 def _of_eight(x: Array, factor: float, lower: Array, table: Array, mirror: Any, y: Array) -> None:
     """The same with eight cells."""
     a, b, c, d, e, f, g = lower[1], lower[2], lower[3], lower[4], lower[5], lower[6], lower[7]
@@ -814,7 +814,7 @@ def _of_eight(x: Array, factor: float, lower: Array, table: Array, mirror: Any, 
         y[j] = mirror - entry if x[j] <= 0 else entry
 
 
-@inner
+@loop
 def _find_cells(m: Array, size: int, lower: Array, cells: Array) -> None:
     """Write the cells of magnitudes by bisection; all take a step before any takes the next one."""
     step = np.uint32(len(lower) >> 1)
@@ -827,7 +827,7 @@ def _find_cells(m: Array, size: int, lower: Array, cells: Array) -> None:
         step >>= np.uint32(1)
 
 
-@inner
+@loop
 def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
     """The same by counting the edges below each magnitude, four at a time."""
     for j in range(size):
@@ -843,7 +843,7 @@ def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
             cells[j] = np.int32(np.int32(cells[j]) + above)
 
 
-@inner
+@loop
 def _find_cells_by_bits(m: Array, bits: Array, levels: int, lower: Array, cells: Array) -> None:
     """The same by bisection where each element has its number of bits."""
     for j in range(bits.size):

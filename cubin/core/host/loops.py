@@ -81,17 +81,6 @@ def part(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, inline="always")(function)
 
 
-def inner(function: Callable[..., Any]) -> Any:
-    """Compile a function that loops alone call, and that LLVM inlines into them.
-
-    Where arguments are many, this compiles faster than a `part`, which Numba inlines statement by
-    statement. It has no wrapper for calls from Python, which would take longest of all.
-    """
-    unwrapped: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    compiled: Any = numba.njit(nogil=True, forceinline=True, **unwrapped)(function)
-    return compiled
-
-
 @intrinsic
 def uncounted(context: Any, *kinds: Any) -> Any:
     """The same arrays, as a tuple, but without reference counts: the caller must keep them alive.

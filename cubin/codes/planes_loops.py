@@ -358,14 +358,18 @@ def _sum_levels(
         for start in range(0, length, PIECE):
             size, byte = min(PIECE, length - start), line * pitch + (start >> 3)
             place, left = line * apart + start // run, run - start % run
+            at = line * y_pitch + start
+            whole = size % WORD == 0 and (turns == 1 or y_pitch == wide)
+            sums = y[at:] if whole else total  # whole words of lines that follow each other
             for level in range(0, even, 2):
                 first, other = level * step + byte, min(level + 1, levels - 1) * step + byte
                 one = level * of_level + place
                 _add_two_levels(
                     held, first, other, turns, size, pitch, wide, scales, one, one + of_level,
-                    apart, left, run, level == 0, total,
+                    apart, left, run, level == 0, sums,
                 )  # fmt: skip
-            _write(total, turns, size, wide, y, line * y_pitch + start, y_pitch)
+            if not whole:
+                _write(sums, turns, size, wide, y, at, y_pitch)
 
 
 @loop
@@ -386,6 +390,9 @@ def _sum_coded_levels(
         for start in range(0, length, PIECE):
             size, byte = min(PIECE, length - start), line * pitch + (start >> 3)
             place, left = line * apart + start // run, run - start % run
+            at = line * y_pitch + start
+            whole = size % WORD == 0 and (turns == 1 or y_pitch == wide)
+            sums = y[at:] if whole else total
             for turn in range(turns if bits.size else 0):
                 source, of_line = bits[(line + turn) * length + start :], depths[turn * wide :]
                 for j in range(size):
@@ -396,21 +403,22 @@ def _sum_coded_levels(
                 _spread(scales, one, turns, size, wide, apart, left, run, a)
                 _spread(scales, one + of_level, turns, size, wide, apart, left, run, b)
                 _add_two_coded_levels(
-                    held, first, other, turns, size, pitch, wide, a, b, depths, level, total
+                    held, first, other, turns, size, pitch, wide, a, b, depths, level, sums
                 )
             if shifted:
-                _spread(scales, even * of_level + place, turns, size, wide, apart, left, run, total)
+                _spread(scales, even * of_level + place, turns, size, wide, apart, left, run, sums)
                 lost[: turns * wide] = 0
                 for level in range(levels):
                     first, one = level * step + byte, level * of_level + place
                     _spread(scales, one, turns, size, wide, apart, left, run, a)
                     _add_level_exactly(
-                        held, first, turns, size, pitch, wide, a, depths, level, total, lost
+                        held, first, turns, size, pitch, wide, a, depths, level, sums, lost
                     )
                 for j in range(turns * wide):
                     # It is NaN where a sum is not finite.
-                    total[j] += lost[j] if lost[j] == lost[j] else lost.dtype.type(0)
-            _write(total, turns, size, wide, y, line * y_pitch + start, y_pitch)
+                    sums[j] += lost[j] if lost[j] == lost[j] else lost.dtype.type(0)
+            if not whole:
+                _write(sums, turns, size, wide, y, at, y_pitch)
 
 
 @loop

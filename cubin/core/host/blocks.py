@@ -24,12 +24,7 @@ import numpy as np
 from cubin.core import memory
 
 if TYPE_CHECKING:
-    from queue import SimpleQueue
-
-    Job = tuple[threading.Lock, list[tuple[Callable[[int], None], int]]]
-    """A lock that is held while a thread works, and the call, which that thread takes out."""
-
-    Inbox = SimpleQueue[Job]
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 BLOCK = 1 << 17
 """Elements of a block: 512 KB of float32."""
@@ -215,72 +210,40 @@ def _taken(shares: Sequence[deque[Any]]) -> Iterator[Any]:
 
 
 class _Helpers:
-    """Calls of ``work(number)`` on other threads, for the numbers from 1 to `count`.
-
-    There are fewer where threads are at work for other callers, or cannot start, as while the
-    interpreter ends. The caller then does their work.
-    """
+    """Calls of ``work(number)`` on threads of the pool, for the numbers from 1 to `count`."""
 
     def __init__(self, work: Callable[[int], None], count: int) -> None:
-        self._jobs: list[tuple[Inbox, Job]] = []
-        for number in range(1, count + 1):
-            inbox = _pool().inbox()
-            if inbox is None:
-                return
-            self._jobs.append((inbox, (threading.Lock(), [(work, number)])))
-            inbox.put(self._jobs[-1][1])
+        # The pool keeps a reference to the arguments of past jobs. So it gets lists, which are
+        # emptied once they are done, and keeps no array alive.
+        self._jobs = [[(work, number)] for number in range(1, count + 1)]
+        self._futures: list[Future[None]] = []
+        # No thread can start while the interpreter ends, or where the system has no more. The
+        # caller then does all the work.
+        with contextlib.suppress(RuntimeError):
+            for job in self._jobs:
+                self._futures.append(_pool().submit(_help, job))
 
     def wait(self) -> None:
-        """Wait for the threads that have begun. The others will find no call: nothing is left."""
-        for _, (working, calls) in self._jobs:
-            calls.clear()
-            with working:
-                pass
-        _pool().idle.extend(inbox for inbox, _ in self._jobs)
-        self._jobs.clear()
+        """Wait for the threads that have begun, and cancel the others: no work is left for them."""
+        for job in self._jobs:
+            job.clear()
+        for future in self._futures:
+            if not future.cancel():
+                future.result()
 
 
-class _Pool:
-    """Threads that wait for jobs, each at an inbox of its own.
-
-    `concurrent.futures` takes twice as long to start a job, which large arrays feel.
-    """
-
-    def __init__(self) -> None:
-        self.idle: deque[Inbox] = deque()
-        self._numbers = itertools.count(1)
-
-    def inbox(self) -> Inbox | None:
-        """That of a thread that waits, the last that did so, or of a new one; None without."""
-        from queue import SimpleQueue
-
-        with contextlib.suppress(IndexError):
-            return self.idle.pop()
-        if (number := next(self._numbers)) >= WORKERS:
-            return None
-        inbox: Inbox = SimpleQueue()
-        # A daemon, since it waits for ever: the interpreter need not wait for it.
-        thread = threading.Thread(target=_serve, args=(inbox,), name=f"cubin_{number}", daemon=True)
-        with contextlib.suppress(RuntimeError):
-            thread.start()
-            return inbox
-        return None
-
-
-def _serve(inbox: Inbox) -> None:
-    """Do the jobs that come, and keep nothing of them."""
-    while True:
-        working, calls = inbox.get()
-        with working, contextlib.suppress(IndexError):  # no call is left where the caller is done
-            work, number = calls.pop()
-            work(number)
-            del work
-        del working, calls
+def _help(job: list[tuple[Callable[[int], None], int]]) -> None:
+    with contextlib.suppress(IndexError):  # the list is empty: the caller was done before
+        work, number = job.pop()
+        work(number)
+        del work
 
 
 @functools.cache
-def _pool() -> _Pool:
-    return _Pool()
+def _pool() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # here, since it takes long to import
+
+    return ThreadPoolExecutor(WORKERS - 1, "cubin")
 
 
 if hasattr(os, "register_at_fork"):

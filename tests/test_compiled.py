@@ -31,8 +31,6 @@ pytest.importorskip("numba")
 
 import numba
 
-from cubin.core.host import loops
-
 # The same test bodies, on the loops whatever the size.
 globals().update(
     {name: body for name, body in vars(test_multibit).items() if name.startswith("test_")}
@@ -78,8 +76,10 @@ def samples(rng, shape, dtype, levels, mapped):
 
 def scales_of_loops(x, bits, levels):
     """The scales of whole rows, (levels, rows, 1)."""
-    scales = greedy_loops._scales(loops.in_work_dtype(x), loops.map_of(bits, len(x)), levels)
-    return scales.T[:, :, None]
+    scales = np.empty((levels, len(x), 1), floats.work_dtype(x.dtype))
+    signs = np.empty((levels, *x.shape), np.int8)
+    greedy_loops.encode_rows(x, bits, levels, scales=scales, signs=signs)
+    return scales
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", *WORK])

@@ -285,8 +285,8 @@ def _approximate_rows(
 @loop
 def _approximate_narrow_rows(
     x: Array, bits: Array, ieee: bool, wide: Array, words: Array, scales: Array, scale_words: Array,
-    stored: Array, stored_words: Array, m: Array, magnitudes: Array, chunk: Array, sums: Array,
-    values: Array, value_words: Array, y: Array,
+    halves: Array, stored: Array, stored_words: Array, m: Array, magnitudes: Array, chunk: Array,
+    sums: Array, values: Array, value_words: Array, y: Array,
 ) -> None:  # fmt: skip
     """The same for float16 and bfloat16 as bit patterns, a few rows at a time.
 
@@ -302,13 +302,12 @@ def _approximate_narrow_rows(
         fitted = scales[:count]
         _find_scales(wide[:count], depths, fitted, m, magnitudes, sums)
         for row in range(count):
-            half = y[start + row, : scales.shape[1]]  # which is written later
             if ieee:
-                narrow_to_float16(scale_words[row], half)
-                widen_float16(half, stored_words[row])
+                narrow_to_float16(scale_words[row], halves)
+                widen_float16(halves, stored_words[row])
             else:
-                narrow_to_bfloat16(scale_words[row], half)
-                widen_bfloat16(half, stored_words[row])
+                narrow_to_bfloat16(scale_words[row], halves)
+                widen_bfloat16(halves, stored_words[row])
         _write_rows(wide[:count], depths, fitted, stored[:count], True, chunk, values[:count])
         for row in range(count):
             if ieee:
@@ -427,8 +426,9 @@ def _approximate_narrow(x: Array, bits: Array, levels: int, y: Array) -> None:
     result = y if y.flags.carray else np.empty(y.shape, y.dtype)
     _approximate_narrow_rows(
         half, map_of(bits, len(x)), x.dtype == np.float16, read_only(wide), wide.view(np.uint32),
-        scales, read_only(scales.view(np.uint32)), stored, stored.view(np.uint32), m, magnitudes,
-        *scratch(np.float32), values, read_only(values.view(np.uint32)), result.view(np.uint16),
+        scales, read_only(scales.view(np.uint32)), np.empty(levels, np.uint16), stored,
+        stored.view(np.uint32), m, magnitudes, *scratch(np.float32), values,
+        read_only(values.view(np.uint32)), result.view(np.uint16),
     )  # fmt: skip
     if result is not y:
         place(result, y)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -78,7 +79,8 @@ def processor() -> str:
     except OSError:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()
+    model = re.sub(r"\((R|TM)\)| Processor$", "", next(models, ""))
+    return model or platform.processor() or platform.machine()
 
 
 def memory_gib() -> float | None:

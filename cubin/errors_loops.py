@@ -14,8 +14,7 @@ from cubin.core.host.loops import (
     part,
     read_only,
     sum_in_lanes,
-    widen_bfloat16,
-    widen_float16,
+    widen,
 )
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, COLUMNS, SHORT
@@ -101,12 +100,8 @@ def _moments_of_narrow(
         for start in range(0, x.shape[1], CHUNK):
             elements, approx = x[row, start : start + CHUNK], y[row, start : start + CHUNK]
             n = elements.size
-            if ieee:
-                widen_float16(elements, words[0])
-                widen_float16(approx, words[1])
-            else:
-                widen_bfloat16(elements, words[0])
-                widen_bfloat16(approx, words[1])
+            widen(elements, words[0], ieee)
+            widen(approx, words[1], ieee)
             largest = max(largest, _add_chunk(wide[0, :n], wide[1, :n], sums, totals[row]))
         worst[row] = np.int64(largest).view(np.float64)
 

@@ -339,6 +339,19 @@ def _write(sums: Array, turns: int, size: int, wide: int, y: Array, first: int, 
             values[j] = line[j]
 
 
+@part
+def _piece(
+    line: int, start: int, turns: int, length: int, wide: int, pitch: int, apart: int, run: int,
+    y_pitch: int,
+) -> tuple[int, int, int, int, int, bool]:  # fmt: skip
+    """Where a piece begins: its elements, first byte, first scale and what is left of its run, first
+    sum, and whether its sums are whole words of lines that follow each other."""
+    size = min(PIECE, length - start)
+    whole = size % WORD == 0 and (turns == 1 or y_pitch == wide)
+    byte, place = line * pitch + (start >> 3), line * apart + start // run
+    return size, byte, place, run - start % run, line * y_pitch + start, whole
+
+
 @loop
 def _sum_levels(
     held: Array, step: int, levels: int, pitch: int, scales: Array, of_level: int, apart: int,
@@ -356,11 +369,10 @@ def _sum_levels(
     for line in range(0, lines, at_once):
         turns = min(at_once, lines - line)
         for start in range(0, length, PIECE):
-            size, byte = min(PIECE, length - start), line * pitch + (start >> 3)
-            place, left = line * apart + start // run, run - start % run
-            at = line * y_pitch + start
-            whole = size % WORD == 0 and (turns == 1 or y_pitch == wide)
-            sums = y[at:] if whole else total  # whole words of lines that follow each other
+            size, byte, place, left, at, whole = _piece(
+                line, start, turns, length, wide, pitch, apart, run, y_pitch
+            )
+            sums = y[at:] if whole else total
             for level in range(0, even, 2):
                 first, other = level * step + byte, min(level + 1, levels - 1) * step + byte
                 one = level * of_level + place
@@ -388,10 +400,9 @@ def _sum_coded_levels(
     for line in range(0, lines, at_once):
         turns = min(at_once, lines - line)
         for start in range(0, length, PIECE):
-            size, byte = min(PIECE, length - start), line * pitch + (start >> 3)
-            place, left = line * apart + start // run, run - start % run
-            at = line * y_pitch + start
-            whole = size % WORD == 0 and (turns == 1 or y_pitch == wide)
+            size, byte, place, left, at, whole = _piece(
+                line, start, turns, length, wide, pitch, apart, run, y_pitch
+            )
             sums = y[at:] if whole else total
             for turn in range(turns if bits.size else 0):
                 source, of_line = bits[(line + turn) * length + start :], depths[turn * wide :]

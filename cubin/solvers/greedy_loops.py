@@ -21,8 +21,7 @@ from cubin.core.host.loops import (
     loop,
     magnitude_sum,
     map_of,
-    narrow_to_bfloat16,
-    narrow_to_float16,
+    narrow,
     part,
     place,
     read_only,
@@ -32,8 +31,7 @@ from cubin.core.host.loops import (
     store,
     target,
     uncounted,
-    widen_bfloat16,
-    widen_float16,
+    widen,
 )
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, SHORT
@@ -295,25 +293,15 @@ def _approximate_narrow_rows(
     for start in range(0, len(x), len(m)):
         count, depths = min(len(m), len(x) - start), bits[start : start + len(m)]
         for row in range(count):
-            if ieee:
-                widen_float16(x[start + row], words[row])
-            else:
-                widen_bfloat16(x[start + row], words[row])
+            widen(x[start + row], words[row], ieee)
         fitted = scales[:count]
         _find_scales(wide[:count], depths, fitted, m, magnitudes, sums)
         for row in range(count):
-            if ieee:
-                narrow_to_float16(scale_words[row], halves)
-                widen_float16(halves, stored_words[row])
-            else:
-                narrow_to_bfloat16(scale_words[row], halves)
-                widen_bfloat16(halves, stored_words[row])
+            narrow(scale_words[row], halves, ieee)
+            widen(halves, stored_words[row], ieee)
         _write_rows(wide[:count], depths, fitted, stored[:count], True, chunk, values[:count])
         for row in range(count):
-            if ieee:
-                narrow_to_float16(value_words[row], y[start + row])
-            else:
-                narrow_to_bfloat16(value_words[row], y[start + row])
+            narrow(value_words[row], y[start + row], ieee)
 
 
 # ---------------------------------------------------------------- codes

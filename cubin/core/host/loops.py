@@ -392,6 +392,24 @@ def narrow_to_bfloat16(words: Array, half: Array) -> None:
         half[j] = np.uint16(value)
 
 
+@part
+def widen(half: Array, words: Array, ieee: bool) -> None:
+    """Convert float16, if it is `ieee`, or bfloat16 to float32, both as bit patterns."""
+    if ieee:
+        widen_float16(half, words)
+    else:
+        widen_bfloat16(half, words)
+
+
+@part
+def narrow(words: Array, half: Array, ieee: bool) -> None:
+    """Convert float32 to float16, if that is `ieee`, or bfloat16, both as bit patterns."""
+    if ieee:
+        narrow_to_float16(words, half)
+    else:
+        narrow_to_bfloat16(words, half)
+
+
 # ---------------------------------------------------------------- arguments and results of loops
 
 
@@ -545,19 +563,13 @@ def lines_in_work_dtype(x: Array) -> Array:
 @loop
 def _widen_lines(half: Array, words: Array, ieee: bool) -> None:
     for e in range(len(words)):
-        if ieee:
-            widen_float16(half[e, : words.shape[1]], words[e])
-        else:
-            widen_bfloat16(half[e, : words.shape[1]], words[e])
+        widen(half[e, : words.shape[1]], words[e], ieee)
 
 
 @loop
 def _narrow_lines(words: Array, half: Array, ieee: bool) -> None:
     for e in range(len(words)):
-        if ieee:
-            narrow_to_float16(words[e], half[e, : words.shape[1]])
-        else:
-            narrow_to_bfloat16(words[e], half[e, : words.shape[1]])
+        narrow(words[e], half[e, : words.shape[1]], ieee)
 
 
 def store_lines(values: Array, y: Array) -> None:

@@ -344,8 +344,11 @@ def _piece(
     line: int, start: int, turns: int, length: int, wide: int, pitch: int, apart: int, run: int,
     y_pitch: int,
 ) -> tuple[int, int, int, int, int, bool]:  # fmt: skip
-    """Where a piece begins: its elements, first byte, first scale and what is left of its run, first
-    sum, and whether its sums are whole words of lines that follow each other."""
+    """How many elements of a line a piece has; where it begins.
+
+    That is its first byte, its first scale and what is left of that run, and its first sum. At last,
+    whether its sums are whole words of lines that follow each other.
+    """
     size = min(PIECE, length - start)
     whole = size % WORD == 0 and (turns == 1 or y_pitch == wide)
     byte, place = line * pitch + (start >> 3), line * apart + start // run

@@ -344,10 +344,10 @@ def _piece(
     line: int, start: int, turns: int, length: int, wide: int, pitch: int, apart: int, run: int,
     y_pitch: int,
 ) -> tuple[int, int, int, int, int, bool]:  # fmt: skip
-    """How many elements of a line a piece has; where it begins.
+    """How many elements of a line a piece has; and where it begins.
 
-    That is its first byte, its first scale and what is left of that run, and its first sum. At last,
-    whether its sums are whole words of lines that follow each other.
+    That is its first byte, its first scale, what is left of that run, and its first sum. The last
+    result is whether its sums are whole words of lines that follow each other.
     """
     size = min(PIECE, length - start)
     whole = size % WORD == 0 and (turns == 1 or y_pitch == wide)

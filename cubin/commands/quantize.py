@@ -6,8 +6,9 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -93,6 +94,25 @@ def codes(
             bar.update(one.weight.size)
 
 
+def check_output(path: Path, weights: Iterable[Path]) -> None:
+    """See that the codes have a place, before any work is done.
+
+    Raises
+    ------
+    UsageError
+        If there is no such folder, if the name is that of a folder or of another kind of file, or
+        if the codes would replace the weights.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"--output {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UsageError(f"--output {path}: it is a folder; give a file in it")
+    if path.suffix.lower() != ".safetensors":
+        raise UsageError(f"--output {path}: codes are written as .safetensors; end its name so")
+    if path.resolve() in {file.resolve() for file in weights}:
+        raise UsageError(f"--output {path}: the weights are in it; choose another file")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Quantize, write the codes, and return the exit status."""
     library = array_library(arguments.device).__name__
@@ -108,6 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--precisions {listed} must end on the {arguments.bits} of --bits")
     sweep_for(arguments.bits, arguments.solver, arguments.group_size, arguments.iterations)
     weights = Weights(arguments.paths, arguments.include, arguments.exclude)
+    check_output(arguments.output, weights.files)
     omissions = Omissions(weights, arguments.strict)
     chosen = choose(weights.tensors, arguments.channel_axis, arguments.group_size, library)
     totals: dict[str, Any] = {"tensors": 0, "weights": 0, "effective": 0.0}

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import cubin
 from cubin import __main__ as command
@@ -131,29 +133,20 @@ def test_show_of_groups_with_the_weights(net, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["show", "none.safetensors"], "none.safetensors"),
-        (["show", "net.npz"], "no intact file of codes: it is no .safetensors file"),
-        (["show", "c.safetensors", "--weights", "other.npz"], "no tensor 'a'"),
-        (["quantize", "net.npz", "--bits", "17", "--output", "d"], "17"),
-        (["quantize", "net.npz", "--bits", "1", "--map", "budget:1.4", "--output", "d"], "--bits"),
-        (["quantize", "net.npz", "--bits", "4", "--precisions", "1-3", "--output", "d"], "1,2,3"),
+        ("show none.safetensors", "none.safetensors"),
+        ("show net.npz", "no intact file of codes: it is no .safetensors file"),
+        ("show c.safetensors --weights other.npz", "no tensor 'a'"),
+        ("quantize net.npz --bits 17 --output d.safetensors", "17"),
+        ("quantize net.npz --bits 1 --map budget:1.4 --output d.safetensors", "--bits"),
+        ("quantize net.npz --bits 4 --precisions 1-3 --output d.safetensors", "1,2,3"),
         (
-            [
-                "quantize",
-                "net.npz",
-                "--bits",
-                "2",
-                "--precisions",
-                "1-2",
-                "--map",
-                "budget:1",
-                "--output",
-                "d",
-            ],
+            "quantize net.npz --bits 2 --precisions 1-2 --map budget:1 --output d.safetensors",
             "--precisions and --map",
         ),
-        (["quantize", "nan.npy", "--bits", "1", "--output", "d"], "12 of 12 values"),
-        (["quantize", "net.npz", "--bits", "1", "--output", "no/folder/d"], "no/folder"),
+        ("quantize nan.npy --bits 1 --output d.safetensors", "12 of 12 values"),
+        ("quantize net.npz --bits 1 --output no/folder/d.safetensors", "no folder no/folder"),
+        ("quantize net.npz --bits 1 --output .", "it is a folder"),
+        ("quantize net.npz --bits 1 --output net.npz", "end its name so"),
     ],
 )
 def test_errors_are_one_line(net, tmp_path, monkeypatch, capsys, arguments, problem):
@@ -162,7 +155,20 @@ def test_errors_are_one_line(net, tmp_path, monkeypatch, capsys, arguments, prob
     np.savez("other.npz", z=np.ones((2, 2)))
     np.save("nan.npy", np.full((3, 4), np.nan))
     capsys.readouterr()
-    assert run(*arguments) == 2
+    assert run(*arguments.split()) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert problem in line
-    assert not (tmp_path / "d").exists()
+    assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_codes_do_not_replace_the_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    safetensors.numpy.save_file({"w": np.ones((4, 8))}, "w.safetensors")
+    before = Path("w.safetensors").read_bytes()
+    Path("link.safetensors").symlink_to("w.safetensors")
+    for source, output in (("w.safetensors", "w.safetensors"), (".", "link.safetensors")):
+        assert run("quantize", source, "--bits", 1, "--output", output) == 2
+        assert "the weights are in it" in capsys.readouterr().err
+    assert Path("w.safetensors").read_bytes() == before
+    Path("c.safetensors").write_bytes(b"")
+    assert run("quantize", "w.safetensors", "--bits", 1, "--output", "c.safetensors") == 0

@@ -106,8 +106,10 @@ class Weights:
         wanted, unwanted = patterns("include", include), patterns("exclude", exclude)
         listed = [paths] if isinstance(paths, str | os.PathLike) else paths
         groups = {Path(path): weight_files(Path(path)) for path in listed}
-        # By the files themselves, whatever the paths to them.
-        every = {file.resolve(): file for files, _ in groups.values() for file in files}
+        # By the files themselves, whatever the paths to them: the first path to each counts.
+        every: dict[Path, Path] = {}
+        for file in (file for files, _ in groups.values() for file in files):
+            every.setdefault(file.resolve(), file)
         labels = file_labels(list(every.values()))
         self.tensors: list[Weight] = []
         self.skipped: list[Weight] = []
@@ -157,6 +159,12 @@ class Weights:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def __repr__(self) -> str:
+        return (
+            f"Weights({len(self.tensors)} tensors, {len(self.skipped)} skipped, "
+            f"{len(self.left_out)} left out, {len(self.files)} files)"
+        )
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray, Axis]]:
         """Yield (name, array, channel_axis), one tensor in memory at a time."""
@@ -300,6 +308,7 @@ def apart(tensors: Iterable[Weight]) -> list[Weight]:
 
 def without_weights(tensors: Iterable[Weight]) -> str:
     """Say why none of the tensors of a path is a weight that can be read."""
+    tensors = list(tensors)
     skipped = [tensor for tensor in tensors if tensor.is_weight]
     if skipped:
         counts = Counter(tensor.reason for tensor in skipped)
@@ -311,4 +320,7 @@ def without_weights(tensors: Iterable[Weight]) -> str:
             f"none of its {len(floats)} float arrays is a weight, of rank 2 or more and used by a "
             "layer; give files that hold weights"
         )
+    files = [tensor for tensor in tensors if not tensor.dtype]
+    if files:
+        return f"it holds {files[0].reason}"
     return f"no float arrays in it; {SAVE}"

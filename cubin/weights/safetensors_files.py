@@ -42,7 +42,9 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
 def read_safetensors(path: Path) -> Iterator[Weight]:
     """List the tensors of a `.safetensors` file."""
     entries, metadata = read_header(path)
-    if metadata.get("format") == FORMAT:  # which are no weights
+    if metadata.get("format") == FORMAT:
+        reason = "codes of cubin, which are no weights"
+        yield Weight("", (), "", None, partial(np.empty, 0), reason, is_weight=False)
         return
     scales = {name: (path, entry) for name, entry in entries.items() if is_scale(name)}
     small = [name for name, entry in entries.items() if DTYPES.get(entry.dtype) in FLOAT8]

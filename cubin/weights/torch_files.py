@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -48,7 +49,13 @@ def tensors_in(path: Path, changed: int) -> dict[str, Any]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on storages without a type, in files of older versions
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                "PyTorch reads tensors alone from it, and it holds more, such as a whole model: "
+                "save model.state_dict()"
+            ) from error
     if isinstance(content, Mapping):
         models = [content[key] for key in MODELS if isinstance(content.get(key), Mapping)]
         content = models[0] if models else content

@@ -95,6 +95,7 @@ def test_npz_members_without_vectors_integers_and_objects(tmp_path, rng, save):
         "ids": "of type int64, which is no float",
     }
     assert len(weights) == 2
+    assert repr(weights).startswith("Weights(2 tensors, ")
     for name, array, axis in weights:
         np.testing.assert_array_equal(array, arrays[name])
         assert axis == 0

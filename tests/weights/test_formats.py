@@ -209,6 +209,13 @@ def test_a_shard_that_is_missing_and_one_that_is_damaged_are_named(tmp_path):
     assert "cut off: 'layer1.weight'" in damaged.reason
 
 
+def test_two_links_in_a_folder_lead_to_one_file(tmp_path):
+    np.save(tmp_path / "w.npy", np.ones((2, 3)))
+    for name in ("a.npy", "z.npy"):
+        (tmp_path / name).symlink_to("w.npy")
+    assert [tensor.name for tensor in Weights(tmp_path).tensors] == ["a"]
+
+
 def test_a_folder_that_is_given_twice_is_read_once(tmp_path):
     sharded(tmp_path, count=3)
     (tmp_path / "model-00001-of-00003.safetensors").unlink()
@@ -383,7 +390,7 @@ def test_torch_files_run_no_code(tmp_path):
             return (open, (str(tmp_path / "owned"), "w"))
 
     torch.save({"w": torch.ones(2, 2), "x": Evil()}, tmp_path / "net.pt")
-    with pytest.raises(WeightsError, match=r"net\.pt: not a sound \.pt file"):
+    with pytest.raises(WeightsError, match=r"net\.pt: not a sound \.pt file .*state_dict\(\)"):
         Weights(tmp_path / "net.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(WeightsError, match=r"old\.pt"):

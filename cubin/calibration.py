@@ -55,8 +55,7 @@ class Gram:
     References
     ----------
     .. [1] B. Hassibi, D. Stork, "Second order derivatives for network pruning: Optimal Brain
-    Surgeon",
-       NIPS 1992.
+       Surgeon", NIPS 1992.
 
     Examples
     --------
@@ -222,6 +221,10 @@ class Gram:
             both._sum = parts[0].copy()
         return both
 
+    def __radd__(self, other: object) -> Gram:
+        """The sum of several, by Python's ``sum``, which begins with 0."""
+        return self + Gram(self.n) if type(other) is int and other == 0 else NotImplemented
+
     def __repr__(self) -> str:
         return f"Gram(n={self.n}, count={self.count})"
 
@@ -275,16 +278,22 @@ def matrix_for(gram: object, w: Array, name: str) -> Array:
     TypeError
         If `gram` is no `Gram`, or of another library than `w`.
     ValueError
-        If `w` has less than two axes, or lines of another length than the number of inputs.
+        If `w` has less than two axes, or lines of another length than the number of inputs, or if
+        nothing was added to `gram`.
     """
     if not isinstance(gram, Gram):
-        raise TypeError(f"gram must be a cubin.Gram, got {type(gram).__qualname__}")
+        raise TypeError(
+            f"gram must be a cubin.Gram, got {type(gram).__qualname__}: "
+            "cubin.Gram(n).add(x) makes one of a layer's inputs x"
+        )
     n = math.prod(w.shape[1:])
     if w.ndim < 2 or n != gram.n:
         raise ValueError(
             f"gram is of {gram.n} inputs, so {name} needs at least two axes and {gram.n} elements "
             f"in a line, got shape {w.shape}"
         )
+    if not gram.count:
+        raise ValueError("gram has no inputs: add some first, gram.add(x)")
     matrix = gram.view()
     libraries.check_same("gram", matrix, w, name)
     return matrix

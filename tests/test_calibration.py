@@ -87,8 +87,14 @@ def test_sums_of_workers(xp, host, rng):
     np.testing.assert_array_equal(host(parts[0].matrix), before)
     with pytest.raises(ValueError, match="4 and of 5 inputs"):
         parts[0] + cubin.Gram(5)
-    with pytest.raises(TypeError):
-        parts[0] + 1
+    for not_zero in (1, 0.0, None):
+        with pytest.raises(TypeError):
+            parts[0] + not_zero
+        with pytest.raises(TypeError):
+            not_zero + parts[0]
+    total = sum(parts)
+    np.testing.assert_array_equal(host(total.matrix), host((parts[0] + parts[1]).matrix))
+    assert sum(parts[:1]) is not parts[0]
 
 
 @given(st.data())
@@ -236,4 +242,8 @@ def test_output_error_of_bad_arguments(rng):
         cubin.errors.output_mse(w, np.ones((3, 3)), gram)
     with pytest.raises(TypeError, match=r"gram must be a cubin\.Gram"):
         cubin.errors.output_mse(w, w, np.eye(3))
-    assert float(cubin.errors.output_mse(w, w, gram)) == 0.0
+    with pytest.raises(ValueError, match="gram has no inputs"):
+        cubin.errors.output_mse(w, w, gram)
+    with pytest.raises(ValueError, match="gram has no inputs"):
+        cubin.quantize(w, 1, channel_axis=0, solver="refined", gram=gram)
+    assert float(cubin.errors.output_mse(w, w, gram.add(np.zeros((1, 3))))) == 0.0

@@ -362,7 +362,7 @@ def test_columns_lower_the_output_error_at_equal_effective_bits(rng):
 
 
 def test_columns_of_bad_arguments():
-    w, gram = np.ones((2, 3)), cubin.Gram(3)
+    w, gram = np.ones((2, 3)), cubin.Gram(3).add(np.ones((1, 3)))
     with pytest.raises(TypeError, match=r"gram must be a cubin\.Gram"):
         cubin.bitmaps.columns(w, np.eye(3), 1)
     with pytest.raises(ValueError, match="3 elements in a line"):

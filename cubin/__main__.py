@@ -54,7 +54,7 @@ def parse_iterations(text: str) -> int | None:
     if text == "none":
         return None
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number or none")
+        raise argparse.ArgumentTypeError(f"{text!r} is not none, nor an integer of at least 0")
     return int(text)
 
 

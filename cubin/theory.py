@@ -400,7 +400,7 @@ def _checked(distribution: Any, bits: Any, max_bits: int = _MAX_BITS) -> tuple[_
     if not isinstance(getattr(distribution, "dist", None), stats.rv_continuous):
         raise TypeError(
             "distribution must be a frozen scipy.stats continuous distribution, "
-            f"such as scipy.stats.norm(), got {distribution!r}"
+            f"such as scipy.stats.norm(), got {type(distribution).__qualname__}"
         )
     return _MagnitudeLaw(distribution), bits
 

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -393,6 +394,11 @@ def test_what_gives_no_arrays_is_refused_by_name(rng):
     module = type("Net", (), {"state_dict": dict})()
     with pytest.raises(TypeError, match=r"arrays is a Net: pass its state_dict\(\)"):
         error_per_bit_width(module)
+    for path in ("w.npz", Path("w.npz")):
+        with pytest.raises(
+            TypeError, match=r"arrays must be .* pass cubin.weights.Weights\('w.npz'\)"
+        ):
+            error_per_bit_width(path)
     for value in ("weights.safetensors", 3):
         with pytest.raises(TypeError, match="arrays must be a mapping"):
             error_per_bit_width(value)
@@ -646,6 +652,14 @@ def test_rows_at_bits_that_are_no_solvers(table, weights):
     np.testing.assert_allclose(shannon.get_ydata(), 4.0 ** -shannon.get_xdata())
     axes.figure.draw_without_rendering()
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_a_mean_between_whole_bits_has_ticks_beside_it(weights):
+    table = error_per_bit_width(weights, {"budget": lambda x: cubin.bitmaps.budget(x, 1.4), "2": 2})
+    axes = table.plot()
+    axes.figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 3
 
 
 def test_arrays_of_one_name_are_counted(table):

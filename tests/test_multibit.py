@@ -399,6 +399,15 @@ def test_bits_that_are_not_integers(bits):
         cubin.multibit(np.ones(2), bits)
 
 
+@pytest.mark.parametrize(
+    ("bits", "got"),
+    [(1.5, "1.5: a map"), (2.0, "float64"), ("2", "str"), (None, "NoneType"), ([None], "list")],
+)
+def test_bits_are_named_as_they_were_given(bits, got):
+    with pytest.raises(TypeError, match=f"integer array, got {got}"):
+        cubin.multibit(np.ones(2), bits)
+
+
 @pytest.mark.parametrize("bits", [-1, 17, [1, -2], [17, 1], 2**70, -(2**70)])
 def test_bits_out_of_range(bits):
     with pytest.raises(ValueError, match=r"bits must lie in 0 \.\. 16, got"):

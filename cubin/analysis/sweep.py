@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
@@ -283,9 +284,11 @@ def _named(arrays: Any) -> Iterator[tuple[str, Any, Axis | str]]:
             f"arrays is a {type(arrays).__qualname__}: pass its state_dict() or named_parameters()"
         )
     elif isinstance(arrays, (str, bytes)) or not isinstance(arrays, Iterable):
+        is_path = isinstance(arrays, (str, os.PathLike))
         raise TypeError(
             "arrays must be a mapping of names to arrays, an array or an iterable of arrays, "
             f"got {type(arrays).__qualname__}"
+            + (f": pass cubin.weights.Weights({os.fspath(arrays)!r})" if is_path else "")
         )
     else:
         for number, entry in enumerate(arrays):

@@ -16,12 +16,16 @@ def as_floats(name: str, value: object) -> Array:
     array: Array = (
         libraries.aligned(value) if libraries.on_device(value) else as_host_array(name, value)
     )
-    if not floats.is_float(array.dtype):
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {array.dtype}: "
-            f"cast it first, e.g. {name}.astype('float32')"
-        )
-    return array
+    if floats.is_float(array.dtype):
+        return array
+    wanted = f"{name} must be float16, bfloat16, float32 or float64"
+    if hasattr(value, "dequantize"):
+        raise TypeError(f"{wanted}, got a {type(value).__qualname__}: pass {name}.dequantize()")
+    if array.dtype.kind in "OSU" and not hasattr(value, "dtype"):  # no numbers at all
+        raise TypeError(f"{wanted}, got {type(value).__qualname__}")
+    if array.dtype.kind == "c":
+        raise TypeError(f"{wanted}, got {array.dtype}: pass its real part, or the imaginary one")
+    raise TypeError(f"{wanted}, got {array.dtype}: cast it first, e.g. {name}.astype('float32')")
 
 
 def as_host_array(name: str, value: Any) -> np.ndarray:

@@ -71,9 +71,11 @@ class Node:
 
     def __post_init__(self) -> None:
         dtype = getattr(self.value, "dtype", None)
-        if dtype is None or not (dtype.kind == "f" or dtype.name == "bfloat16"):
-            got = type(self.value).__qualname__ if dtype is None else dtype
-            raise TypeError(f"value must be an array of floats, got {got}")
+        if not isinstance(dtype, np.dtype):
+            got = type(self.value).__qualname__
+            raise TypeError(f"value must be an array of floats, got {got}: pass NumPy's or CuPy's")
+        if not (dtype.kind == "f" or dtype.name == "bfloat16"):
+            raise TypeError(f"value must be an array of floats, got {dtype}")
 
     def __copy__(self) -> Node:
         return Node(self.value, self.parents)

@@ -8,6 +8,7 @@ import inspect
 import pickle
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,7 @@ def test_node_cannot_be_changed():
         (np.arange(3), "int64"),
         (np.array([True]), "bool"),
         (leaf(1.0), "Node"),
+        (SimpleNamespace(dtype="torch.float32"), "SimpleNamespace: pass NumPy's or CuPy's"),
     ],
 )
 def test_value_must_be_an_array_of_floats(value, got):

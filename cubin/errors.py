@@ -115,7 +115,7 @@ class Errors:
 @libraries.border()
 def _relative_mse(error: Array, power: Array, worst: Array) -> Array:
     with libraries.current_device(error):
-        return _ratio(error, power, _lost(error, power, worst))
+        return _ratio(error, power, _lost(error, power, worst))[()]
 
 
 @libraries.border()
@@ -135,7 +135,8 @@ def _cosine(
         same = (power == 0) & (power_of_approx == 0)
         cosine = product / xp.where(both == 0, 1.0, both)
         cosine = xp.where(same, 1.0, xp.clip(cosine, -1.0, 1.0))
-        return xp.where(_lost(error, power, worst) | xp.isinf(power_of_approx), np.nan, cosine)
+        lost = _lost(error, power, worst) | xp.isinf(power_of_approx)
+        return xp.where(lost, np.nan, cosine)[()]
 
 
 def _lost(error: Array, power: Array, worst: Array) -> Array:

@@ -1,4 +1,32 @@
-"""Multibit binarization of arrays on NumPy and CuPy."""
+"""Multibit binarization: arrays of NumPy, CuPy, PyTorch and JAX as sums of scaled signs.
+
+``quantize(x, bits)`` gives a `BinaryCode`: scales, and packed signs. ``multibit(x, bits)`` gives
+the approximation alone, ``sign(x)`` the signs. `multibit_grad` and `sign_grad` are the gradients.
+
+===============  ===========================================================================
+`bitmaps`        how many bits every element gets: ``budget``, ``allocate``, ``ternary``
+`errors`         ``relative_mse``, ``sqnr_db`` and others; ``output_mse`` of a layer
+`Gram`           what a layer's inputs say about the error of its outputs
+`products`       ``linear`` and ``conv2d`` with packed codes
+`analysis`       ``error_per_bit_width``: tables and figures
+`theory`         the same errors of a ``scipy.stats`` law, without samples
+`weights`        the weights of files, read one tensor at a time; ``python -m cubin``
+`torch`, `jax`   functions and modules of these libraries, with gradients
+`surrogates`     other gradients by name
+`operators`      forward and backward rules for any autodiff
+`tape`           a minimal autodiff tape
+`memory`         how much memory of dropped results is kept
+===============  ===========================================================================
+
+Examples
+--------
+>>> import numpy as np, cubin
+>>> code = cubin.quantize(np.array([[1.0, -3.0], [0.5, 0.5]]), 2, channel_axis=0)
+>>> code.scales.tolist()
+[[2.0, 0.5], [1.0, 0.0]]
+>>> code.dequantize().tolist()
+[[1.0, -3.0], [0.5, 0.5]]
+"""
 
 from __future__ import annotations
 

@@ -93,7 +93,8 @@ def _draw(axes: Any, table: Any) -> None:
     axes.set_yscale("log")
     drawn = np.concatenate([line.get_xdata() for line in axes.lines])
     whole = bool((drawn == np.rint(drawn)).all())
-    axes.xaxis.set_major_locator(MaxNLocator(integer=whole, min_n_ticks=1 if whole else 2))
+    steps = [1, 2, 5, 10]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=whole, steps=steps, min_n_ticks=1))
     axes.set_xlabel("bits per element (payload)")
     axes.set_ylabel("relative mean squared error")
     axes.grid(True, which="major", alpha=0.3)

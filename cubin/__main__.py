@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -76,6 +77,8 @@ def argument_parser() -> argparse.ArgumentParser:
         epilog=ERROR_EXAMPLES + QUANTIZE_EXAMPLES + SHOW_EXAMPLES + STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"cubin {importlib.import_module('cubin').__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, said: str, examples: str) -> argparse.ArgumentParser:

@@ -92,8 +92,8 @@ class Omissions:
             else:
                 counts = Counter((kind(tensor.dtype), tensor.reason) for tensor in self.left_out)
                 lines += [
-                    f"  {count} other {dtype} tensors: {reason}"
-                    for (dtype, reason), count in counts.most_common(LISTED)
+                    f"  {count} other {noun}: {reason}"
+                    for (noun, reason), count in counts.most_common(LISTED)
                 ]
                 if len(counts) > LISTED:
                     lines.append("  and others (--verbose)")
@@ -111,7 +111,9 @@ class Omissions:
 
 
 def kind(dtype: str) -> str:
-    return "float" if dtype.startswith(("float", "bfloat")) else dtype
+    if not dtype:
+        return "files"
+    return f"{'float' if dtype.startswith(('float', 'bfloat')) else dtype} tensors"
 
 
 def described(tensor: Weight) -> str:

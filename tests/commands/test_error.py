@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cubin
 from cubin import __main__ as command
 from cubin.analysis import error_per_bit_width
 from cubin.commands import error
@@ -139,6 +140,23 @@ def test_granularity(tmp_path, rng, group, axis):
     turned = {"auto": array, "1": array.T, "none": array.reshape(1, -1)}[axis]
     table = error_per_bit_width({"w": turned.copy()}, range(1, 4), group_size=group)
     np.testing.assert_allclose(found, [row.relative_mse for row in table.rows], rtol=1e-12)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"cubin {cubin.__version__}\n"
+
+
+def test_files_that_are_left_out_are_counted_apart_from_tensors(tmp_path, capsys):
+    np.savez(tmp_path / "net.npz", w=np.ones((4, 8)), bias=np.ones(4))
+    for name in ("a", "b"):
+        cubin.quantize(np.ones((2, 3)), 1).save(tmp_path / f"{name}.safetensors")
+    assert run(tmp_path, *BITS) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "  2 other files: codes of cubin, which are no weights" in printed
+    assert "  1 other float tensors: of rank 1" in printed
 
 
 # The same bits from everywhere

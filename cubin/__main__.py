@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cubin.commands import error, quantize, show
-from cubin.commands.arguments import UsageError, parse_bits, parse_channel_axis, parse_group_size
+from cubin.commands.arguments import UsageError, parse_bits, parse_channel_axis, parse_count
 from cubin.solvers import SOLVERS
 from cubin.weights import WeightsError
 
@@ -43,12 +43,6 @@ SHOW_EXAMPLES = """examples:
   python -m cubin show codes.safetensors --weights model.safetensors
 
 """
-
-
-def parse_workers(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def parse_iterations(text: str) -> int | None:
@@ -105,7 +99,7 @@ def argument_parser() -> argparse.ArgumentParser:
     options.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the results")
     where = options.add_mutually_exclusive_group()
     where.add_argument(
-        "--workers", type=parse_workers, metavar="N", help="processes that share the cores"
+        "--workers", type=parse_count, metavar="N", help="processes that share the cores"
     )
     where.add_argument(
         "--scheduler", metavar="ADDRESS", help="a scheduler of Dask, whose workers see the files"
@@ -118,7 +112,7 @@ def argument_parser() -> argparse.ArgumentParser:
     options = command("quantize", "write the codes of weights to a file", QUANTIZE_EXAMPLES)
     add_weights(options)
     options.add_argument(
-        "--bits", type=parse_workers, required=True, metavar="N", help="of each weight"
+        "--bits", type=parse_count, required=True, metavar="N", help="of each weight"
     )
     options.add_argument(
         "--map",
@@ -169,7 +163,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--group-size",
-        type=parse_group_size,
+        type=parse_count,
         metavar="N",
         help="scales for every N consecutive weights of an output channel, and for those left over",
     )

@@ -29,7 +29,7 @@ from cubin.commands.arguments import (
     make_folder,
     parse_bits,
     parse_channel_axis,
-    parse_group_size,
+    parse_count,
 )
 from cubin.commands.error import choose, measure, sweep_for, write_csv
 from cubin.commands.omissions import Omissions
@@ -74,7 +74,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--group-size",
-        type=parse_group_size,
+        type=parse_count,
         metavar="N",
         help="scales for every N consecutive weights of an output channel, and for those left over "
         "(default: all weights of the channel)",

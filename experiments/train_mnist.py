@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import cubin
 from cubin import tape
-from cubin.commands.arguments import UsageError, array_library, make_folder
+from cubin.commands.arguments import UsageError, array_library, make_folder, parse_count
 from cubin.tape import Node
 
 NAME = "train_mnist"
@@ -958,12 +958,6 @@ def write_results(results: Results, output: Path, origin: Mapping[str, Any]) -> 
 
 
 # ---------------------------------------------------------------- the script
-
-
-def parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def argument_parser() -> argparse.ArgumentParser:

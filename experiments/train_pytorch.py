@@ -32,7 +32,7 @@ from tqdm import tqdm
 from train_mnist import QUICK, SEEDS, Digits, Settings
 
 import cubin
-from cubin.commands.arguments import make_folder
+from cubin.commands.arguments import make_folder, parse_count
 from cubin.torch import Multibit
 
 NAME, NETWORK, BITS = "train_pytorch", "CNN", 2
@@ -190,7 +190,7 @@ def run_all(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment; return the exit status, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(prog=f"{NAME}.py", description=__doc__)
-    parser.add_argument("--seeds", type=train_mnist.parse_count, metavar="N", help="default: 5")
+    parser.add_argument("--seeds", type=parse_count, metavar="N", help="default: 5")
     parser.add_argument("--output", type=Path, default=Path("output"), metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="1 seed, fewer digits and epochs")
     return exit_status(NAME, run_all, parser.parse_args(argv))

@@ -51,7 +51,7 @@ def parse_channel_axis(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is not auto, none or an integer") from None
 
 
-def parse_group_size(text: str) -> int:
+def parse_count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)

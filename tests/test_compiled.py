@@ -487,11 +487,15 @@ PROCESSORS = {"generic": "", "haswell": "+avx2"}
 """With what their names say of them, which Numba does not ask."""
 
 
-@pytest.mark.exhaustive
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names of processors")
-def test_results_do_not_depend_on_the_processor(tmp_path):
-    """Whatever vectors it has, and whether it multiplies and adds in one step."""
-    program = """
+FOR_ANY_SIZE = """
+from cubin.codes import products_loops
+from cubin.core.host import blocks
+from cubin.solvers import search_rows
+products_loops.by_lines = lambda *_: products_loops.multiply_lines
+blocks.COMPILED = blocks.LOADING = 0
+search_rows.reconstruct_rows.loops_from = search_rows.solve_rows.loops_from = 0
+"""
+RESULTS = """
 import hashlib, numpy as np, cubin
 r = np.random.default_rng(5)
 for shape in ((1, 1 << 18), (2003, 131), (64, 5003)):
@@ -514,24 +518,35 @@ for shape in ((1, 1 << 18), (2003, 131), (64, 5003)):
         z = r.normal(size=(2, shape[1])).astype(dtype)
         print(hashlib.sha256(cubin.products.linear(z, code).tobytes()).hexdigest())
 """
-    start = (
-        "from cubin.core.host import blocks; from cubin.solvers import search_rows as s;"
-        "from cubin.codes import products_loops as p; p.by_lines = lambda *_: p.multiply_lines;"
-        "blocks.COMPILED = blocks.LOADING = 0;"
-        "s.reconstruct_rows.loops_from = s.solve_rows.loops_from = 0\n"
+
+
+def results_of_loops(**environment):
+    """The digests of results in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", FOR_ANY_SIZE + RESULTS],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def results_here():
+    return results_of_loops()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names of processors")
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_results_do_not_depend_on_the_processor(processor, results_here, tmp_path):
+    """Whatever vectors it has, and whether it multiplies and adds in one step."""
+    found = results_of_loops(
+        NUMBA_CPU_NAME=processor,
+        NUMBA_CPU_FEATURES=PROCESSORS[processor],
+        NUMBA_CACHE_DIR=str(tmp_path),
     )
-    found = []
-    for processor, features in PROCESSORS.items():
-        own = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": features}
-        own["NUMBA_CACHE_DIR"] = str(tmp_path / processor)
-        done = subprocess.run(
-            [sys.executable, "-c", start + program],
-            env={**os.environ, **own}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        found.append(done.stdout.split())
-        assert list((tmp_path / processor).rglob("*greedy_loops*"))
-    assert len(found[0]) == 3 * (2 * 3 * 4 + 4 + 2)
-    assert found[0] == found[1]
+    assert list(tmp_path.rglob("*greedy_loops*"))
+    assert len(found) == 3 * (2 * 3 * 4 + 4 + 2)
+    assert found == results_here
 
 
 def test_results_do_not_depend_on_threads(monkeypatch, rng):

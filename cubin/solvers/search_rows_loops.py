@@ -1,19 +1,18 @@
-"""The solvers `refined` and `alternating` as compiled loops, which go row by row without sorting.
+"""The solvers `refined` and `alternating` as compiled loops, on rows that are not sorted.
 
 They find what `cubin.solvers.search` finds. The magnitudes above the lower edge of a cell are added
 up in one pass over the row, which is in the cache. Elements with the same number of bits lie side
 by side, so that each is compared with the edges of its own cells alone.
 
-The arrays of cells hold those of all numbers of levels, as in `sorted_rows_loops.py`. `number` and
-`total` have an entry for each of the 2^(d-1) cells of the elements of d bits, from 2^(d-1) on: how
-many magnitudes, or how much of their importance, lies above the lower edge of the cell, and their
-sum. `equations` are the normal equations of least squares: the lower triangle, below it the right
-side as one more row, and the diagonal as the last row.
+A long row is solved alone. Short rows are solved side by side, in lanes: see `codebook_loops.py`.
+
+`number` and `total` have an entry for each of the 2^(d-1) cells of the elements of d bits, from
+2^(d-1) on: how many magnitudes, or how much of their importance, lies above the lower edge of the
+cell, and their sum.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,11 +32,11 @@ from cubin.core.host.loops import (
     uncounted as _uncounted,
 )
 from cubin.core.libraries import Array
-from cubin.solvers import search, search_rows, sorted_rows_loops
-from cubin.solvers.codebook import DEPENDENT
+from cubin.solvers import codebook_loops, search, search_rows, sorted_rows_loops
+from cubin.solvers.codebook_loops import Book, hand_out, set_nearest, split
+from cubin.solvers.codebook_loops import solve as solve_equations
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import relative_weights
-from cubin.solvers.sorted_rows_loops import rounded_down
 
 uncounted: Any = _uncounted
 """As a function of any arrays: Numba's decorator hides its types."""
@@ -48,6 +47,12 @@ CHUNK = 1 << 12
 LONGEST_KEPT = 1 << 19
 """Elements of the longest row without a map and importance whose magnitudes are stored. Those of
 longer rows are computed again in every pass, chunk by chunk."""
+
+SHORT = 1 << 7
+"""Elements of the longest rows that are solved side by side."""
+
+BESIDE = 1 << 6
+"""Rows that are solved side by side."""
 
 BELOW = -2
 """What fills up the columns: it lies below all edges."""
@@ -60,69 +65,65 @@ LONGEST = sorted_rows_loops.LONGEST
 
 
 @part
-def _padded(size: int) -> int:
-    return -(-size // COLUMNS) * COLUMNS
+def _padded(size: int, columns: int = COLUMNS) -> int:
+    return -(-size // columns) * columns
 
 
 class Space(NamedTuple):
-    """Scratch for a row.
+    """Scratch for rows.
 
     Attributes
     ----------
     m : array in the work dtype
-        Magnitudes, those with few bits first. What fills up the columns lies below all edges.
+        Magnitudes, those with few bits first. What fills up the columns lies below all edges. Of
+        shape (1, room) for a long row, and for short ones (room, lanes).
     weight, weighted : array in the work dtype
         The importance of these elements, and that times their magnitudes.
     starts : array of int64, shape (levels + 1,)
         Where in `m` the elements of each number of bits start, and where the last ones stop. All
         have the highest number where there is no map.
-    lower : array in the work dtype, shape (2^levels,)
-    codes, moved : array of uint16, shape (2^levels,)
-    number, total : array of float64, shape (2^levels,)
-    sums : array of float64, shape (2^(levels - 1),)
+    number, total : array of float64, shape (2^levels, lanes)
     of_four : array in the work dtype, shape (CHUNK / 4,)
-    equations : array of float64, shape (levels + 2, levels)
-    fitted : array of float64, shape (levels,)
+    sizes : array of float64, shape (levels, lanes)
+        The best scales so far, of which none is negative.
+    best : array of float64, shape (lanes,)
+        Their gain.
     """
 
     m: Array
     weight: Array
     weighted: Array
     starts: Array
-    lower: Array
-    codes: Array
-    moved: Array
     number: Array
     total: Array
-    sums: Array
     of_four: Array
-    equations: Array
-    fitted: Array
+    sizes: Array
+    best: Array
 
 
-def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool) -> Space:
+def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: int) -> Space:
     """A `Space` for rows of n elements in the work dtype `kind`."""
-    room, states = _padded.py_func(n), 1 << levels
-    if mapped:
-        # Each number of bits fills its columns, and one element is written behind the last.
-        room += COLUMNS * levels + 1
-    elif not weighted and n > LONGEST_KEPT:
-        room = CHUNK
-    weights = room if weighted else 0
+    if lanes > 1:
+        room = _padded.py_func(n, 4) * (levels if mapped else 1)
+    else:
+        room = _padded.py_func(n)
+        if mapped:
+            # Each number of bits fills its columns, and one element is written behind the last.
+            room += COLUMNS * levels + 1
+        elif not weighted and n > LONGEST_KEPT:
+            room = CHUNK
+    elements = (room, lanes) if lanes > 1 else (1, room)
+    weights = elements if weighted else (0, 0)
     arrays: dict[str, tuple[tuple[int, ...], Any]] = {
-        "m": ((room,), kind),
-        "weight": ((weights,), kind),
-        "weighted": ((weights,), kind),
+        "m": (elements, kind),
+        "weight": (weights, kind),
+        "weighted": (weights, kind),
         "starts": ((levels + 1,), np.int64),
-        "lower": ((states,), kind),
-        "codes": ((states,), np.uint16),
-        "moved": ((states,), np.uint16),
-        "number": ((states,), np.float64),
-        "total": ((states,), np.float64),
-        "sums": ((states // 2,), np.float64),
+        "number": ((1 << levels, lanes), np.float64),
+        "total": ((1 << levels, lanes), np.float64),
         "of_four": ((CHUNK // 4,), kind),
-        "equations": ((levels + 2, levels), np.float64),
-        "fitted": ((levels,), np.float64),
+        "sizes": ((levels, lanes), np.float64),
+        "best": ((lanes,), np.float64),
     }
     return Space(**{name: memory.scratch(f"search {name}", *of) for name, of in arrays.items()})
 
@@ -159,21 +160,23 @@ def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
 
 
 @part
-def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, step: int) -> None:
-    """Write the numbers and totals of magnitudes above the lower edges of cells.
+def _add_up(
+    x: Array, factor: float, bits: Array, space: Space, book: Book, levels: int, step: int
+) -> None:
+    """Write the numbers and totals of a long row's magnitudes above the lower edges of cells.
 
     These are the cells of up to `levels` levels. The edges of the first ones do not move, so that
-    they are counted with one level alone. With `added`, only the edges that came with the last
-    level count.
+    they are counted with one level alone. With a `step` of 2, only the edges that came with the
+    last level count.
     """
-    m, weight, weighted, all_lower = space.m, space.weight, space.weighted, space.lower
-    starts, number, total = space.starts, space.number, space.total
+    m, starts, number, total = space.m[0], space.starts, space.number, space.total
+    weighted = len(space.weight) > 0
     first_cell = 1 if levels > 1 else 0
     for depth in range(levels if step > 1 else 1, starts.size):
         base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
-        lower, stop = all_lower[cells : 2 * cells], starts[depth]
+        stop = starts[depth]
         for cell in range(first_cell, cells, step):
-            number[base + cell], total[base + cell] = 0, 0
+            number[base + cell, 0], total[base + cell, 0] = 0, 0
         for start in range(starts[depth - 1], stop, CHUNK):
             end = min(start + CHUNK, stop)
             sums = space.of_four[: (end - start) // 4]
@@ -183,161 +186,137 @@ def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, ste
             else:
                 chunk = m[start:end]
             for cell in range(first_cell, cells, step):
-                edge = lower[cell] if cell else m.dtype.type(-1)
-                if weight.size:
-                    number[base + cell] += _chosen_sum(chunk, edge, weight[start:end], sums)
-                    total[base + cell] += _chosen_sum(chunk, edge, weighted[start:end], sums)
+                edge = book.lower[cells + cell, 0]
+                if weighted:
+                    weight, product = space.weight[0, start:end], space.weighted[0, start:end]
+                    number[base + cell, 0] += _chosen_sum(chunk, edge, weight, sums)
+                    total[base + cell, 0] += _chosen_sum(chunk, edge, product, sums)
                 else:
-                    number[base + cell] += _sums_of_four(chunk, edge, sums)
-                    total[base + cell] += sum_in_lanes(sums, sums.size)
+                    number[base + cell, 0] += _sums_of_four(chunk, edge, sums)
+                    total[base + cell, 0] += sum_in_lanes(sums, sums.size)
+
+
+@loop
+def _add_up_beside(space: Space, book: Book, levels: int, step: int, lanes: int) -> None:
+    """The same for short rows, four columns at a time."""
+    m, starts = space.m, space.starts
+    first_cell, zero = 1 if levels > 1 else 0, m.dtype.type(0)
+    for depth in range(levels if step > 1 else 1, starts.size):
+        base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
+        for cell in range(first_cell, cells, step):
+            edge = book.lower[cells + cell]
+            number, total = space.number[base + cell], space.total[base + cell]
+            for k in range(lanes):
+                number[k] = total[k] = 0
+            for j in range(starts[depth - 1], starts[depth], 4):
+                a, b, c, d = m[j], m[j + 1], m[j + 2], m[j + 3]
+                if len(space.weight):
+                    _add_chosen(a, b, c, d, edge, space.weight[j : j + 4], lanes, number)
+                    _add_chosen(a, b, c, d, edge, space.weighted[j : j + 4], lanes, total)
+                    continue
+                for k in range(lanes):
+                    e = edge[k]
+                    above = np.int32(np.int32(a[k] > e) + np.int32(b[k] > e))
+                    above = np.int32(above + np.int32(c[k] > e) + np.int32(d[k] > e))
+                    first = (a[k] if a[k] > e else zero) + (b[k] if b[k] > e else zero)
+                    second = (c[k] if c[k] > e else zero) + (d[k] if d[k] > e else zero)
+                    number[k] += above
+                    total[k] += first + second
+
+
+@part
+def _add_chosen(
+    a: Array, b: Array, c: Array, d: Array, edge: Array, values: Array, lanes: int, total: Array
+) -> None:
+    """Add the values of elements whose magnitudes lie above an edge, in four columns."""
+    zero = a.dtype.type(0)
+    p, q, r, s = values[0], values[1], values[2], values[3]
+    for k in range(lanes):
+        e = edge[k]
+        first = (p[k] if a[k] > e else zero) + (q[k] if b[k] > e else zero)
+        second = (r[k] if c[k] > e else zero) + (s[k] if d[k] > e else zero)
+        total[k] += first + second
 
 
 # ---------------------------------------------------------------- least squares
 
 
-@part
-def _set_equations(space: Space, levels: int) -> None:
+@loop
+def _set_equations(space: Space, book: Book, levels: int, lanes: int) -> None:
     """Write the normal equations of the first `levels` levels."""
-    equations, codes, starts = space.equations, space.codes, space.starts
-    number, total = space.number, space.total
+    equations, codes, starts = book.equations, book.codes, space.starts
+    target, mass, first = equations[len(book.fitted)], book.spare, book.gain
     for j in range(levels):
-        equations[levels, j] = equations[levels + 1, j] = 0
-        for i in range(j):
-            equations[j, i] = 0
-    for depth in range(1, len(starts)):
+        for k in range(lanes):
+            target[j, k] = 0
+        for i in range(j + 1):
+            for k in range(lanes):
+                equations[j, i, k] = 0
+    for depth in range(1, starts.size):
         if starts[depth - 1] == starts[depth]:
             continue
         base, reached = 1 << (depth - 1), min(depth, levels)
         cells = 1 << (reached - 1)
         for j in range(reached):
-            equations[levels + 1, j] += number[base]
-        above, above_total = 0.0, 0.0
+            for k in range(lanes):
+                equations[j, j, k] += space.number[base, k]
         for cell in range(cells - 1, -1, -1):
-            mass, first = number[base + cell] - above, total[base + cell] - above_total
-            above, above_total = number[base + cell], total[base + cell]
-            code = codes[cells + cell]
+            code, at = codes[cells + cell], base + cell
+            for k in range(lanes):
+                mass[k], first[k] = space.number[at, k], space.total[at, k]
+            if cell + 1 < cells:
+                for k in range(lanes):
+                    mass[k] -= space.number[at + 1, k]
+                    first[k] -= space.total[at + 1, k]
             for j in range(reached):
-                equations[levels, j] += first if code >> j & 1 else -first
+                for k in range(lanes):
+                    target[j, k] += first[k] if code[k] >> j & 1 else -first[k]
                 for i in range(j):
-                    alike = code >> j & 1 == code >> i & 1
-                    equations[j, i] += mass if alike else -mass
-    for j in range(levels):
-        equations[j, j] = equations[levels + 1, j]
+                    for k in range(lanes):
+                        alike = (code[k] >> j ^ code[k] >> i) & 1 == 0
+                        equations[j, i, k] += mass[k] if alike else -mass[k]
 
 
 @part
-def _mean(equations: Array, level: int, scales: Array) -> float:
-    """The greedy scale of a level: the mean of its signs times the residuals of those before."""
-    total, count = equations[level + 1, level], equations[level, level]
+def _set_mean(book: Book, level: int, lanes: int) -> None:
+    """Write the greedy scale of a level: the mean of its signs times the residuals before it."""
+    equations, scales = book.equations, book.fitted
+    target = equations[len(scales)]
+    for k in range(lanes):
+        scales[level, k] = target[level, k]
     for i in range(level):
-        total -= equations[level, i] * scales[i]
-    return total / (count if count > 0 else 1.0)
-
-
-@loop
-def _solve(equations: Array, levels: int, scales: Array) -> float:
-    """Write the least-squares scales and return their gain; the equations are overwritten."""
-    for p in range(levels):
-        pivot, right = equations[p, p], equations[levels, p]
-        # The scale is 0 where a level's signs depend linearly on those of the levels before it.
-        inverse = 1 / pivot if pivot > DEPENDENT * equations[levels + 1, p] else 0.0
-        scales[p] = right * inverse
-        for j in range(p + 1, levels):
-            for i in range(j, levels):
-                equations[i, j] -= equations[i, p] * equations[j, p] * inverse
-            equations[levels, j] -= equations[j, p] * scales[p]
-        equations[p, p] = inverse
-    gain = 0.0
-    for j in range(levels - 1, -1, -1):
-        gain += equations[levels, j] * scales[j]
-        for i in range(j + 1, levels):
-            scales[j] -= equations[i, j] * equations[j, j] * scales[i]
-    return gain
-
-
-# ---------------------------------------------------------------- cells
+        for k in range(lanes):
+            scales[level, k] -= equations[level, i, k] * scales[i, k]
+    for k in range(lanes):
+        count = equations[level, level, k]
+        scales[level, k] = np.divide(scales[level, k], count if count > 0 else 1.0)
 
 
 @part
-def _set_nearest(space: Space, levels: int) -> None:
-    """Write the cells in which the nearest sum of the first `levels` levels is the same."""
-    scales, sums, all_lower, all_codes = space.fitted, space.sums, space.lower, space.codes
-    cells = 1 << (levels - 1)
-    lower, codes = all_lower[cells : 2 * cells], all_codes[cells : 2 * cells]
-    for cell in range(cells):
-        # Bit i of the cell's number is the sign of level i + 1; level 0 has the sign +.
-        code, value = 1, abs(scales[0])
-        for level in range(1, levels):
-            plus = cell >> (level - 1) & 1
-            value += abs(scales[level]) if plus else -abs(scales[level])
-            code |= plus << level
-        if value < 0:
-            code, value = code ^ ((1 << levels) - 1), -value
-        at = cell
-        while at > 0 and sums[at - 1] > value:
-            sums[at], codes[at] = sums[at - 1], codes[at - 1]
-            at -= 1
-        sums[at], codes[at] = value, code
-    for cell in range(1, cells):
-        lower[cell] = rounded_down(sums[cell - 1] / 2 + sums[cell] / 2, lower)
-
-
-@part
-def _split(space: Space, level: int) -> None:
-    """Cut every cell of `level` levels where the residual after them changes its sign.
-
-    The number and total above an old edge are known, and move with it.
-    """
-    lower, codes, scales, starts = space.lower, space.codes, space.fitted, space.starts
-    number, total = space.number, space.total
+def _move_sums(space: Space, level: int, lanes: int) -> None:
+    """Move the numbers and totals above the edges of `level` levels to where `split` puts them."""
     cells = 1 << (level - 1)
-    old, new = lower[cells : 2 * cells], lower[2 * cells : 4 * cells]
-    for cell in range(cells):
-        code, value = codes[cells + cell], 0.0
-        for i in range(level):
-            value += scales[i] if code >> i & 1 else -scales[i]
-        cut = new.dtype.type(rounded_down(value, new))
-        if cell > 0:
-            new[2 * cell] = old[cell]
-            cut = max(cut, old[cell])
-        if cell + 1 < cells:
-            cut = min(cut, old[cell + 1])
-        new[2 * cell + 1] = cut
-        codes[2 * (cells + cell)] = code
-        codes[2 * (cells + cell) + 1] = code | 1 << level
-    for depth in range(level + 1, len(starts)):
+    for depth in range(level + 1, space.starts.size):
         base = 1 << (depth - 1)
         for cell in range(cells - 1, 0, -1):
-            number[base + 2 * cell] = number[base + cell]
-            total[base + 2 * cell] = total[base + cell]
+            for k in range(lanes):
+                space.number[base + 2 * cell, k] = space.number[base + cell, k]
+                space.total[base + 2 * cell, k] = space.total[base + cell, k]
 
 
 @part
-def _hand_out(
-    space: Space, unit: float, mapped: bool, scales: Array, lower: Array, codes: Array
-) -> None:
-    """Write the scales made positive, and the cells with codes changed accordingly.
-
-    Without a map the scales are sorted to descend, and only the cells of all levels are written.
-    """
-    fitted, all_lower, all_codes, moved = space.fitted, space.lower, space.codes, space.moved
-    levels = len(fitted)
-    begin = 0 if mapped else 1 << (levels - 1)
-    moved[:] = 0
+def _keep_better(space: Space, book: Book, levels: int, lanes: int) -> bool:
+    """Keep the sizes of the scales of rows whose gain rose; return whether any did."""
+    better = 0
+    for k in range(lanes):
+        better += book.gain[k] > space.best[k]
     for level in range(levels):
-        size, place = abs(fitted[level]), 0
-        for other in range(levels):
-            other_size = abs(fitted[other])
-            place += other_size > size or (other_size == size and other < level)
-        place = level if mapped else place
-        scales[place] = size * unit
-        # With a map, the cells of fewer levels come first, and do not have this one.
-        for cell in range(1 << level if mapped else 0, len(codes)):
-            bit = all_codes[begin + cell] >> level & 1 ^ int(fitted[level] < 0)
-            moved[cell] |= bit << place
-    for cell in range(len(codes)):
-        codes[cell] = moved[cell]
-        lower[cell] = all_lower[begin + cell]
+        for k in range(lanes):
+            size = abs(book.fitted[level, k])
+            space.sizes[level, k] = size if book.gain[k] > space.best[k] else space.sizes[level, k]
+    for k in range(lanes):
+        space.best[k] = max(space.best[k], book.gain[k])
+    return better > 0
 
 
 # ---------------------------------------------------------------- rows
@@ -360,7 +339,9 @@ def _unit(words: Array, bits: Array) -> float:
             top = max(top, kind(words[j] & magnitude))
     largest = (1 << (8 * words.itemsize - 1 - digits)) - 1
     exponent = np.int64(top >> kind(digits))
-    unit = math.ldexp(1.0, max(exponent, 1) - largest // 2) if top > 0 else 0.0
+    # The bit pattern of a power of two in float64.
+    power = np.int64((max(exponent, 1) - largest // 2 + 1023) << 52).view(np.float64)
+    unit = power if top > 0 else 0.0
     return np.nan if exponent == largest else unit
 
 
@@ -386,12 +367,12 @@ def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
 def _arrange(
     x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space
 ) -> None:
-    """Write the magnitudes and importance of a row, by numbers of bits.
+    """Write the magnitudes and importance of a long row, by numbers of bits.
 
     Elements without bits are left out. `factor` is 0 where the row counts as zeros, and
     `weight_factor` where it counts as unweighted.
     """
-    m, own, weighted, starts = space.m, space.weight, space.weighted, space.starts
+    m, starts = space.m[0], space.starts
     levels = starts.size - 1
     for depth in range(1 if bits.size else levels, levels + 1):
         begin = starts[depth - 1]
@@ -399,6 +380,7 @@ def _arrange(
         end = begin + _padded(at - begin)
         m[at:end] = BELOW
         if weight.size:
+            own, weighted = space.weight[0], space.weighted[0]
             if weight_factor > 0:
                 _take(weight, weight_factor, bits, depth, own[begin:])
             else:
@@ -410,37 +392,68 @@ def _arrange(
 
 
 @part
-def _solve_row(
-    x: Array, factor: float, bits: Array, space: Space, refit: bool, iterations: int
-) -> None:
-    """Write the cells and scales of a row."""
-    equations, fitted = space.equations, space.fitted
-    levels, gain = fitted.size, -np.inf
-    # Without levels there is one code, too, which a map hands out.
-    space.codes[0], space.codes[1] = 0, 1
+def _arrange_beside(
+    x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space,
+    lane: int,
+) -> None:  # fmt: skip
+    """The same for a short row, in a lane, with room for all elements at each number of bits.
+
+    There, those of other numbers of bits lie below all edges.
+    """
+    m, starts, below = space.m, space.starts, space.m.dtype.type(BELOW)
+    one = m.dtype.type(1)
+    levels = starts.size - 1
+    for depth in range(1 if bits.size else levels, levels + 1):
+        begin, end = starts[depth - 1], starts[depth]
+        for j in range(x.size):
+            size = abs(x[j]) * factor if factor > 0 else factor
+            coded = bits.size == 0 or bits[j] == depth
+            m[begin + j, lane] = size if coded else below
+            if weight.size:
+                own = abs(weight[j]) * weight_factor if weight_factor > 0 else one
+                space.weight[begin + j, lane] = own
+                space.weighted[begin + j, lane] = own * size
+        for j in range(begin + x.size, end):
+            m[j, lane] = below
+
+
+@part
+def _solve_together(
+    x: Array, factor: float, bits: Array, space: Space, book: Book, refit: bool, iterations: int,
+    lanes: int,
+) -> None:  # fmt: skip
+    """Write the cells and scales of rows; `x`, `factor` and `bits` are those of a single one."""
+    levels, mapped = len(book.fitted), bits.size > 0
+    for k in range(lanes):
+        space.best[k] = -np.inf
     # The levels are added one by one, then come the iterations of `alternating`.
     for step in range(levels + (0 if refit else iterations)):
         adding, count = step < levels, min(step + 1, levels)
         if adding and step > 0:
-            _split(space, step)
+            split(step, book, lanes)
+            _move_sums(space, step, lanes)
         elif not adding:
-            for reached in range(1 if bits.size else levels, levels + 1):
-                _set_nearest(space, reached)
-        _add_up(x, factor, bits, space, count, 2 if adding else 1)
-        _set_equations(space, count)
+            for reached in range(1 if mapped else levels, levels + 1):
+                set_nearest(space.sizes, reached, book, lanes)
+        if len(space.m) > 1:
+            _add_up_beside(space, book, count, 2 if adding else 1, lanes)
+        else:
+            _add_up(x, factor, bits, space, book, count, 2 if adding else 1)
+        _set_equations(space, book, count, lanes)
         if count < levels and not refit:
-            fitted[step] = _mean(equations, step, fitted)
+            _set_mean(book, step, lanes)
             continue
-        raised = _solve(equations, count, fitted)
-        if not (adding or raised > gain):
+        solve_equations(book, count, lanes)
+        # A row that does not get better comes to the same result again.
+        if count == levels and not refit and not _keep_better(space, book, levels, lanes):
             break
-        gain = raised
 
 
 @loop
 def _solve_rows(
     x: Array, words: Array, bits: Array, weight: Array, weight_words: Array, refit: bool,
-    iterations: int, scales: Array, inverse: Array, lower: Array, codes: Array, space: Space,
+    iterations: int, scales: Array, units: Array, inverse: Array, lower: Array, codes: Array,
+    space: Space, book: Book,
 ) -> None:  # fmt: skip
     """Solve rows.
 
@@ -458,33 +471,48 @@ def _solve_rows(
     iterations : int
         The most iterations of `alternating`.
     scales : array of float64, shape (rows, levels)
-        Without a map they descend; NaN in rows that are not finite.
+        Without a map they descend. They are in units of the row.
+    units : array of float64, shape (rows,)
+        0 for rows of zeros, NaN for those that are not finite.
     inverse : array in the dtype of x, shape (rows,)
         By what magnitudes are multiplied before they are compared with `lower`.
     lower : array in the dtype of x, shape (rows, cells)
     codes : array of uint16, shape (rows, cells)
         The cells of all levels, or with a map those of every number of levels.
     space : Space
+    book : Book
     """
     x, words, bits, weight, weight_words = uncounted(x, words, bits, weight, weight_words)
     scales, inverse, lower, codes = uncounted(scales, inverse, lower, codes)
-    space = Space(*uncounted(*space))
+    space, book = Space(*uncounted(*space)), Book(*uncounted(*book))
     n, levels, kind = x.shape[1], scales.shape[1], inverse.dtype.type
     mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
-    stored = space.m.size >= _padded(n)
-    space.starts[:levels], space.starts[levels] = 0, _padded(n)
-    for row in range(len(x)):
-        unit, weight_unit = _unit(words[row], bits[row]), 0.0
-        if weighted:
-            weight_unit = _unit(weight_words[row], bits[row])
-        # A row that is not finite counts as zeros.
-        factor = kind(1 / unit if unit > 0 else 0)
-        if stored:
+    at_once, beside = len(space.best), len(space.m) > 1
+    stored = beside or space.m.size >= _padded(n)
+    space.starts[:levels], space.starts[levels] = 0, _padded(n, 4) if beside else _padded(n)
+    if beside and mapped:
+        for depth in range(1, levels + 1):
+            space.starts[depth] = depth * _padded(n, 4)
+    for start in range(0, len(x), at_once):
+        stop = min(start + at_once, len(x))
+        factor = kind(0)
+        for row in range(start, stop):
+            unit, weight_unit = _unit(words[row], bits[row]), 0.0
+            if weighted:
+                weight_unit = _unit(weight_words[row], bits[row])
+            # A row that is not finite counts as zeros.
+            factor = kind(1 / unit if unit > 0 else 0)
             weight_factor = kind(1 / weight_unit if weight_unit > 0 else 0)
-            _arrange(x[row], factor, bits[row], weight[row], weight_factor, space)
-        _solve_row(x[row], factor, bits[row], space, refit, iterations)
-        inverse[row] = factor if unit > 0 else 1
-        _hand_out(space, unit, mapped, scales[row], lower[row], codes[row])
+            own, own_bits, own_weight = x[row], bits[row], weight[row]
+            if beside:
+                lane = row - start
+                _arrange_beside(own, factor, own_bits, own_weight, weight_factor, space, lane)
+            elif stored:
+                _arrange(own, factor, own_bits, own_weight, weight_factor, space)
+            units[row], inverse[row] = unit, factor if unit > 0 else 1
+        _solve_together(x[start], factor, bits[start], space, book, refit, iterations, stop - start)
+        rows = slice(start, stop)
+        hand_out(book, mapped, scales[rows], lower[rows], codes[rows])
 
 
 # ---------------------------------------------------------------- as the solvers are called
@@ -509,11 +537,16 @@ class Lookup(sorted_rows_loops.Lookup):
         weight = _weight(importance, bits, work)
         of_elements = map_of(bits, len(x))
         scales = self._allocate(work, bits, levels)
-        space = _space(x.shape[1], levels, work.dtype, self._mapped, importance is not None)
+        units = np.empty((len(x), 1))
+        lanes = BESIDE if x.shape[1] <= SHORT else 1
+        space = _space(x.shape[1], levels, work.dtype, self._mapped, importance is not None, lanes)
+        book = codebook_loops.book(levels, work.dtype, lanes)
         _solve_rows(
             work, as_integers(work), of_elements, weight, as_integers(weight), solver.refit,
-            search.limit(solver), scales, self._inverse, self._lower, self._codes, space,
+            search.limit(solver), scales, units[:, 0], self._inverse, self._lower, self._codes,
+            space, book,
         )  # fmt: skip
+        scales *= units
         self._keep(scales)
 
 

@@ -262,10 +262,10 @@ def test_lengths_of_rows_as_they_lie(rng, length, weighted, mapped):
 @pytest.mark.parametrize("solver", SOLVERS[:-1], ids=NAMES[:-1])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("length", [1, 8, 27, search_rows_loops.SHORT])
-def test_short_rows_side_by_side_are_solved_as_each_is_alone(rng, solver, mapped, weighted, length):
+@pytest.mark.parametrize("length", [1, 8, 27, search_rows_loops.SHORT, 200])
+def test_rows_that_are_solved_together_come_out_as_each_does_alone(rng, solver, mapped, weighted, length):
     """To the bit, whether they stop early or late, in any lane, and where some lanes are empty."""
-    count = search_rows_loops.BESIDE + 5
+    count = search_rows_loops.TOGETHER + 5
     x = rng.normal(size=(count, length)).astype(np.float32)
     x[::7] = np.rint(3 * x[::7])
     x[3], x[5, 0] = 0, np.nan

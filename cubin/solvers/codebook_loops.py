@@ -45,6 +45,9 @@ class Book(NamedTuple):
     gain : array of float64, shape (lanes,)
         How much these take off the sum of squares.
     spare : array of float64, shape (lanes,)
+    lanes : int or None
+        How many lanes there are. None stands for a single one: Numba then compiles the functions
+        here without loops over lanes, which would take longer than the work on one row.
     """
 
     lower: Array
@@ -56,14 +59,15 @@ class Book(NamedTuple):
     fitted: Array
     gain: Array
     spare: Array
+    lanes: int | None
 
 
-def book(levels: int, kind: Any, lanes: int) -> Book:
+def book(levels: int, kind: Any, lanes: int | None) -> Book:
     """A `Book` for rows in the work dtype `kind`, in this thread's scratch."""
     states = 1 << levels
 
     def scratch(name: str, dtype: Any, *shape: int) -> Array:
-        return memory.scratch(f"book {name}", (*shape, lanes), dtype)
+        return memory.scratch(f"book {name}", (*shape, lanes or 1), dtype)
 
     found = Book(
         scratch("lower", kind, states),
@@ -75,12 +79,29 @@ def book(levels: int, kind: Any, lanes: int) -> Book:
         scratch("fitted", np.float64, levels),
         scratch("gain", np.float64),
         scratch("spare", np.float64),
+        lanes,
     )
     # Without levels there is one code, too, which a map hands out. The first level's sign is +.
     found.lower[:], found.codes[0], found.codes[1] = -1, 0, 1
     for cells in (1 << level for level in range(levels)):
         found.order[cells : 2 * cells] = np.arange(cells)[:, None]
     return found
+
+
+def count(lanes: int | None) -> int:
+    """The number of lanes."""
+    return 1 if lanes is None else lanes
+
+
+@overload(count)
+def count_by_type(lanes: Any) -> Callable[..., Any]:
+    def single(lanes: Any) -> Any:
+        return 1
+
+    def several(lanes: Any) -> Any:
+        return lanes
+
+    return single if lanes == numba.types.none else several
 
 
 def rounded_down(value: float, like: Array) -> float:
@@ -103,14 +124,14 @@ def rounded_down_by_type(value: Any, like: Any) -> Callable[..., Any]:
 
 
 @loop
-def solve(book: Book, levels: int, lanes: int) -> None:
+def solve(book: Book, levels: int) -> None:
     """Write the least-squares scales of the first `levels` levels, and their gain.
 
     They are found by elimination in the order of the levels. A scale becomes 0 where its pivot is
     rounding error (see `DEPENDENT`).
     """
     equations, fitted, gain, spare = book.equations, book.fitted, book.gain, book.spare
-    most = len(fitted)
+    most, lanes = len(fitted), count(book.lanes)
     target, inverse = equations[most], equations[most + 1]
     for j in range(levels):
         for k in range(lanes):
@@ -167,12 +188,12 @@ def _set_sums(scales: Array, levels: int, sums: Array, lanes: int) -> None:
 
 
 @loop
-def set_nearest(sizes: Array, levels: int, book: Book, lanes: int) -> None:
+def set_nearest(sizes: Array, levels: int, book: Book) -> None:
     """Write the cells in which each magnitude takes the nearest sum of `levels` levels.
 
     Sums of equal size are sorted by their numbers.
     """
-    cells = 1 << (levels - 1)
+    cells, lanes = 1 << (levels - 1), count(book.lanes)
     sums, values = book.sums, book.values
     order, codes = book.order[cells : 2 * cells], book.codes[cells : 2 * cells]
     lower = book.lower[cells : 2 * cells]
@@ -204,13 +225,14 @@ def set_nearest(sizes: Array, levels: int, book: Book, lanes: int) -> None:
 
 
 @loop
-def split(level: int, book: Book, lanes: int) -> None:
+def split(level: int, book: Book) -> None:
     """Write the cells of ``level + 1`` levels.
 
     They are the cells of `level` levels, each cut where the residual changes its sign. The sums of
     these levels are left in `book.sums`.
     """
-    cells, codes, sums = 1 << (level - 1), book.codes, book.sums
+    cells, lanes = 1 << (level - 1), count(book.lanes)
+    codes, sums = book.codes, book.sums
     old, new = book.lower[cells : 2 * cells], book.lower[2 * cells : 4 * cells]
     _set_sums(book.fitted, level, sums, lanes)
     for cell in range(cells):
@@ -234,7 +256,7 @@ def hand_out(book: Book, mapped: bool, scales: Array, lower: Array, codes: Array
     fitted, levels = book.fitted, len(book.fitted)
     begin = 0 if mapped else 1 << (levels - 1)
     codes[:] = 0
-    for k in range(len(scales)):
+    for k in range(count(book.lanes)):
         for level in range(levels):
             size, place = abs(fitted[level, k]), 0
             for other in range(levels):

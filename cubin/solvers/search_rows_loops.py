@@ -4,7 +4,8 @@ They find what `cubin.solvers.search` finds. The magnitudes above the lower edge
 up in one pass over the row, which is in the cache. Elements with the same number of bits lie side
 by side, so that each is compared with the edges of its own cells alone.
 
-A long row is solved alone. Short rows are solved side by side, in lanes: see `codebook_loops.py`.
+Several rows are solved together, in lanes: see `codebook_loops.py`. Sums are those of one row at a
+time, or of all lanes where rows are short.
 
 `number` and `total` have an entry for each of the 2^(d-1) cells of the elements of d bits, from
 2^(d-1) on: how many magnitudes, or how much of their importance, lies above the lower edge of the
@@ -49,10 +50,13 @@ LONGEST_KEPT = 1 << 19
 longer rows are computed again in every pass, chunk by chunk."""
 
 SHORT = 1 << 7
-"""Elements of the longest rows that are solved side by side."""
+"""Elements of the longest rows whose magnitudes lie side by side."""
 
-BESIDE = 1 << 6
-"""Rows that are solved side by side."""
+TOGETHER = 1 << 6
+"""The most rows that are solved together."""
+
+KEPT = 1 << 15
+"""Elements of rows that are solved together: they stay in the second-level cache."""
 
 BELOW = -2
 """What fills up the columns: it lies below all edges."""
@@ -76,10 +80,10 @@ class Space(NamedTuple):
     ----------
     m : array in the work dtype
         Magnitudes, those with few bits first. What fills up the columns lies below all edges. Of
-        shape (1, room) for a long row, and for short ones (room, lanes).
+        shape (lanes, room), or (room, lanes) where rows are short.
     weight, weighted : array in the work dtype
         The importance of these elements, and that times their magnitudes.
-    starts : array of int64, shape (levels + 1,)
+    starts : array of int64, shape (lanes, levels + 1)
         Where in `m` the elements of each number of bits start, and where the last ones stop. All
         have the highest number where there is no map.
     number, total : array of float64, shape (2^levels, lanes)
@@ -88,6 +92,8 @@ class Space(NamedTuple):
         The best scales so far, of which none is negative.
     best : array of float64, shape (lanes,)
         Their gain.
+    rising : array of bool, shape (lanes,)
+        Whether it rose in the last iteration.
     """
 
     m: Array
@@ -99,12 +105,13 @@ class Space(NamedTuple):
     of_four: Array
     sizes: Array
     best: Array
+    rising: Array
 
 
 def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: int) -> Space:
     """A `Space` for rows of n elements in the work dtype `kind`."""
-    if lanes > 1:
-        room = _padded.py_func(n, 4) * (levels if mapped else 1)
+    if n <= SHORT:
+        elements = (_padded.py_func(n, 4) * (levels if mapped else 1), lanes)
     else:
         room = _padded.py_func(n)
         if mapped:
@@ -112,18 +119,19 @@ def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: 
             room += COLUMNS * levels + 1
         elif not weighted and n > LONGEST_KEPT:
             room = CHUNK
-    elements = (room, lanes) if lanes > 1 else (1, room)
+        elements = (lanes, room)
     weights = elements if weighted else (0, 0)
     arrays: dict[str, tuple[tuple[int, ...], Any]] = {
         "m": (elements, kind),
         "weight": (weights, kind),
         "weighted": (weights, kind),
-        "starts": ((levels + 1,), np.int64),
+        "starts": ((lanes, levels + 1), np.int64),
         "number": ((1 << levels, lanes), np.float64),
         "total": ((1 << levels, lanes), np.float64),
         "of_four": ((CHUNK // 4,), kind),
         "sizes": ((levels, lanes), np.float64),
         "best": ((lanes,), np.float64),
+        "rising": ((lanes,), np.bool_),
     }
     return Space(**{name: memory.scratch(f"search {name}", *of) for name, of in arrays.items()})
 
@@ -161,22 +169,23 @@ def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
 
 @part
 def _add_up(
-    x: Array, factor: float, bits: Array, space: Space, book: Book, levels: int, step: int
-) -> None:
-    """Write the numbers and totals of a long row's magnitudes above the lower edges of cells.
+    x: Array, factor: float, bits: Array, space: Space, book: Book, lane: int, levels: int,
+    step: int,
+) -> None:  # fmt: skip
+    """Write the numbers and totals of a row's magnitudes above the lower edges of cells.
 
     These are the cells of up to `levels` levels. The edges of the first ones do not move, so that
     they are counted with one level alone. With a `step` of 2, only the edges that came with the
     last level count.
     """
-    m, starts, number, total = space.m[0], space.starts, space.number, space.total
+    m, starts = space.m[lane], space.starts[lane]
     weighted = len(space.weight) > 0
     first_cell = 1 if levels > 1 else 0
     for depth in range(levels if step > 1 else 1, starts.size):
         base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
         stop = starts[depth]
         for cell in range(first_cell, cells, step):
-            number[base + cell, 0], total[base + cell, 0] = 0, 0
+            space.number[base + cell, lane], space.total[base + cell, lane] = 0, 0
         for start in range(starts[depth - 1], stop, CHUNK):
             end = min(start + CHUNK, stop)
             sums = space.of_four[: (end - start) // 4]
@@ -186,20 +195,22 @@ def _add_up(
             else:
                 chunk = m[start:end]
             for cell in range(first_cell, cells, step):
-                edge = book.lower[cells + cell, 0]
+                edge = book.lower[cells + cell, lane]
                 if weighted:
-                    weight, product = space.weight[0, start:end], space.weighted[0, start:end]
-                    number[base + cell, 0] += _chosen_sum(chunk, edge, weight, sums)
-                    total[base + cell, 0] += _chosen_sum(chunk, edge, product, sums)
+                    weight, product = space.weight[lane, start:end], space.weighted[lane, start:end]
+                    number = _chosen_sum(chunk, edge, weight, sums)
+                    total = _chosen_sum(chunk, edge, product, sums)
                 else:
-                    number[base + cell, 0] += _sums_of_four(chunk, edge, sums)
-                    total[base + cell, 0] += sum_in_lanes(sums, sums.size)
+                    number = np.float64(_sums_of_four(chunk, edge, sums))
+                    total = sum_in_lanes(sums, sums.size)
+                space.number[base + cell, lane] += number
+                space.total[base + cell, lane] += total
 
 
 @loop
-def _add_up_beside(space: Space, book: Book, levels: int, step: int, lanes: int) -> None:
-    """The same for short rows, four columns at a time."""
-    m, starts = space.m, space.starts
+def _add_up_beside(space: Space, book: Book, levels: int, step: int) -> None:
+    """The same for all lanes of short rows, four columns at a time."""
+    m, starts, lanes = space.m, space.starts[0], book.lanes
     first_cell, zero = 1 if levels > 1 else 0, m.dtype.type(0)
     for depth in range(levels if step > 1 else 1, starts.size):
         base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
@@ -242,9 +253,12 @@ def _add_chosen(
 
 
 @loop
-def _set_equations(space: Space, book: Book, levels: int, lanes: int) -> None:
-    """Write the normal equations of the first `levels` levels."""
-    equations, codes, starts = book.equations, book.codes, space.starts
+def _set_equations(space: Space, book: Book, lowest: int, levels: int) -> None:
+    """Write the normal equations of the first `levels` levels.
+
+    `lowest` is the least number of bits of elements.
+    """
+    equations, codes, lanes = book.equations, book.codes, book.lanes
     target, mass, first = equations[len(book.fitted)], book.spare, book.gain
     for j in range(levels):
         for k in range(lanes):
@@ -252,9 +266,7 @@ def _set_equations(space: Space, book: Book, levels: int, lanes: int) -> None:
         for i in range(j + 1):
             for k in range(lanes):
                 equations[j, i, k] = 0
-    for depth in range(1, starts.size):
-        if starts[depth - 1] == starts[depth]:
-            continue
+    for depth in range(lowest, len(book.fitted) + 1):
         base, reached = 1 << (depth - 1), min(depth, levels)
         cells = 1 << (reached - 1)
         for j in range(reached):
@@ -278,9 +290,9 @@ def _set_equations(space: Space, book: Book, levels: int, lanes: int) -> None:
 
 
 @part
-def _set_mean(book: Book, level: int, lanes: int) -> None:
+def _set_mean(book: Book, level: int) -> None:
     """Write the greedy scale of a level: the mean of its signs times the residuals before it."""
-    equations, scales = book.equations, book.fitted
+    equations, scales, lanes = book.equations, book.fitted, book.lanes
     target = equations[len(scales)]
     for k in range(lanes):
         scales[level, k] = target[level, k]
@@ -288,15 +300,15 @@ def _set_mean(book: Book, level: int, lanes: int) -> None:
         for k in range(lanes):
             scales[level, k] -= equations[level, i, k] * scales[i, k]
     for k in range(lanes):
-        count = equations[level, level, k]
-        scales[level, k] = np.divide(scales[level, k], count if count > 0 else 1.0)
+        number = equations[level, level, k]
+        scales[level, k] = np.divide(scales[level, k], number if number > 0 else 1.0)
 
 
 @part
-def _move_sums(space: Space, level: int, lanes: int) -> None:
+def _move_sums(space: Space, book: Book, level: int) -> None:
     """Move the numbers and totals above the edges of `level` levels to where `split` puts them."""
-    cells = 1 << (level - 1)
-    for depth in range(level + 1, space.starts.size):
+    cells, lanes = 1 << (level - 1), book.lanes
+    for depth in range(level + 1, len(book.fitted) + 1):
         base = 1 << (depth - 1)
         for cell in range(cells - 1, 0, -1):
             for k in range(lanes):
@@ -305,18 +317,18 @@ def _move_sums(space: Space, level: int, lanes: int) -> None:
 
 
 @part
-def _keep_better(space: Space, book: Book, levels: int, lanes: int) -> bool:
+def _keep_better(space: Space, book: Book, levels: int) -> bool:
     """Keep the sizes of the scales of rows whose gain rose; return whether any did."""
-    better = 0
-    for k in range(lanes):
-        better += book.gain[k] > space.best[k]
-    for level in range(levels):
-        for k in range(lanes):
-            size = abs(book.fitted[level, k])
-            space.sizes[level, k] = size if book.gain[k] > space.best[k] else space.sizes[level, k]
-    for k in range(lanes):
+    any_rose = False
+    for k in range(book.lanes):
+        space.rising[k] = book.gain[k] > space.best[k]
         space.best[k] = max(space.best[k], book.gain[k])
-    return better > 0
+        any_rose |= space.rising[k]
+    for level in range(levels):
+        for k in range(book.lanes):
+            size = abs(book.fitted[level, k])
+            space.sizes[level, k] = size if space.rising[k] else space.sizes[level, k]
+    return any_rose
 
 
 # ---------------------------------------------------------------- rows
@@ -365,14 +377,15 @@ def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
 
 @part
 def _arrange(
-    x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space
-) -> None:
-    """Write the magnitudes and importance of a long row, by numbers of bits.
+    x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space,
+    lane: int,
+) -> None:  # fmt: skip
+    """Write the magnitudes and importance of a row, by numbers of bits.
 
     Elements without bits are left out. `factor` is 0 where the row counts as zeros, and
     `weight_factor` where it counts as unweighted.
     """
-    m, starts = space.m[0], space.starts
+    m, starts = space.m[lane], space.starts[lane]
     levels = starts.size - 1
     for depth in range(1 if bits.size else levels, levels + 1):
         begin = starts[depth - 1]
@@ -380,7 +393,7 @@ def _arrange(
         end = begin + _padded(at - begin)
         m[at:end] = BELOW
         if weight.size:
-            own, weighted = space.weight[0], space.weighted[0]
+            own, weighted = space.weight[lane], space.weighted[lane]
             if weight_factor > 0:
                 _take(weight, weight_factor, bits, depth, own[begin:])
             else:
@@ -396,56 +409,57 @@ def _arrange_beside(
     x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space,
     lane: int,
 ) -> None:  # fmt: skip
-    """The same for a short row, in a lane, with room for all elements at each number of bits.
+    """The same for a short row, with room for all elements at each number of bits.
 
     There, those of other numbers of bits lie below all edges.
     """
-    m, starts, below = space.m, space.starts, space.m.dtype.type(BELOW)
-    one = m.dtype.type(1)
-    levels = starts.size - 1
+    m, below, one = space.m, space.m.dtype.type(BELOW), space.m.dtype.type(1)
+    levels, begin, size = space.starts.shape[1] - 1, 0, _padded(x.size, 4)
     for depth in range(1 if bits.size else levels, levels + 1):
-        begin, end = starts[depth - 1], starts[depth]
         for j in range(x.size):
-            size = abs(x[j]) * factor if factor > 0 else factor
+            magnitude = abs(x[j]) * factor if factor > 0 else factor
             coded = bits.size == 0 or bits[j] == depth
-            m[begin + j, lane] = size if coded else below
+            m[begin + j, lane] = magnitude if coded else below
             if weight.size:
                 own = abs(weight[j]) * weight_factor if weight_factor > 0 else one
                 space.weight[begin + j, lane] = own
-                space.weighted[begin + j, lane] = own * size
-        for j in range(begin + x.size, end):
+                space.weighted[begin + j, lane] = own * magnitude
+        for j in range(begin + x.size, begin + size):
             m[j, lane] = below
+        begin += size
+        space.starts[lane, depth] = begin
 
 
 @part
 def _solve_together(
-    x: Array, factor: float, bits: Array, space: Space, book: Book, refit: bool, iterations: int,
-    lanes: int,
-) -> None:  # fmt: skip
+    x: Array, factor: float, bits: Array, space: Space, book: Book, refit: bool, iterations: int
+) -> None:
     """Write the cells and scales of rows; `x`, `factor` and `bits` are those of a single one."""
-    levels, mapped = len(book.fitted), bits.size > 0
-    for k in range(lanes):
-        space.best[k] = -np.inf
+    levels = len(book.fitted)
+    lowest = 1 if bits.size else levels
+    space.best[:], space.rising[:] = -np.inf, True
     # The levels are added one by one, then come the iterations of `alternating`.
     for step in range(levels + (0 if refit else iterations)):
-        adding, count = step < levels, min(step + 1, levels)
+        adding, reached = step < levels, min(step + 1, levels)
         if adding and step > 0:
-            split(step, book, lanes)
-            _move_sums(space, step, lanes)
+            split(step, book)
+            _move_sums(space, book, step)
         elif not adding:
-            for reached in range(1 if mapped else levels, levels + 1):
-                set_nearest(space.sizes, reached, book, lanes)
-        if len(space.m) > 1:
-            _add_up_beside(space, book, count, 2 if adding else 1, lanes)
+            for depth in range(lowest, levels + 1):
+                set_nearest(space.sizes, depth, book)
+        if x.size <= SHORT:
+            _add_up_beside(space, book, reached, 2 if adding else 1)
         else:
-            _add_up(x, factor, bits, space, book, count, 2 if adding else 1)
-        _set_equations(space, book, count, lanes)
-        if count < levels and not refit:
-            _set_mean(book, step, lanes)
+            for lane in range(book.lanes):
+                # A row that did not get better keeps its cells.
+                if space.rising[lane]:
+                    _add_up(x, factor, bits, space, book, lane, reached, 2 if adding else 1)
+        _set_equations(space, book, lowest, reached)
+        if reached < levels and not refit:
+            _set_mean(book, step)
             continue
-        solve_equations(book, count, lanes)
-        # A row that does not get better comes to the same result again.
-        if count == levels and not refit and not _keep_better(space, book, levels, lanes):
+        solve_equations(book, reached)
+        if reached == levels and not refit and not _keep_better(space, book, levels):
             break
 
 
@@ -484,34 +498,30 @@ def _solve_rows(
     """
     x, words, bits, weight, weight_words = uncounted(x, words, bits, weight, weight_words)
     scales, inverse, lower, codes = uncounted(scales, inverse, lower, codes)
-    space, book = Space(*uncounted(*space)), Book(*uncounted(*book))
-    n, levels, kind = x.shape[1], scales.shape[1], inverse.dtype.type
+    space, book = Space(*uncounted(*space)), Book(*uncounted(*book[:-1]), book.lanes)
+    n, kind, lanes = x.shape[1], inverse.dtype.type, book.lanes
     mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
-    at_once, beside = len(space.best), len(space.m) > 1
-    stored = beside or space.m.size >= _padded(n)
-    space.starts[:levels], space.starts[levels] = 0, _padded(n, 4) if beside else _padded(n)
-    if beside and mapped:
-        for depth in range(1, levels + 1):
-            space.starts[depth] = depth * _padded(n, 4)
-    for start in range(0, len(x), at_once):
-        stop = min(start + at_once, len(x))
-        factor = kind(0)
-        for row in range(start, stop):
-            unit, weight_unit = _unit(words[row], bits[row]), 0.0
+    stored = space.m.shape[1] >= _padded(n)
+    space.starts[:, :-1], space.starts[:, -1] = 0, _padded(n)
+    for following in range(0, len(x), lanes):
+        # The last ones are as many: some rows are solved twice.
+        start, factor = min(following, len(x) - lanes), kind(0)
+        for lane in range(lanes):
+            row = start + lane
+            own, own_bits, own_weight = x[row], bits[row], weight[row]
+            unit, weight_unit = _unit(words[row], own_bits), 0.0
             if weighted:
-                weight_unit = _unit(weight_words[row], bits[row])
+                weight_unit = _unit(weight_words[row], own_bits)
             # A row that is not finite counts as zeros.
             factor = kind(1 / unit if unit > 0 else 0)
             weight_factor = kind(1 / weight_unit if weight_unit > 0 else 0)
-            own, own_bits, own_weight = x[row], bits[row], weight[row]
-            if beside:
-                lane = row - start
+            if n <= SHORT:
                 _arrange_beside(own, factor, own_bits, own_weight, weight_factor, space, lane)
             elif stored:
-                _arrange(own, factor, own_bits, own_weight, weight_factor, space)
+                _arrange(own, factor, own_bits, own_weight, weight_factor, space, lane)
             units[row], inverse[row] = unit, factor if unit > 0 else 1
-        _solve_together(x[start], factor, bits[start], space, book, refit, iterations, stop - start)
-        rows = slice(start, stop)
+        _solve_together(x[start], factor, bits[start], space, book, refit, iterations)
+        rows = slice(start, start + lanes)
         hand_out(book, mapped, scales[rows], lower[rows], codes[rows])
 
 
@@ -538,7 +548,7 @@ class Lookup(sorted_rows_loops.Lookup):
         of_elements = map_of(bits, len(x))
         scales = self._allocate(work, bits, levels)
         units = np.empty((len(x), 1))
-        lanes = BESIDE if x.shape[1] <= SHORT else 1
+        lanes = max(1, min(TOGETHER, KEPT // x.shape[1], len(x)))
         space = _space(x.shape[1], levels, work.dtype, self._mapped, importance is not None, lanes)
         book = codebook_loops.book(levels, work.dtype, lanes)
         _solve_rows(

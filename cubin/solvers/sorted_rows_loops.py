@@ -343,7 +343,7 @@ def _fit(row: Row, space: Space, levels: int, highest: int) -> float:
             equations[last, i, 0] += space.target[i]
             for j in range(i):
                 equations[i, j, 0] += space.gram[i * (i - 1) // 2 + j]
-    solve_equations(book, levels, 1)
+    solve_equations(book, levels)
     return book.gain[0]
 
 
@@ -360,7 +360,7 @@ def _set_all_nearest(scales: Array, levels: int, row: Row, space: Space) -> None
     """Write the nearest cells for every number of levels that the elements of a row may have."""
     mapped = len(row.starts) > 2
     for reached in range(1 if mapped else levels, levels + 1):
-        set_nearest(scales, reached, space.book, 1)
+        set_nearest(scales, reached, space.book)
 
 
 @loop
@@ -406,7 +406,7 @@ def _successive(row: Row, space: Space, levels: int, highest: int, refit: bool) 
     gain = 0.0
     for level in range(1, levels + 1):
         if level > 1:
-            split(level - 1, space.book, 1)
+            split(level - 1, space.book)
         if refit or level == levels:
             gain = _fit(row, space, level, highest)
         else:
@@ -757,7 +757,7 @@ class Lookup:
         weight = np.empty((0, 0)) if importance is None else relative_weights(np, importance, bits)
         block = arrange(magnitude, self._map(bits), levels, weight)
         method = METHODS[solver.name]
-        book = codebook_loops.book(levels, work.dtype, 1)
+        book = codebook_loops.book(levels, work.dtype, None)
         solve(block, levels, method, search.limit(solver), scales, self._lower, self._codes, book)
         scales *= unit
         scales[~valid] = np.nan

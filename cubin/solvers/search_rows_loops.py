@@ -49,10 +49,10 @@ LONGEST_KEPT = 1 << 19
 """Elements of the longest row without a map and importance whose magnitudes are stored. Those of
 longer rows are computed again in every pass, chunk by chunk."""
 
-SHORT = 1 << 7
+SHORT = 1 << 6
 """Elements of the longest rows whose magnitudes lie side by side."""
 
-TOGETHER = 1 << 6
+TOGETHER = 1 << 7
 """The most rows that are solved together."""
 
 KEPT = 1 << 15

@@ -94,6 +94,9 @@ class Space(NamedTuple):
         Their gain.
     rising : array of bool, shape (lanes,)
         Whether it rose in the last iteration.
+    factors : array in the work dtype, shape (2, lanes)
+        By what magnitudes and importance are multiplied. 0 where a row counts as zeros, or as
+        unweighted.
     """
 
     m: Array
@@ -106,6 +109,7 @@ class Space(NamedTuple):
     sizes: Array
     best: Array
     rising: Array
+    factors: Array
 
 
 def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: int) -> Space:
@@ -132,6 +136,7 @@ def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: 
         "sizes": ((levels, lanes), np.float64),
         "best": ((lanes,), np.float64),
         "rising": ((lanes,), np.bool_),
+        "factors": ((2, lanes), kind),
     }
     return Space(**{name: memory.scratch(f"search {name}", *of) for name, of in arrays.items()})
 
@@ -404,30 +409,34 @@ def _arrange(
         starts[depth] = end
 
 
-@part
-def _arrange_beside(
-    x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space,
-    lane: int,
-) -> None:  # fmt: skip
-    """The same for a short row, with room for all elements at each number of bits.
+@loop
+def _arrange_beside(x: Array, bits: Array, weight: Array, space: Space) -> None:
+    """The same for all lanes of short rows, with room for all elements at each number of bits.
 
     There, those of other numbers of bits lie below all edges.
     """
-    m, below, one = space.m, space.m.dtype.type(BELOW), space.m.dtype.type(1)
-    levels, begin, size = space.starts.shape[1] - 1, 0, _padded(x.size, 4)
-    for depth in range(1 if bits.size else levels, levels + 1):
-        for j in range(x.size):
-            magnitude = abs(x[j]) * factor if factor > 0 else factor
-            coded = bits.size == 0 or bits[j] == depth
-            m[begin + j, lane] = magnitude if coded else below
-            if weight.size:
-                own = abs(weight[j]) * weight_factor if weight_factor > 0 else one
-                space.weight[begin + j, lane] = own
-                space.weighted[begin + j, lane] = own * magnitude
-        for j in range(begin + x.size, begin + size):
-            m[j, lane] = below
-        begin += size
-        space.starts[lane, depth] = begin
+    x, bits, weight = uncounted(x, bits, weight)
+    space = Space(*uncounted(*space))
+    m, (factor, weight_factor) = space.m, (space.factors[0], space.factors[1])
+    below, one = m.dtype.type(BELOW), m.dtype.type(1)
+    mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
+    (lanes, n), levels, begin = x.shape, space.starts.shape[1] - 1, 0
+    for depth in range(1 if mapped else levels, levels + 1):
+        for j in range(n):
+            to = m[begin + j]
+            for k in range(lanes):
+                to[k] = abs(x[k, j]) * factor[k] if factor[k] > 0 else factor[k]
+            if weighted:
+                own, product = space.weight[begin + j], space.weighted[begin + j]
+                for k in range(lanes):
+                    own[k] = weight[k, j] * weight_factor[k] if weight_factor[k] > 0 else one
+                    product[k] = own[k] * to[k]
+            if mapped:
+                for k in range(lanes):
+                    to[k] = to[k] if bits[k, j] == depth else below
+        begin += _padded(n, 4)
+        m[begin - _padded(n, 4) + n : begin] = BELOW
+        space.starts[:, depth] = begin
 
 
 @part
@@ -515,13 +524,14 @@ def _solve_rows(
             # A row that is not finite counts as zeros.
             factor = kind(1 / unit if unit > 0 else 0)
             weight_factor = kind(1 / weight_unit if weight_unit > 0 else 0)
-            if n <= SHORT:
-                _arrange_beside(own, factor, own_bits, own_weight, weight_factor, space, lane)
-            elif stored:
+            space.factors[0, lane], space.factors[1, lane] = factor, weight_factor
+            if n > SHORT and stored:
                 _arrange(own, factor, own_bits, own_weight, weight_factor, space, lane)
             units[row], inverse[row] = unit, factor if unit > 0 else 1
-        _solve_together(x[start], factor, bits[start], space, book, refit, iterations)
         rows = slice(start, start + lanes)
+        if n <= SHORT:
+            _arrange_beside(x[rows], bits[rows], weight[rows], space)
+        _solve_together(x[start], factor, bits[start], space, book, refit, iterations)
         hand_out(book, mapped, scales[rows], lower[rows], codes[rows])
 
 

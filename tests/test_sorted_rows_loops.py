@@ -449,12 +449,12 @@ def test_processors_give_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     ("solver", "bits", "dtype", "mapped", "weighted", "sorts"),
     [
-        ("refined", 7, "float32", False, False, True),
-        ("refined", 6, "float32", False, False, False),
+        ("refined", 9, "float32", False, False, True),
+        ("refined", 8, "float32", False, False, False),
         ("refined", 3, "float32", False, False, False),
         ("refined", 3, "float64", False, False, False),
-        ("alternating", 6, "float32", False, False, True),
-        ("alternating", 5, "float32", False, False, False),
+        ("alternating", 7, "float32", False, False, True),
+        ("alternating", 6, "float32", False, False, False),
         ("alternating", 3, "float32", True, False, False),
         ("alternating", 7, "float32", True, False, False),
         ("alternating", 8, "float32", True, False, True),

@@ -263,7 +263,9 @@ def test_lengths_of_rows_as_they_lie(rng, length, weighted, mapped):
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("length", [1, 8, 27, search_rows_loops.SHORT, 200])
-def test_rows_that_are_solved_together_come_out_as_each_does_alone(rng, solver, mapped, weighted, length):
+def test_rows_that_are_solved_together_come_out_as_each_does_alone(
+    rng, solver, mapped, weighted, length
+):
     """To the bit, whether they stop early or late, in any lane, and where some lanes are empty."""
     count = search_rows_loops.TOGETHER + 5
     x = rng.normal(size=(count, length)).astype(np.float32)

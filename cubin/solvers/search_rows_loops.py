@@ -34,7 +34,7 @@ from cubin.core.host.loops import (
 )
 from cubin.core.libraries import Array
 from cubin.solvers import codebook_loops, search, search_rows, sorted_rows_loops
-from cubin.solvers.codebook_loops import Book, hand_out, set_nearest, split
+from cubin.solvers.codebook_loops import Book, count, hand_out, set_nearest, split
 from cubin.solvers.codebook_loops import solve as solve_equations
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import relative_weights
@@ -215,7 +215,7 @@ def _add_up(
 @loop
 def _add_up_beside(space: Space, book: Book, levels: int, step: int) -> None:
     """The same for all lanes of short rows, four columns at a time."""
-    m, starts, lanes = space.m, space.starts[0], book.lanes
+    m, starts, lanes = space.m, space.starts[0], count(book.lanes)
     first_cell, zero = 1 if levels > 1 else 0, m.dtype.type(0)
     for depth in range(levels if step > 1 else 1, starts.size):
         base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
@@ -263,7 +263,7 @@ def _set_equations(space: Space, book: Book, lowest: int, levels: int) -> None:
 
     `lowest` is the least number of bits of elements.
     """
-    equations, codes, lanes = book.equations, book.codes, book.lanes
+    equations, codes, lanes = book.equations, book.codes, count(book.lanes)
     target, mass, first = equations[len(book.fitted)], book.spare, book.gain
     for j in range(levels):
         for k in range(lanes):
@@ -297,7 +297,7 @@ def _set_equations(space: Space, book: Book, lowest: int, levels: int) -> None:
 @part
 def _set_mean(book: Book, level: int) -> None:
     """Write the greedy scale of a level: the mean of its signs times the residuals before it."""
-    equations, scales, lanes = book.equations, book.fitted, book.lanes
+    equations, scales, lanes = book.equations, book.fitted, count(book.lanes)
     target = equations[len(scales)]
     for k in range(lanes):
         scales[level, k] = target[level, k]
@@ -312,7 +312,7 @@ def _set_mean(book: Book, level: int) -> None:
 @part
 def _move_sums(space: Space, book: Book, level: int) -> None:
     """Move the numbers and totals above the edges of `level` levels to where `split` puts them."""
-    cells, lanes = 1 << (level - 1), book.lanes
+    cells, lanes = 1 << (level - 1), count(book.lanes)
     for depth in range(level + 1, len(book.fitted) + 1):
         base = 1 << (depth - 1)
         for cell in range(cells - 1, 0, -1):
@@ -325,12 +325,12 @@ def _move_sums(space: Space, book: Book, level: int) -> None:
 def _keep_better(space: Space, book: Book, levels: int) -> bool:
     """Keep the sizes of the scales of rows whose gain rose; return whether any did."""
     any_rose = False
-    for k in range(book.lanes):
+    for k in range(count(book.lanes)):
         space.rising[k] = book.gain[k] > space.best[k]
         space.best[k] = max(space.best[k], book.gain[k])
         any_rose |= space.rising[k]
     for level in range(levels):
-        for k in range(book.lanes):
+        for k in range(count(book.lanes)):
             size = abs(book.fitted[level, k])
             space.sizes[level, k] = size if space.rising[k] else space.sizes[level, k]
     return any_rose
@@ -459,7 +459,7 @@ def _solve_together(
         if x.size <= SHORT:
             _add_up_beside(space, book, reached, 2 if adding else 1)
         else:
-            for lane in range(book.lanes):
+            for lane in range(count(book.lanes)):
                 # A row that did not get better keeps its cells.
                 if space.rising[lane]:
                     _add_up(x, factor, bits, space, book, lane, reached, 2 if adding else 1)
@@ -507,8 +507,9 @@ def _solve_rows(
     """
     x, words, bits, weight, weight_words = uncounted(x, words, bits, weight, weight_words)
     scales, inverse, lower, codes = uncounted(scales, inverse, lower, codes)
-    space, book = Space(*uncounted(*space)), Book(*uncounted(*book[:-1]), book.lanes)
-    n, kind, lanes = x.shape[1], inverse.dtype.type, book.lanes
+    arrays = uncounted(*book[:-1])
+    space, book = Space(*uncounted(*space)), Book(*(arrays + (book.lanes,)))
+    n, kind, lanes = x.shape[1], inverse.dtype.type, count(book.lanes)
     mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
     stored = space.m.shape[1] >= _padded(n)
     space.starts[:, :-1], space.starts[:, -1] = 0, _padded(n)

@@ -508,7 +508,7 @@ def _solve_rows(
     x, words, bits, weight, weight_words = uncounted(x, words, bits, weight, weight_words)
     scales, inverse, lower, codes = uncounted(scales, inverse, lower, codes)
     arrays = uncounted(*book[:-1])
-    space, book = Space(*uncounted(*space)), Book(*(arrays + (book.lanes,)))
+    space, book = Space(*uncounted(*space)), Book(*(arrays + (book.lanes,)))  # noqa: RUF005
     n, kind, lanes = x.shape[1], inverse.dtype.type, count(book.lanes)
     mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
     stored = space.m.shape[1] >= _padded(n)

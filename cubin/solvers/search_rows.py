@@ -27,7 +27,7 @@ LOOPS_FROM = 1 << 16
 
 They add in another order than the body, so that the choice must depend on the array alone."""
 
-EDGES, EDGES_WITH_MORE = 48, 192
+EDGES, EDGES_WITH_MORE = 128, 192
 """The most edges that the compiled loops compare a row with. Beyond, they sort it. Sorting takes
 longer where there is a map or importance, since these are brought in order as well."""
 

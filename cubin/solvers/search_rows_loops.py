@@ -1,19 +1,19 @@
-"""The solvers `refined` and `alternating` as compiled loops, which go row by row without sorting.
+"""The solvers `refined` and `alternating` as compiled loops, on rows that are not sorted.
 
 They find what `cubin.solvers.search` finds. The magnitudes above the lower edge of a cell are added
 up in one pass over the row, which is in the cache. Elements with the same number of bits lie side
 by side, so that each is compared with the edges of its own cells alone.
 
-The arrays of cells hold those of all numbers of levels, as in `sorted_rows_loops.py`. `number` and
-`total` have an entry for each of the 2^(d-1) cells of the elements of d bits, from 2^(d-1) on: how
-many magnitudes, or how much of their importance, lies above the lower edge of the cell, and their
-sum. `equations` are the normal equations of least squares: the lower triangle, below it the right
-side as one more row, and the diagonal as the last row.
+Several rows are solved together, in lanes: see `codebook_loops.py`. Sums are those of one row at a
+time, or of all lanes where rows are short.
+
+`number` and `total` have an entry for each of the 2^(d-1) cells of the elements of d bits, from
+2^(d-1) on: how many magnitudes, or how much of their importance, lies above the lower edge of the
+cell, and their sum.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,11 +33,11 @@ from cubin.core.host.loops import (
     uncounted as _uncounted,
 )
 from cubin.core.libraries import Array
-from cubin.solvers import search, search_rows, sorted_rows_loops
-from cubin.solvers.codebook import DEPENDENT
+from cubin.solvers import codebook_loops, search, search_rows, sorted_rows_loops
+from cubin.solvers.codebook_loops import Book, count, hand_out, set_nearest, split
+from cubin.solvers.codebook_loops import solve as solve_equations
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import relative_weights
-from cubin.solvers.sorted_rows_loops import rounded_down
 
 uncounted: Any = _uncounted
 """As a function of any arrays: Numba's decorator hides its types."""
@@ -48,6 +48,15 @@ CHUNK = 1 << 12
 LONGEST_KEPT = 1 << 19
 """Elements of the longest row without a map and importance whose magnitudes are stored. Those of
 longer rows are computed again in every pass, chunk by chunk."""
+
+SHORT = 1 << 6
+"""Elements of the longest rows whose magnitudes lie side by side."""
+
+TOGETHER = 1 << 7
+"""The most rows that are solved together."""
+
+KEPT = 1 << 15
+"""Elements of rows that are solved together: they stay in the second-level cache."""
 
 BELOW = -2
 """What fills up the columns: it lies below all edges."""
@@ -60,69 +69,74 @@ LONGEST = sorted_rows_loops.LONGEST
 
 
 @part
-def _padded(size: int) -> int:
-    return -(-size // COLUMNS) * COLUMNS
+def _padded(size: int, columns: int = COLUMNS) -> int:
+    return -(-size // columns) * columns
 
 
 class Space(NamedTuple):
-    """Scratch for a row.
+    """Scratch for rows.
 
     Attributes
     ----------
     m : array in the work dtype
-        Magnitudes, those with few bits first. What fills up the columns lies below all edges.
+        Magnitudes, those with few bits first. What fills up the columns lies below all edges. Of
+        shape (lanes, room), or (room, lanes) where rows are short.
     weight, weighted : array in the work dtype
         The importance of these elements, and that times their magnitudes.
-    starts : array of int64, shape (levels + 1,)
+    starts : array of int64, shape (lanes, levels + 1)
         Where in `m` the elements of each number of bits start, and where the last ones stop. All
         have the highest number where there is no map.
-    lower : array in the work dtype, shape (2^levels,)
-    codes, moved : array of uint16, shape (2^levels,)
-    number, total : array of float64, shape (2^levels,)
-    sums : array of float64, shape (2^(levels - 1),)
+    number, total : array of float64, shape (2^levels, lanes)
     of_four : array in the work dtype, shape (CHUNK / 4,)
-    equations : array of float64, shape (levels + 2, levels)
-    fitted : array of float64, shape (levels,)
+    sizes : array of float64, shape (levels, lanes)
+        The best scales so far, of which none is negative.
+    best : array of float64, shape (lanes,)
+        Their gain.
+    rising : array of bool, shape (lanes,)
+        Whether it rose in the last iteration.
+    factors : array in the work dtype, shape (2, lanes)
+        By what magnitudes and importance are multiplied. 0 where a row counts as zeros, or as
+        unweighted.
     """
 
     m: Array
     weight: Array
     weighted: Array
     starts: Array
-    lower: Array
-    codes: Array
-    moved: Array
     number: Array
     total: Array
-    sums: Array
     of_four: Array
-    equations: Array
-    fitted: Array
+    sizes: Array
+    best: Array
+    rising: Array
+    factors: Array
 
 
-def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool) -> Space:
+def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: int) -> Space:
     """A `Space` for rows of n elements in the work dtype `kind`."""
-    room, states = _padded.py_func(n), 1 << levels
-    if mapped:
-        # Each number of bits fills its columns, and one element is written behind the last.
-        room += COLUMNS * levels + 1
-    elif not weighted and n > LONGEST_KEPT:
-        room = CHUNK
-    weights = room if weighted else 0
+    if n <= SHORT:
+        elements = (_padded.py_func(n, 4) * (levels if mapped else 1), lanes)
+    else:
+        room = _padded.py_func(n)
+        if mapped:
+            # Each number of bits fills its columns, and one element is written behind the last.
+            room += COLUMNS * levels + 1
+        elif not weighted and n > LONGEST_KEPT:
+            room = CHUNK
+        elements = (lanes, room)
+    weights = elements if weighted else (0, 0)
     arrays: dict[str, tuple[tuple[int, ...], Any]] = {
-        "m": ((room,), kind),
-        "weight": ((weights,), kind),
-        "weighted": ((weights,), kind),
-        "starts": ((levels + 1,), np.int64),
-        "lower": ((states,), kind),
-        "codes": ((states,), np.uint16),
-        "moved": ((states,), np.uint16),
-        "number": ((states,), np.float64),
-        "total": ((states,), np.float64),
-        "sums": ((states // 2,), np.float64),
+        "m": (elements, kind),
+        "weight": (weights, kind),
+        "weighted": (weights, kind),
+        "starts": ((lanes, levels + 1), np.int64),
+        "number": ((1 << levels, lanes), np.float64),
+        "total": ((1 << levels, lanes), np.float64),
         "of_four": ((CHUNK // 4,), kind),
-        "equations": ((levels + 2, levels), np.float64),
-        "fitted": ((levels,), np.float64),
+        "sizes": ((levels, lanes), np.float64),
+        "best": ((lanes,), np.float64),
+        "rising": ((lanes,), np.bool_),
+        "factors": ((2, lanes), kind),
     }
     return Space(**{name: memory.scratch(f"search {name}", *of) for name, of in arrays.items()})
 
@@ -159,21 +173,24 @@ def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
 
 
 @part
-def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, step: int) -> None:
-    """Write the numbers and totals of magnitudes above the lower edges of cells.
+def _add_up(
+    x: Array, factor: float, bits: Array, space: Space, book: Book, lane: int, levels: int,
+    step: int,
+) -> None:  # fmt: skip
+    """Write the numbers and totals of a row's magnitudes above the lower edges of cells.
 
     These are the cells of up to `levels` levels. The edges of the first ones do not move, so that
-    they are counted with one level alone. With `added`, only the edges that came with the last
-    level count.
+    they are counted with one level alone. With a `step` of 2, only the edges that came with the
+    last level count.
     """
-    m, weight, weighted, all_lower = space.m, space.weight, space.weighted, space.lower
-    starts, number, total = space.starts, space.number, space.total
+    m, starts = space.m[lane], space.starts[lane]
+    weighted = len(space.weight) > 0
     first_cell = 1 if levels > 1 else 0
     for depth in range(levels if step > 1 else 1, starts.size):
         base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
-        lower, stop = all_lower[cells : 2 * cells], starts[depth]
+        stop = starts[depth]
         for cell in range(first_cell, cells, step):
-            number[base + cell], total[base + cell] = 0, 0
+            space.number[base + cell, lane], space.total[base + cell, lane] = 0, 0
         for start in range(starts[depth - 1], stop, CHUNK):
             end = min(start + CHUNK, stop)
             sums = space.of_four[: (end - start) // 4]
@@ -183,161 +200,140 @@ def _add_up(x: Array, factor: float, bits: Array, space: Space, levels: int, ste
             else:
                 chunk = m[start:end]
             for cell in range(first_cell, cells, step):
-                edge = lower[cell] if cell else m.dtype.type(-1)
-                if weight.size:
-                    number[base + cell] += _chosen_sum(chunk, edge, weight[start:end], sums)
-                    total[base + cell] += _chosen_sum(chunk, edge, weighted[start:end], sums)
+                edge = book.lower[cells + cell, lane]
+                if weighted:
+                    weight, product = space.weight[lane, start:end], space.weighted[lane, start:end]
+                    number = _chosen_sum(chunk, edge, weight, sums)
+                    total = _chosen_sum(chunk, edge, product, sums)
                 else:
-                    number[base + cell] += _sums_of_four(chunk, edge, sums)
-                    total[base + cell] += sum_in_lanes(sums, sums.size)
+                    number = np.float64(_sums_of_four(chunk, edge, sums))
+                    total = sum_in_lanes(sums, sums.size)
+                space.number[base + cell, lane] += number
+                space.total[base + cell, lane] += total
+
+
+@loop
+def _add_up_beside(space: Space, book: Book, levels: int, step: int) -> None:
+    """The same for all lanes of short rows, four columns at a time."""
+    m, starts, lanes = space.m, space.starts[0], count(book.lanes)
+    first_cell, zero = 1 if levels > 1 else 0, m.dtype.type(0)
+    for depth in range(levels if step > 1 else 1, starts.size):
+        base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
+        for cell in range(first_cell, cells, step):
+            edge = book.lower[cells + cell]
+            number, total = space.number[base + cell], space.total[base + cell]
+            for k in range(lanes):
+                number[k] = total[k] = 0
+            for j in range(starts[depth - 1], starts[depth], 4):
+                a, b, c, d = m[j], m[j + 1], m[j + 2], m[j + 3]
+                if len(space.weight):
+                    _add_chosen(a, b, c, d, edge, space.weight[j : j + 4], lanes, number)
+                    _add_chosen(a, b, c, d, edge, space.weighted[j : j + 4], lanes, total)
+                    continue
+                for k in range(lanes):
+                    e = edge[k]
+                    above = np.int32(np.int32(a[k] > e) + np.int32(b[k] > e))
+                    above = np.int32(above + np.int32(c[k] > e) + np.int32(d[k] > e))
+                    first = (a[k] if a[k] > e else zero) + (b[k] if b[k] > e else zero)
+                    second = (c[k] if c[k] > e else zero) + (d[k] if d[k] > e else zero)
+                    number[k] += above
+                    total[k] += first + second
+
+
+@part
+def _add_chosen(
+    a: Array, b: Array, c: Array, d: Array, edge: Array, values: Array, lanes: int, total: Array
+) -> None:
+    """Add the values of elements whose magnitudes lie above an edge, in four columns."""
+    zero = a.dtype.type(0)
+    p, q, r, s = values[0], values[1], values[2], values[3]
+    for k in range(lanes):
+        e = edge[k]
+        first = (p[k] if a[k] > e else zero) + (q[k] if b[k] > e else zero)
+        second = (r[k] if c[k] > e else zero) + (s[k] if d[k] > e else zero)
+        total[k] += first + second
 
 
 # ---------------------------------------------------------------- least squares
 
 
-@part
-def _set_equations(space: Space, levels: int) -> None:
-    """Write the normal equations of the first `levels` levels."""
-    equations, codes, starts = space.equations, space.codes, space.starts
-    number, total = space.number, space.total
+@loop
+def _set_equations(space: Space, book: Book, lowest: int, levels: int) -> None:
+    """Write the normal equations of the first `levels` levels.
+
+    `lowest` is the least number of bits of elements.
+    """
+    equations, codes, lanes = book.equations, book.codes, count(book.lanes)
+    target, mass, first = equations[len(book.fitted)], book.spare, book.gain
     for j in range(levels):
-        equations[levels, j] = equations[levels + 1, j] = 0
-        for i in range(j):
-            equations[j, i] = 0
-    for depth in range(1, len(starts)):
-        if starts[depth - 1] == starts[depth]:
-            continue
+        for k in range(lanes):
+            target[j, k] = 0
+        for i in range(j + 1):
+            for k in range(lanes):
+                equations[j, i, k] = 0
+    for depth in range(lowest, len(book.fitted) + 1):
         base, reached = 1 << (depth - 1), min(depth, levels)
         cells = 1 << (reached - 1)
         for j in range(reached):
-            equations[levels + 1, j] += number[base]
-        above, above_total = 0.0, 0.0
+            for k in range(lanes):
+                equations[j, j, k] += space.number[base, k]
         for cell in range(cells - 1, -1, -1):
-            mass, first = number[base + cell] - above, total[base + cell] - above_total
-            above, above_total = number[base + cell], total[base + cell]
-            code = codes[cells + cell]
+            code, at = codes[cells + cell], base + cell
+            for k in range(lanes):
+                mass[k], first[k] = space.number[at, k], space.total[at, k]
+            if cell + 1 < cells:
+                for k in range(lanes):
+                    mass[k] -= space.number[at + 1, k]
+                    first[k] -= space.total[at + 1, k]
             for j in range(reached):
-                equations[levels, j] += first if code >> j & 1 else -first
+                for k in range(lanes):
+                    target[j, k] += first[k] if code[k] >> j & 1 else -first[k]
                 for i in range(j):
-                    alike = code >> j & 1 == code >> i & 1
-                    equations[j, i] += mass if alike else -mass
-    for j in range(levels):
-        equations[j, j] = equations[levels + 1, j]
+                    for k in range(lanes):
+                        alike = (code[k] >> j ^ code[k] >> i) & 1 == 0
+                        equations[j, i, k] += mass[k] if alike else -mass[k]
 
 
 @part
-def _mean(equations: Array, level: int, scales: Array) -> float:
-    """The greedy scale of a level: the mean of its signs times the residuals of those before."""
-    total, count = equations[level + 1, level], equations[level, level]
+def _set_mean(book: Book, level: int) -> None:
+    """Write the greedy scale of a level: the mean of its signs times the residuals before it."""
+    equations, scales, lanes = book.equations, book.fitted, count(book.lanes)
+    target = equations[len(scales)]
+    for k in range(lanes):
+        scales[level, k] = target[level, k]
     for i in range(level):
-        total -= equations[level, i] * scales[i]
-    return total / (count if count > 0 else 1.0)
-
-
-@loop
-def _solve(equations: Array, levels: int, scales: Array) -> float:
-    """Write the least-squares scales and return their gain; the equations are overwritten."""
-    for p in range(levels):
-        pivot, right = equations[p, p], equations[levels, p]
-        # The scale is 0 where a level's signs depend linearly on those of the levels before it.
-        inverse = 1 / pivot if pivot > DEPENDENT * equations[levels + 1, p] else 0.0
-        scales[p] = right * inverse
-        for j in range(p + 1, levels):
-            for i in range(j, levels):
-                equations[i, j] -= equations[i, p] * equations[j, p] * inverse
-            equations[levels, j] -= equations[j, p] * scales[p]
-        equations[p, p] = inverse
-    gain = 0.0
-    for j in range(levels - 1, -1, -1):
-        gain += equations[levels, j] * scales[j]
-        for i in range(j + 1, levels):
-            scales[j] -= equations[i, j] * equations[j, j] * scales[i]
-    return gain
-
-
-# ---------------------------------------------------------------- cells
+        for k in range(lanes):
+            scales[level, k] -= equations[level, i, k] * scales[i, k]
+    for k in range(lanes):
+        number = equations[level, level, k]
+        scales[level, k] = np.divide(scales[level, k], number if number > 0 else 1.0)
 
 
 @part
-def _set_nearest(space: Space, levels: int) -> None:
-    """Write the cells in which the nearest sum of the first `levels` levels is the same."""
-    scales, sums, all_lower, all_codes = space.fitted, space.sums, space.lower, space.codes
-    cells = 1 << (levels - 1)
-    lower, codes = all_lower[cells : 2 * cells], all_codes[cells : 2 * cells]
-    for cell in range(cells):
-        # Bit i of the cell's number is the sign of level i + 1; level 0 has the sign +.
-        code, value = 1, abs(scales[0])
-        for level in range(1, levels):
-            plus = cell >> (level - 1) & 1
-            value += abs(scales[level]) if plus else -abs(scales[level])
-            code |= plus << level
-        if value < 0:
-            code, value = code ^ ((1 << levels) - 1), -value
-        at = cell
-        while at > 0 and sums[at - 1] > value:
-            sums[at], codes[at] = sums[at - 1], codes[at - 1]
-            at -= 1
-        sums[at], codes[at] = value, code
-    for cell in range(1, cells):
-        lower[cell] = rounded_down(sums[cell - 1] / 2 + sums[cell] / 2, lower)
-
-
-@part
-def _split(space: Space, level: int) -> None:
-    """Cut every cell of `level` levels where the residual after them changes its sign.
-
-    The number and total above an old edge are known, and move with it.
-    """
-    lower, codes, scales, starts = space.lower, space.codes, space.fitted, space.starts
-    number, total = space.number, space.total
-    cells = 1 << (level - 1)
-    old, new = lower[cells : 2 * cells], lower[2 * cells : 4 * cells]
-    for cell in range(cells):
-        code, value = codes[cells + cell], 0.0
-        for i in range(level):
-            value += scales[i] if code >> i & 1 else -scales[i]
-        cut = new.dtype.type(rounded_down(value, new))
-        if cell > 0:
-            new[2 * cell] = old[cell]
-            cut = max(cut, old[cell])
-        if cell + 1 < cells:
-            cut = min(cut, old[cell + 1])
-        new[2 * cell + 1] = cut
-        codes[2 * (cells + cell)] = code
-        codes[2 * (cells + cell) + 1] = code | 1 << level
-    for depth in range(level + 1, len(starts)):
+def _move_sums(space: Space, book: Book, level: int) -> None:
+    """Move the numbers and totals above the edges of `level` levels to where `split` puts them."""
+    cells, lanes = 1 << (level - 1), count(book.lanes)
+    for depth in range(level + 1, len(book.fitted) + 1):
         base = 1 << (depth - 1)
         for cell in range(cells - 1, 0, -1):
-            number[base + 2 * cell] = number[base + cell]
-            total[base + 2 * cell] = total[base + cell]
+            for k in range(lanes):
+                space.number[base + 2 * cell, k] = space.number[base + cell, k]
+                space.total[base + 2 * cell, k] = space.total[base + cell, k]
 
 
 @part
-def _hand_out(
-    space: Space, unit: float, mapped: bool, scales: Array, lower: Array, codes: Array
-) -> None:
-    """Write the scales made positive, and the cells with codes changed accordingly.
-
-    Without a map the scales are sorted to descend, and only the cells of all levels are written.
-    """
-    fitted, all_lower, all_codes, moved = space.fitted, space.lower, space.codes, space.moved
-    levels = len(fitted)
-    begin = 0 if mapped else 1 << (levels - 1)
-    moved[:] = 0
+def _keep_better(space: Space, book: Book, levels: int) -> bool:
+    """Keep the sizes of the scales of rows whose gain rose; return whether any did."""
+    any_rose = False
+    for k in range(count(book.lanes)):
+        space.rising[k] = book.gain[k] > space.best[k]
+        space.best[k] = max(space.best[k], book.gain[k])
+        any_rose |= space.rising[k]
     for level in range(levels):
-        size, place = abs(fitted[level]), 0
-        for other in range(levels):
-            other_size = abs(fitted[other])
-            place += other_size > size or (other_size == size and other < level)
-        place = level if mapped else place
-        scales[place] = size * unit
-        # With a map, the cells of fewer levels come first, and do not have this one.
-        for cell in range(1 << level if mapped else 0, len(codes)):
-            bit = all_codes[begin + cell] >> level & 1 ^ int(fitted[level] < 0)
-            moved[cell] |= bit << place
-    for cell in range(len(codes)):
-        codes[cell] = moved[cell]
-        lower[cell] = all_lower[begin + cell]
+        for k in range(count(book.lanes)):
+            size = abs(book.fitted[level, k])
+            space.sizes[level, k] = size if space.rising[k] else space.sizes[level, k]
+    return any_rose
 
 
 # ---------------------------------------------------------------- rows
@@ -360,7 +356,9 @@ def _unit(words: Array, bits: Array) -> float:
             top = max(top, kind(words[j] & magnitude))
     largest = (1 << (8 * words.itemsize - 1 - digits)) - 1
     exponent = np.int64(top >> kind(digits))
-    unit = math.ldexp(1.0, max(exponent, 1) - largest // 2) if top > 0 else 0.0
+    # The bit pattern of a power of two in float64.
+    power = np.int64((max(exponent, 1) - largest // 2 + 1023) << 52).view(np.float64)
+    unit = power if top > 0 else 0.0
     return np.nan if exponent == largest else unit
 
 
@@ -384,14 +382,15 @@ def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
 
 @part
 def _arrange(
-    x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space
-) -> None:
+    x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space,
+    lane: int,
+) -> None:  # fmt: skip
     """Write the magnitudes and importance of a row, by numbers of bits.
 
     Elements without bits are left out. `factor` is 0 where the row counts as zeros, and
     `weight_factor` where it counts as unweighted.
     """
-    m, own, weighted, starts = space.m, space.weight, space.weighted, space.starts
+    m, starts = space.m[lane], space.starts[lane]
     levels = starts.size - 1
     for depth in range(1 if bits.size else levels, levels + 1):
         begin = starts[depth - 1]
@@ -399,6 +398,7 @@ def _arrange(
         end = begin + _padded(at - begin)
         m[at:end] = BELOW
         if weight.size:
+            own, weighted = space.weight[lane], space.weighted[lane]
             if weight_factor > 0:
                 _take(weight, weight_factor, bits, depth, own[begin:])
             else:
@@ -409,38 +409,74 @@ def _arrange(
         starts[depth] = end
 
 
+@loop
+def _arrange_beside(x: Array, bits: Array, weight: Array, space: Space) -> None:
+    """The same for all lanes of short rows, with room for all elements at each number of bits.
+
+    There, those of other numbers of bits lie below all edges.
+    """
+    x, bits, weight = uncounted(x, bits, weight)
+    space = Space(*uncounted(*space))
+    m, (factor, weight_factor) = space.m, (space.factors[0], space.factors[1])
+    below, one = m.dtype.type(BELOW), m.dtype.type(1)
+    mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
+    (lanes, n), levels, begin = x.shape, space.starts.shape[1] - 1, 0
+    for depth in range(1 if mapped else levels, levels + 1):
+        for j in range(n):
+            to = m[begin + j]
+            for k in range(lanes):
+                to[k] = abs(x[k, j]) * factor[k] if factor[k] > 0 else factor[k]
+            if weighted:
+                own, product = space.weight[begin + j], space.weighted[begin + j]
+                for k in range(lanes):
+                    own[k] = weight[k, j] * weight_factor[k] if weight_factor[k] > 0 else one
+                    product[k] = own[k] * to[k]
+            if mapped:
+                for k in range(lanes):
+                    to[k] = to[k] if bits[k, j] == depth else below
+        begin += _padded(n, 4)
+        m[begin - _padded(n, 4) + n : begin] = BELOW
+        space.starts[:, depth] = begin
+
+
 @part
-def _solve_row(
-    x: Array, factor: float, bits: Array, space: Space, refit: bool, iterations: int
+def _solve_together(
+    x: Array, factor: float, bits: Array, space: Space, book: Book, refit: bool, iterations: int
 ) -> None:
-    """Write the cells and scales of a row."""
-    equations, fitted = space.equations, space.fitted
-    levels, gain = fitted.size, -np.inf
-    # Without levels there is one code, too, which a map hands out.
-    space.codes[0], space.codes[1] = 0, 1
+    """Write the cells and scales of rows; `x`, `factor` and `bits` are those of a single one."""
+    levels = len(book.fitted)
+    lowest = 1 if bits.size else levels
+    space.best[:], space.rising[:] = -np.inf, True
     # The levels are added one by one, then come the iterations of `alternating`.
     for step in range(levels + (0 if refit else iterations)):
-        adding, count = step < levels, min(step + 1, levels)
+        adding, reached = step < levels, min(step + 1, levels)
         if adding and step > 0:
-            _split(space, step)
+            split(step, book)
+            _move_sums(space, book, step)
         elif not adding:
-            for reached in range(1 if bits.size else levels, levels + 1):
-                _set_nearest(space, reached)
-        _add_up(x, factor, bits, space, count, 2 if adding else 1)
-        _set_equations(space, count)
-        if count < levels and not refit:
-            fitted[step] = _mean(equations, step, fitted)
+            for depth in range(lowest, levels + 1):
+                set_nearest(space.sizes, depth, book)
+        if x.size <= SHORT:
+            _add_up_beside(space, book, reached, 2 if adding else 1)
+        else:
+            for lane in range(count(book.lanes)):
+                # A row that did not get better keeps its cells.
+                if space.rising[lane]:
+                    _add_up(x, factor, bits, space, book, lane, reached, 2 if adding else 1)
+        _set_equations(space, book, lowest, reached)
+        if reached < levels and not refit:
+            _set_mean(book, step)
             continue
-        raised = _solve(equations, count, fitted)
-        if not (adding or raised > gain):
+        solve_equations(book, reached)
+        if reached == levels and not refit and not _keep_better(space, book, levels):
             break
-        gain = raised
 
 
 @loop
 def _solve_rows(
     x: Array, words: Array, bits: Array, weight: Array, weight_words: Array, refit: bool,
-    iterations: int, scales: Array, inverse: Array, lower: Array, codes: Array, space: Space,
+    iterations: int, scales: Array, units: Array, inverse: Array, lower: Array, codes: Array,
+    space: Space, book: Book,
 ) -> None:  # fmt: skip
     """Solve rows.
 
@@ -458,33 +494,46 @@ def _solve_rows(
     iterations : int
         The most iterations of `alternating`.
     scales : array of float64, shape (rows, levels)
-        Without a map they descend; NaN in rows that are not finite.
+        Without a map they descend. They are in units of the row.
+    units : array of float64, shape (rows,)
+        0 for rows of zeros, NaN for those that are not finite.
     inverse : array in the dtype of x, shape (rows,)
         By what magnitudes are multiplied before they are compared with `lower`.
     lower : array in the dtype of x, shape (rows, cells)
     codes : array of uint16, shape (rows, cells)
         The cells of all levels, or with a map those of every number of levels.
     space : Space
+    book : Book
     """
     x, words, bits, weight, weight_words = uncounted(x, words, bits, weight, weight_words)
     scales, inverse, lower, codes = uncounted(scales, inverse, lower, codes)
-    space = Space(*uncounted(*space))
-    n, levels, kind = x.shape[1], scales.shape[1], inverse.dtype.type
+    arrays = uncounted(*book[:-1])
+    space, book = Space(*uncounted(*space)), Book(*(arrays + (book.lanes,)))  # noqa: RUF005
+    n, kind, lanes = x.shape[1], inverse.dtype.type, count(book.lanes)
     mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
-    stored = space.m.size >= _padded(n)
-    space.starts[:levels], space.starts[levels] = 0, _padded(n)
-    for row in range(len(x)):
-        unit, weight_unit = _unit(words[row], bits[row]), 0.0
-        if weighted:
-            weight_unit = _unit(weight_words[row], bits[row])
-        # A row that is not finite counts as zeros.
-        factor = kind(1 / unit if unit > 0 else 0)
-        if stored:
+    stored = space.m.shape[1] >= _padded(n)
+    space.starts[:, :-1], space.starts[:, -1] = 0, _padded(n)
+    for following in range(0, len(x), lanes):
+        # The last ones are as many: some rows are solved twice.
+        start, factor = min(following, len(x) - lanes), kind(0)
+        for lane in range(lanes):
+            row = start + lane
+            own, own_bits, own_weight = x[row], bits[row], weight[row]
+            unit, weight_unit = _unit(words[row], own_bits), 0.0
+            if weighted:
+                weight_unit = _unit(weight_words[row], own_bits)
+            # A row that is not finite counts as zeros.
+            factor = kind(1 / unit if unit > 0 else 0)
             weight_factor = kind(1 / weight_unit if weight_unit > 0 else 0)
-            _arrange(x[row], factor, bits[row], weight[row], weight_factor, space)
-        _solve_row(x[row], factor, bits[row], space, refit, iterations)
-        inverse[row] = factor if unit > 0 else 1
-        _hand_out(space, unit, mapped, scales[row], lower[row], codes[row])
+            space.factors[0, lane], space.factors[1, lane] = factor, weight_factor
+            if n > SHORT and stored:
+                _arrange(own, factor, own_bits, own_weight, weight_factor, space, lane)
+            units[row], inverse[row] = unit, factor if unit > 0 else 1
+        rows = slice(start, start + lanes)
+        if n <= SHORT:
+            _arrange_beside(x[rows], bits[rows], weight[rows], space)
+        _solve_together(x[start], factor, bits[start], space, book, refit, iterations)
+        hand_out(book, mapped, scales[rows], lower[rows], codes[rows])
 
 
 # ---------------------------------------------------------------- as the solvers are called
@@ -509,11 +558,16 @@ class Lookup(sorted_rows_loops.Lookup):
         weight = _weight(importance, bits, work)
         of_elements = map_of(bits, len(x))
         scales = self._allocate(work, bits, levels)
-        space = _space(x.shape[1], levels, work.dtype, self._mapped, importance is not None)
+        units = np.empty((len(x), 1))
+        lanes = max(1, min(TOGETHER, KEPT // x.shape[1], len(x)))
+        space = _space(x.shape[1], levels, work.dtype, self._mapped, importance is not None, lanes)
+        book = codebook_loops.book(levels, work.dtype, lanes)
         _solve_rows(
             work, as_integers(work), of_elements, weight, as_integers(weight), solver.refit,
-            search.limit(solver), scales, self._inverse, self._lower, self._codes, space,
+            search.limit(solver), scales, units[:, 0], self._inverse, self._lower, self._codes,
+            space, book,
         )  # fmt: skip
+        scales *= units
         self._keep(scales)
 
 

@@ -6,19 +6,14 @@ operations in the same order, for any number of levels, with bit maps and import
 Each row is solved on its own. So neither the number of threads nor the other rows change a result.
 LLVM may not reassociate or contract operations. So the processor does not change a result either.
 
-The arrays of cells hold those of all numbers of levels. The 2^(r-1) cells of elements with r levels
-start at index 2^(r-1). `lower` has the lower edge of each cell; a magnitude equal to it lies in the
-cell below. The first cell of each number of levels has no edge, and its entry is not read.
+The cells are those of `codebook_loops.py`, with a single lane.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numba.extending import overload
 
 from cubin.core.floats import as_integers
 from cubin.core.host.loops import in_work_dtype, loop, part, read_only, store, target
@@ -26,8 +21,10 @@ from cubin.core.host.loops import (
     uncounted as _uncounted,
 )
 from cubin.core.libraries import Array
-from cubin.solvers import search
+from cubin.solvers import codebook_loops, search
 from cubin.solvers.codebook import DEPENDENT
+from cubin.solvers.codebook_loops import Book, hand_out, set_nearest, split
+from cubin.solvers.codebook_loops import solve as solve_equations
 from cubin.solvers.search import ADDED, NORMAL, NORMAL_MEAN, SCREENED, SETTLED
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import power_of_two, relative_weights
@@ -214,44 +211,28 @@ class Space(NamedTuple):
 
     Attributes
     ----------
-    lower : array in the dtype of the rows, shape (2^levels,)
-    codes : array of uint16, shape (2^levels,)
-        The codes of positive elements.
-    order : array of int64, shape (2^levels,)
-        How the sums of levels were sorted last. The next sort starts from this order, which makes
-        it faster and does not change its result.
-    sums, sorted_sums : array of float64, shape (cells,)
+    book : Book
+        Of one lane.
+    lower, codes : array
+        Those of the book, without the axis of lanes.
     positions : array of uint64, shape (cells + 1,)
     signs : array of float64, shape (codes, levels)
         +-1 for every code; with more than `_TABLED` levels, for the code at hand alone.
     products : array of float64, shape (codes, pairs)
         The products of the signs of level i and a level j before it, at i (i - 1) / 2 + j.
-    diagonal, gram, target : array of float64
-        The normal equations, with pairs as in `products`.
-    cell_gram, cell_target : array of float64
-        The share in them of the elements with one number of bits.
-    factor : array of float64, shape (levels, levels)
-    inverse : array of float64, shape (levels,)
-    fitted : array of float64, shape (levels,)
-        The least-squares scales, which may be negative.
+    gram, target : array of float64
+        The share in the normal equations of the elements with one number of bits, with pairs as in
+        `products`.
     """
 
+    book: Book
     lower: Array
     codes: Array
-    order: Array
-    sums: Array
-    sorted_sums: Array
     positions: Array
     signs: Array
     products: Array
-    diagonal: Array
     gram: Array
     target: Array
-    cell_gram: Array
-    cell_target: Array
-    factor: Array
-    inverse: Array
-    fitted: Array
 
 
 @loop
@@ -264,34 +245,22 @@ def _set_signs(code: int, signs: Array, products: Array, at: int, levels: int) -
 
 
 @loop
-def _space(levels: int, lower: Array) -> Space:
-    """A `Space` for rows of up to `levels` levels, with this `lower`."""
+def _space(levels: int, book: Book) -> Space:
+    """A `Space` for rows of up to `levels` levels."""
     cells, pairs = 1 << (levels - 1), levels * (levels - 1) // 2
-    order = np.empty(2 * cells, np.int64)
-    for reached in range(1, levels + 1):
-        for number in range(1 << (reached - 1)):
-            order[(1 << (reached - 1)) + number] = number
     tabled = 2 * cells if levels <= _TABLED else 1
     signs, products = np.empty((tabled, levels)), np.empty((tabled, pairs))
     if levels <= _TABLED:
         for code in range(tabled):
             _set_signs(code, signs, products, code, levels)
     return Space(
-        lower,
-        np.zeros(2 * cells, np.uint16),
-        order,
-        np.empty(cells),
-        np.empty(cells),
+        book,
+        book.lower.ravel(),
+        book.codes.ravel(),
         np.empty(cells + 1, np.uint64),
         signs,
         products,
-        np.empty(levels),
         np.empty(pairs),
-        np.empty(levels),
-        np.empty(pairs),
-        np.empty(levels),
-        np.empty((levels, levels)),
-        np.empty(levels),
         np.empty(levels),
     )
 
@@ -325,7 +294,7 @@ def _add_cells(row: Row, space: Space, codes: Array, levels: int) -> float:
     """Write the share of some cells in the normal equations; return their elements' weight."""
     positions, first, mass = space.positions, row.first, row.mass
     signs, products = space.signs, space.products
-    gram, target = space.cell_gram, space.cell_target
+    gram, target = space.gram, space.target
     pairs, weighted, tabled = levels * (levels - 1) // 2, len(mass) > 0, len(signs) > 1
     for pair in range(pairs):
         gram[pair] = 0
@@ -349,49 +318,17 @@ def _add_cells(row: Row, space: Space, codes: Array, levels: int) -> float:
 
 
 @loop
-def _solve(space: Space, levels: int) -> float:
-    """Write the least-squares scales to `space.fitted`, and return their gain.
-
-    They are found by elimination in the order of the levels. A scale becomes 0 where its pivot is
-    rounding error (see `DEPENDENT`).
-    """
-    diagonal, gram, target = space.diagonal, space.gram, space.target
-    factor, inverse, fitted = space.factor, space.inverse, space.fitted
-    for j in range(levels):
-        pivot, right = diagonal[j], target[j]
-        for p in range(j):
-            pivot -= factor[j, p] * factor[j, p] * inverse[p]
-            right -= factor[j, p] * fitted[p]
-        inverse[j] = 1 / pivot if pivot > DEPENDENT * diagonal[j] else 0.0
-        fitted[j] = right * inverse[j]
-        for i in range(j + 1, levels):
-            entry = gram[i * (i - 1) // 2 + j]
-            for p in range(j):
-                entry -= factor[i, p] * factor[j, p] * inverse[p]
-            factor[i, j] = entry
-    for j in range(levels - 1, -1, -1):
-        for i in range(j + 1, levels):
-            fitted[j] -= factor[i, j] * inverse[j] * fitted[i]
-    gain = 0.0
-    for i in range(levels):
-        explained = diagonal[i] * fitted[i]
-        for j in range(i):
-            explained += 2 * gram[i * (i - 1) // 2 + j] * fitted[j]
-        gain += fitted[i] * (2 * target[i] - explained)
-    return gain
-
-
-@loop
 def _fit(row: Row, space: Space, levels: int, highest: int) -> float:
     """Write the least-squares scales of the cells with up to `levels` levels; return their gain.
 
     `highest` is the largest number of bits of an element.
     """
-    diagonal, gram, target = space.diagonal, space.gram, space.target
+    book, positions = space.book, space.positions
+    equations, last = book.equations, len(book.fitted)
     for i in range(levels):
-        diagonal[i] = target[i] = 0
-        for j in range(i):
-            gram[i * (i - 1) // 2 + j] = 0
+        equations[last, i, 0] = 0
+        for j in range(i + 1):
+            equations[i, j, 0] = 0
     depths = len(row.starts) - 1
     for number in range(depths):
         start, stop = row.starts[number], row.starts[number + 1]
@@ -399,36 +336,18 @@ def _fit(row: Row, space: Space, levels: int, highest: int) -> float:
             continue
         reached = min(highest - depths + 1 + number, levels)
         begin, end = 1 << (reached - 1), 1 << reached
-        _find_positions(row.values, start, stop, space.lower[begin:end], space.positions)
+        _find_positions(row.values, start, stop, space.lower[begin:end], positions)
         total = _add_cells(row, space, space.codes[begin:end], reached)
         for i in range(reached):
-            diagonal[i] += total
-            target[i] += space.cell_target[i]
-        for pair in range(reached * (reached - 1) // 2):
-            gram[pair] += space.cell_gram[pair]
-    return _solve(space, levels)
+            equations[i, i, 0] += total
+            equations[last, i, 0] += space.target[i]
+            for j in range(i):
+                equations[i, j, 0] += space.gram[i * (i - 1) // 2 + j]
+    solve_equations(book, levels)
+    return book.gain[0]
 
 
 # ---------------------------------------------------------------- cells
-
-
-def rounded_down(value: float, like: Array) -> float:
-    """The largest number of the dtype of `like` that is not above the value."""
-    raise NotImplementedError
-
-
-@overload(rounded_down)
-def rounded_down_by_type(value: Any, like: Any) -> Callable[..., Any]:
-    def single(value: Any, like: Any) -> Any:
-        rounded = np.float32(value)
-        word = np.float32(rounded).view(np.int32)
-        below = word - 1 if rounded > 0 else (word & 0x7FFFFFFF) + 1 - 0x80000000
-        return np.int32(below).view(np.float32) if rounded > value else rounded
-
-    def double(value: Any, like: Any) -> Any:
-        return value
-
-    return single if like.dtype == numba.types.float32 else double
 
 
 @loop
@@ -437,86 +356,22 @@ def _signed(value: float, code: int, level: int) -> float:
 
 
 @loop
-def _set_nearest(scales: Array, levels: int, space: Space) -> None:
-    """Write the cells in which each magnitude takes the nearest sum of `levels` levels.
-
-    Bit i of the number of a sum is the sign of level i + 1; level 0 has the sign +. Sums of equal
-    size are sorted by their numbers.
-    """
-    cells = 1 << (levels - 1)
-    sums, sizes = space.sums, space.sorted_sums
-    order, codes = space.order[cells : 2 * cells], space.codes[cells : 2 * cells]
-    lower = space.lower[cells : 2 * cells]
-    sums[0] = scales[0]
-    for level in range(1, levels):
-        half, scale = 1 << (level - 1), scales[level]
-        for number in range(half):
-            sums[half + number] = sums[number] + scale
-        for number in range(half):
-            sums[number] -= scale
-    # An insertion sort: from one iteration to the next few sums change places.
-    for cell in range(cells):
-        number = order[cell]
-        size, at = abs(sums[number]), cell
-        while at > 0 and (
-            sizes[at - 1] > size or (sizes[at - 1] == size and order[at - 1] > number)
-        ):
-            sizes[at], order[at] = sizes[at - 1], order[at - 1]
-            at -= 1
-        sizes[at], order[at] = size, number
-    every = (1 << levels) - 1
-    for cell in range(cells):
-        # A negative sum stands for its mirror image, whose code is the complement.
-        code = 2 * order[cell] + 1
-        codes[cell] = code ^ every if sums[order[cell]] < 0 else code
-    for cell in range(1, cells):
-        lower[cell] = rounded_down(sizes[cell - 1] / 2 + sizes[cell] / 2, lower)
-
-
-@loop
 def _set_all_nearest(scales: Array, levels: int, row: Row, space: Space) -> None:
-    """The same for every number of levels that the elements of a row may have."""
+    """Write the nearest cells for every number of levels that the elements of a row may have."""
     mapped = len(row.starts) > 2
     for reached in range(1 if mapped else levels, levels + 1):
-        _set_nearest(scales, reached, space)
-
-
-@loop
-def _value(code: int, scales: Array, levels: int) -> float:
-    """The sum of scale * sign over the first levels of a code."""
-    value = 0.0
-    for level in range(levels):
-        value += _signed(scales[level], code, level)
-    return value
-
-
-@loop
-def _split(level: int, space: Space) -> None:
-    """Write the cells of ``level + 1`` levels.
-
-    They are the cells of `level` levels, each cut where the residual changes its sign.
-    """
-    cells, codes, fitted = 1 << (level - 1), space.codes, space.fitted
-    old, new = space.lower[cells : 2 * cells], space.lower[2 * cells : 4 * cells]
-    for cell in range(cells):
-        code = codes[cells + cell]
-        cut = new.dtype.type(rounded_down(_value(code, fitted, level), new))
-        if cell > 0:
-            new[2 * cell] = old[cell]
-            cut = max(cut, old[cell])
-        if cell + 1 < cells:
-            cut = min(cut, old[cell + 1])
-        new[2 * cell + 1] = cut
-        codes[2 * (cells + cell)] = code
-        codes[2 * (cells + cell) + 1] = code | 1 << level
+        set_nearest(scales, reached, space.book)
 
 
 @loop
 def _mean_residual(row: Row, space: Space, level: int, highest: int) -> float:
-    """The mean magnitude of the residual before `level`, over the elements that have this level."""
+    """The mean magnitude of the residual before `level`, over the elements that have this level.
+
+    The sums of the levels before are those that `split` left.
+    """
     depths, weighted = len(row.starts) - 1, len(row.mass) > 0
     begin, end = 1 << level, 2 << level
-    codes, positions = space.codes[begin:end], space.positions
+    codes, positions, every = space.codes[begin:end], space.positions, (1 << level) - 1
     total = count = 0.0
     for number in range(depths):
         start, stop = row.starts[number], row.starts[number + 1]
@@ -528,7 +383,8 @@ def _mean_residual(row: Row, space: Space, level: int, highest: int) -> float:
             a, b = positions[cell], positions[cell + 1]
             first = row.first[b] - row.first[a]
             mass = row.mass[b] - row.mass[a] if weighted else np.float64(b - a)
-            left = first - mass * _value(codes[cell], space.fitted, level)
+            value = space.book.sums[(codes[cell] & every) >> 1, 0] if level else 0.0
+            left = first - mass * value
             depth_total += _signed(left, codes[cell], level)
             depth_count += mass
         total += depth_total
@@ -550,27 +406,25 @@ def _successive(row: Row, space: Space, levels: int, highest: int, refit: bool) 
     gain = 0.0
     for level in range(1, levels + 1):
         if level > 1:
-            _split(level - 1, space)
-        else:
-            space.codes[1] = 1
+            split(level - 1, space.book)
         if refit or level == levels:
             gain = _fit(row, space, level, highest)
         else:
-            space.fitted[level - 1] = _mean_residual(row, space, level - 1, highest)
+            space.book.fitted[level - 1, 0] = _mean_residual(row, space, level - 1, highest)
     return gain
 
 
 @loop
 def _copy(scales: Array, levels: int, target: Array) -> None:
     for level in range(levels):
-        target[level] = scales[level]
+        target[level, 0] = scales[level, 0]
 
 
 @loop
 def _take_sizes(space: Space, levels: int, scales: Array) -> None:
     """Write the sizes of the scales that were fitted last."""
     for level in range(levels):
-        scales[level] = abs(space.fitted[level])
+        scales[level, 0] = abs(space.book.fitted[level, 0])
 
 
 @loop
@@ -612,7 +466,7 @@ def _set_best_pair(row: Row, pair: Array) -> None:
     mass = weights[stop] - weights[start] if weighted else np.float64(stop - start)
     # The Gram matrix of the levels is ((whole, across), (across, mass)).
     whole = single_mass + mass
-    pair[0] = pair[1] = 0.0
+    pair[0, 0] = pair[1, 0] = 0.0
     best = -np.inf
     for swapped in range(2):
         for at in range(start, stop + 1):
@@ -629,7 +483,7 @@ def _set_best_pair(row: Row, pair: Array) -> None:
             gain = initial * target + second * other
             if gain > best:
                 best = gain
-                pair[0], pair[1] = abs(initial), abs(second)
+                pair[0, 0], pair[1, 0] = abs(initial), abs(second)
 
 
 @loop
@@ -641,15 +495,15 @@ def _set_start(row: Row, number: int, levels: int, mean: float, best: Array, sta
     if number < len(ADDED):
         largest = 0.0
         for level in range(levels - 1):
-            start[level] = best[level]
-            largest = max(largest, best[level])
-        start[levels - 1] = ADDED[number] * largest
+            start[level, 0] = best[level, 0]
+            largest = max(largest, best[level, 0])
+        start[levels - 1, 0] = ADDED[number] * largest
         return True
     if levels == 2:
         _set_best_pair(row, start)
         return True
     for level in range(levels):
-        start[level] = _NORMAL[levels, level] * (mean / NORMAL_MEAN)
+        start[level, 0] = _NORMAL[levels, level] * (mean / NORMAL_MEAN)
     return bool(_NORMAL[levels, 0] > 0)
 
 
@@ -684,38 +538,7 @@ def _search(
                 _copy(trial, count, leader)
         _copy(leader, count, best)
         if count == 1:
-            mean = best[0]
-
-
-@loop
-def _hand_out(
-    space: Space, levels: int, mapped: bool, scales: Array, lower: Array, codes: Array
-) -> None:
-    """Write the scales made positive, and the cells with codes changed accordingly.
-
-    Without a map the scales are sorted to descend, and only the cells of all levels are written.
-    """
-    fitted = space.fitted
-    place = np.empty(levels, np.int64)
-    for level in range(levels):
-        size = abs(fitted[level])
-        place[level] = level
-        if not mapped:
-            place[level] = 0
-            for other in range(levels):
-                other_size = abs(fitted[other])
-                place[level] += other_size > size or (other_size == size and other < level)
-        scales[place[level]] = size
-    begin = 0 if mapped else 1 << (levels - 1)
-    depth = 0 if mapped else levels
-    for cell in range(len(codes)):
-        if mapped and cell == 1 << depth:
-            depth += 1
-        old, new = space.codes[begin + cell], 0
-        for level in range(depth):
-            new |= (old >> level & 1 ^ int(fitted[level] < 0)) << place[level]
-        codes[cell] = new
-        lower[cell] = space.lower[begin + cell]
+            mean = best[0, 0]
 
 
 REFINED, ALTERNATING, OPTIMAL = 0, 1, 2
@@ -725,7 +548,7 @@ METHODS = {"refined": REFINED, "alternating": ALTERNATING, "optimal": OPTIMAL}
 @loop
 def solve(
     block: SortedBlock, levels: int, method: int, iterations: int, scales: Array, lower: Array,
-    codes: Array,
+    codes: Array, book: Book,
 ) -> None:  # fmt: skip
     """Solve rows.
 
@@ -743,10 +566,11 @@ def solve(
     lower : array in the dtype of the rows, shape (rows, cells)
     codes : array of uint16, shape (rows, cells)
         Written: the cells of all levels, or with a map those of every number of levels.
+    book : Book
     """
-    space = _space(levels, np.empty(1 << levels, lower.dtype))
+    space = _space(levels, book)
     mapped = lower.shape[1] > 1 << (levels - 1)
-    best, trial, leader = np.empty(levels), np.empty(levels), np.empty(levels)
+    best, trial, leader = np.empty((levels, 1)), np.empty((levels, 1)), np.empty((levels, 1))
     for number in range(len(block.values)):
         mass = block.mass[min(number, len(block.mass) - 1)]
         row = Row(block.values[number], block.first[number], mass, block.starts[number])
@@ -758,7 +582,8 @@ def solve(
             gain = _successive(row, space, levels, levels, method == REFINED)
             _take_sizes(space, levels, best)
         _alternate(row, space, levels, levels, rounds, best, gain)
-        _hand_out(space, levels, mapped, scales[number], lower[number], codes[number])
+        own = slice(number, number + 1)
+        hand_out(book, mapped, scales[own], lower[own], codes[own])
 
 
 # ---------------------------------------------------------------- codes and values of elements
@@ -932,7 +757,8 @@ class Lookup:
         weight = np.empty((0, 0)) if importance is None else relative_weights(np, importance, bits)
         block = arrange(magnitude, self._map(bits), levels, weight)
         method = METHODS[solver.name]
-        solve(block, levels, method, search.limit(solver), scales, self._lower, self._codes)
+        book = codebook_loops.book(levels, work.dtype, None)
+        solve(block, levels, method, search.limit(solver), scales, self._lower, self._codes, book)
         scales *= unit
         scales[~valid] = np.nan
         self._inverse[:] = 1 / unit[:, 0]

@@ -30,7 +30,7 @@ BAND = (64, CHUNK)
 """The fewest and the most rows of a band: 64 of float32 are four lines of the cache, which follow
 each other."""
 
-COPIED = 1 << 19
+COPIED = 1 << 17
 """Elements of a band of rows that are short."""
 
 KEPT = 1 << 19

@@ -216,3 +216,37 @@ def test_long_rows_side_by_side_share_their_blocks(monkeypatch):
     seen.clear()
     passes.for_each_part(lambda part, x: seen.append(x.shape[0]), rows, x, one_by_one=True)
     assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 50])
+@pytest.mark.parametrize("shape", [(4321,), (5, 700), (3, 7, 150), (2, 1500), (9, 100, 2)])
+def test_pieces_that_come_together_are_pieces_of_the_row(monkeypatch, shape, at_once):
+    monkeypatch.setattr(blocks, "PIECE", 400)
+    x = np.arange(np.prod(shape)).reshape(shape)
+    alone = [x[tile].ravel() for tile in blocks.tile(shape, 400)]
+    found, parts = [], 0
+    for numbers, block in passes._pieces(shape, at_once):
+        count, parts = numbers.stop - numbers.start, parts + 1
+        assert numbers.start == len(found)
+        assert 1 <= count <= at_once
+        found += list(x[block].reshape(count, -1))
+    assert len(found) == len(alone)
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert at_once == 1 or parts < len(alone) or shape in [(5, 700), (9, 100, 2)]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("lay_out", [np.asarray, np.asfortranarray, lambda x: x[::-1, ::2]])
+@pytest.mark.parametrize("axis", [None, 0])
+def test_long_rows_equal_the_bodies(rng, monkeypatch, lay_out, axis, mapped):
+    monkeypatch.setattr(blocks, "BLOCK", 256)
+    monkeypatch.setattr(blocks, "PIECE", 300)
+    x = lay_out(rng.normal(size=(5, 2 * 1703)).astype(np.float32))
+    bits = rng.integers(0, 6, x.shape) if mapped else 5
+    code = cubin.quantize(x, bits, channel_axis=axis)
+    y = cubin.multibit(x, bits, channel_axis=axis)
+    with monkeypatch.context() as patched:
+        patched.setattr(blocks, "pays", lambda size: False)
+        assert cubin.quantize(x, bits, channel_axis=axis) == code
+        np.testing.assert_array_equal(cubin.multibit(x, bits, channel_axis=axis), y)

@@ -53,7 +53,7 @@ class Part(NamedTuple):
     rows : slice
         The numbers of the rows.
     piece : slice
-        The number of the piece, as a slice of length 1.
+        The number of the piece; of several that follow each other in one row their numbers.
     block : tuple of slice
         The indices into the view: slices, and an ellipsis, which makes 0-d results arrays.
     """
@@ -318,12 +318,14 @@ def elements_of_rows(
     on = form(primitive, out)
     name = primitive.outputs[-1][1]
     view = rows.view(out)
+    compiled = on is not primitive.function and not floats.is_narrow(out.dtype)
+    size = blocks.elements_block(rows.size) if compiled else blocks.BLOCK
 
     def task(part: Part, *flat: Any) -> None:
         of_part = [scale[part.rows] for scale in scales]
         write(lambda y: on(*flat, *of_part, **{name: y}), view[part.block], flat[0].shape)
 
-    for_each_part(task, rows, *inputs)
+    for_each_part(task, rows, *inputs, size=size)
 
 
 def for_each_part(
@@ -337,8 +339,8 @@ def for_each_part(
 
     On a device there is a single part. On the host parts are blocks that fit the cache, and several
     threads take them. An input is an array of the rows' shape, or a scalar, which is passed on.
-    Pieces of long rows come together with those beside them, or else `one_by_one`. Other rows come
-    in blocks of about `size` elements.
+    Blocks have about `size` elements: whole rows, or pieces of long ones. Pieces of long rows that
+    lie side by side come together, or else `one_by_one`.
     """
     device = any(map(libraries.on_device, inputs))
     if device:
@@ -422,10 +424,13 @@ def partial_results(
     results = [np.zeros((rows.count, pieces), kind) for kind, _ in primitive.outputs]
     names = [name for _, name in primitive.outputs]
 
-    def reduce(part: Part, *flat: Array) -> None:
-        at = (part.rows, part.piece)
-        outputs = {name: result[at] for name, result in zip(names, results, strict=True)}
-        on(*flat, *(scale[part.rows] for scale in scales), **outputs)
+    def reduce(part: Part, *flat: Any) -> None:
+        at, several = (part.rows, part.piece), part.piece.stop - part.piece.start
+        if several > 1:  # of one row: for the primitive they are rows
+            flat = tuple(a if np.ndim(a) == 0 else a.reshape(several, -1) for a in flat)
+        of_part = {name: result[at].reshape(-1, 1)
+                   for name, result in zip(names, results, strict=True)}  # fmt: skip
+        on(*flat, *(scale[part.rows] for scale in scales), **of_part)
 
     # Bodies add the elements of one long row more exactly than those of rows side by side. Loops
     # read every row once, so that larger blocks of them, of which there are fewer, are faster.
@@ -542,9 +547,27 @@ def _parts(rows: Rows, together: int, size: int) -> Iterator[Part]:
     if rows.length <= blocks.BLOCK:
         yield from _blocks_of_rows(rows, size, together)
         return
+    at_once = size // blocks.PIECE if together == 1 else 1
     for numbers, head in _row_blocks(rows, together):
-        for piece, inner in enumerate(blocks.tile(rows.inner_shape, blocks.PIECE)):
-            yield Part(numbers, slice(piece, piece + 1), (*head, *inner, ...))
+        for pieces, inner in _pieces(rows.inner_shape, at_once):
+            yield Part(numbers, pieces, (*head, *inner, ...))
+
+
+def _pieces(shape: tuple[int, ...], at_once: int) -> Iterator[tuple[slice, blocks.Block]]:
+    """The numbers of the pieces of a row of this shape, and the block that they are.
+
+    Up to `at_once` of one length come together, where they make up a block.
+    """
+    tiles, first = list(blocks.tile(shape, blocks.PIECE)), 0
+    while first < len(tiles):
+        size = blocks.extent(tiles[first], shape)
+        for stop in range(min(first + max(1, at_once), len(tiles)), first, -1):
+            ends = zip(tiles[first], tiles[stop - 1], strict=True)
+            block = tuple(slice(one.start, other.stop) for one, other in ends)
+            if blocks.extent(block, shape) == size * (stop - first):
+                break
+        yield slice(first, stop), block
+        first = stop
 
 
 def _blocks_of_rows(rows: Rows, size: int, together: int = 1) -> Iterator[Part]:

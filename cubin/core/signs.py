@@ -35,6 +35,7 @@ def signs(x: np.ndarray, *, y: np.ndarray) -> None:
     "bool mask",
     "mask = inside(Work<T>::type(x), bits)",
     types=FLOATS,
+    looped=True,
 )
 def inside_bits(x: np.ndarray, bits: np.ndarray, *, mask: np.ndarray) -> None:
     """|x| <= bits, compared exactly."""
@@ -46,6 +47,7 @@ def inside_bits(x: np.ndarray, bits: np.ndarray, *, mask: np.ndarray) -> None:
     "bool mask",
     "mask = fabs(to_double(Work<T>::type(x))) <= bound",
     types=FLOATS,
+    looped=True,
 )
 def inside(x: np.ndarray, bound: np.ndarray, *, mask: np.ndarray) -> None:
     """|x| <= bound, compared in float64."""

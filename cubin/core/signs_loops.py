@@ -38,6 +38,19 @@ def _signs_of_patterns(y: Array, infinity: int, one: int) -> None:
 
 
 @loop
+def _inside(word: Array, most: int, end: int, mask: Array) -> None:
+    """Whether the bit patterns of magnitudes are below the pattern `end`; `most` is the largest."""
+    for j in range(mask.size):
+        mask[j] = word.dtype.type(word[j] & most) < end
+
+
+@loop
+def _inside_map(x: Array, bound: Array, mask: Array) -> None:
+    for j in range(mask.size):
+        mask[j] = np.float64(abs(x[j])) <= np.float64(bound[j])
+
+
+@loop
 def _clip(x: Array, bound: float, gy: Array, gx: Array) -> None:
     for j in range(x.size):
         gx[j] = gy[j] if abs(x[j]) <= bound else gx.dtype.type(0)
@@ -68,6 +81,20 @@ def signs(x: Array, *, y: Array) -> None:
         _signs_in_place(y.reshape(-1))
     else:
         _signs(read_only(in_rows(x)).reshape(-1), y.reshape(-1))
+
+
+def inside(x: Array, bound: Array, *, mask: Array) -> None:
+    """`signs.inside`."""
+    if np.ndim(bound):
+        x, bound = (read_only(in_rows(a)).reshape(-1) for a in (in_work_dtype(x), bound))
+        _inside_map(x, bound, mask.reshape(-1))
+        return
+    word = read_only(as_integers(in_rows(x))).reshape(-1)
+    most = word.dtype.type((1 << (8 * word.itemsize - 1)) - 1)
+    _inside(word, most, magnitudes_up_to(float(bound), x.dtype), mask.reshape(-1))
+
+
+inside_bits = inside
 
 
 def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:

@@ -30,8 +30,9 @@ BAND = (64, CHUNK)
 """The fewest and the most rows of a band: 64 of float32 are four lines of the cache, which follow
 each other."""
 
-COPIED = 1 << 19
-"""Elements of a band of rows that are short."""
+COPIED = 1 << 17
+"""Elements of a band of rows that are short: 512 KB of float32, which the second-level cache holds.
+With a map there are four times as many, since a line of it has a quarter of the bytes."""
 
 KEPT = 1 << 19
 """Elements of the largest band that is copied, and gone through in the copy at every level. What
@@ -434,7 +435,7 @@ def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array
     """`greedy.level_sums`."""
     wide, stacked = lines_in_work_dtype(x), _stack(scales, x)
     totals, counts = np.empty(len(x)), np.empty(len(x), np.int32)
-    width = _width(len(x), min(len(wide), CHUNK))
+    width = _width(len(x), min(len(wide), CHUNK), np.ndim(bits) > 0)
     band = memory.scratch("band", (min(len(wide), CHUNK) * width,), wide.dtype)
     _level_sums(wide, map_lines(bits, len(wide)), stacked[: len(scales)], band,
                 *_scratch(width, wide.dtype), totals, counts)  # fmt: skip
@@ -480,10 +481,11 @@ def _solve(x: Array, rows: int, bits: Array, levels: int, y: Array, signs: Array
     Their approximation or their signs are written, if there is room for them.
     """
     scales = np.zeros((_even(levels), rows), x.dtype)
-    n, width = len(x), _width(rows, len(x))
+    n, mapped = len(x), bits.shape[1] > 0
+    width = _width(rows, n, mapped)
     kept = n * width <= KEPT
     band = memory.scratch("band", ((n if kept else min(n, CHUNK)) * width,), x.dtype)
-    marked = kept and (levels > 2 or bits.shape[1] > 0)
+    marked = kept and (levels > 2 or mapped)
     m = memory.scratch("magnitudes", (n * width if marked else 0,), x.dtype)
     _solve_rows(
         x, bits, levels, scales, kept, band, read_only(band), m, *_scratch(width, x.dtype),
@@ -502,10 +504,10 @@ def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
     store_lines(values, y)
 
 
-def _width(rows: int, n: int) -> int:
+def _width(rows: int, n: int, mapped: bool) -> int:
     """Rows of a band."""
-    least, most = BAND
-    return min(rows, max(least, min(COPIED // n // least * least, most)))
+    (least, most), copied = BAND, 4 * COPIED if mapped else COPIED
+    return min(rows, max(least, min(copied // n // least * least, most)))
 
 
 def _scratch(width: int, dtype: Any) -> tuple[Array, ...]:

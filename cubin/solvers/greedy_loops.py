@@ -43,6 +43,10 @@ TOGETHER = 1 << 15
 """Elements of the rows that take turns at each level, so that one row's memory is read while
 another row is computed."""
 
+AHEAD = 4 * CHUNK
+"""Elements that are read from memory in turn before they are added up. The columns of a sum are
+too many streams for a processor to see what comes next: reading along them takes twice as long."""
+
 # ---------------------------------------------------------------- scales
 
 
@@ -85,22 +89,17 @@ def _find_scales(
             taken = scales[row, level - 1] if level else zero
             total, count = 0.0, 0 if mapped else x.shape[1]
             for start in range(0, x.shape[1], CHUNK):
-                stop = min(start + CHUNK, x.shape[1])
-                source, left, less = x[row, start:stop], m[row, start:stop], taken
+                stop, less = min(start + CHUNK, x.shape[1]), taken
+                if level == 0 and start % AHEAD == 0:
+                    keep(x[row, start : start + AHEAD], zero, m[row, start : start + AHEAD])
                 if mapped:
-                    if level == 0:
-                        keep(source, zero, left)
-                    count += keep_coded_in_place(left, taken, bits[row, start:stop], level)
+                    depths = bits[row, start:stop]
+                    count += keep_coded_in_place(m[row, start:stop], taken, depths, level)
                     less = zero
                 elif 0 < level < last:  # the magnitudes are needed again
-                    if level == 1:
-                        keep(source, taken, left)
-                    else:
-                        keep_in_place(left, taken)
+                    keep_in_place(m[row, start:stop], taken)
                     less = zero
-                if mapped or level > 1 or 0 < level < last:
-                    source = magnitudes[row, start:stop]
-                total += magnitude_sum(source, less, sums)
+                total += magnitude_sum(magnitudes[row, start:stop], less, sums)
             scales[row, level] = x.dtype.type(total / count) if count else zero
 
 

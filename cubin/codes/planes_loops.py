@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from cubin.codes.sign_bits_loops import write_sums
-from cubin.core import memory
+from cubin.core import floats, memory
 from cubin.core.host.loops import (
     beside,
     in_rows,
@@ -21,6 +21,7 @@ from cubin.core.host.loops import (
     lines,
     loop,
     map_of,
+    narrow,
     read_only,
     store,
     uncounted,
@@ -29,6 +30,9 @@ from cubin.core.libraries import Array
 
 SLACK = 8
 """Bytes beyond the last that may be read with it, as one number."""
+
+NARROWED = 1 << 12
+"""The fewest sums that are narrowed to float16 or bfloat16 together. They stay in the cache."""
 
 
 # ---------------------------------------------------------------- bytes
@@ -39,52 +43,58 @@ def _word(context: Any, bytes_of: Any, at: Any) -> Any:
     """Eight bytes of an array as one number, wherever they begin; the first is the lowest."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        found = builder.load(_place(context, builder, bytes_of, *arguments))
-        found.align = 1
-        return found
+        where = _place(context, builder, bytes_of, *arguments, ir.IntType(64))
+        return builder.load(where, align=1)
 
     return types.uint64(bytes_of, types.intp), generate
 
 
-@intrinsic
-def _turn_block(
-    context: Any, source: Any, first: Any, pitch: Any, target: Any, at: Any, step: Any
-) -> Any:
-    """Write ``target[at + j * step + i] = source[first + i * pitch + j]`` for i and j up to 7.
+def _turn_block_of(size: int) -> Any:
+    """The instructions that turn blocks of so many rows of as many bytes, a power of two."""
 
-    Parts of the eight words are swapped in three steps: halves, quarters, bytes. As statements they
-    would take Numba a second.
-    """
+    @intrinsic
+    def turn_block(
+        context: Any, source: Any, first: Any, pitch: Any, target: Any, at: Any, step: Any
+    ) -> Any:
+        """Write ``target[at + j * step + i] = source[first + i * pitch + j]``."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (source, first, pitch, target, at, step), word = arguments, ir.IntType(64)
-        words = []
-        for _ in range(8):
-            words.append(builder.load(_place(context, builder, signature.args[0], source, first)))
-            words[-1].align = 1
-            first = builder.add(first, pitch)
-        for apart, low in ((4, (1 << 32) - 1), (2, 0x0000FFFF0000FFFF), (1, 0x00FF00FF00FF00FF)):
-            shift = word(8 * apart)
-            for i in range(8):
-                if not i & apart:
-                    one, other = words[i], words[i + apart]
-                    both = builder.and_(builder.xor(builder.lshr(one, shift), other), word(low))
-                    words[i] = builder.xor(one, builder.shl(both, shift))
-                    words[i + apart] = builder.xor(other, both)
-        for value in words:
-            where = _place(context, builder, signature.args[3], target, at)
-            builder.store(value, where).align = 1
-            at = builder.add(at, step)
-        return context.get_dummy_value()
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, first, pitch, target, at, step = arguments
+            kind, half = ir.VectorType(ir.IntType(8), size), size // 2
+            rows = []
+            for _ in range(size):
+                where = _place(context, builder, signature.args[0], source, first, kind)
+                rows.append(builder.load(where, align=1))
+                first = builder.add(first, pitch)
+            # Bytes of two rows by turns: the first half of the bytes of both, or the second.
+            number = ir.VectorType(ir.IntType(32), size)
+            halves = [ir.Constant(number, [at + size * row for at in part for row in (0, 1)])
+                      for part in (range(half), range(half, size))]  # fmt: skip
+            for _ in range(size.bit_length() - 1):
+                rows = [
+                    builder.shuffle_vector(rows[i], rows[i + half], part)
+                    for i in range(half)
+                    for part in halves
+                ]
+            for row in rows:
+                where = _place(context, builder, signature.args[3], target, at, kind)
+                builder.store(row, where, align=1)
+                at = builder.add(at, step)
+            return context.get_dummy_value()
 
-    size = types.intp
-    return types.none(source, size, size, target, size, size), generate
+        index = types.intp
+        return types.none(source, index, index, target, index, index), generate
+
+    return turn_block
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any) -> Any:
-    """The address of eight bytes of an array."""
+_turn_eight, _turn_sixteen = _turn_block_of(8), _turn_block_of(16)
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, wanted: Any) -> Any:
+    """The address of some bytes of an array, as that of a number or vector."""
     data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), ir.IntType(64).as_pointer())
+    return builder.bitcast(builder.gep(data, [at]), wanted.as_pointer())
 
 
 @loop
@@ -104,24 +114,46 @@ def _copy(
 
 
 @loop
+def _turn_few(
+    source: Array, first: int, pitch: int, rows: int, columns: int, target: Array, at: int,
+    step: int,
+) -> None:  # fmt: skip
+    """`_turn` for one level, where there are few rows or columns."""
+    whole_rows, whole_columns = rows // 8 * 8, columns // 8 * 8
+    byte = source.itemsize
+    for i in range(0, whole_rows, 8):
+        for j in range(0, whole_columns, 8):
+            _turn_eight(source, first + i * pitch + j, pitch, target, at + j * step + i, step)
+    for j in range(whole_columns, columns):
+        _copy(source, first + j, pitch, target, at + j * step, byte, rows)
+    for i in range(whole_rows, rows):
+        _copy(source, first + i * pitch, byte, target, at + i, step, whole_columns)
+
+
+@loop
 def _turn(
     source: Array, source_step: int, pitch: int, rows: int, columns: int, target: Array,
     target_step: int, step: int, levels: int,
 ) -> None:  # fmt: skip
     """Write ``target[level * target_step + j * step + i]``, byte after byte, from
-    ``source[level * source_step + i * pitch + j]``."""
+    ``source[level * source_step + i * pitch + j]``.
+
+    Of source and target, the one whose bytes lie further apart is gone through in order.
+    """
     source, target = uncounted(source, target)
-    whole_rows, whole_columns = rows // 8 * 8, columns // 8 * 8
-    byte = source.itemsize
+    whole_rows, whole_columns = rows // 16 * 16, columns // 16 * 16
+    down = step > pitch
+    outer, inner = (whole_columns, whole_rows) if down else (whole_rows, whole_columns)
     for level in range(levels):
         first, at = level * source_step, level * target_step
-        for i in range(0, whole_rows, 8):
-            for j in range(0, whole_columns, 8):
-                _turn_block(source, first + i * pitch + j, pitch, target, at + j * step + i, step)
-        for j in range(whole_columns, columns):
-            _copy(source, first + j, pitch, target, at + j * step, byte, rows)
-        for i in range(whole_rows, rows):
-            _copy(source, first + i * pitch, byte, target, at + i, step, whole_columns)
+        for one in range(0, outer, 16):
+            for other in range(0, inner, 16):
+                i, j = (other, one) if down else (one, other)
+                _turn_sixteen(source, first + i * pitch + j, pitch, target, at + j * step + i, step)
+        _turn_few(source, first + whole_columns, pitch, rows, columns - whole_columns,
+                  target, at + whole_columns * step, step)  # fmt: skip
+        _turn_few(source, first + whole_rows * pitch, pitch, rows - whole_rows, whole_columns,
+                  target, at + whole_rows, step)  # fmt: skip
 
 
 # ---------------------------------------------------------------- signs to planes
@@ -222,6 +254,34 @@ def _sum_levels(
 
 
 @loop
+def _sum_narrow_levels(
+    held: Array, step: int, levels: int, pitch: int, scales: Array, of_level: int, apart: int,
+    run: int, shifted: bool, lines: int, length: int, bits: Array, ieee: bool, sums: Array,
+    words: Array, y: Array, y_pitch: int,
+) -> None:  # fmt: skip
+    """The same for float16, if it is `ieee`, or bfloat16 as bit patterns, some lines at a time.
+
+    `words` are the bit patterns of `sums`, which has room for them.
+    """
+    held, scales, bits, sums = uncounted(held, scales, bits, sums)
+    words, y = uncounted(words, y)
+    at_once = max(1, sums.size // length)
+    for line in range(0, lines, at_once):
+        count = min(at_once, lines - line)
+        _sum_levels(
+            held[line * pitch :], step, levels, pitch, scales[line * apart :], of_level, apart, run,
+            shifted, count, length, bits[line * length :], sums, length,
+        )  # fmt: skip
+        if y_pitch == length:
+            first = line * length
+            narrow(words[: count * length], y[first : first + count * length], ieee)
+        else:
+            for i in range(count):
+                first = (line + i) * y_pitch
+                narrow(words[i * length : (i + 1) * length], y[first : first + length], ieee)
+
+
+@loop
 def _sum_columns(
     flat: Array, level_step: int, byte_step: int, scales: Array, count: int, y: Array
 ) -> None:
@@ -284,7 +344,8 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
         return
     pitch = y.strides[0] // y.itemsize if count > 1 else n
     in_place = y.strides[1] == y.itemsize and pitch >= n and y.flags.aligned
-    if y.dtype != scales.dtype or not in_place:
+    narrows = floats.is_narrow(y.dtype) and scales.dtype == np.float32
+    if not (in_place and (narrows or y.dtype == scales.dtype)):
         values = memory.scratch("values", y.shape, scales.dtype)
         sum_planes(planes, bits, scales, shift, y=values)
         store(values, y)
@@ -296,12 +357,17 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
     held = memory.scratch("planes", (levels * step,), np.uint8)
     _turn(read_only(flat(planes)), level_step, byte_step, width, count, held, step, width, levels)
     found, length = count, n
-    if n % 8 == 0 and pitch == n and (scaled == count or runs == 1):
+    if n % 8 == 0 and pitch == n and (scaled == count or runs == 1) and not narrows:
         # Lines of whole bytes follow each other as one line does.
         found, length = 1, count * n
     run = length if scaled == 1 and runs == 1 else n // runs
-    _sum_levels(
-        held, step, levels, width, read_only(of_levels.reshape(-1)), scaled * runs,
-        runs if scaled > 1 else 0, run, shifted, found, length, map_of(bits, 0).reshape(-1),
-        flat(y), pitch,
-    )  # fmt: skip
+    layout = (held, step, levels, width, read_only(of_levels.reshape(-1)), scaled * runs,
+              runs if scaled > 1 else 0, run, shifted, found, length,
+              map_of(bits, 0).reshape(-1))  # fmt: skip
+    if narrows:
+        sums = memory.scratch("sums", (max(length, NARROWED),), np.float32)
+        words = read_only(sums.view(np.uint32))
+        halves = flat(y.view(np.uint16))
+        _sum_narrow_levels(*layout, y.dtype == np.float16, sums, words, halves, pitch)
+    else:
+        _sum_levels(*layout, flat(y), pitch)

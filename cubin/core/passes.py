@@ -245,7 +245,7 @@ def for_each_lines(
         whole = slice(0, lines.length)
         parts = [(share, whole) for share in blocks.shares(lines.count, least)]
     elif at_once is not None or lines.length <= blocks.BLOCK:
-        step = at_once or max(1, LINES_AT_ONCE // lines.length)
+        step = at_once or max(1, max(LINES_AT_ONCE, blocks.elements_block(size)) // lines.length)
         parts = [(slice(start, min(start + step, lines.count)), slice(0, lines.length))
                  for start in range(0, lines.count, step)]  # fmt: skip
     else:

@@ -12,7 +12,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from cubin.codes.sign_bits_loops import write_sums
+from cubin.codes.sign_bits_loops import WITHIN_WORDS, WORD, write_sums
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
     beside,
@@ -21,7 +21,6 @@ from cubin.core.host.loops import (
     lines,
     loop,
     map_of,
-    narrow,
     read_only,
     store,
     uncounted,
@@ -31,8 +30,8 @@ from cubin.core.libraries import Array
 SLACK = 8
 """Bytes beyond the last that may be read with it, as one number."""
 
-NARROWED = 1 << 12
-"""The fewest sums that are narrowed to float16 or bfloat16 together. They stay in the cache."""
+NARROWED = 1 << 16
+"""Sums that are narrowed to float16 or bfloat16 at a time. They stay in the cache."""
 
 
 # ---------------------------------------------------------------- bytes
@@ -43,7 +42,8 @@ def _word(context: Any, bytes_of: Any, at: Any) -> Any:
     """Eight bytes of an array as one number, wherever they begin; the first is the lowest."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = _place(context, builder, bytes_of, *arguments, ir.IntType(64))
+        array, at = arguments
+        where = _place(context, builder, bytes_of, array, at, ir.IntType(64))
         return builder.load(where, align=1)
 
     return types.uint64(bytes_of, types.intp), generate
@@ -241,44 +241,14 @@ def _sum_levels(
     held, scales, bits, y = uncounted(held, scales, bits, y)
     for line in range(lines):
         bit, place = 8 * line * pitch, line * apart
-        sums = y[line * y_pitch : line * y_pitch + length]
-        depths = bits[line * length : line * length + length]
-        each = run == 1
-        size = length if each else run
+        several = run in WITHIN_WORDS
+        size = length if several else run
         for start in range(0, length, size):
             write_sums(
-                held, bit + start, step, levels, scales, place, of_level, each, shifted,
-                depths[start : start + size], sums[start : start + size],
+                held, bit + start, step, levels, scales, place, of_level, run if several else 0,
+                shifted, bits, line * length + start, y, line * y_pitch + start, size,
             )  # fmt: skip
             place += 1
-
-
-@loop
-def _sum_narrow_levels(
-    held: Array, step: int, levels: int, pitch: int, scales: Array, of_level: int, apart: int,
-    run: int, shifted: bool, lines: int, length: int, bits: Array, ieee: bool, sums: Array,
-    words: Array, y: Array, y_pitch: int,
-) -> None:  # fmt: skip
-    """The same for float16, if it is `ieee`, or bfloat16 as bit patterns, some lines at a time.
-
-    `words` are the bit patterns of `sums`, which has room for them.
-    """
-    held, scales, bits, sums = uncounted(held, scales, bits, sums)
-    words, y = uncounted(words, y)
-    at_once = max(1, sums.size // length)
-    for line in range(0, lines, at_once):
-        count = min(at_once, lines - line)
-        _sum_levels(
-            held[line * pitch :], step, levels, pitch, scales[line * apart :], of_level, apart, run,
-            shifted, count, length, bits[line * length :], sums, length,
-        )  # fmt: skip
-        if y_pitch == length:
-            first = line * length
-            narrow(words[: count * length], y[first : first + count * length], ieee)
-        else:
-            for i in range(count):
-                first = (line + i) * y_pitch
-                narrow(words[i * length : (i + 1) * length], y[first : first + length], ieee)
 
 
 @loop
@@ -351,8 +321,14 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
         store(values, y)
         return
     _, scaled, runs = scales.shape
-    of_levels = np.empty((levels + shifted, scaled, runs), scales.dtype)
-    of_levels[:levels], of_levels[levels:] = scales[:levels], shift
+    run, repeats = n // runs, 1
+    if scaled == 1 < runs and run < WORD and run not in WITHIN_WORDS:
+        run, runs, repeats = 1, n, run  # scales of each element, which all lines share
+    shape, of_level = (levels + shifted, scaled, runs // repeats, repeats), scaled * runs
+    padded = memory.scratch("scales", (shape[0] * of_level + WORD,), scales.dtype)
+    of_levels = padded[:-WORD].reshape(shape)
+    of_levels[:levels] = scales[:levels, ..., None]
+    of_levels[levels:] = np.asarray(shift)[..., None]
     step = count * width + SLACK
     held = memory.scratch("planes", (levels * step,), np.uint8)
     _turn(read_only(flat(planes)), level_step, byte_step, width, count, held, step, width, levels)
@@ -360,14 +336,18 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
     if n % 8 == 0 and pitch == n and (scaled == count or runs == 1) and not narrows:
         # Lines of whole bytes follow each other as one line does.
         found, length = 1, count * n
-    run = length if scaled == 1 and runs == 1 else n // runs
-    layout = (held, step, levels, width, read_only(of_levels.reshape(-1)), scaled * runs,
-              runs if scaled > 1 else 0, run, shifted, found, length,
-              map_of(bits, 0).reshape(-1))  # fmt: skip
-    if narrows:
-        sums = memory.scratch("sums", (max(length, NARROWED),), np.float32)
-        words = read_only(sums.view(np.uint32))
-        halves = flat(y.view(np.uint16))
-        _sum_narrow_levels(*layout, y.dtype == np.float16, sums, words, halves, pitch)
-    else:
-        _sum_levels(*layout, flat(y), pitch)
+    if scaled == 1 == runs:
+        run = length
+    apart, depths = runs if scaled > 1 else 0, map_of(bits, 0).reshape(-1)
+    layout, scales = (held, step, levels, width), read_only(padded)
+    if not narrows:
+        _sum_levels(*layout, scales, of_level, apart, run, shifted, found, length, depths, flat(y),
+                    pitch)  # fmt: skip
+        return
+    at_once = max(1, NARROWED // n)
+    for line in range(0, count, at_once):
+        half = y[line : line + at_once]
+        values = memory.scratch("values", half.shape, np.float32)
+        _sum_levels(held[line * width :], *layout[1:], scales[line * apart :], of_level, apart, run,
+                    shifted, len(half), n, depths[line * n :], flat(values), n)  # fmt: skip
+        store(values, half)

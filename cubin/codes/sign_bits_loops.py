@@ -15,11 +15,15 @@ from numba.core import cgutils
 
 from cubin.core.host.loops import intrinsic
 
-WORD = 16
-"""Elements of a word: they stay in registers for all levels. So many numbers of float32 are one
-register of 512 bits, or two of 256."""
+WORD = 32
+"""Elements of a word: they stay in registers for all levels. So many numbers of float32 are two
+registers of 512 bits, or four of 256."""
 
-_SIZE, _BYTE, _INDEX = ir.IntType(64), ir.IntType(8), ir.IntType(32)
+WITHIN_WORDS = (1, 8, 16, 32)
+"""Runs of elements with the same scale of which a word has one or more."""
+
+_SIZE, _INDEX, _BYTE, _WORD = (ir.IntType(bits) for bits in (64, 32, 8, WORD))
+_NUMBERS = ir.VectorType(_INDEX, WORD)
 
 
 class _Vectors:
@@ -28,26 +32,32 @@ class _Vectors:
     def __init__(self, builder: Any) -> None:
         self._builder = builder
 
-    def spread(self, value: Any, lanes: int = WORD) -> Any:
+    def spread(self, value: Any) -> Any:
         """A vector of one number."""
-        none = ir.Constant(ir.VectorType(_INDEX, lanes), None)
-        empty = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+        empty = ir.Constant(ir.VectorType(value.type, WORD), ir.Undefined)
         first = self._builder.insert_element(empty, value, _INDEX(0))
-        return self._builder.shuffle_vector(first, empty, none)
+        return self._builder.shuffle_vector(first, empty, ir.Constant(_NUMBERS, None))
 
-    def below(self, count: Any, lanes: int = WORD, step: int = 1) -> Any:
-        """A mask of the lanes whose number times `step` is less than `count`."""
-        numbers = ir.Constant(ir.VectorType(_INDEX, lanes), [*range(0, lanes * step, step)])
-        count = self._builder.trunc(count, _INDEX)
-        return self._builder.icmp_signed("<", numbers, self.spread(count, lanes))
+    def repeat(self, data: Any, start: Any, run: int) -> Any:
+        """Numbers of an array, from `start` on, `run` times each."""
+        kind = ir.VectorType(data.type.pointee, WORD // run)
+        where = self._builder.bitcast(self._builder.gep(data, [start]), kind.as_pointer())
+        found = self._builder.load(where, align=_bytes(kind.element))
+        numbers = ir.Constant(_NUMBERS, [lane // run for lane in range(WORD)])
+        return self._builder.shuffle_vector(found, ir.Constant(kind, ir.Undefined), numbers)
+
+    def below(self, count: Any) -> Any:
+        """A mask of the first `count` lanes."""
+        numbers = ir.Constant(_NUMBERS, [*range(WORD)])
+        return self._builder.icmp_signed("<", numbers, self.spread(count))
 
     def load(self, data: Any, start: Any, mask: Any) -> Any:
         """Numbers of an array, from `start` on; 0 beyond the mask."""
         kind = ir.VectorType(data.type.pointee, WORD)
         where = self._builder.bitcast(self._builder.gep(data, [start]), kind.as_pointer())
         if mask is None:
-            return self._builder.load(where, align=_width(kind) // WORD)
-        given = (where, _INDEX(_width(kind) // WORD), mask, ir.Constant(kind, None))
+            return self._builder.load(where, align=_bytes(kind.element))
+        given = (where, _INDEX(_bytes(kind.element)), mask, ir.Constant(kind, None))
         return self._call("masked.load", kind, given, kind)
 
     def store(self, vector: Any, data: Any, start: Any, mask: Any) -> None:
@@ -55,22 +65,22 @@ class _Vectors:
         kind = vector.type
         where = self._builder.bitcast(self._builder.gep(data, [start]), kind.as_pointer())
         if mask is None:
-            self._builder.store(vector, where, align=_width(kind) // kind.count)
+            self._builder.store(vector, where, align=_bytes(kind.element))
             return
-        given = (vector, where, _INDEX(_width(kind) // kind.count), mask)
+        given = (vector, where, _INDEX(_bytes(kind.element)), mask)
         self._call("masked.store", ir.VoidType(), given, kind)
 
     def _call(self, name: str, result: Any, given: tuple[Any, ...], kind: Any) -> Any:
         letters = {"float": "f32", "double": "f64", "i8": "i8"}[str(kind.element)]
         declared = ir.FunctionType(result, [value.type for value in given])
-        name = f"llvm.{name}.v{kind.count}{letters}.p0"
+        name = f"llvm.{name}.v{WORD}{letters}.p0"
         found = cgutils.get_or_insert_function(self._builder.module, declared, name)
         return self._builder.call(found, given)
 
 
-def _width(kind: Any) -> int:
-    """The bytes of a vector."""
-    return kind.count * {"float": 4, "double": 8, "i8": 1}[str(kind.element)]
+def _bytes(number: Any) -> int:
+    """The bytes of a number of this type."""
+    return {"float": 4, "double": 8, "i8": 1}[str(number)]
 
 
 def _for_each_word(builder: Any, size: Any, work: Callable[[Any, Any, Any], None]) -> None:
@@ -83,7 +93,7 @@ def _for_each_word(builder: Any, size: Any, work: Callable[[Any, Any, Any], None
         work(start, None, None)
     count = builder.sub(size, whole)
     with builder.if_then(builder.icmp_signed(">", count, _SIZE(0))):
-        work(whole, _Vectors(builder).below(count), count)
+        work(whole, _Vectors(builder).below(builder.trunc(count, _INDEX)), count)
 
 
 def _either(builder: Any, condition: Any, work: Callable[[bool], None]) -> None:
@@ -97,36 +107,44 @@ def _either(builder: Any, condition: Any, work: Callable[[bool], None]) -> None:
 
 @intrinsic
 def write_bits(
-    context: Any, x: Any, bits: Any, scales: Any, levels: Any, signs: Any, at: Any, apart: Any
-) -> Any:
-    """Write the greedy signs of neighbouring elements as bits, 1 for +1, eight to a byte.
+    context: Any, x: Any, begin: Any, size: Any, bits: Any, first: Any, scales: Any, place: Any,
+    of_level: Any, each: Any, levels: Any, signs: Any, at: Any, apart: Any,
+) -> Any:  # fmt: skip
+    """Write the greedy signs of `size` elements of `x` from `begin` on as bits, 1 for +1.
 
-    Those of a level begin at the byte ``at + level * apart`` of `signs`. Bits beyond the last
-    element are 0. `scales` has a number for each level, or one for each level and element. `bits`
-    is a map of the elements, or empty.
+    Those of a level begin at the byte ``at + level * apart`` of `signs`, the first in its lowest
+    bit. Bits beyond the last element are 0. The first element's scale has the number `place`, that
+    of the next level `of_level` further: all elements have the same, or `each` its own, side by
+    side. `bits` is a map, in which the first element has the number `first`, or empty.
     """
-    of_each = scales.ndim == 2
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         elements, depths, factors, target = (
-            context.make_array(signature.args[at])(context, builder, arguments[at])
-            for at in (0, 1, 2, 4)
+            context.make_array(signature.args[number])(context, builder, arguments[number])
+            for number in (0, 3, 5, 10)
         )
-        levels, (at, apart) = arguments[3], arguments[5:]
+        (begin, size), first, (at, apart) = arguments[1:3], arguments[4], arguments[11:]
+        place, of_level, each, levels = arguments[6:10]
         vectors = _Vectors(builder)
         zeros = ir.Constant(ir.VectorType(elements.data.type.pointee, WORD), None)
 
-        def write(signs: Any, place: Any, count: Any) -> None:
-            kind = ir.VectorType(_BYTE, WORD // 8)
-            mask = None if count is None else vectors.below(count, WORD // 8, 8)
-            vectors.store(builder.bitcast(signs, kind), target.data, place, mask)
+        def write(signs: Any, byte: Any, count: Any) -> None:
+            found, where = builder.bitcast(signs, _WORD), builder.gep(target.data, [byte])
+            if count is None:
+                builder.store(found, builder.bitcast(where, _WORD.as_pointer()), align=1)
+                return
+            builder.store(builder.trunc(found, _BYTE), where)
+            for first in range(8, WORD, 8):  # byte by byte, which is faster than a mask
+                with builder.if_then(builder.icmp_signed(">", count, _SIZE(first))):
+                    value = builder.trunc(builder.lshr(found, _WORD(first)), _BYTE)
+                    builder.store(value, builder.gep(where, [_SIZE(first // 8)]))
 
-        def work(mapped: bool, start: Any, mask: Any, count: Any) -> None:
+        def work(mapped: bool, each: bool, start: Any, mask: Any, count: Any) -> None:
             # Less than 0 exactly where the residual is greater: it is never -0.0.
-            negated = builder.fsub(zeros, vectors.load(elements.data, start, mask))
-            left = cgutils.alloca_once_value(builder, negated)
-            place = builder.add(at, builder.lshr(start, _SIZE(3)))
-            own = vectors.load(depths.data, start, mask) if mapped else None
+            values = vectors.load(elements.data, builder.add(begin, start), mask)
+            left = cgutils.alloca_once_value(builder, builder.fsub(zeros, values))
+            byte = builder.add(at, builder.lshr(start, _SIZE(3)))
+            own = vectors.load(depths.data, builder.add(first, start), mask) if mapped else None
             with cgutils.for_range(builder, levels) as turn:
                 n = builder.load(left)
                 positive = signs = builder.fcmp_ordered("<", n, zeros)
@@ -135,82 +153,85 @@ def write_bits(
                     signs = builder.and_(signs, builder.icmp_unsigned(">", own, level))
                 if mask is not None:
                     signs = builder.and_(signs, mask)
-                write(signs, builder.add(place, builder.mul(turn.index, apart)), count)
-                if of_each:
-                    step, _ = cgutils.unpack_tuple(builder, factors.strides, 2)
-                    step = builder.mul(turn.index, step)
-                    of_level = cgutils.pointer_add(builder, factors.data, step)
-                    scale = vectors.load(of_level, start, mask)
+                write(signs, builder.add(byte, builder.mul(turn.index, apart)), count)
+                number = builder.add(place, builder.mul(turn.index, of_level))
+                if each:
+                    scale = vectors.load(factors.data, builder.add(number, start), mask)
                 else:
-                    scale = vectors.spread(builder.load(builder.gep(factors.data, [turn.index])))
+                    scale = vectors.spread(builder.load(builder.gep(factors.data, [number])))
                 taken = builder.select(positive, scale, builder.fneg(scale))
                 builder.store(builder.fadd(n, taken), left)
 
-        (size,) = cgutils.unpack_tuple(builder, elements.shape, 1)
+        def words(mapped: bool, each: bool) -> None:
+            _for_each_word(builder, size, lambda *word: work(mapped, each, *word))
+
         (coded,) = cgutils.unpack_tuple(builder, depths.shape, 1)
-        _either(
-            builder,
-            builder.icmp_signed(">", coded, _SIZE(0)),
-            lambda mapped: _for_each_word(builder, size, lambda *word: work(mapped, *word)),
-        )
+        mapped = builder.icmp_signed(">", coded, _SIZE(0))
+        _either(builder, mapped, lambda mapped: _either(
+            builder, each, lambda each: words(mapped, each)
+        ))  # fmt: skip
         return context.get_dummy_value()
 
-    size = types.intp
-    return types.none(x, bits, scales, size, signs, size, size), generate
+    number, flag = types.intp, types.boolean
+    elements = (x, number, number, bits, number, scales, number, number, flag)
+    return types.none(*elements, number, signs, number, number), generate
 
 
 @intrinsic
 def write_sums(
     context: Any, held: Any, at: Any, apart: Any, levels: Any, scales: Any, place: Any,
-    of_level: Any, each: Any, shifted: Any, bits: Any, y: Any,
+    of_level: Any, run: Any, shifted: Any, bits: Any, first: Any, y: Any, begin: Any, size: Any,
 ) -> Any:  # fmt: skip
-    """Write the sums of scale * sign over some levels of neighbouring elements to `y`.
+    """Write the sums of scale * sign over some levels to `size` elements of `y` from `begin` on.
 
     The first element's sign is bit `at` of `held`, that of the next level `apart` bytes further.
-    Its scale has the number `place`, that of the next level `of_level` further: all elements have
-    the same, or `each` its own, side by side. `bits` is a map of the elements, or empty.
+    Its scale has the number `place`, that of the next level `of_level` further. With a `run` that
+    is among `WITHIN_WORDS` so many elements have the same scale, and the next ones the one beside
+    it; numbers of a whole word are read. Else all have the same. `bits` is a map, in which the
+    first element has the number `first`, or empty.
 
     If they are `shifted`, sums begin with a shift, which follows the scales of the last level. What
-    additions round away is added at the end: Knuth's sum of two. Four bytes of `held` are read
+    additions round away is added at the end: Knuth's sum of two. Eight bytes of `held` are read
     from each that has a sign.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, factors, depths, target = (
-            context.make_array(signature.args[at])(context, builder, arguments[at])
-            for at in (0, 4, 9, 10)
+            context.make_array(signature.args[number])(context, builder, arguments[number])
+            for number in (0, 4, 9, 11)
         )
         at, apart, levels = arguments[1:4]
-        place, of_level, each, shifted = arguments[5:9]
+        place, of_level, run, shifted = arguments[5:9]
+        first, (begin, size) = arguments[10], arguments[12:]
         vectors = _Vectors(builder)
         zeros = ir.Constant(ir.VectorType(target.data.type.pointee, WORD), None)
 
-        def word_of(first: Any) -> Any:
-            byte = builder.gep(source.data, [builder.lshr(first, _SIZE(3))])
-            found = builder.load(builder.bitcast(byte, _INDEX.as_pointer()), align=1)
-            found = builder.lshr(found, builder.trunc(builder.and_(first, _SIZE(7)), _INDEX))
+        def signs_of(bit: Any) -> Any:
+            byte = builder.gep(source.data, [builder.lshr(bit, _SIZE(3))])
+            found = builder.load(builder.bitcast(byte, _SIZE.as_pointer()), align=1)
+            found = builder.lshr(found, builder.and_(bit, _SIZE(7)))
             found = builder.trunc(found, ir.IntType(WORD))
             return builder.bitcast(found, ir.VectorType(ir.IntType(1), WORD))
 
-        def work(
-            mapped: bool, shifted: bool, each: bool, start: Any, mask: Any, count: Any
-        ) -> None:
-            first = builder.add(at, start)
-            own = vectors.load(depths.data, start, mask) if mapped else None
+        def work(mapped: bool, shifted: bool, run: int, start: Any, mask: Any, _: Any) -> None:
+            own = vectors.load(depths.data, builder.add(first, start), mask) if mapped else None
 
             def scale_of(level: Any) -> Any:
                 number = builder.add(place, builder.mul(level, of_level))
-                if each:
+                if run == 1:
                     return vectors.load(factors.data, builder.add(number, start), mask)
+                if run:
+                    number = builder.add(number, builder.udiv(start, _SIZE(run)))
+                    return vectors.repeat(factors.data, number, run)
                 return vectors.spread(builder.load(builder.gep(factors.data, [number])))
 
-            begin = scale_of(levels) if shifted else zeros
-            total = cgutils.alloca_once_value(builder, begin)
+            total = cgutils.alloca_once_value(builder, scale_of(levels) if shifted else zeros)
             lost = cgutils.alloca_once_value(builder, zeros)
             with cgutils.for_range(builder, levels) as turn:
                 scale = scale_of(turn.index)
-                bit = builder.add(first, builder.shl(builder.mul(turn.index, apart), _SIZE(3)))
-                step = builder.select(word_of(bit), scale, builder.fneg(scale))
+                bit = builder.add(at, builder.shl(builder.mul(turn.index, apart), _SIZE(3)))
+                signs = signs_of(builder.add(bit, start))
+                step = builder.select(signs, scale, builder.fneg(scale))
                 if mapped:
                     level = vectors.spread(builder.trunc(turn.index, _BYTE))
                     step = builder.select(builder.icmp_unsigned(">", own, level), step, zeros)
@@ -228,19 +249,26 @@ def write_sums(
                 rest = builder.load(lost)
                 rest = builder.select(builder.fcmp_ordered("==", rest, rest), rest, zeros)
                 found = builder.fadd(found, rest)
-            vectors.store(found, target.data, start, mask)
+            vectors.store(found, target.data, builder.add(begin, start), mask)
 
-        (size,) = cgutils.unpack_tuple(builder, target.shape, 1)
+        def words(mapped: bool, shifted: bool, *runs: int) -> None:
+            if len(runs) == 1:
+                _for_each_word(builder, size, lambda *word: work(mapped, shifted, *runs, *word))
+                return
+            one, *others = runs
+            _either(
+                builder,
+                builder.icmp_signed("==", run, _SIZE(one)),
+                lambda same: words(mapped, shifted, *([one] if same else others)),
+            )
+
         (coded,) = cgutils.unpack_tuple(builder, depths.shape, 1)
-
-        def words(*kind: bool) -> None:
-            _for_each_word(builder, size, lambda *word: work(*kind, *word))
-
-        _either(builder, builder.icmp_signed(">", coded, _SIZE(0)), lambda mapped: _either(
-            builder, shifted, lambda shifted: _either(
-                builder, each, lambda each: words(mapped, shifted, each))))  # fmt: skip
+        mapped = builder.icmp_signed(">", coded, _SIZE(0))
+        _either(builder, mapped, lambda mapped: _either(
+            builder, shifted, lambda shifted: words(mapped, shifted, *WITHIN_WORDS, 0)
+        ))  # fmt: skip
         return context.get_dummy_value()
 
-    size, flag = types.intp, types.boolean
-    arguments = (held, size, size, size, scales, size, size, flag, flag, bits, y)
-    return types.none(*arguments), generate
+    number, flag = types.intp, types.boolean
+    levels_of = (held, number, number, number, scales, number, number, number, flag)
+    return types.none(*levels_of, bits, number, y, number, number), generate

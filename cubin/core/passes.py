@@ -184,7 +184,12 @@ def for_each_whole_rows(
 
     if not libraries.on_device(x):
         itemsize, work = floats.work_dtype(x.dtype).itemsize, _work(primitive, levels // 2)
-        size = min(blocks.rows_block(x.size, itemsize, x.size * work), 8 * memory.SCRATCH // levels)
+        # Rows that fill bytes of planes, in order, are neither copied nor unpacked on the way.
+        in_order = x.flags.c_contiguous and rows.order == tuple(range(len(rows.order)))
+        room = memory.SCRATCH // levels
+        if in_order and (rows.length % 8 == 0 or rows.split == rows.shape):
+            room *= 8
+        size = min(blocks.rows_block(x.size, itemsize, x.size * work), room)
         # In steps of eight rows, so that blocks of columns do not share bytes.
         together = max(_together(rows, x), 8 if size >= 8 * rows.length else 1)
         parts = list(_blocks_of_rows(rows, size, together))

@@ -350,12 +350,13 @@ def _pack(
 ) -> None:
     """Write the signs for the rows of a band as bits."""
     x, bits, scales, signs = uncounted(x, bits, scales, signs)
-    levels, lines, pitch_of_signs = signs.shape
-    stop = first + width
+    levels, lines, bytes_of_line = signs.shape
+    depths, factors, packed = bits.reshape(-1), scales.reshape(-1), signs.reshape(-1)
     for e in range(lines):
         write_bits(
-            x[at + e * pitch : at + e * pitch + width], bits[e, first:stop], scales[:, first:stop],
-            levels, signs.reshape(-1), e * pitch_of_signs + first // 8, lines * pitch_of_signs,
+            x, at + e * pitch, width, depths, e * bits.shape[1] + first, factors, first,
+            scales.shape[1], True, levels, packed, e * bytes_of_line + first // 8,
+            lines * bytes_of_line,
         )  # fmt: skip
 
 

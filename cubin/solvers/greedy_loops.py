@@ -314,13 +314,16 @@ def _encode_rows(
     """Write the scales and the signs as bits, (levels, rows, bytes)."""
     x, bits, scales, m, signs = uncounted(x, bits, scales, m, signs)
     levels, rows, width = signs.shape
+    elements, depths = x.reshape(-1), bits.reshape(-1)
+    found, packed = scales.reshape(-1), signs.reshape(-1)
     for start in range(0, rows, len(m)):
         stop = min(start + len(m), rows)
         _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, magnitudes, sums)
         for row in range(start, stop):
             write_bits(
-                x[row], bits[row], scales[row], levels, signs.reshape(-1), row * width, rows * width
-            )
+                elements, row * x.shape[1], x.shape[1], depths, row * bits.shape[1], found,
+                row * levels, 1, False, levels, packed, row * width, rows * width,
+            )  # fmt: skip
 
 
 @part
@@ -418,8 +421,8 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
         columns.encode_rows(x, bits, levels, scales=scales, signs=signs)
         return
     wide = in_work_dtype(x)
-    depths, by_row = map_of(bits, len(x)), np.empty((len(x), levels), wide.dtype)
-    _, sums = scratch(wide.dtype)
+    depths = map_of(bits, len(x))
+    by_row, (_, sums) = memory.scratch("scales", (len(x), levels), wide.dtype), scratch(wide.dtype)
     _encode_rows(wide, depths, by_row, *_rows(wide), sums, signs)
     scales[...] = by_row.T[:, :, None]
 

@@ -502,9 +502,9 @@ def _is_finite(code: BinaryCode) -> bool:
 
 def _check_finite(x: Array, rows: Rows) -> None:
     """ValueError that names the first row with NaN or infinity, if there is one."""
-    xp = libraries.library(x)
-    finite = rows.reduced(xp.all, xp.isfinite(x))
-    if not bool(finite.all()):
+    if not passes.is_finite(x):
+        xp = libraries.library(x)
+        finite = rows.reduced(xp.all, xp.isfinite(x))
         first = int(finite.ravel().argmin())
         index = tuple(int(i) for i in np.unravel_index(first, rows.scale_shape))
         row = f"row {index} of its {rows.count:,} rows" if index else "it"

@@ -14,6 +14,25 @@ def plain(array):
     return array.astype(np.float32) if array.dtype == "bfloat16" else array
 
 
+def signs_of(packed, bits, shape):
+    """Signs, (levels, *shape), that are bits along the rows, or across them; 0 without a code."""
+    axis = 2 if packed.shape[1] == shape[0] else 1
+    set_bits = np.unpackbits(packed, axis=axis, bitorder="little")
+    ones, beyond = np.split(set_bits, [shape[axis - 1]], axis=axis)
+    assert not beyond.any()
+    hot = np.greater(bits, np.arange(len(packed)).reshape(-1, 1, 1))
+    assert not ones[~np.broadcast_to(hot, ones.shape)].any()
+    return ((2 * ones.astype(np.int8) - 1) * hot).astype(np.int8)
+
+
+def room_for_signs(levels, shape, across=False):
+    """An array for the bits of signs, which lie along the rows, or `across` them."""
+    rows, n = shape
+    if across:
+        return np.full((levels, n, -(-rows // 8)), 77, np.uint8).swapaxes(1, 2)
+    return np.full((levels, rows, -(-n // 8)), 77, np.uint8)
+
+
 def sign(value: float) -> float:
     if math.isnan(value):
         return math.nan

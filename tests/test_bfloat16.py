@@ -13,6 +13,7 @@ from cubin.core import conversions, floats, signs
 from cubin.core.host import blocks
 from cubin.solvers import greedy, search_rows
 from tests.exhaustive import few
+from tests.reference import room_for_signs, signs_of
 from tests.test_surrogates import PARAMETERS, SLOPES
 
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)
@@ -298,9 +299,10 @@ def test_searching_loops_round_what_they_find_for_float32(rng, solver):
     x = rng.normal(size=(20, 500)).astype(DTYPE)
     rule = (solver == "refined", 2)
     y, scales = np.empty_like(x), np.empty((3, 20, 1), np.float32)
-    signs = np.empty((3, *x.shape), np.int8)
+    packed = room_for_signs(3, x.shape)
     loops.reconstruct_rows(x, np.uint8(3), 3, *rule, y=y)
-    loops.solve_rows(x.astype(np.float32), np.uint8(3), 3, *rule, scales=scales, signs=signs)
+    loops.solve_rows(x.astype(np.float32), np.uint8(3), 3, *rule, scales=scales, signs=packed)
+    signs = signs_of(packed, np.uint8(3), x.shape)
     total = np.zeros(x.shape, np.float32)
     for scale, sign in zip(scales, signs, strict=True):
         total += sign * nearest(scale.astype(np.float64)).astype(np.float32)

@@ -25,7 +25,7 @@ from cubin.solvers.lookup import Lookup
 from cubin.solvers.sorted_rows import SortedRows
 from tests import test_multibit, test_signs
 from tests.exhaustive import few
-from tests.reference import plain
+from tests.reference import plain, room_for_signs, signs_of
 
 pytest.importorskip("numba")
 
@@ -77,7 +77,7 @@ def samples(rng, shape, dtype, levels, mapped):
 def scales_of_loops(x, bits, levels):
     """The scales of whole rows, (levels, rows, 1)."""
     scales = np.empty((levels, len(x), 1), floats.work_dtype(x.dtype))
-    signs = np.empty((levels, *x.shape), np.int8)
+    signs = room_for_signs(levels, x.shape)
     greedy_loops.encode_rows(x, bits, levels, scales=scales, signs=signs)
     return scales
 
@@ -120,12 +120,14 @@ def test_whole_rows_at_once_equal_the_steps(rng, dtype, mapped, levels, shape):
     code, sign = np.empty(shape, np.uint16), np.empty(shape, np.int8)
     greedy.codes(x, bits, *found, code=code)
     scales = np.empty((levels, len(x), 1), floats.work_dtype(np.dtype(dtype)))
-    signs = np.empty((levels, *shape), np.int8)
-    greedy_loops.encode_rows(x, bits, levels, scales=scales, signs=signs)
-    np.testing.assert_array_equal(scales, found)
-    for level in range(levels):
-        level_signs(code, bits, np.uint8(level), sign=sign)
-        np.testing.assert_array_equal(signs[level], sign)
+    for encode in (greedy_loops.encode_rows, greedy.encode_rows):
+        packed = room_for_signs(levels, shape)
+        encode(x, bits, levels, scales=scales, signs=packed)
+        signs = signs_of(packed, bits, shape)
+        np.testing.assert_array_equal(scales, found)
+        for level in range(levels):
+            level_signs(code, bits, np.uint8(level), sign=sign)
+            np.testing.assert_array_equal(signs[level], sign)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -230,10 +232,11 @@ def solved(solver, x, levels):
     y = np.empty(x.shape, x.dtype)
     search_rows_loops.reconstruct_rows(x, np.uint8(levels), levels, *rule(solver), y=y)
     scales = np.empty((levels, len(x), 1), np.float32)
-    signs = np.empty((levels, *x.shape), np.int8)
+    packed = room_for_signs(levels, x.shape)
     search_rows_loops.solve_rows(
-        x, np.uint8(levels), levels, *rule(solver), scales=scales, signs=signs
+        x, np.uint8(levels), levels, *rule(solver), scales=scales, signs=packed
     )
+    signs = signs_of(packed, np.uint8(levels), x.shape)
     codes = ((signs > 0) << np.arange(levels, dtype=np.uint16)[:, None, None]).sum(axis=0)
     decoded = np.empty_like(x)
     decode(codes.astype(np.uint16), np.uint8(levels), *scales, y=decoded)
@@ -579,7 +582,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
 # Of these even an instruction set of 2013 has vectors, of eight numbers.
 VECTORS = {
     greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
-    planes_loops._add_two_levels: {"vaddps", "vblendvps"},
+    planes_loops._sum_levels: {"vaddps", "vblendvps"},
     products_loops._look_up: {"vpermd"},
     products_loops._multiply: {"vfmadd213ps"},
     signs_loops._signs: {"vmovups"},
@@ -602,9 +605,9 @@ m = np.ones((2, 9), f)
 loops = {
     greedy_loops._approximate_rows: (
         x, bits, np.ones((2, 2), f), m, read_only(m), *scratch(f), np.ones((2, 9), f)),
-    planes_loops._add_two_levels: (
-        np.ones(32, np.uint8), 0, 8, 1, 64, 8, 64, read_only(np.ones(8, f)), 0, 4, 1, 64, 64, True,
-        np.ones(64, f)),
+    planes_loops._sum_levels: (
+        np.ones(32, np.uint8), 16, 2, 8, read_only(np.ones(2, f)), 1, 0, 64, False, 1, 64,
+        bits[0, :0], np.ones(64, f), 64),
     products_loops._look_up: (
         read_only(np.ones(256, np.uint8)), 0, 32, 64, read_only(np.ones((1, 1, 32), f)),
         read_only(np.ones((1, 64), f)), False, np.ones(64, f), np.ones((16, 16), f),

@@ -14,6 +14,7 @@ from cubin.core.rows import rows_of
 from cubin.core.sums import SHORT
 from cubin.solvers import greedy
 from tests.exhaustive import few
+from tests.reference import room_for_signs, signs_of
 
 pytest.importorskip("numba")
 
@@ -93,15 +94,17 @@ def test_columns_equal_the_bodies(rng, dtype, kind, levels, shape):
     greedy_loops.codes(x, bits, *scales, code=found)
     np.testing.assert_array_equal(found, code)
     assert_untouched(whole)
-    signs, whole = side_by_side(*shape, np.int8, (levels,))
-    found = np.empty((levels, len(x), 1), scales[0].dtype)
-    greedy_loops.encode_rows(x, bits, levels, scales=found, signs=signs)
-    np.testing.assert_array_equal(found, scales)
     sign = np.empty(shape, np.int8)
-    for level in range(levels):
-        level_signs(code, bits, np.uint8(level), sign=sign)
-        np.testing.assert_array_equal(signs[level], sign)
-    assert_untouched(whole)
+    for encode in (greedy_loops.encode_rows, greedy.encode_rows.function):
+        packed = room_for_signs(levels, shape, across=True)
+        found = np.empty((levels, len(x), 1), scales[0].dtype)
+        with np.errstate(all="ignore"):
+            encode(x, bits, levels, scales=found, signs=packed)
+        np.testing.assert_array_equal(found, scales)
+        signs = signs_of(packed, bits, shape)
+        for level in range(levels):
+            level_signs(code, bits, np.uint8(level), sign=sign)
+            np.testing.assert_array_equal(signs[level], sign)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,9 +163,13 @@ def test_short_rows(rng, dtype, mapped, n, rows):
     bits = rng.integers(0, 7, x.shape).astype(np.uint8) if mapped else np.uint8(6)
     with np.errstate(all="ignore"):
         expected = greedy._level_scales(x, bits, 6)
-    scales, signs = np.empty((6, rows, 1), dtype), np.empty((6, *x.shape), np.int8)
-    greedy_loops.encode_rows(x, bits, 6, scales=scales, signs=signs)
+        code = np.empty(x.shape, np.uint16)
+        greedy.codes(x, bits, *expected, code=code)
+    scales, packed = np.empty((6, rows, 1), dtype), room_for_signs(6, x.shape)
+    greedy_loops.encode_rows(x, bits, 6, scales=scales, signs=packed)
     np.testing.assert_array_equal(scales, expected)
+    level = np.arange(6)[:, None, None]
+    np.testing.assert_array_equal(signs_of(packed, bits, x.shape) > 0, code >> level & 1)
 
 
 VIEWS = {

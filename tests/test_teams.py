@@ -10,6 +10,7 @@ import cubin
 from cubin.core import floats
 from cubin.solvers import search_rows
 from tests.exhaustive import few
+from tests.reference import room_for_signs, signs_of
 from tests.registers import assert_registers_suffice
 
 pytestmark = pytest.mark.kernels
@@ -39,12 +40,15 @@ def solve(library, x, bits, levels, rule):
     """Scales (levels, rows), signs (levels, rows, n) and approximation."""
     scales = library.empty((levels, len(x), 1), floats.work_dtype(x.dtype))
     signs = library.empty((levels, *x.shape), np.int8)
+    if library is np:
+        signs = room_for_signs(levels, x.shape)
     y = library.empty(x.shape, x.dtype)
     inputs = on(library, x, bits)
     search_rows.solve_rows(*inputs, levels, *rule, scales=scales, signs=signs)
     search_rows.reconstruct_rows(*inputs, levels, *rule, y=y)
-    found = scales[..., 0], signs, y
-    return found if library is np else tuple(a.get() for a in found)
+    if library is np:
+        return scales[..., 0], signs_of(signs, bits, x.shape), y
+    return tuple(a.get() for a in (scales[..., 0], signs, y))
 
 
 def check(device, x, bits, levels, rule, differing=0):

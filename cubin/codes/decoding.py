@@ -214,7 +214,10 @@ class Decoding:
 
         # Where lines lie side by side, many of them are worked on together.
         least = None if y.flags.c_contiguous else BESIDE
-        passes.for_each_lines(task, self.lines, self.run, y, least=least)
+        # Where every element has its own scale, blocks of scales are as large as those of `y`.
+        most = max(1, passes.LINES_AT_ONCE // max(1, self.lines.length))
+        at_once = most if self._period and self.lines.length <= passes.LINES_AT_ONCE else None
+        passes.for_each_lines(task, self.lines, self.run, y, at_once, least=least)
 
 
 class _Layout(NamedTuple):

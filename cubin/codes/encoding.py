@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
 import numpy as np
 
 from cubin.codes.levels import level_signs
-from cubin.codes.planes import pack_signs
+from cubin.codes.planes import pack_signs, turn_lines
 from cubin.core import floats, libraries, passes
 from cubin.core.libraries import Array
 from cubin.core.lines import box_of, lines_of
@@ -44,13 +45,17 @@ class Encoding:
         self.planes = xp.zeros((levels, lines.width, lines.count), np.uint8)
         self._unpack = passes.form(level_signs, x)
         self._pack = passes.form(pack_signs, x)
+        self._turn = passes.form(turn_lines, x)
         self._lock = threading.Lock()
 
     def fill(self, primitive: Raw, inputs: Any, *static: Any) -> None:
         """Run a primitive on whole rows, which finds all scales and signs."""
 
         def place(part: Part, signs: Array) -> None:
-            self._place(part, slice(None), signs)
+            if signs.dtype == np.int8:
+                self._place(part, slice(None), signs)
+            else:
+                self._place_bits(part, signs)
 
         passes.for_each_whole_rows(place, primitive, self.rows, inputs, *static, scales=self.scales)
 
@@ -77,17 +82,45 @@ class Encoding:
             self._unpack(code, bits, np.uint8(level), sign=sign[0])
             self._place(part, slice(level, level + 1), sign)
 
+    def _place_bits(self, part: Part, signs: Array) -> None:
+        """Place the signs of a part, which are bits: see `passes.for_each_whole_rows`."""
+        box, leading = box_of(part.block, self.rows), len(self.rows.scale_shape)
+        rows, size = self.rows.flat_shape(box.sizes)
+        axes, columns = tuple(range(len(box.sizes))), signs.shape[1] != rows
+        if columns:
+            signs, size, axes = signs.swapaxes(1, 2), rows, axes[leading:] + axes[:leading]
+        count = box.lines.stop - box.lines.start
+        length = math.prod(box.sizes) // count
+        first, last = self._bytes(box.run())
+        whole = size == length or not (size % 8 or length % 8)
+        if last and whole and box.order == axes:
+            lines = signs.reshape(len(signs), count, -1).swapaxes(1, 2)
+            self._turn(lines, planes=self.planes[:, first:last, box.lines])
+            return
+        spread = np.unpackbits(signs, axis=2, count=size, bitorder="little").view(np.int8)
+        self._place(part, slice(None), spread.swapaxes(1, 2) if columns else spread)
+
+    def _bytes(self, run: slice | None) -> tuple[int, int]:
+        """The first byte of a run of elements of a line, and the one after its last.
+
+        They are 0 where other parts may have elements of the same bytes.
+        """
+        if run is None or run.start % 8 or (run.stop % 8 and run.stop < self._lines.length):
+            return 0, 0
+        return run.start // 8, -(-run.stop // 8)
+
     def _place(self, part: Part, levels: slice, signs: Array) -> None:
         """Pack the signs, (levels, rows, n), of a part."""
         if not signs.size:
             return
         box = box_of(part.block, self.rows)
         lines, run = box.in_lines(signs), box.run()
+        first, last = self._bytes(run)
+        if last:
+            self._pack(lines, planes=self.planes[levels, first:last, box.lines])
+            return
         if run is not None:
             first, last = run.start // 8, -(-run.stop // 8)
-            if not run.start % 8 and (not run.stop % 8 or run.stop == self._lines.length):
-                self._pack(lines, planes=self.planes[levels, first:last, box.lines])
-                return
             at: Any = slice(run.start - 8 * first, run.stop - 8 * first)
         else:
             positions = box.positions()

@@ -29,6 +29,24 @@ def level_signs(code: np.ndarray, bits: np.ndarray, level: np.ndarray, *, sign: 
         np.multiply(sign, np.greater(bits, level), out=sign)
 
 
+def pack_mask(mask: np.ndarray, bits: np.ndarray) -> None:
+    """Write a mask, (rows, n), as bits, eight to a byte, along the axis that then is shorter.
+
+    The first of eight is the lowest bit. Bits beyond the last element are 0.
+    """
+    axis = int(len(bits) == len(mask))
+    bits[...] = np.packbits(mask, axis=axis, bitorder="little")
+
+
+def pack_codes(code: np.ndarray, bits: np.ndarray, signs: np.ndarray) -> None:
+    """Write each level of packed codes as bits: 1 for +1, else 0, also where there is no code."""
+    for level, sign in enumerate(signs):
+        positive = np.bitwise_and(code, np.uint16(1 << level)) != 0
+        if np.ndim(bits):
+            positive &= np.greater(bits, level)
+        pack_mask(positive, sign)
+
+
 _CUDA = """
 // The sum of scale * sign over the element's levels, of the scales as they are stored in T.
 template<class T, class W, class... Scales>

@@ -13,7 +13,7 @@ from cubin.core import libraries, memory
 from cubin.core.bits import MAX_BITS
 from cubin.core.floats import where
 from cubin.core.libraries import Array
-from cubin.core.primitives import C_TYPES, FLOATS, Launch, raw, source
+from cubin.core.primitives import C_TYPES, FLOATS, Launch, elementwise, raw, source
 
 _CUDA = source(__file__)
 
@@ -51,6 +51,12 @@ def pack_signs(signs: np.ndarray, *, planes: np.ndarray) -> None:
     """
     for sign, plane in zip(signs, planes, strict=True):
         plane[...] = np.packbits(sign > 0, axis=1, bitorder="little").T
+
+
+@elementwise("uint8 lines", "uint8 planes", "planes = lines", types=({},), looped=True)
+def turn_lines(lines: np.ndarray, *, planes: np.ndarray) -> None:
+    """Copy bytes of signs, (levels, bytes, lines), to planes. Those of a line lie side by side."""
+    planes[...] = lines
 
 
 _NONE = np.uint64(0)

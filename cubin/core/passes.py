@@ -156,7 +156,10 @@ def for_each_whole_rows(
     Parameters
     ----------
     finish : callable
-        Signs have the shape (levels, rows, n).
+        On a device signs are int8, (levels, rows, n). On the host they are bits, 1 for +1, in
+        uint8: eight elements that lie side by side share a byte, and the first is in its lowest
+        bit. Where elements of a row lie side by side, they have the shape (levels, rows, bytes).
+        Else rows do, and they have the shape (levels, bytes, n), which is not that of rows.
     primitive : Raw
         Its outputs are ``scales`` and ``signs``.
     rows : Rows
@@ -171,16 +174,22 @@ def for_each_whole_rows(
     on = form(primitive, x, rows.size)
 
     def task(part: Part, *flat: Any) -> None:
-        shape, columns = flat[0].shape, flat[0].strides[0] < flat[0].strides[1]
-        # They lie as the elements do, so that columns are gone down.
-        signs = scratch("signs", (levels, *(shape[::-1] if columns else shape)), np.int8, x)
+        shape, strides = flat[0].shape, flat[0].strides
+        columns = 0 < strides[0] < abs(strides[1]) and shape[0] >= blocks.BESIDE and shape[1] > 1
+        across, along = shape[::-1] if columns else shape
+        signs = memory.scratch("signs", (levels, across, -(-along // 8)), np.uint8)
         signs = signs.swapaxes(1, 2) if columns else signs
         on(*flat, *static, scales=scales[:, part.rows, None], signs=signs)
         finish(part, signs)
 
     if not libraries.on_device(x):
         itemsize, work = floats.work_dtype(x.dtype).itemsize, _work(primitive, levels // 2)
-        size = min(blocks.rows_block(x.size, itemsize, x.size * work), memory.SCRATCH // levels)
+        # Rows that fill bytes of planes, in order, are neither copied nor unpacked on the way.
+        in_order = x.flags.c_contiguous and rows.order == tuple(range(len(rows.order)))
+        room = memory.SCRATCH // levels
+        if in_order and (rows.length % 8 == 0 or rows.split == rows.shape):
+            room *= 8
+        size = min(blocks.rows_block(x.size, itemsize, x.size * work), room)
         # In steps of eight rows, so that blocks of columns do not share bytes.
         together = max(_together(rows, x), 8 if size >= 8 * rows.length else 1)
         parts = list(_blocks_of_rows(rows, size, together))
@@ -241,7 +250,7 @@ def for_each_lines(
         whole = slice(0, lines.length)
         parts = [(share, whole) for share in blocks.shares(lines.count, least)]
     elif at_once is not None or lines.length <= blocks.BLOCK:
-        step = at_once or max(1, LINES_AT_ONCE // lines.length)
+        step = at_once or max(1, max(LINES_AT_ONCE, blocks.elements_block(size)) // lines.length)
         parts = [(slice(start, min(start + step, lines.count)), slice(0, lines.length))
                  for start in range(0, lines.count, step)]  # fmt: skip
     else:
@@ -283,6 +292,20 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
         on(*cut, **{name: a[block] for name, a in outputs.items()})
 
     blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
+
+
+def is_finite(x: Array) -> bool:
+    """Whether `x` has no NaN and no infinity."""
+    if libraries.on_device(x):
+        return bool(libraries.library(x).isfinite(x).all())
+    ordered = x.transpose(sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])))
+    finite: list[bool] = []
+    blocks.each(
+        lambda block: finite.append(bool(np.isfinite(ordered[block]).all())),
+        list(blocks.tile(ordered.shape)),
+        x.size,
+    )
+    return all(finite)
 
 
 def _turned(array: Any, order: Sequence[int]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cubin.codes.levels import pack_mask
 from cubin.core import floats, libraries, memory, passes, teams
 from cubin.core.bits import Bits
 from cubin.core.floats import as_integers, in_work_dtype, where
@@ -177,17 +178,21 @@ def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndar
 def encode_rows(
     x: np.ndarray, bits: np.ndarray, levels: int, *, scales: np.ndarray, signs: np.ndarray
 ) -> None:
-    """The scales of whole rows, (levels, rows, 1), and their signs, (levels, rows, length)."""
+    """The scales of whole rows, (levels, rows, 1), and their signs.
+
+    The kernel writes signs as int8, (levels, rows, length). On the host they are bits: see
+    `passes.for_each_whole_rows`.
+    """
     row_scales = _level_scales(x, bits, levels)
     opposite = _opposite(x)
     step = memory.scratch("step", x.shape, opposite.dtype)
+    positive = memory.scratch("sign", x.shape, np.bool_)
     for level, scale in enumerate(row_scales):
-        scales[level], sign = scale, signs[level]
-        np.less(opposite, 0, out=sign.view(np.bool_))
-        np.add(sign, sign, out=sign)
-        np.subtract(sign, 1, out=sign)
+        scales[level] = scale
+        np.less(opposite, 0, out=positive)
         if np.ndim(bits) or level >= bits:
-            np.multiply(sign, np.greater(bits, level), out=sign)
+            np.bitwise_and(positive, np.greater(bits, level), out=positive)
+        pack_mask(positive, signs[level])
         if level < levels - 1:
             np.subtract(opposite, np.copysign(scale, opposite, out=step), out=opposite)
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from cubin.codes.sign_bits_loops import write_bits
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
+    beside,
     lines,
     lines_in_work_dtype,
     loop,
@@ -344,25 +346,19 @@ def _write(
 
 
 @loop
-def _set_signs(
-    x: Array, at: int, pitch: int, bits: Array, first: int, levels: int, scales: Array, n: Array,
-    signs: Array,
-) -> None:  # fmt: skip
-    """Write the signs for the rows of a band."""
-    x, bits, scales, n, signs = uncounted(x, bits, scales, n, signs)
-    stop, width = first + n.size, n.size
-    for e in range(signs.shape[1]):
-        negate(x[at + e * pitch : at + e * pitch + width], n)
-        for level in range(levels):
-            a, sign = scales[level, first:stop], signs[level, e, first:stop]
-            for j in range(width):
-                positive = n[j] < 0
-                sign[j] = np.int8(1) if positive else np.int8(-1)
-                n[j] += a[j] if positive else -a[j]
-            if bits.shape[1]:
-                depths = bits[e, first:stop]
-                for j in range(width):
-                    sign[j] = sign[j] if depths[j] > np.uint8(level) else np.int8(0)
+def _pack(
+    x: Array, at: int, pitch: int, bits: Array, first: int, width: int, scales: Array, signs: Array
+) -> None:
+    """Write the signs for the rows of a band as bits."""
+    x, bits, scales, signs = uncounted(x, bits, scales, signs)
+    levels, lines, bytes_of_line = signs.shape
+    depths, factors, packed = bits.reshape(-1), scales.reshape(-1), signs.reshape(-1)
+    for e in range(lines):
+        write_bits(
+            x, at + e * pitch, width, depths, e * bits.shape[1] + first, factors, first,
+            scales.shape[1], True, levels, packed, e * bytes_of_line + first // 8,
+            lines * bytes_of_line,
+        )  # fmt: skip
 
 
 @loop
@@ -383,7 +379,7 @@ def _solve_rows(
 ) -> None:  # fmt: skip
     """Write the scales of whole rows, and their approximations or signs: what is not empty.
 
-    `copied` is `band`, read-only.
+    Signs are bits, (levels, n, bytes): a band begins at a byte. `copied` is `band`, read-only.
     """
     for first in range(0, scales.shape[1], none.size):
         width = min(none.size, scales.shape[1] - first)
@@ -396,7 +392,7 @@ def _solve_rows(
         if len(y):
             _write(source, at, pitch, bits, first, scales, scales, False, n, y)
         else:
-            _set_signs(source, at, pitch, bits, first, levels, scales, n, signs)
+            _pack(source, at, pitch, bits, first, width, scales, signs)
 
 
 @loop
@@ -451,7 +447,7 @@ def approximation(x: Array, bits: Array, *scales: Array, y: Array) -> None:
 def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     """`greedy.approximate_rows`."""
     wide = lines_in_work_dtype(x)
-    depths, no_signs = map_lines(bits, len(wide)), np.empty((0, 0, 0), np.int8)
+    depths, no_signs = map_lines(bits, len(wide)), np.empty((0, 0, 0), np.uint8)
     if y.dtype == wide.dtype:
         _solve(wide, len(x), depths, levels, lines(y), no_signs)
         return
@@ -461,9 +457,10 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
 
 def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
     """`greedy.encode_rows`."""
-    wide = lines_in_work_dtype(x)
+    wide = lines_in_work_dtype(x if beside(x) else np.require(x, requirements=("F", "A")))
     none = np.empty((0, 0), wide.dtype)
-    by_level = _solve(wide, len(x), map_lines(bits, len(wide)), levels, none, lines(signs))
+    of_lines = signs.swapaxes(1, 2)
+    by_level = _solve(wide, len(x), map_lines(bits, len(wide)), levels, none, of_lines)
     scales[...] = by_level[:levels, :, None]
 
 

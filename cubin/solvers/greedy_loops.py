@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cubin.codes.sign_bits_loops import write_bits
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
     beside,
@@ -303,42 +304,28 @@ def _approximate_narrow_rows(
 # ---------------------------------------------------------------- codes
 
 
-@part
-def _set_signs(n: Array, bits: Array, level: int, scale: float, signs: Array) -> None:
-    """Write the signs of a level, and take the level off the negated residual."""
-    for j in range(signs.size):
-        positive = n[j] < 0
-        signs[j] = np.int8(1) if positive else np.int8(-1)
-        n[j] += scale if positive else -scale
-    if bits.size:
-        for j in range(signs.size):
-            signs[j] = signs[j] if bits[j] > np.uint8(level) else np.int8(0)
-
-
 @loop
 def _encode_rows(
-    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, chunk: Array, sums: Array,
-    signs: Array,
-) -> None:  # fmt: skip
-    """Write the scales and the signs."""
-    x, bits, scales, m = uncounted(x, bits, scales, m)
-    chunk, signs = uncounted(chunk, signs)
-    for start in range(0, len(x), len(m)):
-        stop = min(start + len(m), len(x))
+    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, sums: Array, signs: Array
+) -> None:
+    """Write the scales and the signs as bits, (levels, rows, bytes)."""
+    x, bits, scales, m, signs = uncounted(x, bits, scales, m, signs)
+    levels, rows, width = signs.shape
+    elements, depths = x.reshape(-1), bits.reshape(-1)
+    found, packed = scales.reshape(-1), signs.reshape(-1)
+    for start in range(0, rows, len(m)):
+        stop = min(start + len(m), rows)
         _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, magnitudes, sums)
         for row in range(start, stop):
-            for first in range(0, x.shape[1], CHUNK):
-                elements = x[row, first : first + CHUNK]
-                n = chunk[: elements.size]
-                negate(elements, n)
-                for level in range(len(signs)):
-                    _set_signs(n, bits[row, first : first + CHUNK], level, scales[row, level],
-                               signs[level, row, first : first + CHUNK])  # fmt: skip
+            write_bits(
+                elements, row * x.shape[1], x.shape[1], depths, row * bits.shape[1], found,
+                row * levels, 1, False, levels, packed, row * width, rows * width,
+            )  # fmt: skip
 
 
 @part
 def _set_bits(n: Array, bits: Array, level: int, scale: float, code: Array) -> None:
-    """The same with the sign as bit `level` of a code."""
+    """Set bit `level` of a code to the sign, and take the level off the negated residual."""
     bit, none = np.uint16(1 << level), np.uint16(0)
     for j in range(code.size):
         positive = n[j] < 0
@@ -427,15 +414,13 @@ def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
 
 def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Array) -> None:
     """`greedy.encode_rows`."""
-    if beside(x, signs):
+    if signs.shape[1] != len(x):
         columns.encode_rows(x, bits, levels, scales=scales, signs=signs)
         return
     wide = in_work_dtype(x)
-    depths, by_row = map_of(bits, len(x)), np.empty((len(x), levels), wide.dtype)
-    plain = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
-    _encode_rows(wide, depths, by_row, *_rows(wide), *scratch(wide.dtype), plain)
-    if plain is not signs:
-        place(plain, signs)
+    depths = map_of(bits, len(x))
+    by_row, (_, sums) = memory.scratch("scales", (len(x), levels), wide.dtype), scratch(wide.dtype)
+    _encode_rows(wide, depths, by_row, *_rows(wide), sums, signs)
     scales[...] = by_row.T[:, :, None]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cubin.codes.levels import decode, level_signs
+from cubin.codes.levels import decode, pack_codes
 from cubin.core import teams
 from cubin.core.primitives import FLOATS, raw, source
 from cubin.solvers import search
@@ -87,12 +87,10 @@ def solve_rows(
     scales: np.ndarray,
     signs: np.ndarray,
 ) -> None:
-    """The scales of whole rows, (levels, rows, 1), and their signs, (levels, rows, length)."""
+    """The scales of whole rows, (levels, rows, 1), and their signs, as `greedy.encode_rows`."""
     lookup = _solved(x, bits, levels, refit, iterations)
-    code = lookup.codes(x, bits)
-    for level, scale in enumerate(lookup.scales):
-        scales[level] = scale
-        level_signs.function(code, bits, np.uint8(level), sign=signs[level])
+    scales[...] = lookup.scales
+    pack_codes(lookup.codes(x, bits), bits, signs)
 
 
 def _solved(x: np.ndarray, bits: np.ndarray, levels: int, refit: bool, iterations: int) -> Lookup:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cubin.codes.levels_loops import level_signs
+from cubin.codes.levels import pack_codes
 from cubin.core import floats, memory
 from cubin.core.floats import as_integers
 from cubin.core.host.loops import (
@@ -592,6 +592,4 @@ def solve_rows(
     """`search_rows.solve_rows`."""
     lookup = _lookup(x, bits, levels, refit, iterations)
     scales[...] = lookup.scales
-    code = lookup.codes(x, bits)
-    for level in range(levels):
-        level_signs(code, bits, np.uint8(level), sign=signs[level])
+    pack_codes(lookup.codes(x, bits), bits, signs)

@@ -62,6 +62,9 @@ They go through the whole block at every level, so it has to stay in the cache."
 COMPILED_ROWS = (1 << 21, 1 << 23)
 """The fewest and the most bytes of such a block for compiled loops, which go row by row."""
 
+BESIDE = 16
+"""The fewest rows that are worked on side by side: those of a line of the cache, of float32."""
+
 TOGETHER = (16, 64)
 """The fewest rows of a block where rows lie side by side. Memory is read in lines of the cache, and
 faster where some lines follow each other."""

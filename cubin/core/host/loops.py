@@ -24,6 +24,7 @@ from numba.core import cgutils
 from numba.core.caching import FunctionCache
 
 from cubin.core import floats, memory
+from cubin.core.host.blocks import BESIDE
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, COLUMNS, LANES, SHORT, UNIT
 
@@ -510,9 +511,6 @@ def target(y: Array, *inputs: Array) -> Array:
 
 
 # ---------------------------------------------------------------- rows side by side
-
-BESIDE = 16
-"""The fewest rows that are worked on side by side: those of a line of the cache, of float32."""
 
 
 def beside(*arrays: Array) -> bool:

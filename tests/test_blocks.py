@@ -199,6 +199,46 @@ def test_blocks_of_blocks_stay_on_their_thread(monkeypatch):
     assert len(set(together(monkeypatch, 3))) == 3  # and afterwards they share again
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_loop_on_all_threads_at_the_same_time(count):
+    barrier, seen = threading.Barrier(count), {}
+
+    def loop(number, three, array):
+        barrier.wait(timeout=20)
+        assert (array == three).all()
+        seen[number] = threading.get_ident()
+
+    def call():
+        held = np.full(10, 3)
+        blocks.together(loop, (3, held), count)
+        return weakref.ref(held)
+
+    for _ in range(20):
+        seen.clear()
+        assert call()() is None  # nothing is kept
+        assert sorted(seen) == list(range(count))
+        assert len(set(seen.values())) == count
+        assert seen[0] == threading.get_ident()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_raised_is_raised_once_all_threads_are_done(number):
+    barrier, done = threading.Barrier(2), []
+
+    def loop(own):
+        barrier.wait(timeout=20)
+        if own == number:
+            raise KeyError(own)
+        time.sleep(0.05)
+        done.append(own)
+
+    for _ in range(3):
+        with pytest.raises(KeyError, match=str(number)):
+            blocks.together(loop, (), 2)
+        assert done == [1 - number]
+        done.clear()
+
+
 def test_what_tasks_hold_is_let_go_before_the_call_ends(monkeypatch):
     def call():
         held = np.empty(10)

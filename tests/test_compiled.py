@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -555,6 +557,39 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(1, 40), (7, 131), (301, 64), (1500, 27), (130, 1027)])
+def test_threads_share_rows_by_a_counter(monkeypatch, rng, dtype, shape):
+    """All of them begin at once, whoever gets most of the rows: the bits are those of the body."""
+    x = rng.normal(size=shape).astype(dtype)
+    bits = rng.integers(0, 4, shape).astype(np.uint8)
+    monkeypatch.setattr(blocks, "LOOPS_THREADED", 0)
+    monkeypatch.setattr(blocks, "_workers", lambda: 5)
+    narrow = floats.is_narrow(x.dtype)
+    name = "_approximate_narrow_rows" if narrow else "_approximate_rows"
+    loop, begun, numbers = getattr(greedy_loops, name), threading.Barrier(5), []
+
+    def counted(number, *arguments):
+        begun.wait(timeout=60)
+        numbers.append(number)
+        loop(number, *arguments)
+
+    monkeypatch.setattr(greedy_loops, name, counted)
+    for depth in (np.uint8(2), bits):
+        numbers.clear()
+        expected, found = np.empty_like(x), np.empty_like(x)
+        greedy.approximate_rows.function(x, depth, 3 if depth is bits else 2, y=expected)
+        greedy_loops.approximate_rows(x, depth, 3 if depth is bits else 2, y=found)
+        assert sorted(numbers) == [0, 1, 2, 3, 4]
+        np.testing.assert_array_equal(plain(found), plain(expected))
+
+
+def test_a_row_is_added_up_where_nothing_follows_it():
+    """The loop reads on beyond each chunk, if there is something: here memory ends."""
+    x = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.float32).reshape(1, -1)
+    cubin.multibit(x, 2, channel_axis=0)
+
+
 # Of these even an instruction set of 2013 has vectors, of eight numbers.
 VECTORS = {
     greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
@@ -580,7 +615,8 @@ x, bits = read_only(np.ones((2, 9), f)), read_only(np.ones((2, 9), np.uint8))
 m = np.ones((2, 9), f)
 loops = {
     greedy_loops._approximate_rows: (
-        x, bits, np.ones((2, 2), f), m, read_only(m), *scratch(f), np.ones((2, 9), f)),
+        0, x, bits, np.ones((1, 2, 2), f), m[None], read_only(m[None]), *scratch(f, 1),
+        np.ones((2, 9), f), np.zeros(1, np.int64)),
     planes_loops._add_two_levels: (
         np.ones(32, np.uint8), 0, 8, 1, 64, 8, 64, read_only(np.ones(8, f)), 0, 4, 1, 64, 64, True,
         np.ones(64, f)),

@@ -93,9 +93,12 @@ class Primitive:
     loops_from : int or None
         The number of elements from which on the loop is used, where it gives other bits than the
         body. None if it gives the same bits: then it is used where it is faster.
+    shared : bool
+        Whether the loop itself shares its rows among threads.
     """
 
     loops_from: int | None = None
+    shared = False
 
     def __init__(
         self,
@@ -282,9 +285,10 @@ class Raw(Primitive):
     """
 
     def __init__(
-        self, *arguments: Any, code: str, launch: Any, loops_from: int | None = None
+        self, *arguments: Any, code: str, launch: Any, loops_from: int | None, shared: bool
     ) -> None:
         self.code = code
+        self.shared = shared
         self.launch = launch
         self.loops_from = loops_from
         super().__init__(*arguments)
@@ -380,16 +384,17 @@ def raw(
     preamble: str = "",
     looped: bool = False,
     loops_from: int | None = None,
+    shared: bool = False,
 ) -> Callable[[Callable[..., None]], Raw]:
     """Make a function a primitive whose kernel is the template ``cubin_<function>`` in `code`.
 
-    `launch` and `loops_from` are those of `Raw` and `Primitive`.
+    `launch` is that of `Raw`, `loops_from` and `shared` are those of `Primitive`.
     """
 
     def decorate(function: Callable[..., None]) -> Raw:
         return Raw(
             function, inputs, outputs, types, preamble, looped, code=code, launch=launch,
-            loops_from=loops_from,
+            loops_from=loops_from, shared=shared,
         )  # fmt: skip
 
     return decorate

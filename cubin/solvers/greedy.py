@@ -159,6 +159,7 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
     launch=teams.RowLaunch(teams.GREEDY, passes_levels=True),
     types=FLOATS,
     looped=True,
+    shared=True,
 )
 def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndarray) -> None:
     """The approximation of whole rows. The scales are not part of the result."""

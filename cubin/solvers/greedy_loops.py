@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cubin.core import floats, memory
+from cubin.core.host import blocks
 from cubin.core.host.loops import (
     beside,
     coded_residual_sum,
@@ -24,11 +25,13 @@ from cubin.core.host.loops import (
     narrow,
     part,
     place,
+    prefetch,
     read_only,
     residual_sum,
     scratch,
     short_sum_in_sixteenths,
     store,
+    taken,
     target,
     uncounted,
     widen,
@@ -37,6 +40,10 @@ from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, SHORT
 from cubin.solvers import greedy_columns_loops as columns
 from cubin.solvers.greedy_columns_loops import negate, step
+
+TURNS = 1 << 6
+"""Turns in which threads go through the rows, if there are enough: so many that they end at about
+the same time, and so few that each is a long run of memory."""
 
 TOGETHER = 1 << 15
 """Elements of the rows that take turns at each level, so that one row's memory is read while
@@ -86,6 +93,9 @@ def _find_scales(
             for start in range(0, x.shape[1], CHUNK):
                 stop = min(start + CHUNK, x.shape[1])
                 source, left, less = x[row, start:stop], m[row, start:stop], taken
+                if level == 0:
+                    # Sixteen columns at a time are no order that processors foresee.
+                    prefetch(source, CHUNK, source.size)
                 if mapped:
                     if level == 0:
                         keep(source, zero, left)
@@ -268,29 +278,43 @@ def _write_rows(
         _write(x[row], bits[row], scales[row], stored[row], plain, chunk, y[row])
 
 
+# Threads that call one of these share its rows by a counter. Each has scratch of its own.
+
+
 @loop
 def _approximate_rows(
-    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, chunk: Array, sums: Array,
-    y: Array,
+    thread: int, x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, chunk: Array,
+    sums: Array, y: Array, counter: Array,
 ) -> None:  # fmt: skip
-    for start in range(0, len(x), len(m)):
-        stop = start + len(m)
-        group, depths, fitted = x[start:stop], bits[start:stop], scales[start:stop]
-        _find_scales(group, depths, fitted, m, magnitudes, sums)
-        _write_rows(group, depths, fitted, fitted, False, chunk, y[start:stop])
+    scales, m, magnitudes = scales[thread], m[thread], magnitudes[thread]
+    chunk, sums, turn = chunk[thread], sums[thread], max(1, len(x) // (TURNS * len(m))) * len(m)
+    first = taken(counter, turn)
+    while first < len(x):
+        for start in range(first, min(first + turn, len(x)), len(m)):
+            stop = min(start + len(m), len(x))
+            group, depths, fitted = x[start:stop], bits[start:stop], scales[: stop - start]
+            _find_scales(group, depths, fitted, m, magnitudes, sums)
+            _write_rows(group, depths, fitted, fitted, False, chunk, y[start:stop])
+        first = taken(counter, turn)
 
 
 @loop
 def _approximate_narrow_rows(
-    x: Array, bits: Array, ieee: bool, wide: Array, words: Array, scales: Array, scale_words: Array,
-    halves: Array, stored: Array, stored_words: Array, m: Array, magnitudes: Array, chunk: Array,
-    sums: Array, values: Array, value_words: Array, y: Array,
+    thread: int, x: Array, bits: Array, ieee: bool, wide: Array, words: Array, scales: Array,
+    scale_words: Array, halves: Array, stored: Array, stored_words: Array, m: Array,
+    magnitudes: Array, chunk: Array, sums: Array, values: Array, value_words: Array, y: Array,
+    counter: Array,
 ) -> None:  # fmt: skip
     """The same for float16 and bfloat16 as bit patterns, a few rows at a time.
 
     What is widened comes twice, as floats and as words. It stays in the cache.
     """
-    for start in range(0, len(x), len(m)):
+    wide, words, halves, chunk = wide[thread], words[thread], halves[thread], chunk[thread]
+    scales, scale_words, sums = scales[thread], scale_words[thread], sums[thread]
+    stored, stored_words, m = stored[thread], stored_words[thread], m[thread]
+    values, value_words, magnitudes = values[thread], value_words[thread], magnitudes[thread]
+    start = taken(counter, len(m))
+    while start < len(x):
         count, depths = min(len(m), len(x) - start), bits[start : start + len(m)]
         for row in range(count):
             widen(x[start + row], words[row], ieee)
@@ -302,6 +326,7 @@ def _approximate_narrow_rows(
         _write_rows(wide[:count], depths, fitted, stored[:count], True, chunk, values[:count])
         for row in range(count):
             narrow(value_words[row], y[start + row], ieee)
+        start = taken(counter, len(m))
 
 
 # ---------------------------------------------------------------- codes
@@ -395,29 +420,38 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     if beside(x, y):
         columns.approximate_rows(x, bits, levels, y=y)
         return
+    # Each level is a pass over x, and the result is one.
+    threads, counter = blocks.threads(x.size * (levels + 1)), np.zeros(1, np.int64)
+    depths = map_of(bits, len(x))
     if floats.is_narrow(x.dtype):
-        _approximate_narrow(x, bits, levels, y)
+        _approximate_narrow(x, depths, levels, threads, counter, y)
         return
     wide = in_work_dtype(x)
-    depths = map_of(bits, len(x))
-    values, scales = target(y, wide), np.empty((len(x), levels), wide.dtype)
-    _approximate_rows(wide, depths, scales, *_rows(wide), *scratch(wide.dtype), values)
+    values, (m, magnitudes) = target(y, wide), _rows(wide, wide.dtype, threads)
+    scales = memory.scratch("scales", (*m.shape[:2], levels), wide.dtype)
+    arguments = (
+        wide, depths, scales, m, magnitudes, *scratch(wide.dtype, threads), values, counter,
+    )  # fmt: skip
+    blocks.together(_approximate_rows, arguments, threads)
     store(values, y)
 
 
-def _approximate_narrow(x: Array, bits: Array, levels: int, y: Array) -> None:
+def _approximate_narrow(
+    x: Array, depths: Array, levels: int, threads: int, counter: Array, y: Array
+) -> None:
     half = read_only(in_rows(x)).view(np.uint16)
-    m, magnitudes = _rows(half, np.float32)
+    m, magnitudes = _rows(half, np.float32, threads)
     wide = memory.scratch("widened rows", m.shape, np.float32)
     values = memory.scratch("values of rows", m.shape, np.float32)
-    scales, stored = np.empty((2, len(m), levels), np.float32)
+    scales, stored = np.empty((2, *m.shape[:2], levels), np.float32)
     result = y if y.flags.carray else np.empty(y.shape, y.dtype)
-    _approximate_narrow_rows(
-        half, map_of(bits, len(x)), x.dtype == np.float16, read_only(wide), wide.view(np.uint32),
-        scales, read_only(scales.view(np.uint32)), np.empty(levels, np.uint16), stored,
-        stored.view(np.uint32), m, magnitudes, *scratch(np.float32), values,
-        read_only(values.view(np.uint32)), result.view(np.uint16),
+    arguments = (
+        half, depths, x.dtype == np.float16, read_only(wide), wide.view(np.uint32),
+        scales, read_only(scales.view(np.uint32)), np.empty((threads, levels), np.uint16), stored,
+        stored.view(np.uint32), m, magnitudes, *scratch(np.float32, threads), values,
+        read_only(values.view(np.uint32)), result.view(np.uint16), counter,
     )  # fmt: skip
+    blocks.together(_approximate_narrow_rows, arguments, threads)
     if result is not y:
         place(result, y)
 
@@ -437,7 +471,7 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
     wide = in_work_dtype(x)
     depths, by_row = map_of(bits, len(x)), np.empty((len(x), levels), wide.dtype)
     plain = signs if signs.flags.c_contiguous else np.empty(signs.shape, np.int8)
-    _encode_rows(wide, depths, by_row, *_rows(wide), *scratch(wide.dtype), plain)
+    _encode_rows(wide, depths, by_row, *_rows(wide, wide.dtype), *scratch(wide.dtype), plain)
     if plain is not signs:
         place(plain, signs)
     scales[...] = by_row.T[:, :, None]
@@ -453,10 +487,13 @@ def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:
     _codes(wide, map_of(bits, len(x)), _stack(scales, wide), chunk, code)
 
 
-def _rows(x: Array, work: Any = None) -> tuple[Array, Array]:
-    """Scratch for the magnitudes of the rows that take turns at each level; and it, read-only."""
+def _rows(x: Array, work: Any, *threads: int) -> tuple[Array, Array]:
+    """Scratch for the magnitudes of the rows that take turns at each level; and it, read-only.
+
+    With a number of `threads` there is one of each for every thread.
+    """
     together = max(1, min(len(x), TOGETHER // max(1, x.shape[1])))
-    m = memory.scratch("rows", (together, x.shape[1]), work or x.dtype)
+    m = memory.scratch("rows", (*threads, together, x.shape[1]), work)
     return m, read_only(m)
 
 

@@ -169,19 +169,42 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], work: int) -> None:
         for share in shares:
             share.clear()
 
-    helpers = _Helpers(take, workers - 1)
-    try:
-        take(0)
-        helpers.wait()
-    except BaseException:  # raised while this thread waited, such as KeyboardInterrupt
-        stop()
-        helpers.wait()
-        raise
+    _on_threads(take, workers, stop)
     if errors:
         try:
             raise errors[0]
         finally:
             errors.clear()  # the traceback refers to `errors`: a cycle that keeps arrays alive
+
+
+def together(loop: Callable[..., None], arguments: Sequence[Any], count: int) -> None:
+    """Call ``loop(number, *arguments)`` on `count` threads at the same time, numbered from 0 on.
+
+    The loop takes its turns from a counter: see `loops.taken`. In between it does not need the
+    GIL, and a thread that starts late has fewer of them.
+    """
+    _on_threads(lambda number: loop(number, *arguments), count)
+
+
+def _on_threads(
+    work: Callable[[int], None], count: int, stop: Callable[[], None] = lambda: None
+) -> None:
+    """Call ``work(number)`` for the numbers below `count`, that of 0 on the calling thread.
+
+    What is raised while this thread waits, such as KeyboardInterrupt, is raised once `stop` was
+    called and the others are done.
+    """
+    if count == 1:
+        work(0)
+        return
+    helpers = _Helpers(work, count - 1)
+    try:
+        work(0)
+        helpers.wait()
+    except BaseException:
+        stop()
+        helpers.wait()
+        raise
 
 
 @np.errstate(all="ignore")
@@ -347,6 +370,9 @@ def sorted_block(size: int) -> int:
     return min(max(least, portion(size)), most)
 
 
-def elements_block(size: int) -> int:
-    """Elements of a block of an array of `size` elements that are worked on one by one."""
-    return max(4 * BLOCK, portion(size)) if is_ready(size) else BLOCK
+def elements_block(size: int, work: int | None = None) -> int:
+    """Elements of a block of an array of `size` elements that are worked on one by one.
+
+    `work` is that of `threads`, as many elements if it is not given.
+    """
+    return max(BLOCK, portion(size, work)) if is_ready(size) else BLOCK

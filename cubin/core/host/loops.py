@@ -13,6 +13,7 @@ file of the loop alone: after a change to this file, delete ``cubin/**/__pycache
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +101,42 @@ def uncounted(context: Any, *kinds: Any) -> Any:
         return context.make_tuple(builder, signature.return_type, views)
 
     return numba.types.Tuple(kinds)(numba.types.StarArgTuple(kinds)), generate
+
+
+@intrinsic
+def taken(context: Any, counter: Any, count: Any) -> Any:
+    """Add `count` to a counter, an array of one number, and return what it was before.
+
+    By one counter threads take turns at what they share.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.atomic_rmw("add", array.data, arguments[1], "monotonic")
+
+    return numba.int64(counter, numba.int64), generate
+
+
+@intrinsic
+def prefetch(context: Any, array: Any, start: Any, count: Any) -> Any:
+    """Have the processor read `count` elements from `start` on into the cache meanwhile.
+
+    They may lie beyond the end of the array: what is not there is not read.
+    """
+    step = memory.LINE // (array.dtype.bitwidth // 8)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte, number, word = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
+        declared = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, declared, "llvm.prefetch.p0")
+        stop = builder.add(*arguments[1:])
+        with cgutils.for_range_slice(builder, arguments[1], stop, word(step)) as (index, _):
+            where = builder.bitcast(builder.gep(data, [index]), byte)
+            builder.call(function, [where, number(0), number(3), number(1)])  # to read; data
+        return context.get_dummy_value()
+
+    return numba.void(array, numba.int64, numba.int64), generate
 
 
 # ---------------------------------------------------------------- sums
@@ -326,11 +363,14 @@ def keep_coded_in_place(m: Array, taken: float, bits: Array, level: int) -> int:
     return int(count)
 
 
-def scratch(dtype: Any) -> tuple[Array, Array]:
-    """Scratch for a chunk of magnitudes, and for the sums that `magnitude_sum` overwrites."""
+def scratch(dtype: Any, *threads: int) -> tuple[Array, Array]:
+    """Scratch for a chunk of magnitudes, and for the sums that `magnitude_sum` overwrites.
+
+    With a number of `threads` there is one of each for every thread.
+    """
     return (
-        memory.scratch("chunk", (CHUNK,), dtype),
-        memory.scratch("sums", (CHUNK // COLUMNS + SHORT,), dtype),
+        memory.scratch("chunk", (*threads, CHUNK), dtype),
+        memory.scratch("sums", (*threads, CHUNK // COLUMNS + SHORT), dtype),
     )
 
 
@@ -581,10 +621,15 @@ def store_lines(values: Array, y: Array) -> None:
 def map_lines(bits: Array, n: int) -> Array:
     """A bit map, (rows, n), as lines; of no columns where `bits` is one number."""
     if not np.ndim(bits):
-        return read_only(np.empty((n, 0), np.uint8))
+        return _no_map(n)
     return read_only(lines(bits) if beside(bits) else np.ascontiguousarray(bits.T))
 
 
 def map_of(bits: Array, rows: int) -> Array:
     """A bit map as loops take it, (rows, n); of no columns where `bits` is one number."""
-    return read_only(in_rows(bits) if np.ndim(bits) else np.empty((rows, 0), np.uint8))
+    return read_only(in_rows(bits)) if np.ndim(bits) else _no_map(rows)
+
+
+@functools.lru_cache(maxsize=1 << 8)
+def _no_map(rows: int) -> Array:
+    return read_only(np.empty((rows, 0), np.uint8))

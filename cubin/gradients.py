@@ -61,8 +61,6 @@ def sign_grad(
     >>> cubin.sign_grad(np.array([-1.5, 0.0, 1.0]), np.array([1.0, 2.0, 3.0]))
     array([0., 2., 3.])
     """
-    if surrogate == "ste" and not parameters:
-        return multibit_grad(x, 1, gy, out=out)
     rule = surrogates.sign_rule(surrogate, parameters)
     x = arrays.as_floats("x", x)
     with libraries.current_device(x):

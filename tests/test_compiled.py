@@ -587,6 +587,8 @@ VECTORS = {
     products_loops._multiply: {"vfmadd213ps"},
     signs_loops._signs: {"vmovups"},
     signs_loops._clip: {"vmovups"},
+    signs_loops._clip_patterns: {"vpand"},
+    signs_loops._clip_to_bits: {"vandps"},
 }
 
 
@@ -601,7 +603,7 @@ from cubin.core.host.loops import read_only, scratch
 from cubin.solvers import greedy_loops
 f = np.float32
 x, bits = read_only(np.ones((2, 9), f)), read_only(np.ones((2, 9), np.uint8))
-m = np.ones((2, 9), f)
+m, half = np.ones((2, 9), f), read_only(np.ones(9, np.uint16))
 loops = {
     greedy_loops._approximate_rows: (
         x, bits, np.ones((2, 2), f), m, read_only(m), *scratch(f), np.ones((2, 9), f)),
@@ -617,6 +619,8 @@ loops = {
         read_only(np.ones((8, 64), f)), np.ones((512, 264), f), 8, np.ones((8, 264), f)),
     signs_loops._signs: (x[0], np.ones(9, f)),
     signs_loops._clip: (x[0], f(1), x[0], np.ones(9, f)),
+    signs_loops._clip_patterns: (half, np.uint16(5), half, np.ones(9, np.uint16)),
+    signs_loops._clip_to_bits: (x[0], bits[0], half, np.ones(9, np.uint16)),
 }
 for loop, arguments in loops.items():
     loop(*arguments)

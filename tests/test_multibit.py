@@ -460,6 +460,19 @@ def test_peak_memory_is_the_output_and_little_more(granularity, mapped):
     assert peak < x.nbytes + 64e6
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_peak_memory_in_place_is_that_of_blocks(dtype):
+    x = np.random.default_rng(0).standard_normal((12_000, 1000), np.float32).astype(dtype)
+    cubin.multibit(x, 2, channel_axis=0, out=x)  # which may compile loops
+    tracemalloc.start()
+    try:
+        cubin.multibit(x, 2, channel_axis=0, out=x)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1, 2, (0, 2)])
 @pytest.mark.parametrize("mapped", [False, True])
 def test_results_keep_the_memory_order(xp, host, rng, axis, mapped):

@@ -9,6 +9,7 @@ from ml_dtypes import finfo
 
 import cubin
 from cubin.core import floats
+from cubin.core.host import blocks
 from tests import reference
 from tests.reference import plain
 
@@ -220,3 +221,16 @@ def test_inputs_stay_as_they_are():
     before = x.copy()
     cubin.sign(x), cubin.ste_mask(x), cubin.sign_grad(x, x), cubin.multibit_grad(x, 2, x)
     np.testing.assert_array_equal(x, before)
+
+
+def test_threads_share_work_by_the_bytes_that_are_moved(monkeypatch):
+    pytest.importorskip("numba")
+    works = []
+    monkeypatch.setattr(blocks, "each", lambda task, parts, work: works.append(work))
+    size = 2 * blocks.LOADING
+    for dtype in (np.float16, np.float32, np.float64):
+        cubin.sign(np.ones(size, dtype))
+    x = np.ones(size, np.float32)
+    cubin.multibit_grad(x, 2, x)
+    cubin.multibit_grad(x, np.ones(size, np.uint8), x)
+    assert works == [size // 2, size, 2 * size, 12 * size // 8, 13 * size // 8]

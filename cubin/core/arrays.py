@@ -154,6 +154,8 @@ def as_bound(value: object, x: Array) -> Array:
     float64, and float maps keep their dtype. Python's numbers are rounded to x's dtype first, as in
     NumPy's comparisons.
     """
+    if type(value) is int and 0 <= value <= 255:
+        return np.uint8(value)
     if libraries.on_device(value):
         bound: Any = libraries.aligned(value)
         libraries.check_same("bound", bound, x)
@@ -169,8 +171,6 @@ def as_bound(value: object, x: Array) -> Array:
             if bound.ndim or libraries.on_device(bound)
             else np.uint8(bound)
         )
-    if isinstance(value, int) and 0 <= value <= 255:
-        return np.uint8(value)
     if isinstance(value, (int, float)) and not isinstance(value, np.generic):
         return floats.nearest(value, x.dtype)
     if bound.ndim == 0 and not libraries.on_device(bound):

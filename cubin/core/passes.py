@@ -137,6 +137,21 @@ def whole_rows(
         return
     itemsize, work = floats.work_dtype(inputs[0].dtype).itemsize, _work(primitive, static[0])
     block = blocks.rows_block(out.size, itemsize, out.size * work)
+    arrays = [a for a in (*inputs, out) if not isinstance(a, np.generic)]
+    if rows.in_order and all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
+        # Rows that lie one after the other are cut as they are: threads start sooner.
+        shape = rows.count, rows.length
+        flat = [a if isinstance(a, np.generic) else a.reshape(shape) for a in inputs]
+        y = out.reshape(shape)
+
+        def run(cut: slice) -> None:
+            values = (a if isinstance(a, np.generic) else a[cut] for a in flat)
+            on(*values, *static, **{name: y[cut]})
+
+        step = max(1, block // rows.length)
+        cuts = [slice(start, start + step) for start in range(0, rows.count, step)]
+        blocks.each(run, cuts, out.size * work)
+        return
     parts = list(_blocks_of_rows(rows, block, _together(rows, inputs[0])))
     _over(parts, task, rows, inputs, work=work)
 
@@ -279,11 +294,17 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
         return
     size = output.size
     on = primitive.on_host(size)
-    if on is not primitive.function and not all(a.flags.carray for a in outputs.values()):
+    if not all(a.flags.carray for a in outputs.values()):
         on = primitive.function  # loops write nothing else
+    looped = on is not primitive.function
     if size <= blocks.BLOCK:
-        blocks.alone(on, *inputs, **outputs)
+        if looped:
+            on(*inputs, **outputs)
+        else:
+            blocks.alone(on, *inputs, **outputs)
         return
+    # Loops wait for memory: their work is the bytes moved, in float32 read and written.
+    work = sum(a.nbytes for a in (*inputs, *outputs.values())) // 8 if looped else size
     shape = output.shape
     spread = [np.broadcast_to(a, shape) if np.shape(a) not in ((), shape) else a for a in inputs]
 
@@ -291,7 +312,7 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
         cut = [a[block] if np.ndim(a) else a for a in spread]
         on(*cut, **{name: a[block] for name, a in outputs.items()})
 
-    blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size))), size)
+    blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size, work))), work)
 
 
 def is_finite(x: Array) -> bool:

@@ -71,10 +71,11 @@ class Rows:
         """A view of `array` with the axes that number the rows first."""
         if self.split != self.shape:
             array = array.reshape(self.split)
-        return array if self._in_order else array.transpose(self.order)
+        return array if self.in_order else array.transpose(self.order)
 
     @cached_property
-    def _in_order(self) -> bool:
+    def in_order(self) -> bool:
+        """Whether the axes that number the rows come first: rows of a C array lie one by one."""
         return self.order == tuple(range(len(self.order)))
 
     def as_stored(self, array: Array) -> Rows:

@@ -6,7 +6,7 @@ import numpy as np
 
 from cubin.core import floats
 from cubin.core.floats import as_integers, magnitudes_up_to
-from cubin.core.host.loops import in_rows, in_work_dtype, loop, part, read_only
+from cubin.core.host.loops import in_rows, in_work_dtype, loop, part
 from cubin.core.libraries import Array
 
 
@@ -28,10 +28,10 @@ def _signs_in_place(y: Array) -> None:
 
 
 @loop
-def _signs_of_patterns(y: Array, infinity: int, one: int) -> None:
+def _signs_of_patterns(x: Array, infinity: int, one: int, y: Array) -> None:
     """The same on the bit patterns of float16 or bfloat16, which Numba does not have."""
-    for j in range(y.size):
-        word = y[j]
+    for j in range(x.size):
+        word = x[j]
         positive = np.uint16(word - np.uint16(1)) < infinity
         sign = one if positive else np.uint16(one | np.uint16(0x8000))
         y[j] = word if np.uint16(word & np.uint16(0x7FFF)) > infinity else sign
@@ -50,46 +50,52 @@ def _inside_map(x: Array, bound: Array, mask: Array) -> None:
         mask[j] = np.float64(abs(x[j])) <= np.float64(bound[j])
 
 
+# These read the gradient first: LLVM makes no vectors of a read that depends on a comparison.
+
+
 @loop
 def _clip(x: Array, bound: float, gy: Array, gx: Array) -> None:
     for j in range(x.size):
-        gx[j] = gy[j] if abs(x[j]) <= bound else gx.dtype.type(0)
+        g = gy[j]
+        gx[j] = g if abs(x[j]) <= bound else gx.dtype.type(0)
 
 
 @loop
 def _clip_patterns(x: Array, end: int, gy: Array, gx: Array) -> None:
     """The same on the bit patterns of float16 or bfloat16: magnitudes below the pattern `end`."""
     for j in range(x.size):
-        gx[j] = gy[j] if np.uint16(x[j] & np.uint16(0x7FFF)) < end else np.uint16(0)
+        g = gy[j]
+        gx[j] = g if np.uint16(x[j] & np.uint16(0x7FFF)) < end else np.uint16(0)
 
 
 @loop
 def _clip_to_bits(x: Array, bits: Array, gy: Array, gx: Array) -> None:
     for j in range(x.size):
-        bound = x.dtype.type(bits[j])
-        gx[j] = gy[j] if abs(x[j]) <= bound else gx.dtype.type(0)
+        bound, g = x.dtype.type(bits[j]), gy[j]
+        gx[j] = g if abs(x[j]) <= bound else gx.dtype.type(0)
 
 
 def signs(x: Array, *, y: Array) -> None:
     """`signs.signs`."""
-    # LLVM does not vectorize a loop on two arrays that are the same, so there is one on one array.
+    # LLVM does not vectorize a loop on two arrays that are the same, so there is one on one array,
+    # or a copy.
+    in_place = np.may_share_memory(x, y)
     if floats.is_narrow(x.dtype):
-        np.copyto(y, x)
+        words = as_integers(x.copy() if in_place else x)
         one, infinity = as_integers(np.array([1, np.inf], x.dtype))
-        _signs_of_patterns(as_integers(y).reshape(-1), infinity, one)
-    elif np.may_share_memory(x, y):
+        _signs_of_patterns(_flat(words), infinity, one, as_integers(y).reshape(-1))
+    elif in_place:
         _signs_in_place(y.reshape(-1))
     else:
-        _signs(read_only(in_rows(x)).reshape(-1), y.reshape(-1))
+        _signs(_flat(x), y.reshape(-1))
 
 
 def inside(x: Array, bound: Array, *, mask: Array) -> None:
     """`signs.inside`."""
     if np.ndim(bound):
-        x, bound = (read_only(in_rows(a)).reshape(-1) for a in (in_work_dtype(x), bound))
-        _inside_map(x, bound, mask.reshape(-1))
+        _inside_map(_flat(in_work_dtype(x)), _flat(bound), mask.reshape(-1))
         return
-    word = read_only(as_integers(in_rows(x))).reshape(-1)
+    word = _flat(as_integers(x))
     most = word.dtype.type((1 << (8 * word.itemsize - 1)) - 1)
     _inside(word, most, magnitudes_up_to(float(bound), x.dtype), mask.reshape(-1))
 
@@ -102,10 +108,17 @@ def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
     narrow, mapped, dtype = floats.is_narrow(x.dtype), np.ndim(bits) > 0, x.dtype
     if narrow:  # only x is computed with, and not even that for one bound
         x, gy, gx = in_work_dtype(x) if mapped else as_integers(x), as_integers(gy), as_integers(gx)
-    x, gy = (read_only(in_rows(a)).reshape(-1) for a in (x, gy))
+    x, gy, gx = _flat(x), _flat(gy), gx.reshape(-1)
     if mapped:
-        _clip_to_bits(x, read_only(in_rows(bits)).reshape(-1), gy, gx.reshape(-1))
+        _clip_to_bits(x, _flat(bits), gy, gx)
     elif narrow:
-        _clip_patterns(x, magnitudes_up_to(float(bits), dtype), gy, gx.reshape(-1))
+        _clip_patterns(x, magnitudes_up_to(float(bits), dtype), gy, gx)
     else:
-        _clip(x, x.dtype.type(bits), gy, gx.reshape(-1))
+        _clip(x, dtype.type(bits), gy, gx)
+
+
+def _flat(array: Array) -> Array:
+    """The elements of an array one after the other, read-only."""
+    flat = in_rows(array).reshape(-1)
+    flat.setflags(write=False)
+    return flat

@@ -350,6 +350,9 @@ def sorted_block(size: int) -> int:
     return min(max(least, portion(size)), most)
 
 
-def elements_block(size: int) -> int:
-    """Elements of a block of an array of `size` elements that are worked on one by one."""
-    return max(4 * BLOCK, portion(size)) if is_ready(size) else BLOCK
+def elements_block(size: int, work: int | None = None) -> int:
+    """Elements of a block of an array of `size` elements that are worked on one by one.
+
+    `work` is that of `threads`, as many elements if it is not given.
+    """
+    return max(BLOCK, portion(size, work)) if is_ready(size) else BLOCK

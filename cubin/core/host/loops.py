@@ -13,6 +13,7 @@ file of the loop alone: after a change to this file, delete ``cubin/**/__pycache
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -579,10 +580,15 @@ def store_lines(values: Array, y: Array) -> None:
 def map_lines(bits: Array, n: int) -> Array:
     """A bit map, (rows, n), as lines; of no columns where `bits` is one number."""
     if not np.ndim(bits):
-        return read_only(np.empty((n, 0), np.uint8))
+        return _no_map(n)
     return read_only(lines(bits) if beside(bits) else np.ascontiguousarray(bits.T))
 
 
 def map_of(bits: Array, rows: int) -> Array:
     """A bit map as loops take it, (rows, n); of no columns where `bits` is one number."""
-    return read_only(in_rows(bits) if np.ndim(bits) else np.empty((rows, 0), np.uint8))
+    return read_only(in_rows(bits)) if np.ndim(bits) else _no_map(rows)
+
+
+@functools.lru_cache(maxsize=1 << 8)
+def _no_map(rows: int) -> Array:
+    return read_only(np.empty((rows, 0), np.uint8))

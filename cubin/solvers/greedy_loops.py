@@ -25,6 +25,7 @@ from cubin.core.host.loops import (
     narrow,
     part,
     place,
+    prefetch,
     read_only,
     residual_sum,
     scratch,
@@ -85,18 +86,24 @@ def _find_scales(
             total, count = 0.0, 0 if mapped else x.shape[1]
             for start in range(0, x.shape[1], CHUNK):
                 stop = min(start + CHUNK, x.shape[1])
-                left, less = m[row, start:stop], taken
-                # What is copied comes from memory in order: sixteen columns at a time take twice as
-                # long.
+                source, left, less = x[row, start:stop], m[row, start:stop], taken
                 if level == 0:
-                    keep(x[row, start:stop], zero, left)
+                    # Sixteen columns at a time are no order that processors foresee.
+                    prefetch(source, CHUNK, source.size)
                 if mapped:
+                    if level == 0:
+                        keep(source, zero, left)
                     count += keep_coded_in_place(left, taken, bits[row, start:stop], level)
                     less = zero
                 elif 0 < level < last:  # the magnitudes are needed again
-                    keep_in_place(left, taken)
+                    if level == 1:
+                        keep(source, taken, left)
+                    else:
+                        keep_in_place(left, taken)
                     less = zero
-                total += magnitude_sum(magnitudes[row, start:stop], less, sums)
+                if mapped or level > 1 or 0 < level < last:
+                    source = magnitudes[row, start:stop]
+                total += magnitude_sum(source, less, sums)
             scales[row, level] = x.dtype.type(total / count) if count else zero
 
 

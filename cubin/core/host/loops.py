@@ -104,6 +104,28 @@ def uncounted(context: Any, *kinds: Any) -> Any:
     return numba.types.Tuple(kinds)(numba.types.StarArgTuple(kinds)), generate
 
 
+@intrinsic
+def prefetch(context: Any, array: Any, start: Any, count: Any) -> Any:
+    """Have the processor read `count` elements from `start` on into the cache meanwhile.
+
+    They may lie beyond the end of the array: what is not there is not read.
+    """
+    step = memory.LINE // (array.dtype.bitwidth // 8)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte, number, word = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
+        declared = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, declared, "llvm.prefetch.p0")
+        stop = builder.add(*arguments[1:])
+        with cgutils.for_range_slice(builder, arguments[1], stop, word(step)) as (index, _):
+            where = builder.bitcast(builder.gep(data, [index]), byte)
+            builder.call(function, [where, number(0), number(3), number(1)])  # to read; data
+        return context.get_dummy_value()
+
+    return numba.void(array, numba.int64, numba.int64), generate
+
+
 # ---------------------------------------------------------------- sums
 
 # These do what `cubin.core.sums` does, operation by operation. Each loop has numbers of one width

@@ -391,6 +391,16 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("shape", [(6, 5, 80), (300, 5, 80)])
+@pytest.mark.parametrize("of_map", [(1, 5, 80), (5, 1), (80,), (1, 1, 1)])
+def test_masks_by_maps_that_broadcast(rng, shape, of_map):
+    x = rng.standard_normal(shape).astype(np.float32)
+    bits = rng.integers(0, 4, of_map)
+    np.testing.assert_array_equal(cubin.ste_mask(x, bits), abs(x) <= bits)
+    turned = x.T, bits.reshape((1,) * (3 - bits.ndim) + of_map).T
+    np.testing.assert_array_equal(cubin.ste_mask(*turned), abs(turned[0]) <= turned[1])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("of_x", LAYOUTS)
 @pytest.mark.parametrize("of_gy", LAYOUTS)

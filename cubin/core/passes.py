@@ -296,17 +296,16 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     on = primitive.on_host(size)
     if not all(a.flags.carray for a in outputs.values()):
         on = primitive.function  # loops write nothing else
-    looped = on is not primitive.function
+    looped, shape = on is not primitive.function, output.shape
+    if size <= blocks.BLOCK and not looped:
+        blocks.alone(on, *inputs, **outputs)
+        return
+    spread = [np.broadcast_to(a, shape) if np.shape(a) not in ((), shape) else a for a in inputs]
     if size <= blocks.BLOCK:
-        if looped:
-            on(*inputs, **outputs)
-        else:
-            blocks.alone(on, *inputs, **outputs)
+        on(*spread, **outputs)
         return
     # Loops wait for memory: their work is the bytes moved, in float32 read and written.
     work = sum(a.nbytes for a in (*inputs, *outputs.values())) // 8 if looped else size
-    shape = output.shape
-    spread = [np.broadcast_to(a, shape) if np.shape(a) not in ((), shape) else a for a in inputs]
 
     def run(block: blocks.Block) -> None:
         cut = [a[block] if np.ndim(a) else a for a in spread]

@@ -1,7 +1,7 @@
 """The primitives of `planes.py` as compiled loops: see there for what each does.
 
 Planes have a byte of each line side by side. The loops work along lines. So the bytes are turned on
-the way, eight lines by eight bytes at a time.
+the way, sixteen lines by sixteen bytes at a time, or eight by eight where there are few.
 """
 
 from __future__ import annotations

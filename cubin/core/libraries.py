@@ -102,9 +102,13 @@ def result_like(x: Array, dtype: Any) -> Array:
         return result(x.shape, dtype, x)
     if on_device(x):
         return library(x).empty_like(x, dtype)
-    # The axes by their strides, the longest first; as NumPy's order K.
-    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+    order = memory_order(x)
     return memory.empty(tuple(x.shape[axis] for axis in order), dtype).transpose(np.argsort(order))
+
+
+def memory_order(x: Array) -> list[int]:
+    """The axes by their strides, the longest first: NumPy's order K."""
+    return sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
 
 
 def apart(source: Array, out: Array | None) -> Array:

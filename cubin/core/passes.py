@@ -200,7 +200,7 @@ def for_each_whole_rows(
     if not libraries.on_device(x):
         itemsize, work = floats.work_dtype(x.dtype).itemsize, _work(primitive, levels // 2)
         # Rows that fill bytes of planes, in order, are neither copied nor unpacked on the way.
-        in_order = x.flags.c_contiguous and rows.order == tuple(range(len(rows.order)))
+        in_order = x.flags.c_contiguous and rows.in_order
         room = memory.SCRATCH // levels
         if in_order and (rows.length % 8 == 0 or rows.split == rows.shape):
             room *= 8
@@ -285,7 +285,7 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     output = next(iter(outputs.values()))
     if not output.flags.c_contiguous:
         # The same elements in the order in which they lie.
-        order = sorted(range(output.ndim), key=lambda axis: -abs(output.strides[axis]))
+        order = libraries.memory_order(output)
         inputs = tuple(_turned(a, order) for a in inputs)
         outputs = {name: a.transpose(order) for name, a in outputs.items()}
         output = next(iter(outputs.values()))
@@ -297,12 +297,12 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     if not all(a.flags.carray for a in outputs.values()):
         on = primitive.function  # loops write nothing else
     looped, shape = on is not primitive.function, output.shape
-    if size <= blocks.BLOCK and not looped:
-        blocks.alone(on, *inputs, **outputs)
-        return
     spread = [np.broadcast_to(a, shape) if np.shape(a) not in ((), shape) else a for a in inputs]
-    if size <= blocks.BLOCK:
+    if size <= blocks.BLOCK and looped:
         on(*spread, **outputs)
+        return
+    if size <= blocks.BLOCK:
+        blocks.alone(on, *spread, **outputs)
         return
     # Loops wait for memory: their work is the bytes moved, in float32 read and written.
     work = sum(a.nbytes for a in (*inputs, *outputs.values())) // 8 if looped else size
@@ -318,7 +318,7 @@ def is_finite(x: Array) -> bool:
     """Whether `x` has no NaN and no infinity."""
     if libraries.on_device(x):
         return bool(libraries.library(x).isfinite(x).all())
-    ordered = x.transpose(sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis])))
+    ordered = x.transpose(libraries.memory_order(x))
     finite: list[bool] = []
     blocks.each(
         lambda block: finite.append(bool(np.isfinite(ordered[block]).all())),

@@ -366,7 +366,7 @@ def test_budget_does_not_depend_on_threads(monkeypatch, rng):
     monkeypatch.setattr(blocks, "BLOCK", 1000)
     for granularity in ({}, {"channel_axis": 0}):
         alone = bitmaps.budget(x, 1.4, **granularity)
-        monkeypatch.setattr(blocks, "THREADED", 0)
+        monkeypatch.setattr(blocks, "SHARE", 1)
         monkeypatch.setattr(blocks, "_workers", lambda: 3)
         np.testing.assert_array_equal(bitmaps.budget(x, 1.4, **granularity), alone)
         monkeypatch.undo()

@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 from cubin.core import memory
 from cubin.core.host import blocks
 
+WORK = blocks.WORKERS * blocks.SHARE
+"""Enough for all threads."""
+
 
 @given(st.lists(st.integers(0, 7), max_size=5), st.integers(1, 40))
 def test_tiles_cover_every_element_once_and_in_order(shape, size):
@@ -35,26 +38,23 @@ def test_tiles_cover_every_element_once_and_in_order(shape, size):
 def test_every_task_runs_once_on_several_threads(monkeypatch, workers, count):
     monkeypatch.setattr(blocks, "_workers", lambda: workers)
     done = []
-    blocks.each(done.append, range(count), work=blocks.THREADED)
+    blocks.each(done.append, range(count), work=WORK)
     assert sorted(done) == list(range(count))
 
 
-@pytest.mark.parametrize(
-    ("size", "pays", "expected"), [(9, True, 1), (10, True, 2), (99, False, 1), (100, False, 2)]
-)
-def test_threads_from_a_size_on(monkeypatch, size, pays, expected):
-    monkeypatch.setattr(blocks, "_workers", lambda: 2)
-    monkeypatch.setattr(blocks, "LOOPS_THREADED", 10)
-    monkeypatch.setattr(blocks, "THREADED", 100)
-    monkeypatch.setattr(blocks, "is_ready", lambda _: pays)
+@pytest.mark.parametrize(("work", "expected"), [(0, 1), (19, 1), (20, 2), (30, 3), (99, 3)])
+def test_each_thread_has_a_share_of_the_work(monkeypatch, work, expected):
+    monkeypatch.setattr(blocks, "_workers", lambda: 3)
+    monkeypatch.setattr(blocks, "SHARE", 10)
     names = set()
     together = threading.Barrier(expected)
 
     def task(_):
-        names.add(threading.get_ident())
-        together.wait(timeout=20)
+        if threading.get_ident() not in names:
+            names.add(threading.get_ident())
+            together.wait(timeout=20)
 
-    blocks.each(task, range(2), size)
+    blocks.each(task, range(3), work)
     assert len(names) == expected
 
 
@@ -70,10 +70,10 @@ def test_a_thread_takes_over_what_another_has_left(monkeypatch):
         else:
             rest.release()
 
-    blocks.each(task, range(20), work=blocks.THREADED)
+    blocks.each(task, range(20), work=WORK)
 
 
-@pytest.mark.parametrize("size", [1, blocks.THREADED])
+@pytest.mark.parametrize("size", [1, WORK])
 def test_an_error_in_a_task_reaches_the_caller(size):
     def task(number):
         if number == 7:
@@ -98,7 +98,7 @@ def test_what_is_raised_stops_the_other_threads(monkeypatch):
         done.append(number)
 
     with pytest.raises(KeyboardInterrupt):
-        blocks.each(task, range(300), work=blocks.THREADED)
+        blocks.each(task, range(300), work=WORK)
     assert sorted(done) == sorted(set(began) - {0})
     assert len(began) < 30
 
@@ -132,7 +132,7 @@ def together(monkeypatch, count, call=lambda number: None):
 
     with monkeypatch.context() as patch:
         patch.setattr(blocks, "_workers", lambda: count)
-        blocks.each(task, range(count), blocks.THREADED)
+        blocks.each(task, range(count), WORK)
     return idents
 
 
@@ -159,7 +159,7 @@ def test_callers_at_the_same_time_share_no_thread(monkeypatch):
         idents.append(threading.get_ident())
 
     def call():
-        blocks.each(task, range(2), blocks.THREADED)
+        blocks.each(task, range(2), WORK)
 
     for _ in range(3):
         idents.clear()
@@ -178,9 +178,7 @@ def test_more_callers_than_the_pool_has_threads(monkeypatch):
     blocks._pool.cache_clear()
     done = []
     with ThreadPoolExecutor(8) as callers:
-        calls = [
-            callers.submit(blocks.each, done.append, range(100), blocks.THREADED) for _ in range(40)
-        ]
+        calls = [callers.submit(blocks.each, done.append, range(100), WORK) for _ in range(40)]
         for call in calls:
             call.result(timeout=60)
     blocks._pool.cache_clear()
@@ -192,7 +190,7 @@ def test_blocks_of_blocks_stay_on_their_thread(monkeypatch):
 
     def call(number):
         inner[number] = set()
-        blocks.each(lambda _: inner[number].add(threading.get_ident()), range(20), blocks.THREADED)
+        blocks.each(lambda _: inner[number].add(threading.get_ident()), range(20), WORK)
 
     idents = together(monkeypatch, 3, call)
     assert inner == {number: {ident} for number, ident in enumerate(idents)}
@@ -278,11 +276,11 @@ def task(number):
     time.sleep(0.3)
     done.append(number)
 try:
-    blocks.each(task, range(2), blocks.THREADED)
+    blocks.each(task, range(2), 1 << 40)
 except KeyboardInterrupt:
     print("interrupted", done == [1])
 again = []
-blocks.each(again.append, range(10), blocks.THREADED)
+blocks.each(again.append, range(10), 1 << 40)
 print(sorted(again) == list(range(10)))
 """
     done = subprocess.run(
@@ -306,7 +304,7 @@ def test_a_forked_child_starts_its_own(monkeypatch):
 
 
 SHARE = "from cubin.core.host import blocks; blocks._workers = lambda: 3; found = []; "
-CALL = "blocks.each(found.append, range(3), blocks.THREADED)"
+CALL = "blocks.each(found.append, range(3), 1 << 40)"
 
 
 @pytest.mark.parametrize(
@@ -343,9 +341,9 @@ def test_threads_keep_no_memory_of_blocks(monkeypatch):
         kept.append(weakref.ref(memory.scratch("test", (1000,), np.float32).base))
         together.wait(timeout=20)
 
-    blocks.each(task, range(3), blocks.THREADED)
+    blocks.each(task, range(3), WORK)
     assert [memory() for memory in kept] == [None] * 3
 
 
 def test_tasks_do_not_warn():
-    blocks.each(lambda _: np.float32([3e38]) * 10, range(4), work=blocks.THREADED)
+    blocks.each(lambda _: np.float32([3e38]) * 10, range(4), work=WORK)

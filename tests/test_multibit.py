@@ -347,7 +347,7 @@ def test_threads_do_not_change_the_result(rng, monkeypatch):
     x = rng.normal(size=(40, blocks.BLOCK + 5)).astype(np.float32)
     results = []
     for workers in (1, 5):
-        monkeypatch.setattr(blocks, "THREADED", 0)
+        monkeypatch.setattr(blocks, "SHARE", 1)
         monkeypatch.setattr(blocks, "_workers", lambda workers=workers: workers)
         results.append((cubin.multibit(x, 3), cubin.multibit(x, 3, channel_axis=0)))
     for one, other in zip(*results, strict=True):

@@ -130,7 +130,7 @@ def test_outputs_of_threads(rng, monkeypatch, name, placed, kind, compiled):
     if compiled:
         pytest.importorskip("numba")
     monkeypatch.setattr(blocks, "COMPILED", 0 if compiled else 1 << 40)
-    monkeypatch.setattr(blocks, "THREADED", 0)
+    monkeypatch.setattr(blocks, "SHARE", 1)
     monkeypatch.setattr(blocks, "_workers", lambda: 3)
     for options in options_of(name, placed):
         check(np, np.asarray, rng, name, placed, kind, (60, 10), options)

@@ -74,10 +74,10 @@ def test_linear_in_loops(given, levels, batch, rng, monkeypatch):
 
     monkeypatch.setattr(blocks, "pays", lambda size: True)
     monkeypatch.setattr(arithmetic, "LEAST", 100)
-    monkeypatch.setattr(arithmetic, "WORK", 1)
+    monkeypatch.setattr(arithmetic, "STEPS", 1)
     monkeypatch.setattr(loops, "_TOTALS", 1)  # a few rows at a time
     monkeypatch.setattr(blocks, "_workers", lambda: 3)
-    monkeypatch.setattr(blocks, "LOOPS_THREADED", 1)
+    monkeypatch.setattr(blocks, "SHARE", 1)
     if batch < 40:
         monkeypatch.setattr(loops, "by_lines", lambda x, decoding: loops.multiply_lines)
     w = rng.normal(size=(333, 24 * 29)).astype(np.float32)
@@ -160,8 +160,8 @@ def test_threads_share_lines_or_rows(shape, given, form, rng, monkeypatch):
     monkeypatch.setattr(loops, "by_lines", lambda x, decoding: multiply)
     monkeypatch.setattr(blocks, "pays", lambda size: True)
     monkeypatch.setattr(arithmetic, "LEAST", 8)
-    monkeypatch.setattr(arithmetic, "WORK", 1)
-    monkeypatch.setattr(blocks, "LOOPS_THREADED", 1)
+    monkeypatch.setattr(arithmetic, "STEPS", 1)
+    monkeypatch.setattr(blocks, "SHARE", 1)
     w = rng.normal(size=(shape[0], 24 * 29)).astype(np.float32)
     bits = rng.integers(0, 3, w.shape) if form == "looked up, map" else 3
     code = cubin.quantize(w, bits, **given)

@@ -358,7 +358,7 @@ def test_rows_longer_than_a_block(monkeypatch, rng, solver, mapped):
     x = rng.normal(size=(3, 4000)).astype(np.float32)
     bits = a_map(rng, x.shape, 3) if mapped else 3
     whole = cubin.quantize(x, bits, channel_axis=0, solver=solver)
-    monkeypatch.setattr(blocks, "THREADED", 1)
+    monkeypatch.setattr(blocks, "SHARE", 1)
     threaded = cubin.quantize(x, bits, channel_axis=0, solver=solver)
     monkeypatch.setattr(passes, "SEARCHED", 1 << 10)
     monkeypatch.setattr(blocks, "BLOCK", 1 << 10)

@@ -39,8 +39,8 @@ LEAST = 1 << 7
 """The fewest lines that a thread takes, for all of which sums of x are made; or rows of x, for all
 of which lines are decoded."""
 
-WORK = 1 << 25
-"""The fewest elements, times rows and levels, for which another thread is worth its start."""
+STEPS = 1 << 4
+"""Elements, times rows and levels, that take as long as reading and writing an element."""
 
 EXACT = 1 << 23
 """The longest sum of signs that float32 holds exactly, however it is added up."""
@@ -179,8 +179,8 @@ def _to_lines(x: Array, decoding: Decoding) -> Array:
                x[of_rows], y=y[of_rows, of_lines])  # fmt: skip
 
         if levels:
-            least = max(LEAST, WORK // (other.count * levels * lines.length))
-            passes.for_each_lines(task, most, 1, x, least=least)
+            work = most.count * other.count * levels * lines.length // STEPS
+            passes.for_each_lines(task, most, 1, x, least=LEAST, work=work)
         if decoding.shifted:
             with np.errstate(all="ignore"):  # x may not be finite
                 y += _of_shift(x, decoding)
@@ -307,12 +307,13 @@ def _counts(a: Array, b: Array) -> Array:
     xp: Any = libraries.library(a)
     a, b = xp.ascontiguousarray(a), xp.ascontiguousarray(b)
     counts = xp.empty((len(a), len(b)), np.int32)
-    on = passes.form(count_unequal, a, counts.size * a.shape[1])
+    work = counts.size * a.shape[1]
+    on = passes.form(count_unequal, a, work)
 
     def task(cut: slice, elements: slice) -> None:
         on(a, b[cut], counts=counts[:, cut])
 
-    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, least=LEAST)
+    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, least=LEAST, work=work)
     return counts
 
 

@@ -41,6 +41,9 @@ is a progress bar."""
 DEVICE_SIGNS = 1 << 25
 """Signs that a device holds at a time before they are packed: 32 MB."""
 
+SORTING = 1 << 5
+"""The work of a search that sorts rows, on each element."""
+
 LINES_AT_ONCE = 1 << 18
 """Elements of a block of lines on the host."""
 
@@ -135,7 +138,8 @@ def whole_rows(
     if device:
         task(_ALL, *(_side_by_side(a, rows) for a in inputs))
         return
-    itemsize, work = floats.work_dtype(inputs[0].dtype).itemsize, _work(primitive, static[0])
+    # Rows are read for each level, and once more to write.
+    itemsize, work = floats.work_dtype(inputs[0].dtype).itemsize, static[0] + 1
     block = blocks.rows_block(out.size, itemsize, out.size * work)
     arrays = [a for a in (*inputs, out) if not isinstance(a, np.generic)]
     if rows.in_order and all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
@@ -198,7 +202,7 @@ def for_each_whole_rows(
         finish(part, signs)
 
     if not libraries.on_device(x):
-        itemsize, work = floats.work_dtype(x.dtype).itemsize, _work(primitive, levels // 2)
+        itemsize, work = floats.work_dtype(x.dtype).itemsize, levels // 2 + 1
         # Rows that fill bytes of planes, in order, are neither copied nor unpacked on the way.
         in_order = x.flags.c_contiguous and rows.in_order
         room = memory.SCRATCH // levels
@@ -248,22 +252,24 @@ def for_each_lines(
     at_once: int | None = None,
     *,
     least: int | None = None,
+    work: int | None = None,
 ) -> None:
     """Call ``task(lines, elements)`` for blocks that tile some lines, with x's library.
 
     On a device there is a single block. On the host they fit the cache, and several threads take
     them. A block of a long line begins at a byte, and with a run of `run` elements if possible.
     With `at_once` blocks have so many whole lines. With `least` there is a block for each thread,
-    of at least so many.
+    of at least so many. `work` is that of `blocks.threads`, the elements if it is not given.
     """
     size = lines.count * lines.length
+    work = size if work is None else work
     if libraries.on_device(x) or not size:
         if size:
             task(slice(0, lines.count), slice(0, lines.length))
         return
     if least is not None:
         whole = slice(0, lines.length)
-        parts = [(share, whole) for share in blocks.shares(lines.count, least)]
+        parts = [(share, whole) for share in blocks.shares(lines.count, least, work)]
     elif at_once is not None or lines.length <= blocks.BLOCK:
         step = at_once or max(1, max(LINES_AT_ONCE, blocks.elements_block(size)) // lines.length)
         parts = [(slice(start, min(start + step, lines.count)), slice(0, lines.length))
@@ -274,7 +280,7 @@ def for_each_lines(
         cuts = [slice(start, min(start + step, lines.length))
                 for start in range(0, lines.length, step)]  # fmt: skip
         parts = [(slice(line, line + 1), cut) for line in range(lines.count) for cut in cuts]
-    blocks.each(lambda part: task(*part), parts, size)
+    blocks.each(lambda part: task(*part), parts, work)
 
 
 # ---------------------------------------------------------------- element by element
@@ -420,15 +426,15 @@ def for_each_searched(
     device = any(map(libraries.on_device, inputs))
     block = SEARCHED_ON_DEVICE if device else SEARCHED
     if compiled:
-        block = blocks.sorted_block(rows.count * rows.length)
+        block = blocks.sorted_block(rows.count * rows.length, rows.count * rows.length * SORTING)
     # Long rows come one by one, as in `for_each_part`, which cuts them into pieces.
     rows_at_once = 1 if is_long(rows, inputs[0]) else block // max(rows.length, states)
     parts = list(_blocks_of_rows(rows, rows_at_once * rows.length))
     if len(parts) > 1 and rows.count * rows.length * states >= LONG_SEARCH:
         with progress.counted(task, name, "block", len(parts)) as task:
-            _over(parts, task, rows, inputs, device, work=2)
+            _over(parts, task, rows, inputs, device, work=SORTING)
     else:
-        _over(parts, task, rows, inputs, device, work=2)
+        _over(parts, task, rows, inputs, device, work=SORTING)
 
 
 def row_slices(x: Array) -> list[slice]:
@@ -569,11 +575,6 @@ def _over(
         task(part, *flat)
 
     blocks.each(run, parts, size * work)
-
-
-def _work(primitive: Raw, levels: int) -> int:
-    """The work of a primitive on whole rows; those with `loops_from` search."""
-    return max(1, levels) * (1 if primitive.loops_from is None else 2)
 
 
 def _together(rows: Rows, x: Array) -> int:

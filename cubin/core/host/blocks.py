@@ -32,11 +32,9 @@ BLOCK = 1 << 17
 PIECE = 1 << 18
 """Elements of a piece of a row that is longer than a block."""
 
-THREADED = 1 << 22
-"""Elements from which on NumPy's bodies use threads: 16 MB of float32."""
-
-LOOPS_THREADED = 1 << 21
-"""The same for compiled loops. They start sooner: they hardly need the GIL."""
+SHARE = 1 << 21
+"""The least work of a thread. As many elements are read and written in about 0.5 ms, and waking a
+thread takes 0.1 to 0.2 ms."""
 
 COMPILED = 1 << 6
 """Elements from which on compiled loops are faster, once Numba is loaded."""
@@ -109,24 +107,23 @@ def extent(block: Block, shape: Sequence[int]) -> int:
     return math.prod(len(range(*cut.indices(n))) for cut, n in zip(block, shape, strict=True))
 
 
-def portion(size: int, work: int | None = None) -> int:
+def portion(size: int, work: int) -> int:
     """Elements of a block of `size` elements in all, at most `LARGEST`: a thread that is alone has
     one block, and of several each has two.
 
     Between blocks a thread needs the GIL, and waits for others that hold it: smaller blocks mean
-    more of this. With larger ones, threads wait longer for the last. `work` is that of `threads`,
-    as many elements if it is not given.
+    more of this. With larger ones, threads wait longer for the last. `work` is that of `threads`.
     """
-    number = threads(size if work is None else work)
+    number = threads(work)
     return min(size if number == 1 else size // (2 * number), LARGEST)
 
 
-def shares(count: int, least: int) -> list[slice]:
+def shares(count: int, least: int, work: int) -> list[slice]:
     """Slices that cut `count` things into one share for each thread, of at least `least` things.
 
-    There is a single share where there are fewer than twice as many.
+    There is a single share where there are fewer than twice as many. `work` is that of `threads`.
     """
-    number = max(1, min(_workers(), count // least))
+    number = max(1, min(threads(work), count // least))
     ends = [count * share // number for share in range(number + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
@@ -135,9 +132,8 @@ def shares(count: int, least: int) -> list[slice]:
 
 
 def threads(work: int) -> int:
-    """How many threads share `work`: elements, times how often each is worked on."""
-    shared = work >= (LOOPS_THREADED if is_ready(work) else THREADED) and not _thread.works
-    return _workers() if shared else 1
+    """How many threads share `work`: as many elements, read and written, would take as long."""
+    return 1 if _thread.works else max(1, min(_workers(), work // SHARE))
 
 
 def each(task: Callable[[Any], None], blocks: Sequence[Any], work: int) -> None:
@@ -344,10 +340,10 @@ def rows_together(count: int) -> int:
     return max(least, min(most, count // _workers() // least * least))
 
 
-def sorted_block(size: int) -> int:
+def sorted_block(size: int, work: int) -> int:
     """Elements of a block of rows that are sorted, of an array of `size` elements."""
     least, most = SORTED_BLOCK
-    return min(max(least, portion(size)), most)
+    return min(max(least, portion(size, work)), most)
 
 
 def elements_block(size: int, work: int | None = None) -> int:
@@ -355,4 +351,4 @@ def elements_block(size: int, work: int | None = None) -> int:
 
     `work` is that of `threads`, as many elements if it is not given.
     """
-    return max(BLOCK, portion(size, work)) if is_ready(size) else BLOCK
+    return max(BLOCK, portion(size, work or size)) if is_ready(size) else BLOCK

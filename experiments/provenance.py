@@ -18,6 +18,7 @@ from typing import Any
 import cubin
 
 CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+VECTORS = {"avx512f": "(AVX-512)", "avx2": "(AVX2)"}
 
 
 def record(
@@ -73,14 +74,17 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name the CPU model, or the architecture where the system does not tell it."""
+    """Name the CPU model and its vectors, or the architecture where the system does not tell it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    model = re.sub(r"\((R|TM)\)| Processor$", "", next(models, ""))
-    return model or platform.processor() or platform.machine()
+    parts = (line.partition(":") for line in lines)
+    facts = {name.strip(): value.strip() for name, _, value in parts}
+    model = re.sub(r"\((R|TM)\)| Processor$", "", facts.get("model name", ""))
+    flags = facts.get("flags", "").split()
+    vectors = next((word for flag, word in VECTORS.items() if flag in flags), "")
+    return f"{model} {vectors}".strip() or platform.processor() or platform.machine()
 
 
 def memory_gib() -> float | None:

@@ -26,6 +26,20 @@ def test_record_survives_json_and_says_when_with_what_and_how():
     assert record["machine"]["cores"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("fpu avx2 avx512f", "AMD EPYC (AVX-512)"),
+        ("fpu avx avx2", "AMD EPYC (AVX2)"),
+        ("fpu", "AMD EPYC"),
+    ],
+)
+def test_a_processor_is_named_with_its_vectors(monkeypatch, flags, named):
+    text = f"model name\t: AMD EPYC Processor\nflags\t\t: {flags}\n\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: text * 2)
+    assert provenance.processor() == named
+
+
 def test_packages_that_are_not_installed_are_not_listed():
     assert "no-such-package" not in provenance.versions(["no-such-package"])
 

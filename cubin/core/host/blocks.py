@@ -133,7 +133,8 @@ def shares(count: int, least: int, work: int) -> list[slice]:
 
 def threads(work: int) -> int:
     """How many threads share `work`: as many elements, read and written, would take as long."""
-    return 1 if _thread.works else max(1, min(_workers(), work // SHARE))
+    number = work // SHARE
+    return 1 if number < 2 or _thread.works else min(_workers(), number)
 
 
 def each(task: Callable[[Any], None], blocks: Sequence[Any], work: int) -> None:

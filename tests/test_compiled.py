@@ -695,7 +695,7 @@ def test_sums_of_planes(rng, dtype, levels, runs, shape):
             found = []
             for add_up in (sum_planes, planes_loops.sum_planes):
                 for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
-                    add_up(planes, depth, scales, base, y=y)
+                    add_up(planes, depth, scales, base, shape[1] // runs, shape[1], y=y)
                     expected = plain(total.astype(work).astype(dtype))
                     np.testing.assert_allclose(plain(y), expected, rtol=room, atol=0)
                     found.append(plain(y))
@@ -720,7 +720,7 @@ def test_sums_of_planes_with_runs(rng, dtype, run, lines):
             total = np.zeros((lines, n), work)
             for level in range(levels):
                 total += np.where(depth > level, step[level], 0).astype(work)
-            planes_loops.sum_planes(planes, depth, scales, 0, y=around[:, 2:-3])
+            planes_loops.sum_planes(planes, depth, scales, 0, run, n, y=around[:, 2:-3])
             np.testing.assert_array_equal(around[:, 2:-3], total.astype(dtype))
             assert (around[:, :2] == 7).all()
             assert (around[:, -3:] == 7).all()

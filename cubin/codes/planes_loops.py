@@ -233,6 +233,22 @@ def turn_lines(lines: Array, *, planes: Array) -> None:
 # ---------------------------------------------------------------- planes to sums
 
 
+@intrinsic
+def _fill(context: Any, numbers: Any, at: Any, value: Any) -> Any:
+    """Write `FILLED` copies of a value to an array, from the number `at` on, as one vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, at, value = arguments
+        kind, number = ir.VectorType(value.type, FILLED), ir.IntType(32)
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, number(0))
+        order = ir.Constant(ir.VectorType(number, FILLED), None)
+        where = _place(context, builder, numbers, array, at, kind)
+        builder.store(builder.shuffle_vector(one, one, order), where, align=1)
+        return context.get_dummy_value()
+
+    return types.none(numbers, types.intp, numbers.dtype), generate
+
+
 @part
 def _widen(
     scales: Array, place: int, of_level: int, levels: int, run: int, period: int, length: int,
@@ -240,19 +256,20 @@ def _widen(
 ) -> None:  # fmt: skip
     """Write the scale of each element of a line at some levels. Arguments as for `_sum_levels`.
 
-    `FILLED` numbers are written at a time, as one vector: the next run overwrites what it has.
+    What is written beyond a run is overwritten by the next one. A range with a step would divide.
     """
-    pitch = wide.size // max(1, levels)
     for level in range(levels):
-        number, into = place + level * of_level, level * pitch
-        for first in range(0, length, period):
-            end = min(first + period, length)
-            for start in range(first, end, run):
-                scale = scales[number]
-                number += 1
-                for at in range(start, min(start + run, end), FILLED):
-                    for j in range(FILLED):
-                        wide[np.uintp(into + at) + np.uintp(j)] = scale
+        number, into = place + level * of_level, level * (wide.size // levels)
+        start, end = 0, min(period, length)
+        while start < length:
+            scale, stop = scales[number], min(start + run, end)
+            while start < stop:
+                _fill(wide, into + start, scale)
+                start += FILLED
+            number += 1
+            start = stop
+            if stop == end:
+                end = min(end + period, length)
 
 
 @loop

@@ -100,7 +100,7 @@ def by_lines(x: Array, decoding: Decoding) -> Callable[..., None] | None:
     None where BLAS on decoded tiles of all lines is faster. Compiled loops have their own rule.
     """
     few = FEW_ON_DEVICE if libraries.on_device(x) else FEW
-    if len(x) * decoding.levels > few or not decoding.even:
+    if len(x) * decoding.levels > few:
         return None
     return passes.form(multiply_lines, x, decoding.lines.count * decoding.lines.length)
 
@@ -169,7 +169,7 @@ def _to_lines(x: Array, decoding: Decoding) -> Array:
     y = xp.zeros((len(x), lines.count), x.dtype)
     if not (y.size and lines.length):
         return y
-    on = _forms(x, decoding).by_lines(x, decoding)
+    on = _forms(x, decoding).by_lines(x, decoding) if decoding.even else None
     if on is not None:
         rows = Lines(len(x), (lines.length,))
         most, other = (lines, rows) if lines.count >= rows.count else (rows, lines)

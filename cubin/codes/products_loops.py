@@ -287,8 +287,6 @@ def by_lines(x: Array, decoding: Decoding) -> Callable[..., None] | None:
     rows. Each further level takes as long again for each row, and decoding as long as look-ups for
     about `FEW` rows.
     """
-    if not decoding.even:
-        return None
     whole = decoding.run % 8 == 0 or decoding.run == decoding.lines.length
     decoded = _FUSED and whole and not decoding.mapped
     short = not decoding.shared and decoding.run < min(_SHORT, decoding.lines.length)

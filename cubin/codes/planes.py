@@ -60,6 +60,15 @@ def turn_lines(lines: np.ndarray, *, planes: np.ndarray) -> None:
     planes[...] = lines
 
 
+def join_rows(signs: np.ndarray, length: int, count: int) -> np.ndarray:
+    """The bytes of lines, (levels, count, bytes), from those of their rows, (levels, rows, bytes).
+
+    A row has `length` bits, which need not fill bytes. Those of a line follow each other.
+    """
+    bits = np.unpackbits(signs, axis=2, count=length, bitorder="little")
+    return np.packbits(bits.reshape(len(signs), count, -1), axis=2, bitorder="little")
+
+
 _NONE = np.uint64(0)
 """A null pointer, in place of a map or a shift."""
 

@@ -230,6 +230,35 @@ def turn_lines(lines: Array, *, planes: Array) -> None:
           level_step, byte_step, levels)  # fmt: skip
 
 
+@loop
+def _join_rows(signs: Array, length: int, rows: int, joined: Array) -> None:
+    """Write the bytes of lines of so many `rows`."""
+    signs, joined = uncounted(signs, joined)
+    at = 0
+    for line in range(len(joined)):
+        into, byte = joined[line], 0
+        held, count = np.uint64(0), 0
+        for _ in range(rows):
+            for first in range(0, length, 8):
+                held |= np.uint64(signs[at]) << np.uint64(count)
+                count += min(8, length - first)
+                at += 1
+                if count >= 8:
+                    into[byte] = np.uint8(held)
+                    held, count, byte = held >> np.uint64(8), count - 8, byte + 1
+        if count:
+            into[byte] = np.uint8(held)
+
+
+def join_rows(signs: Array, length: int, count: int) -> Array:
+    """`planes.join_rows`."""
+    levels, rows, _ = signs.shape
+    of_line = rows // count
+    joined = np.empty((levels * count, -(-of_line * length // 8)), np.uint8)
+    _join_rows(read_only(np.ascontiguousarray(signs).reshape(-1)), length, of_line, joined)
+    return joined.reshape(levels, count, -1)
+
+
 # ---------------------------------------------------------------- planes to sums
 
 

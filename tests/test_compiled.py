@@ -13,6 +13,7 @@ from llvmlite.binding import llvm_version_info
 
 import cubin
 from cubin import solvers
+from cubin.codes import planes as code_planes
 from cubin.codes import planes_loops, products_loops
 from cubin.codes.levels import decode, level_signs
 from cubin.codes.planes import pack_signs, sum_planes
@@ -695,7 +696,7 @@ def test_sums_of_planes(rng, dtype, levels, runs, shape):
             found = []
             for add_up in (sum_planes, planes_loops.sum_planes):
                 for y in (np.full(shape, 7, dtype), np.full(shape[::-1], 7, dtype).T):
-                    add_up(planes, depth, scales, base, y=y)
+                    add_up(planes, depth, scales, base, shape[1] // runs, shape[1], y=y)
                     expected = plain(total.astype(work).astype(dtype))
                     np.testing.assert_allclose(plain(y), expected, rtol=room, atol=0)
                     found.append(plain(y))
@@ -720,10 +721,48 @@ def test_sums_of_planes_with_runs(rng, dtype, run, lines):
             total = np.zeros((lines, n), work)
             for level in range(levels):
                 total += np.where(depth > level, step[level], 0).astype(work)
-            planes_loops.sum_planes(planes, depth, scales, 0, y=around[:, 2:-3])
+            planes_loops.sum_planes(planes, depth, scales, 0, run, n, y=around[:, 2:-3])
             np.testing.assert_array_equal(around[:, 2:-3], total.astype(dtype))
             assert (around[:, :2] == 7).all()
             assert (around[:, -3:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", *WORK])
+@pytest.mark.parametrize("run", [1, 3, 8, 9, 27, 32, 48, 129])
+@pytest.mark.parametrize(("n", "period"), [(7, 7), (39, 39), (333, 333), (222, 37), (800, 100)])
+def test_sums_of_planes_whose_last_runs_are_shorter(rng, dtype, run, n, period):
+    """Runs that begin anew with every period, in rows, in columns, and in a part of an array."""
+    work, lines, levels = floats.work_dtype(np.dtype(dtype)), 19, 3
+    run = min(run, period)
+    place = np.arange(n) // period * -(-period // run) + np.arange(n) % period // run
+    planes = rng.integers(0, 256, (levels, -(-n // 8), lines)).astype(np.uint8)
+    signs = np.unpackbits(planes, axis=1, count=n, bitorder="little").transpose(0, 2, 1)
+    bits = rng.integers(0, levels + 1, (lines, n)).astype(np.uint8)
+    for scaled in (1, lines):
+        scales = rng.normal(size=(levels, scaled, place[-1] + 1)).astype(dtype).astype(work)
+        step = np.where(signs, 1, -1) * scales[..., place]
+        for depth in (np.uint8(levels), bits):
+            total = np.zeros((lines, n), work)
+            for level in range(levels):
+                total += np.where(depth > level, step[level], 0).astype(work)
+            for add_up in (sum_planes.function, planes_loops.sum_planes):
+                rows, around = np.full((lines + 2, n), 7, dtype), np.full((lines, n + 5), 7, dtype)
+                for y in (rows[1:-1], np.empty((n, lines), dtype).T, around[:, 2:-3]):
+                    add_up(planes, depth, scales, 0, run, period, y=y)
+                    np.testing.assert_array_equal(y, total.astype(dtype))
+                assert (rows[[0, -1]] == 7).all()
+                assert (around[:, :2] == 7).all()
+                assert (around[:, -3:] == 7).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 27, 64])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_rows_are_joined_to_lines(rng, length, rows):
+    bits = rng.integers(0, 2, (2, 5 * rows, length)).astype(np.uint8)
+    signs = np.packbits(bits, axis=2, bitorder="little")
+    expected = np.packbits(bits.reshape(2, 5, -1), axis=2, bitorder="little")
+    for form in (code_planes, planes_loops):
+        np.testing.assert_array_equal(form.join_rows(signs, length, 5), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import cubin
 from cubin import BinaryCode, products
@@ -141,7 +143,7 @@ def test_two_launches(device, rng, options, kernel, mapped):
     assert ["multiply_lines" in one.kernel for one in launches].count(True) == 2
     with ptx.launches() as launches:
         code.dequantize()
-    assert ["sum_planes" in one.kernel for one in launches].count(True) == 2
+    assert ["sum_planes" in one.kernel for one in launches].count(True) == 1
 
 
 @pytest.mark.parametrize("view", [lambda a: a[::-1, ::2], lambda a: a.T, lambda a: a[:, 1:]])
@@ -365,3 +367,35 @@ def test_precisions_of_shorter_groups_with_a_gram(tmp_path, rng, shift):
         loaded = BinaryCode.load(tmp_path / name)
         for levels in (1, 2, 3):
             same(loaded.at(levels).dequantize(), code.at(levels).dequantize())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(1, 9), st.integers(1, 300)),
+        st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 140)),
+        st.tuples(st.integers(1, 9), st.integers(1, 4), st.sampled_from([1, 3, 5]), st.just(7)),
+    ),
+    size=st.integers(1, 130),
+    mapped=st.booleans(),
+    shift=st.booleans(),
+)
+def test_groups_of_any_size(shape, size, mapped, shift):
+    """A code has the scales and signs of its groups alone, and gives back their sums."""
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=shape).astype(np.float32)
+    bits = rng.integers(0, 4, shape).astype(np.uint8) if mapped else 2
+    code = cubin.quantize(x, bits, group_size=size, shift=shift)
+    signs, values = code.signs, code.dequantize()
+    if not shift:
+        np.testing.assert_array_equal(values, cubin.multibit(x, bits, group_size=size))
+    for start in range(0, shape[-1], size):
+        cut = slice(start, start + size)
+        depths = bits[..., cut] if mapped else bits
+        alone = cubin.quantize(x[..., cut].copy(), depths, group_size=size, shift=shift)
+        levels = len(alone.scales)
+        np.testing.assert_array_equal(alone.signs, signs[:levels, ..., cut])
+        assert not signs[levels:, ..., cut].any()
+        np.testing.assert_array_equal(alone.dequantize(), values[..., cut])
+    again = BinaryCode.from_signs(code.scales, signs, code.bits, group_size=size, shift=code.shift)
+    assert again == code

@@ -46,7 +46,7 @@ def added(xp, signs, bits, scales, dtype, shift=0):
     pack_signs(xp.asarray(signs), planes=planes)
     y = xp.empty((lines, n), dtype)
     bits, shift = (a if np.ndim(a) == 0 else xp.asarray(a) for a in (bits, shift))
-    sum_planes(planes, bits, xp.asarray(scales), shift, y=y)
+    sum_planes(planes, bits, xp.asarray(scales), shift, n // scales.shape[2], n, y=y)
     return planes, y
 
 

@@ -42,8 +42,10 @@ class Decoding:
     mapped : bool
         Whether there is a bit map.
     lines : Lines
-    run : int
-        So many neighbouring elements of a line share their scales.
+    run, period : int
+        So many neighbouring elements of a line share their scales. Runs begin anew after each
+        `period`, the last one before which may be shorter. Only a line of several axes has more
+        than one.
     dtype : dtype
         That of the scales as they are stored.
     """
@@ -56,7 +58,7 @@ class Decoding:
         self.mapped = not isinstance(bits, np.generic)
         self.levels = min(len(planes), MAX_BITS if self.mapped else int(bits))
         layout = _layout_of(rows)
-        self._runs, self.run, self._period, self._group = layout[3:]
+        self._runs, self.run, self.period = layout[3:]
         self._scales = _in_lines(scales, layout)
         # Like the scales of one level.
         self._shift = None if shift is None else _in_lines(shift[None], layout)
@@ -66,22 +68,27 @@ class Decoding:
         """Whether there is a shift."""
         return self._shift is not None
 
+    @property
+    def even(self) -> bool:
+        """Whether all runs have equally many elements."""
+        return self.period % max(1, self.run) == 0
+
     def sections(self) -> list[tuple[slice, Decoding]]:
         """Elements of the lines, and their decoding: two where a last group is shorter.
 
-        Both have runs of one length then. They are a single section, which has a scale for parts of
-        runs, where the shorter group does not begin at a byte, or lines have several axes.
+        Both have even runs then. They are a single section where the shorter group does not begin
+        at a byte, or lines have several axes.
         """
         length = self.lines.length
-        whole = length // self._group * self._group if self._period == length > 0 else 0
-        if not whole or whole % 8:
+        whole = length // max(1, self.run) * self.run
+        if self.even or self.period < length or whole % 8:
             return [(slice(0, length), self)]
-        cuts = [(slice(0, whole), self._group), (slice(whole, length), length - whole)]
+        cuts = [(slice(0, whole), self.run), (slice(whole, length), length - whole)]
         return [(cut, self._section(cut, run)) for cut, run in cuts]
 
     def _section(self, elements: slice, run: int) -> Decoding:
         part = copy.copy(self)
-        groups = slice(elements.start // self._group, -(-elements.stop // self._group))
+        groups = self._runs_of(elements)
         part.lines = Lines(self.lines.count, (elements.stop - elements.start,))
         part.planes = self.planes[:, elements.start // 8 : -(-elements.stop // 8)]
         part._scales, part._runs = self._scales[..., groups], (groups.stop - groups.start,)
@@ -89,7 +96,19 @@ class Decoding:
         part._shape = (*self._shape[:-1], part.lines.length)
         if np.ndim(self._bits) and self._bits.shape[-1] > 1:
             part._bits = self._bits[..., elements]
-        part._period, part.run = 0, run
+        part.run, part.period = run, part.lines.length
+        return part
+
+    def evened(self) -> Decoding:
+        """The same with even runs, of fewer elements."""
+        size = math.gcd(self.run, self.period)
+        xp: Any = libraries.library(self.planes)
+        places = self.place(xp.arange(0, self.lines.length, size))
+        part = copy.copy(self)
+        part._scales = self._of_runs(self._scales, slice(None), None)[..., places]
+        if self._shift is not None:
+            part._shift = self._of_runs(self._shift, slice(None), None)[..., places]
+        part.run, part._runs = size, (len(places),)
         return part
 
     @property
@@ -100,8 +119,8 @@ class Decoding:
     def scales(self, lines: slice, elements: slice | None = None) -> Array:
         """The scales, (levels, lines or 1, runs), of the runs of some lines.
 
-        They are the same for all lines where there is one line of them. `elements` that are not
-        whole runs have a scale each.
+        They are the same for all lines where there is one line of them. `elements` begin with a
+        run.
         """
         return self._of_runs(self._scales, lines, elements)
 
@@ -116,29 +135,24 @@ class Decoding:
         if cut.shape[2:] != self._runs:
             cut = xp.broadcast_to(cut, (levels, count, *self._runs))
         spread = cut.reshape(levels, count, math.prod(self._runs))
-        if spread.shape[2] == 1 or (elements is None and not self._period):
-            return spread
-        start, stop = (
-            (0, self.lines.length) if elements is None else (elements.start, elements.stop)
-        )
-        whole = start % self.run == 0 == stop % self.run
-        if whole and not self._period:
-            return spread[..., start // self.run : stop // self.run]
-        return spread[..., self._place(xp.arange(start, stop, self.run if whole else 1))]
+        return spread if elements is None else spread[..., self._runs_of(elements)]
+
+    def _runs_of(self, elements: slice) -> slice:
+        """The numbers of the runs of some elements."""
+        if elements.start == elements.stop:
+            return slice(0, 0)
+        return slice(self.place(elements.start), self.place(elements.stop - 1) + 1)
 
     def starts(self) -> Sequence[int]:
         """Where in a line a run begins whose scales may differ from those of the run before."""
-        if not self._period:
-            return range(0, self.lines.length, max(1, self.run))
-        axes = range(0, self.lines.length, self._period)
-        return [axis + at for axis in axes for at in range(0, self._period, self._group)]
+        run, period = max(1, self.run), max(1, self.period)
+        periods = range(0, self.lines.length, period)
+        return [first + at for first in periods for at in range(0, period, run)]
 
-    def _place(self, elements: Any) -> Any:
+    def place(self, elements: Any) -> Any:
         """The numbers, within a line, of the scales of some elements."""
-        if not self._period:
-            return elements // self.run
-        groups = -(-self._period // self._group)
-        return elements // self._period * groups + elements % self._period // self._group
+        of_period = -(-self.period // self.run)
+        return elements // self.period * of_period + elements % self.period // self.run
 
     def bits(self, lines: slice, elements: slice | None = None) -> Any:
         """The bits of some elements: a uint8 scalar, or an array of shape (lines, n)."""
@@ -194,30 +208,30 @@ class Decoding:
         return sign.reshape(self.lines.count, self.lines.length)
 
     def write(self, y: Array, lines: slice, elements: slice | None = None) -> None:
-        """Write the values of some elements to `y`, (lines, n). They begin at a whole byte."""
+        """Write the values of some elements to `y`, (lines, n).
+
+        They begin at a whole byte, with a run, and with a period where a line has several.
+        """
         start, stop = (
             (0, self.lines.length) if elements is None else (elements.start, elements.stop)
         )
         planes = self.planes[:, start // 8 : -(-stop // 8), lines]
         on = passes.form(sum_planes, self.planes)
         scales, shift = self.scales(lines, elements), self.shift(lines, elements)
-        on(planes, self.bits(lines, elements), scales, shift, y=y)
+        bits, run = self.bits(lines, elements), min(self.run, stop - start)
+        on(planes, bits, scales, shift, run, self.period, y=y)
 
     def write_all(self, y: Array) -> None:
         """Write all values to `y`, an array of (lines, n)."""
-        for elements, section in self.sections():
-            section._write_runs(y[:, elements])
 
-    def _write_runs(self, y: Array) -> None:
         def task(lines: slice, elements: slice) -> None:
             self.write(y[lines, elements], lines, elements)
 
         # Where lines lie side by side, many of them are worked on together.
         least = None if y.flags.c_contiguous else BESIDE
-        # Where every element has its own scale, blocks of scales are as large as those of `y`.
-        most = max(1, passes.LINES_AT_ONCE // max(1, self.lines.length))
-        at_once = most if self._period and self.lines.length <= passes.LINES_AT_ONCE else None
-        passes.for_each_lines(task, self.lines, self.run, y, at_once, least=least)
+        several = not self.even and self.period < self.lines.length
+        unit = self.period if several else self.run if math.prod(self._runs) > 1 else 1
+        passes.for_each_lines(task, self.lines, unit, y, least=least)
 
 
 class _Layout(NamedTuple):
@@ -236,9 +250,8 @@ class _Layout(NamedTuple):
         The lengths of the axes of runs in a line.
     run : int
         So many neighbouring elements share their scales.
-    period, group : int
-        Where last groups are shorter: groups have so many elements, and begin anew after so many.
-        Else 0.
+    period : int
+        Runs begin anew after so many elements: the last one before may be shorter.
     """
 
     spread: tuple[int, ...]
@@ -247,7 +260,6 @@ class _Layout(NamedTuple):
     runs: tuple[int, ...]
     run: int
     period: int
-    group: int
 
 
 @lru_cache(maxsize=1 << 10)
@@ -258,12 +270,11 @@ def _layout_of(rows: Rows) -> _Layout:
     if len(rows.shape) < 2:
         shape, split = (1, *shape), (1, *split)
     last = max((axis for axis in range(1, len(shape)) if shape[axis] > 1), default=0)
-    run, period, group = math.prod(split[last + 1 :]), 0, 0
+    run, period = math.prod(split[last + 1 :]), math.prod(split[1:])
     if len(rows.sections) > 1:
-        # Groups begin at multiples of this, also where a line has several axes.
+        # Also where a line has several axes.
         period = rows.shape[-1]
-        group, run = run, math.gcd(run, period)
-    return _Layout(spread, axes, shape[: last + 1], split[1 : last + 1], run, period, group)
+    return _Layout(spread, axes, shape[: last + 1], split[1 : last + 1], run, period)
 
 
 def _in_lines(scales: Array, layout: _Layout) -> Array:
@@ -326,9 +337,13 @@ def unpacked(planes: Array, bits: Any, shape: tuple[int, ...]) -> Array:
         signs = libraries.result((len(planes), *shape), np.int8, planes)
         if not signs.size:
             return signs
-        places = xp.arange(8, dtype=np.uint8)
         for level, plane in enumerate(planes):
-            bit = (plane.T[:, :, None] >> places & 1).reshape(lines.count, -1)[:, : lines.length]
+            if libraries.on_device(planes):
+                bit = plane.T[:, :, None] >> xp.arange(8, dtype=np.uint8) & 1
+                bit = bit.reshape(lines.count, -1)[:, : lines.length]
+            else:
+                held = np.ascontiguousarray(plane.T)
+                bit = np.unpackbits(held, 1, lines.length, bitorder="little")
             sign = (bit.reshape(shape) * 2).view(np.int8) - 1
             signs[level] = sign * (xp.asarray(bits) > level)
     return signs
@@ -352,6 +367,18 @@ def joined_planes(
         ]
         joined = xp.concatenate(parts, axis=2)
         return joined.reshape(levels, lines.width, lines.count)
+    if inner == 1:
+        # The bytes of a section are moved by some bits.
+        result = xp.zeros((levels, lines.width, lines.count), np.uint8)
+        at = 0
+        for (planes, _), end in zip(sections, ends, strict=True):
+            first, bits = divmod(at, 8)
+            result[:, first : first + planes.shape[1]] |= planes << np.uint8(bits)
+            if bits:
+                beyond = result[:, first + 1 : first + 1 + planes.shape[1]]
+                beyond |= planes[:, : beyond.shape[1]] >> np.uint8(8 - bits)
+            at += end
+        return result
     result = xp.empty((levels, lines.width, lines.count), np.uint8)
     pack = passes.form(pack_signs, result, lines.count * lines.length)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cubin.codes import planes
 from cubin.codes.levels import level_signs
 from cubin.codes.planes import pack_signs, turn_lines
 from cubin.core import floats, libraries, passes
@@ -93,9 +94,14 @@ class Encoding:
         length = math.prod(box.sizes) // count
         first, last = self._bytes(box.run())
         whole = size == length or not (size % 8 or length % 8)
-        if last and whole and box.order == axes:
-            lines = signs.reshape(len(signs), count, -1).swapaxes(1, 2)
-            self._turn(lines, planes=self.planes[:, first:last, box.lines])
+        joins = whole or not (columns or length % size)
+        if last and joins and box.order == axes:
+            if whole:
+                lines = signs.reshape(len(signs), count, -1)
+            else:
+                forms = passes.search_loops(planes, signs, self.planes.size) or planes
+                lines = forms.join_rows(signs, size, count)
+            self._turn(lines.swapaxes(1, 2), planes=self.planes[:, first:last, box.lines])
             return
         spread = np.unpackbits(signs, axis=2, count=size, bitorder="little").view(np.int8)
         self._place(part, slice(None), spread.swapaxes(1, 2) if columns else spread)

@@ -5,6 +5,7 @@ A plane holds the signs of a level, one bit each: see `cubin.core.lines.Lines`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -59,14 +60,30 @@ def turn_lines(lines: np.ndarray, *, planes: np.ndarray) -> None:
     planes[...] = lines
 
 
+def join_rows(signs: np.ndarray, length: int, count: int) -> np.ndarray:
+    """The bytes of lines, (levels, count, bytes), from those of their rows, (levels, rows, bytes).
+
+    A row has `length` bits, which need not fill bytes. Those of a line follow each other.
+    """
+    bits = np.unpackbits(signs, axis=2, count=length, bitorder="little")
+    return np.packbits(bits.reshape(len(signs), count, -1), axis=2, bitorder="little")
+
+
 _NONE = np.uint64(0)
 """A null pointer, in place of a map or a shift."""
 
 
-def _sum_launch(planes: Array, bits: Any, scales: Array, shift: Any, y: Array) -> Launch:
+def _sum_launch(
+    planes: Array, bits: Any, scales: Array, shift: Any, run: int, period: int, y: Array
+) -> Launch:
     levels, width, lines = planes.shape
     mapped = np.ndim(bits) > 0
     xp = libraries.library(planes)
+    if period % run and period < y.shape[1]:
+        # Of what lies in even runs alone, the kernel finds the scale.
+        places = xp.asarray(places_of(y.shape[1], run, period))
+        scales, run = scales[..., places], 1
+        shift = shift[..., places] if np.ndim(shift) else shift
     scales = xp.ascontiguousarray(scales)
     held = xp.ascontiguousarray(bits) if mapped else _NONE
     shift = xp.ascontiguousarray(shift) if np.ndim(shift) else _NONE
@@ -74,15 +91,26 @@ def _sum_launch(planes: Array, bits: Any, scales: Array, shift: Any, y: Array) -
     _, scaled_lines, runs = scales.shape
     template = (C_TYPES[y.dtype.char], C_TYPES[scales.dtype.char], str(mapped).lower())
     sizes = (lines, y.shape[1], width, planes.strides[0], planes.strides[1],
-             y.shape[1] // max(1, runs), runs, scaled_lines,
+             run, runs, scaled_lines,
              y.strides[0] // y.itemsize)  # fmt: skip
     numbers = (*map(np.int64, sizes), np.int32(levels))
     grid = min(_tiles(lines, width), 1 << 16)
     return Launch(template, grid, _THREADS, (planes, held, scales, shift, y, *numbers))
 
 
+SHORT = 1 << 5
+"""Elements of a run from which on NumPy's broadcasting along it is faster than copies of scales."""
+
+
+@lru_cache(maxsize=8)
+def places_of(length: int, run: int, period: int) -> np.ndarray:
+    """The numbers of the runs that the elements of a line lie in; see `sum_planes`."""
+    elements = np.arange(length, dtype=np.int64)
+    return elements // period * -(-period // run) + elements % period // run
+
+
 @raw(
-    "uint8 planes, uint8 bits, W scales, W shift",
+    "uint8 planes, uint8 bits, W scales, W shift, static int64 run, static int64 period",
     "T y",
     code=_CUDA,
     launch=_sum_launch,
@@ -90,8 +118,9 @@ def _sum_launch(planes: Array, bits: Any, scales: Array, shift: Any, y: Array) -
     looped=True,
 )
 def sum_planes(
-    planes: np.ndarray, bits: Any, scales: np.ndarray, shift: Any, *, y: np.ndarray
-) -> None:
+    planes: np.ndarray, bits: Any, scales: np.ndarray, shift: Any, run: int, period: int,
+    *, y: np.ndarray,
+) -> None:  # fmt: skip
     """The shift and the sum of scale * sign over the levels of each element of some lines.
 
     Parameters
@@ -101,21 +130,32 @@ def sum_planes(
     bits : uint8 scalar or array of shape (lines, n)
         A level at or above the bits of an element does not count, even if its scale is NaN.
     scales : array in the work dtype, shape (levels, lines or 1, runs)
-        A line has so many runs of equally many elements, which share a scale.
+        Those of the runs of a line.
     shift : array in the work dtype, shape (lines or 1, runs); or 0
         What sums begin with. It has as many lines as `scales`. With it, what an addition rounds
         away is kept, and added at the end: a sum then is off by hardly more than half a unit in its
         last place, which the codes of uniform integers need.
+    run, period : int
+        So many elements share a scale. Runs begin anew after each `period`: the last one before may
+        be shorter. Periods fill a line, or there is one, which ends with the line.
     y : array of shape (lines, n)
         The elements of a line lie side by side in memory.
     """
     lines, length = y.shape
+    if not y.size:
+        return
     total = memory.scratch("total", y.shape, scales.dtype)
     step = memory.scratch("step", y.shape, scales.dtype)
     lost = memory.scratch("lost", y.shape, scales.dtype) if np.ndim(shift) else None
-    # Of no lines, the length of a run cannot be told from the size.
-    in_runs = (lines, scales.shape[2], -1 if y.size else 0)
-    total.reshape(in_runs)[...] = np.asarray(shift)[..., None]
+    runs = scales.shape[2]
+    even = runs == 1 or (run >= SHORT and runs * run == length)
+    in_runs = (lines, runs, length // runs) if even else (lines, length, 1)
+
+    def spread(numbers: np.ndarray) -> np.ndarray:
+        places = None if even or run == 1 else places_of(length, run, period)
+        return (numbers if places is None else numbers.take(places, axis=-1))[..., None]
+
+    total.reshape(in_runs)[...] = spread(shift) if np.ndim(shift) else 0
     if lost is not None:
         lost[...] = 0
     for level, (plane, scale) in enumerate(zip(planes, scales, strict=True)):
@@ -123,7 +163,7 @@ def sum_planes(
             break
         sign = np.unpackbits(np.ascontiguousarray(plane.T), 1, length, "little").view(np.int8)
         np.subtract(np.add(sign, sign, out=sign), 1, out=sign)
-        np.multiply(scale[:, :, None], sign.reshape(in_runs), out=step.reshape(in_runs))
+        np.multiply(spread(scale), sign.reshape(in_runs), out=step.reshape(in_runs))
         if np.ndim(bits):
             where(bits > level, step, out=step)
         if lost is not None:

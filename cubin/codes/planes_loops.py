@@ -21,6 +21,7 @@ from cubin.core.host.loops import (
     lines,
     loop,
     map_of,
+    part,
     read_only,
     store,
     uncounted,
@@ -29,6 +30,12 @@ from cubin.core.libraries import Array
 
 SLACK = 8
 """Bytes beyond the last that may be read with it, as one number."""
+
+FILLED = 8
+"""Numbers of a vector in which scales are written out. A shorter line leaves most of it unused."""
+
+LONG = 1 << 7
+"""Elements of runs from which on a scale is not written out for each of them."""
 
 NARROWED = 1 << 16
 """Sums that are narrowed to float16 or bfloat16 at a time. They stay in the cache."""
@@ -223,51 +230,140 @@ def turn_lines(lines: Array, *, planes: Array) -> None:
           level_step, byte_step, levels)  # fmt: skip
 
 
+@loop
+def _join_rows(signs: Array, length: int, rows: int, joined: Array) -> None:
+    """Write the bytes of lines of so many `rows`."""
+    signs, joined = uncounted(signs, joined)
+    at = 0
+    for line in range(len(joined)):
+        into, byte = joined[line], 0
+        held, count = np.uint64(0), 0
+        for _ in range(rows):
+            for first in range(0, length, 8):
+                held |= np.uint64(signs[at]) << np.uint64(count)
+                count += min(8, length - first)
+                at += 1
+                if count >= 8:
+                    into[byte] = np.uint8(held)
+                    held, count, byte = held >> np.uint64(8), count - 8, byte + 1
+        if count:
+            into[byte] = np.uint8(held)
+
+
+def join_rows(signs: Array, length: int, count: int) -> Array:
+    """`planes.join_rows`."""
+    levels, rows, _ = signs.shape
+    of_line = rows // count
+    joined = np.empty((levels * count, -(-of_line * length // 8)), np.uint8)
+    _join_rows(read_only(np.ascontiguousarray(signs).reshape(-1)), length, of_line, joined)
+    return joined.reshape(levels, count, -1)
+
+
 # ---------------------------------------------------------------- planes to sums
+
+
+@intrinsic
+def _fill(context: Any, numbers: Any, at: Any, value: Any) -> Any:
+    """Write `FILLED` copies of a value to an array, from the number `at` on, as one vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, at, value = arguments
+        kind, number = ir.VectorType(value.type, FILLED), ir.IntType(32)
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, number(0))
+        order = ir.Constant(ir.VectorType(number, FILLED), None)
+        where = _place(context, builder, numbers, array, at, kind)
+        builder.store(builder.shuffle_vector(one, one, order), where, align=1)
+        return context.get_dummy_value()
+
+    return types.none(numbers, types.intp, numbers.dtype), generate
+
+
+@part
+def _widen(
+    scales: Array, place: int, of_level: int, levels: int, run: int, period: int, length: int,
+    wide: Array,
+) -> None:  # fmt: skip
+    """Write the scale of each element of a line at some levels. Arguments as for `_sum_levels`.
+
+    What is written beyond a run is overwritten by the next one. A range with a step would divide.
+    """
+    for level in range(levels):
+        number, into = place + level * of_level, level * (wide.size // levels)
+        start, end = 0, min(period, length)
+        while start < length:
+            scale, stop = scales[number], min(start + run, end)
+            while start < stop:
+                _fill(wide, into + start, scale)
+                start += FILLED
+            number += 1
+            start = stop
+            if stop == end:
+                end = min(end + period, length)
 
 
 @loop
 def _sum_levels(
     held: Array, step: int, levels: int, pitch: int, scales: Array, of_level: int, apart: int,
-    run: int, shifted: bool, lines: int, length: int, bits: Array, y: Array, y_pitch: int,
+    run: int, period: int, within: bool, shifted: bool, lines: int, length: int, bits: Array,
+    y: Array, y_pitch: int, wide: Array, widened: Array,
 ) -> None:  # fmt: skip
     """Write the sums of scale * sign over some levels of lines of `length` elements.
 
     The bytes of a line begin at multiples of `pitch` in `held`, those of the next level `step`
     further. Its scales, one for each `run`, begin at multiples of `apart`, those of the next level
-    `of_level` further. If they are `shifted`, shifts follow like a level. Its sums begin at
-    multiples of `y_pitch`. There may be a map of `bits`.
+    `of_level` further. Runs begin anew after each `period`; or they lie `within` words, one after
+    the other. If they are `shifted`, shifts follow like a level. Sums of a line begin at multiples
+    of `y_pitch`. There may be a map of `bits`. `wide`, which also comes read-only, has room for the
+    scales of the elements of a line, or is empty.
     """
     held, scales, bits, y = uncounted(held, scales, bits, y)
+    wide, widened = uncounted(wide, widened)
+    several = run if within else 0
+    numbers, stretch, size = scales, period, run
+    if several or wide.size:
+        stretch = size = length
+    if wide.size:
+        numbers, several = widened, 1
     for line in range(lines):
-        bit, place = 8 * line * pitch, line * apart
-        several = run in WITHIN_WORDS
-        size = length if several else run
-        for start in range(0, length, size):
-            write_sums(
-                held, bit + start, step, levels, scales, place, of_level, run if several else 0,
-                shifted, bits, line * length + start, y, line * y_pitch + start, size,
-            )  # fmt: skip
-            place += 1
+        place, from_level = line * apart, of_level
+        if wide.size:
+            if apart or line == 0:
+                _widen(scales, place, of_level, levels + shifted, run, period, length, wide)
+            place, from_level = 0, wide.size // (levels + shifted)
+        # What follows in memory is written later: a whole word is faster than a part of one.
+        room = y.size - line * y_pitch if y_pitch == length else length
+        for first in range(0, length, stretch):
+            end = min(first + stretch, length)
+            for start in range(first, end, size):
+                count = min(size, end - start)
+                words = -(-count // WORD) * WORD
+                count = words if words <= room - start else count
+                write_sums(
+                    held, 8 * line * pitch + start, step, levels, numbers, place, from_level,
+                    several, shifted, bits, line * length + start, y, line * y_pitch + start,
+                    count,
+                )  # fmt: skip
+                place += 1
 
 
 @loop
 def _sum_columns(
-    flat: Array, level_step: int, byte_step: int, scales: Array, count: int, y: Array
-) -> None:
+    flat: Array, level_step: int, byte_step: int, scales: Array, run: int, period: int, count: int,
+    y: Array,
+) -> None:  # fmt: skip
     """Write the same, without a map or a shift, where lines lie side by side: y is (n, pitch).
 
     Scales have the shape (levels, runs, lines or 1); there are `count` lines.
     """
     flat, scales, y = uncounted(flat, scales, y)
-    levels, runs, _ = scales.shape
-    run = len(y) // max(1, runs)
+    levels, of_period = len(scales), -(-period // run)
     for e in range(len(y)):
+        number = e // period * of_period + e % period // run
         into, bit = y[e, :count], np.uint8(1 << (e & 7))
         into[:] = 0
         for level in range(levels):
             at = level * level_step + (e >> 3) * byte_step
-            held, scale = flat[at : at + count], scales[level, e // run]
+            held, scale = flat[at : at + count], scales[level, number]
             if scale.size == count:
                 for i in range(count):
                     into[i] += scale[i] if held[i] & bit else -scale[i]
@@ -297,7 +393,9 @@ def turned(scales: Array, levels: int) -> Array:
     return found
 
 
-def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array) -> None:
+def sum_planes(
+    planes: Array, bits: Any, scales: Array, shift: Any, run: int, period: int, *, y: Array
+) -> None:
     """`planes.sum_planes`."""
     (levels, width, count), n = planes.shape, y.shape[1]
     mapped, shifted = np.ndim(bits) > 0, np.ndim(shift) > 0
@@ -310,44 +408,59 @@ def sum_planes(planes: Array, bits: Any, scales: Array, shift: Any, *, y: Array)
     level_step, byte_step, _ = planes.strides
     if beside(y) and y.dtype == scales.dtype and not (mapped or shifted):
         held = read_only(turned(scales, levels))
-        _sum_columns(read_only(flat(planes)), level_step, byte_step, held, count, lines(y))
+        _sum_columns(read_only(flat(planes)), level_step, byte_step, held, run, period, count,
+                     lines(y))  # fmt: skip
+        return
+    if n < FILLED and not (mapped or shifted):
+        # Lines that are shorter than a vector are added up side by side.
+        values = memory.scratch("columns of values", (n, count), scales.dtype)
+        held = read_only(turned(scales, levels))
+        _sum_columns(
+            read_only(flat(planes)), level_step, byte_step, held, run, period, count, values
+        )
+        store(in_rows(values.T), y)
         return
     pitch = y.strides[0] // y.itemsize if count > 1 else n
     in_place = y.strides[1] == y.itemsize and pitch >= n and y.flags.aligned
     narrows = floats.is_narrow(y.dtype) and scales.dtype == np.float32
     if not (in_place and (narrows or y.dtype == scales.dtype)):
         values = memory.scratch("values", y.shape, scales.dtype)
-        sum_planes(planes, bits, scales, shift, y=values)
+        sum_planes(planes, bits, scales, shift, run, period, y=values)
         store(values, y)
         return
     _, scaled, runs = scales.shape
-    run, repeats = n // runs, 1
-    if scaled == 1 < runs and run < WORD and run not in WITHIN_WORDS:
-        run, runs, repeats = 1, n, run  # scales of each element, which all lines share
-    shape, of_level = (levels + shifted, scaled, runs // repeats, repeats), scaled * runs
-    padded = memory.scratch("scales", (shape[0] * of_level + WORD,), scales.dtype)
-    of_levels = padded[:-WORD].reshape(shape)
-    of_levels[:levels] = scales[:levels, ..., None]
-    of_levels[levels:] = np.asarray(shift)[..., None]
+    of_level, even = scaled * runs, runs * run == n
+    padded = memory.scratch("scales", ((levels + shifted) * of_level + WORD,), scales.dtype)
+    of_levels = padded[:-WORD].reshape(levels + shifted, scaled, runs)
+    of_levels[:levels] = scales[:levels]
+    of_levels[levels:] = shift
+    padded[-WORD:] = 0
     step = count * width + SLACK
     held = memory.scratch("planes", (levels * step,), np.uint8)
     _turn(read_only(flat(planes)), level_step, byte_step, width, count, held, step, width, levels)
+    within = run in WITHIN_WORDS and (even or period >= n)
+    short = runs > 1 and not within and run % WORD and run < LONG
     found, length = count, n
-    if n % 8 == 0 and pitch == n and (scaled == count or runs == 1) and not narrows:
+    whole = n % 8 == 0 and pitch == n and even and not short
+    if whole and (scaled == count or runs == 1) and not narrows:
         # Lines of whole bytes follow each other as one line does.
-        found, length = 1, count * n
+        found, length, period, pitch = 1, count * n, count * n, count * n
     if scaled == 1 == runs:
-        run = length
+        run, within = length, False
+    wide = memory.scratch("wide", (levels + shifted, (length + WORD) if short else 0), scales.dtype)
+    wide[:, length:] = 0
+    widened = wide.reshape(-1), read_only(wide.reshape(-1))
     apart, depths = runs if scaled > 1 else 0, map_of(bits, 0).reshape(-1)
     layout, scales = (held, step, levels, width), read_only(padded)
     if not narrows:
-        _sum_levels(*layout, scales, of_level, apart, run, shifted, found, length, depths, flat(y),
-                    pitch)  # fmt: skip
+        _sum_levels(*layout, scales, of_level, apart, run, period, within, shifted, found, length,
+                    depths, flat(y), pitch, *widened)  # fmt: skip
         return
     at_once = max(1, NARROWED // n)
     for line in range(0, count, at_once):
         half = y[line : line + at_once]
         values = memory.scratch("values", half.shape, np.float32)
         _sum_levels(held[line * width :], *layout[1:], scales[line * apart :], of_level, apart, run,
-                    shifted, len(half), n, depths[line * n :], flat(values), n)  # fmt: skip
+                    period, within, shifted, len(half), n, depths[line * n :], flat(values), n,
+                    *widened)  # fmt: skip
         store(values, half)

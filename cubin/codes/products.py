@@ -121,7 +121,8 @@ def multiply_tiles(
         tile = memory.scratch("tile", (cut.stop - start, length), x.dtype)
         depths = bits[cut] if np.ndim(bits) else bits
         of_tile = scales[:, cut] if scales.shape[1] > 1 else scales
-        add_up(planes[..., cut], depths, of_tile, 0, y=tile)
+        run = length // max(1, scales.shape[2])
+        add_up(planes[..., cut], depths, of_tile, 0, run, length, y=tile)
         y[:, cut] = x @ tile.T
 
 
@@ -162,11 +163,13 @@ def to_lines(x: Array, decoding: Decoding) -> Array:
 def _to_lines(x: Array, decoding: Decoding) -> Array:
     xp: Any = libraries.library(x)
     decoding = decoding.in_dtype(x.dtype)
+    if libraries.on_device(x) and not decoding.even:
+        decoding = decoding.evened()
     lines, levels = decoding.lines, decoding.levels
     y = xp.zeros((len(x), lines.count), x.dtype)
     if not (y.size and lines.length):
         return y
-    on = _forms(x, decoding).by_lines(x, decoding)
+    on = _forms(x, decoding).by_lines(x, decoding) if decoding.even else None
     if on is not None:
         rows = Lines(len(x), (lines.length,))
         most, other = (lines, rows) if lines.count >= rows.count else (rows, lines)
@@ -258,8 +261,8 @@ def between(one: Decoding, other: Decoding, dtype: Any) -> Array:
                     dots = (cut.stop - cut.start) - 2.0 * _counts(words[0][p], words[1][q])
                 else:
                     dots = _dots(signs[0][p][:, cut], signs[1][q][:, cut])
-                a_scale = scales[0][p][:, cut.start // one.run, None]
-                b_scale = scales[1][q][:, cut.start // other.run]
+                a_scale = scales[0][p][:, one.place(cut.start), None]
+                b_scale = scales[1][q][:, other.place(cut.start)]
                 total += a_scale * b_scale * dots
     return conversions.rounded(total, dtype)
 
@@ -283,7 +286,7 @@ def signs_to_lines(signs: list[Array], scales: Array, decoding: Decoding) -> Arr
         own = xp.repeat(scale, rows // len(scale))[:, None]
         for q, other in enumerate(others):
             for cut in cuts:
-                scale_of_cut = each[q][:, cut.start // decoding.run]
+                scale_of_cut = each[q][:, decoding.place(cut.start)]
                 total += own * scale_of_cut * _dots(sign[:, cut], other[:, cut])
     return total
 

@@ -257,7 +257,7 @@ def for_each_lines(
     """Call ``task(lines, elements)`` for blocks that tile some lines, with x's library.
 
     On a device there is a single block. On the host they fit the cache, and several threads take
-    them. A block of a long line begins at a byte, and with a run of `run` elements if possible.
+    them. A block of a long line begins at a byte, and with a run of `run` elements.
     With `at_once` blocks have so many whole lines. With `least` there is a block for each thread,
     of at least so many. `work` is that of `blocks.threads`, the elements if it is not given.
     """
@@ -276,7 +276,7 @@ def for_each_lines(
                  for start in range(0, lines.count, step)]  # fmt: skip
     else:
         unit = math.lcm(8, run)
-        step = blocks.BLOCK // unit * unit or blocks.BLOCK
+        step = max(1, blocks.BLOCK // unit) * unit
         cuts = [slice(start, min(start + step, lines.length))
                 for start in range(0, lines.length, step)]  # fmt: skip
         parts = [(slice(line, line + 1), cut) for line in range(lines.count) for cut in cuts]

@@ -48,7 +48,7 @@ def test_other_frameworks_come_through_asarray():
         (object(), "float16, bfloat16, float32 or float64, got object"),
         (None, "got NoneType"),
         ("w", "got str"),
-        (cubin.quantize(np.ones(3), 1), r"got a BinaryCode: pass x\.dequantize\(\)"),
+        (cubin.quantize(np.ones(3), 1), r"x is a BinaryCode: pass x\.dequantize\(\)"),
     ],
 )
 def test_what_is_refused_says_what_to_do(value, advice):

@@ -398,6 +398,8 @@ def test_a_code_is_no_array(codes):
     for wrong in (np.asarray, np.array, np.ravel, lambda code: np.asarray(code, np.float32)):
         with pytest.raises(TypeError, match=r"pass code\.dequantize\(\)"):
             wrong(codes[0])
+    both = np.array(codes[:2], dtype=object)
+    assert both.shape == (2,) and both[1] is codes[1]
     with pytest.raises(TypeError, match=r"x is a BinaryCode: pass x\.dequantize\(\)"):
         cubin.sign(codes[0])
 

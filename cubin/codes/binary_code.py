@@ -399,9 +399,13 @@ class BinaryCode:
         """``x @ code`` for x of shape (..., m), as ``x @ code.dequantize()``."""
         return _from_left(x, self)
 
-    def __array__(self, *_: Any, **__: Any) -> Any:
-        # Without it NumPy would make a 0-d array of objects.
-        raise TypeError("a BinaryCode is no array: pass code.dequantize()")
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # Without it NumPy would make a 0-d array of objects, even where nobody asked for objects.
+        if dtype != np.dtype(object):
+            raise TypeError("a BinaryCode is no array: pass code.dequantize()")
+        array = np.empty((), object)
+        array[()] = self
+        return array
 
     @classmethod
     def __torch_function__(
@@ -829,8 +833,9 @@ class BinaryCode:
         FileNotFoundError
             If there is no such folder.
         ValueError
-            If the name of the file ends otherwise. If there are more than 16 levels, or far more elements than the file has bits: none of
-            2^32 elements have a level, say. If `path` is a folder or a device.
+            If the name of the file ends otherwise. If there are more than 16 levels, or far more
+            elements than the file has bits: none of 2^32 elements have a level, say. If `path` is
+            a folder or a device.
         """
         if not os.fspath(path).endswith((".npz", ".safetensors")):
             raise ValueError(f"path must end on .npz or .safetensors, got {os.fspath(path)!r}")
@@ -897,7 +902,7 @@ class BinaryCode:
             raise TypeError(f"codes must map names to codes, got {type(codes).__qualname__}")
         for name, code in codes.items():
             if not isinstance(name, str) or not isinstance(code, BinaryCode):
-                raise TypeError(f"codes must map names to codes, got {name!r}: {type(code).__qualname__}")
+                raise TypeError(f"codes must map names to codes, got {name!r}: {type(code)}")
         from cubin.codes import files
 
         files.write(path, {name: code.to_host() for name, code in codes.items()})

@@ -23,7 +23,10 @@ def as_floats(name: str, value: object) -> Array:
         raise TypeError(f"{wanted}, got {type(value).__qualname__}")
     if array.dtype.kind == "c":
         raise TypeError(f"{wanted}, got {array.dtype}: pass its real part, or the imaginary one")
-    raise TypeError(f"{wanted}, got {array.dtype}: cast it first, e.g. {name}.astype('float32')")
+    if array.dtype.names:
+        raise TypeError(f"{wanted}, got the fields {array.dtype.names}: pass one of them")
+    cast = f"{name}.astype('float32')" if hasattr(value, "astype") else f"numpy.float32({name})"
+    raise TypeError(f"{wanted}, got {array.dtype}: cast it first, e.g. {cast}")
 
 
 def as_host_array(name: str, value: Any) -> np.ndarray:

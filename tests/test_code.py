@@ -399,7 +399,8 @@ def test_a_code_is_no_array(codes):
         with pytest.raises(TypeError, match=r"pass code\.dequantize\(\)"):
             wrong(codes[0])
     both = np.array(codes[:2], dtype=object)
-    assert both.shape == (2,) and both[1] is codes[1]
+    assert both.shape == (2,)
+    assert both[1] is codes[1]
     with pytest.raises(TypeError, match=r"x is a BinaryCode: pass x\.dequantize\(\)"):
         cubin.sign(codes[0])
 

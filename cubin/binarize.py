@@ -209,7 +209,7 @@ def multibit(
     rule = solver_of(solver, iterations)
     with libraries.current_device(x):
         y = arrays.output(out, x)
-        checked = as_bits(bits, x, limit=rule.most_bits, look=solver != "greedy").apart(out)
+        checked = as_bits(bits, x, **rule.limit, look=solver != "greedy").apart(out)
         weights = _weights(importance, x, solver)
         x = libraries.apart(x, out)
         weights = None if weights is None else libraries.apart(weights, out)
@@ -395,7 +395,7 @@ def quantize(
     if not isinstance(shift, (bool, np.bool_)):
         raise TypeError(f"shift must be True or False, got {type(shift).__qualname__}")
     with libraries.current_device(x):
-        checked = as_bits(bits, x, limit=rule.most_bits, look=True)
+        checked = as_bits(bits, x, **rule.limit, look=True)
         weights = _weights(importance, x, solver)
         matrix = None if gram is None else _matrix(gram, x, rows, checked.levels, solver, weights)
         several = None if precisions is None else as_precisions(precisions, checked.entries)

@@ -184,6 +184,52 @@ class Gram:
         gram._library = library
         return gram
 
+    @classmethod
+    def from_matrix(cls, matrix: Array, count: int = 1) -> Gram:
+        """The Gram matrix that somebody else has summed up.
+
+        Parameters
+        ----------
+        matrix : float array, shape (n, n)
+            H, the mean of the outer products. A factor, such as that of a Hessian, changes neither
+            codes nor relative errors. It may be singular. What rounding leaves of an asymmetry is
+            averaged.
+        count : int
+            How many inputs it is the mean of: its weight in sums with others.
+
+        Raises
+        ------
+        TypeError
+            If `matrix` is not floating point, or `count` no integer.
+        ValueError
+            If `matrix` is not square, finite and symmetric, or has a negative mean square on its
+            diagonal, or `count` is less than 1.
+
+        Examples
+        --------
+        >>> import numpy as np, cubin
+        >>> cubin.Gram.from_matrix(np.eye(3), count=100)
+        Gram(n=3, count=100)
+        """
+        library, matrix = libraries.viewed("matrix", matrix)
+        matrix = arrays.as_floats("matrix", matrix)
+        if matrix.ndim != 2 or len(set(matrix.shape)) != 1 or not matrix.size:
+            raise ValueError(f"matrix must be square, got the shape {matrix.shape}")
+        gram = cls(len(matrix))
+        gram.count, gram._library = arrays.as_integer("count", count), library
+        if gram.count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        with libraries.current_device(matrix, library):
+            xp, wide = libraries.library(matrix), conversions.widened(matrix)
+            if not bool(xp.isfinite(wide).all()):
+                raise ValueError("matrix must be finite, but it has NaN or infinity")
+            if bool((xp.diagonal(wide) < 0).any()):
+                raise ValueError("matrix has a negative mean square on its diagonal")
+            if bool(abs(wide - wide.T).max() > 1e-3 * abs(wide).max()):
+                raise ValueError("matrix must be symmetric: give both of its triangles")
+            gram._sum = (wide + wide.T) * (gram.count / 2)
+        return gram
+
     @property
     def matrix(self) -> Array:
         """H, the mean of the outer products."""

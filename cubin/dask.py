@@ -206,7 +206,7 @@ def _multibit(
     levels = rule.most_bits
     number = operands.get("bits", bits)
     if LIBRARY_OF[type(number)] is not DASK:
-        _, levels = as_entries(number, x.shape, meta, limit=rule.most_bits, look=True)
+        _, levels = as_entries(number, x.shape, meta, **rule.limit, look=True)
     importance = operands.get("importance")
     if isinstance(importance, np.ndarray):
         arrays.as_importance(importance, np.broadcast_to(np.zeros((), importance.dtype), x.shape))
@@ -255,9 +255,8 @@ def _approximated(
     of_chunk = dict(zip(names, values, strict=True))
     x = arrays.as_floats("x", of_chunk["x"])
     with libraries.current_device(x):
-        bits = as_bits(
-            of_chunk.get("bits", number), x, limit=solver.most_bits, look=solver.name != "greedy"
-        )
+        look = solver.name != "greedy"
+        bits = as_bits(of_chunk.get("bits", number), x, **solver.limit, look=look)
         if "levels" in of_chunk:
             bits = bits._replace(levels=min(int(of_chunk["levels"]), solver.most_bits))
         importance = of_chunk.get("importance")

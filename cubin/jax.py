@@ -15,6 +15,7 @@ import numpy as np
 
 from cubin import binarize, gradients, surrogates
 from cubin.core.arrays import as_integer
+from cubin.core.bits import as_entries
 from cubin.core.rows import plain_axes, rows_of
 from cubin.solvers.solver import solver_of
 
@@ -138,13 +139,12 @@ def multibit(
     """
     _check_floats("x", x)
     surrogates.multibit_rule(surrogate)
-    most = solver_of(solver, iterations).most_bits
+    rule = solver_of(solver, iterations)
     rows_of(x.shape, channel_axis, group_size)
     number: int | None = None
     if np.ndim(bits) == 0 and not isinstance(bits, jax.Array):
         number, bits = as_integer("bits", bits), None
-        if not 0 <= number <= most:
-            raise ValueError(f"bits must lie in 0 .. {most}, got {number}")
+        as_entries(number, x.shape, None, **rule.limit)
     layout = (number, plain_axes(channel_axis), group_size)
     maps = {"bits": bits, "importance": importance}
     spread = {

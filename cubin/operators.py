@@ -134,13 +134,13 @@ class Multibit:
         solver: str = "greedy",
         surrogate: str = "bits_clip",
     ) -> None:
-        most = solver_of(solver, None).most_bits
+        rule = solver_of(solver, None)
         surrogates.multibit_rule(surrogate)
         _, bits = libraries.viewed("bits", bits)
         if not libraries.on_device(bits):
             # The map's values are checked now. Its shape is checked once x is known.
             checked = np.asarray(bits)
-            as_bits(checked, np.broadcast_to(np.float32(0), checked.shape), limit=most)
+            as_bits(checked, np.broadcast_to(np.float32(0), checked.shape), **rule.limit)
             bits = checked if checked.ndim else int(checked)
         # A copy: the gradient has to see the same map as the approximation.
         self.bits = _copied(bits)

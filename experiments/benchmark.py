@@ -248,7 +248,7 @@ def cubin_call(inputs: Inputs, folder: Path) -> Call:
         return partial(getattr(cubin.bitmaps, name), x, mix)
     if name in ("dequantize", *grid.FILES):
         code = cubin.quantize(x, bits, check_finite=False, **options)
-        path = folder / "code"
+        path = folder / "code.npz"
         if name == "load":
             code.save(path)
             return lambda: cubin.BinaryCode.load(path)

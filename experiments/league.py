@@ -470,9 +470,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write the results; return the exit status."""
     if arguments.device == "cuda":
         raise UsageError("what others use is written for NumPy: use --device cpu")
-    shape = QUICK_SAMPLE_SHAPE if arguments.quick else SAMPLE_SHAPE
-    sources = {name: sample(law, shape) for name, law in DISTRIBUTIONS.items()}
-    omissions, left_out = None, ""
+    omissions, left_out, layers = None, "", []
     try:
         weights = Weights(arguments.paths or pretrained_sample())
     except WeightsError as error:
@@ -483,10 +481,12 @@ def run(arguments: argparse.Namespace) -> int:
         omissions = Omissions(weights, arguments.strict)
         count = QUICK_TENSORS if arguments.quick else TENSORS
         layers = pretrained(weights, omissions, count)
-        if layers:
-            sources[WEIGHTS] = layers
-        else:
+        if not layers:
             left_out = f"No tensor has rows of whole groups, {LENGTHS[0]} to {LENGTHS[1]} weights."
+    shape = QUICK_SAMPLE_SHAPE if arguments.quick else SAMPLE_SHAPE
+    sources = {name: sample(law, shape) for name, law in DISTRIBUTIONS.items()}
+    if layers:
+        sources[WEIGHTS] = layers
     arguments.output.mkdir(parents=True, exist_ok=True)
     points, seconds = sweep(sources)
     said = [*findings(points), *filter(None, [left_out])]

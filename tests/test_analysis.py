@@ -191,6 +191,7 @@ def test_plot(table):
     lines = {line.get_label(): line for line in axes.lines}
     assert set(lines) == {
         "greedy: median and quartiles of 2 arrays",
+        "_greedy over effective bits",
         "Lloyd-Max, Gaussian",
         "Shannon bound, Gaussian",
     }
@@ -200,6 +201,13 @@ def test_plot(table):
     ]
     greedy = lines["greedy: median and quartiles of 2 arrays"]
     np.testing.assert_allclose(greedy.get_ydata(), medians)
+    effective = lines["_greedy over effective bits"]
+    np.testing.assert_allclose(effective.get_ydata(), medians)
+    overall = [row.effective_bits for row in table.overall()]
+    np.testing.assert_allclose(effective.get_xdata(), overall)
+    assert "payload (thick), effective (thin)" in axes.get_xlabel()
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown == ["greedy", "Lloyd-Max, Gaussian", "Shannon bound, Gaussian"]
     np.testing.assert_allclose(
         lines["Shannon bound, Gaussian"].get_ydata(), [0.25, 0.0625, 4.0**-4]
     )
@@ -637,6 +645,12 @@ def test_a_figure_of_many_curves(weights):
     assert len(styles) == 14
 
 
+def test_curves_of_unknown_effective_bits(weights):
+    table = error_per_bit_width(weights, [1, 2], {"mine": shrink})
+    labels = [line.get_label() for line in table.plot().lines]
+    assert not any("effective" in label for label in labels)
+
+
 def test_rows_at_bits_that_are_no_solvers(table, weights):
     for bits in (1.58, 17, 32):
         for name, x in weights.items():
@@ -672,7 +686,11 @@ def test_two_tables_on_the_same_axes(table, weights):
     table.plot(axes)
     error_per_bit_width(weights, [3, 8], "refined").plot(axes)
     lines = {line.get_label(): line for line in axes.lines}
-    assert len(lines) == len(axes.lines) == 4
+    assert len(lines) == len(axes.lines) == 6
+    assert (
+        lines["_refined over effective bits"].get_color()
+        == lines["refined: median and quartiles of 2 arrays"].get_color()
+    )
     np.testing.assert_array_equal(lines["Lloyd-Max, Gaussian"].get_xdata(), [1, 2, 3, 4, 8])
     greedy, refined = (
         lines[f"{name}: median and quartiles of 2 arrays"] for name in ("greedy", "refined")

@@ -43,12 +43,14 @@ def test_other_frameworks_come_through_asarray():
         (np.ma.masked_less([1.0, 2.0], 1.5), r"x\.filled\(\)"),
         (np.ones(3, int), r"x\.astype"),
         (np.ones(3, np.longdouble), r"x\.astype"),
+        ([1, 2], r"numpy\.float32\(x\)"),
+        (np.ones(3, [("a", "f4"), ("b", "i4")]), r"fields \('a', 'b'\): pass one"),
         (np.ones(3, complex), "real part"),
         ([None], "float16, bfloat16, float32 or float64, got list"),
         (object(), "float16, bfloat16, float32 or float64, got object"),
         (None, "got NoneType"),
         ("w", "got str"),
-        (cubin.quantize(np.ones(3), 1), r"got a BinaryCode: pass x\.dequantize\(\)"),
+        (cubin.quantize(np.ones(3), 1), r"x is a BinaryCode: pass x\.dequantize\(\)"),
     ],
 )
 def test_what_is_refused_says_what_to_do(value, advice):

@@ -184,6 +184,52 @@ def test_bad_numbers_of_inputs(n, error):
         cubin.Gram(n)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_matrix_of_somebody_else(xp, host, rng, dtype):
+    x = rng.standard_normal((4, 6))  # singular
+    own = cubin.Gram(6).add(x)
+    matrix = own.matrix.astype(dtype)
+    matrix[0, 1] *= 1 + 1e-6
+    gram = cubin.Gram.from_matrix(xp.asarray(matrix), count=4)
+    assert (gram.n, gram.count) == (6, 4)
+    assert type(gram.matrix) is type(xp.zeros(1))
+    np.testing.assert_allclose(host(gram.matrix), own.matrix, rtol=2e-6)
+    np.testing.assert_array_equal(host(gram.matrix), host(gram.matrix).T)
+    both = gram + cubin.Gram(6).add(xp.asarray(x[:2]))
+    twice = cubin.Gram(6).add(x).add(x[:2])
+    np.testing.assert_allclose(host(both.matrix), twice.matrix, rtol=2e-6)
+
+
+def test_the_scale_of_a_matrix_does_not_matter(rng):
+    x, w = rng.standard_normal((40, 8)), rng.standard_normal((4, 8))
+    own = cubin.Gram(8).add(x)
+    given = cubin.Gram.from_matrix(2 * own.matrix)  # as Hessians of squares are
+    options = {"channel_axis": 0, "solver": "alternating"}
+    codes = [cubin.quantize(w, 2, gram=gram, **options) for gram in (own, given)]
+    assert codes[0] == codes[1]
+    errors = [cubin.errors.output_mse(w, codes[0].dequantize(), gram) for gram in (own, given)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-12)
+
+
+def test_matrices_that_are_none():
+    upper = np.triu(np.ones((3, 3)))
+    for wrong, error, message in [
+        (np.ones((2, 3)), ValueError, r"square, got the shape \(2, 3\)"),
+        (np.ones((2, 2, 2)), ValueError, "square"),
+        (np.ones((0, 0)), ValueError, "square"),
+        (np.float64(1), ValueError, "square"),
+        (np.ones((2, 2), int), TypeError, "matrix must be float16"),
+        (np.full((2, 2), np.nan), ValueError, "matrix must be finite"),
+        (-np.eye(2), ValueError, "negative mean square"),
+        (upper, ValueError, "both of its triangles"),
+    ]:
+        with pytest.raises(error, match=message):
+            cubin.Gram.from_matrix(wrong)
+    for count, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="count must be"):
+            cubin.Gram.from_matrix(np.eye(2), count)
+
+
 def test_files(tmp_path, rng):
     gram = cubin.Gram(3).add(rng.standard_normal((4, 3)))
     gram.save(tmp_path / "gram.any")

@@ -99,7 +99,7 @@ def test_tensor_files_are_read_by_others_and_mapped(rng, tmp_path):
 def test_arguments_of_save_all(codes, tmp_path):
     with pytest.raises(ValueError, match=r"end on \.safetensors"):
         BinaryCode.save_all(tmp_path / "codes.npz", {"a": codes[0]})
-    for wrong in ({1: codes[0]}, {"a": codes[0].scales}):
+    for wrong in ({1: codes[0]}, {"a": codes[0].scales}, [codes[0]], codes[0]):
         with pytest.raises(TypeError, match="names to codes"):
             BinaryCode.save_all(tmp_path / "a.safetensors", wrong)
     BinaryCode.save_all(tmp_path / "none.safetensors", {})
@@ -359,27 +359,50 @@ def test_symbolic_links_stay(codes, tmp_path, monkeypatch, there, relative):
     if there:
         codes[0].save(target)
     (tmp_path / "second").symlink_to("store/code.npz" if relative else target)
-    (tmp_path / "first").symlink_to("second")
+    (tmp_path / "first.npz").symlink_to("second")
     monkeypatch.chdir(tmp_path)
-    codes[1].save("first")
-    assert (tmp_path / "first").is_symlink()
+    codes[1].save("first.npz")
+    assert (tmp_path / "first.npz").is_symlink()
     assert (tmp_path / "second").is_symlink()
     assert not target.is_symlink()
     assert BinaryCode.load(target) == codes[1]
-    assert {p.name for p in tmp_path.rglob("*")} == {"first", "second", "store", "code.npz"}
+    assert {p.name for p in tmp_path.rglob("*")} == {"first.npz", "second", "store", "code.npz"}
 
 
 def test_links_in_a_circle_and_what_is_no_file(codes, tmp_path):
-    (tmp_path / "one").symlink_to("two")
-    (tmp_path / "two").symlink_to("one")
+    (tmp_path / "one.npz").symlink_to("two.npz")
+    (tmp_path / "two.npz").symlink_to("one.npz")
     with pytest.raises(OSError, match="symbolic links"):
-        codes[0].save(tmp_path / "one")
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    for name in ("folder", "pipe"):
+        codes[0].save(tmp_path / "one.npz")
+    (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name in ("folder.npz", "pipe.npz"):
         with pytest.raises(ValueError, match="path must be that of a regular file"):
             codes[0].save(tmp_path / name)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "one", "pipe", "two"]
+    found = sorted(p.stem for p in tmp_path.iterdir())
+    assert found == ["folder", "one", "pipe", "two"]
+
+
+def test_names_of_another_format_and_missing_folders(codes, tmp_path):
+    for name in ("code.pt", "code", "model.layers.0", "code.NPZ"):
+        with pytest.raises(ValueError, match=rf"end on \.npz or \.safetensors, got .*{name}"):
+            codes[0].save(tmp_path / name)
+    for name in ("no/code.npz", "no/code.safetensors"):
+        with pytest.raises(FileNotFoundError, match=name) as caught:
+            codes[0].save(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_code_is_no_array(codes):
+    for wrong in (np.asarray, np.array, np.ravel, lambda code: np.asarray(code, np.float32)):
+        with pytest.raises(TypeError, match=r"pass code\.dequantize\(\)"):
+            wrong(codes[0])
+    both = np.array(codes[:2], dtype=object)
+    assert both.shape == (2,)
+    assert both[1] is codes[1]
+    with pytest.raises(TypeError, match=r"x is a BinaryCode: pass x\.dequantize\(\)"):
+        cubin.sign(codes[0])
 
 
 SAVE_HALF = """
@@ -675,12 +698,12 @@ def test_bfloat16_is_read_by_its_patterns(tmp_path, order):
 
 
 def test_a_process_that_has_no_bfloat16_yet_loads_a_file_of_it(tmp_path):
-    cubin.quantize(np.ones(3, bfloat16), 1).save(tmp_path / "code")
+    cubin.quantize(np.ones(3, bfloat16), 1).save(tmp_path / "code.npz")
     source = (
         "import sys, cubin; assert 'ml_dtypes' not in sys.modules; "
         "print(cubin.BinaryCode.load(sys.argv[1]).dtype)"
     )
-    command = [sys.executable, "-c", source, str(tmp_path / "code")]
+    command = [sys.executable, "-c", source, str(tmp_path / "code.npz")]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "bfloat16"
 
@@ -847,7 +870,7 @@ def test_other_byte_orders(tmp_path):
 
 
 def test_encrypted_members_are_refused(tmp_path):
-    path = archive(tmp_path / "code")
+    path = archive(tmp_path / "code.npz")
     content = bytearray(path.read_bytes())
     for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         at = content.find(mark)
@@ -890,11 +913,11 @@ def test_codes_without_levels_take_no_memory(tmp_path):
     signs = np.empty((0, 1 << 16, 1 << 16), np.int8)
     with memory_below(2e6):
         code = BinaryCode.from_signs(np.ones((0, 1 << 16), np.float32), signs, 0, channel_axis=0)
-        code.save(tmp_path / "code")
-        assert BinaryCode.load(tmp_path / "code").shape == code.shape
+        code.save(tmp_path / "code.npz")
+        assert BinaryCode.load(tmp_path / "code.npz").shape == code.shape
     larger = BinaryCode.from_signs(np.ones(0, np.float32), np.empty((0, (1 << 32) + 1), np.int8), 0)
     with pytest.raises(ValueError, match="without levels"):
-        larger.save(tmp_path / "larger")
+        larger.save(tmp_path / "larger.npz")
 
 
 def test_sizes_beyond_the_end_of_the_file(tmp_path):
@@ -976,8 +999,8 @@ def test_a_display_of_a_device_map_does_not_look_at_it(device):
 def test_device_codes(xp, host, rng, tmp_path):
     x = rng.normal(size=(3, 8)).astype(np.float32)
     code = cubin.quantize(xp.asarray(x), np.arange(8) % 3, channel_axis=0)
-    code.save(tmp_path / "code")
-    loaded = BinaryCode.load(tmp_path / "code")
+    code.save(tmp_path / "code.npz")
+    loaded = BinaryCode.load(tmp_path / "code.npz")
     np.testing.assert_array_equal(loaded.scales, host(code.scales))
     np.testing.assert_array_equal(loaded.signs, host(code.signs))
     np.testing.assert_array_equal(loaded.dequantize(), host(code.dequantize()))

@@ -29,6 +29,8 @@ x = np.random.default_rng(0).standard_normal((8, 1 << 17))
 cubin.quantize(x, 3, channel_axis=0, solver="optimal")
 cubin.bitmaps.budget(x[:2, :1000], 1.5)
 cubin.bitmaps.allocate({"w": x[:2, :1000]}, 1.5)
+gram = cubin.Gram(4).add(x[:, :8].reshape(-1, 4))
+cubin.quantize(x[:, :4], 1, channel_axis=0, solver="optimal", gram=gram)
 """
 
 ENDLESS = """
@@ -69,7 +71,7 @@ def test_bars_at_a_terminal():
                 shown += chunk
     os.close(mine)
     assert process.returncode == 0, shown.decode()
-    for name in (b"optimal:", b"budget:", b"allocate:"):
+    for name in (b"optimal:", b"budget:", b"allocate:", b"starts:"):
         assert name in shown
 
 

@@ -118,5 +118,5 @@ def test_options_of_multibit_are_checked():
         Multibit(2, surrogate="magic")
     with pytest.raises(ValueError, match="exclude each other"):
         Multibit(2, channel_axis=0, group_size=4)
-    with pytest.raises(ValueError, match=r"bits must lie in 0 \.\. 8, got 9"):
+    with pytest.raises(ValueError, match=r"0 \.\. 8 with solver='optimal', got 9"):
         Multibit(9, solver="optimal")

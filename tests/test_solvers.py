@@ -521,7 +521,7 @@ def test_importance_of_a_row(rng, solver):
         ({"solver": "optimal", "importance": -np.ones(4)}, ValueError, "importance must be finite"),
         ({"solver": "optimal", "importance": np.array([1, np.nan, 1, 1])}, ValueError, "finite"),
         ({"solver": "optimal", "importance": np.array([1, np.inf, 1, 1])}, ValueError, "finite"),
-        ({"solver": "optimal", "bits": 9}, ValueError, r"bits must lie in 0 \.\. 8, got 9"),
+        ({"solver": "optimal", "bits": 9}, ValueError, r"0 \.\. 8 with solver='optimal', got 9"),
         ({"solver": "alternating", "bits": [1, 9, 0, 0]}, ValueError, r"bits must lie in 0 \.\. 8"),
         ({"solver": "refined", "bits": 17}, ValueError, r"bits must lie in 0 \.\. 16, got 17"),
     ],

@@ -227,7 +227,7 @@ def refused():
         (x.to_sparse(), r"x\.to_dense\(\)"),
         (x.to_sparse_csr(), r"x\.to_dense\(\)"),
         (quantized, r"x\.(dequantize|float)\(\)"),
-        (x.to(torch.complex64), "floating point, got torch.complex64"),
+        (x.to(torch.complex64), "floating point, got torch.complex64: pass its real part"),
         (x.to("meta"), "without data"),
         (fake, "without data.*cubin.torch"),
         (x.as_subclass(Sub), r"Sub, a kind of tensor.*torch\.Tensor"),
@@ -243,6 +243,8 @@ def test_what_is_refused_says_what_to_do():
             cubin.sign(x)
     with pytest.raises(TypeError, match=r"torch\.func"):
         torch.func.vmap(cubin.sign)(torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"gy is .* pass its real part"):
+        cubin.sign_grad(torch.ones(3), torch.ones(3, dtype=torch.complex64).conj())
     for function in (cubin.torch.sign, lambda x: cubin.torch.multibit(x, 2)):
         with pytest.raises(TypeError, match="x must be a PyTorch tensor, got ndarray"):
             function(np.ones(3))

@@ -54,6 +54,8 @@ def draw_in_new_figure(table: Any) -> Any:
 def draw_error_per_bit_width(axes: Any, table: Any) -> Any:
     """Draw the median relative MSE over the arrays, and their quartiles, against the bit width.
 
+    The bits are those of the payload. Thin curves have the medians over effective bits.
+
     The legend is within the axes, beside the curves or above them.
 
     Parameters
@@ -79,15 +81,18 @@ def _draw(axes: Any, table: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     # Curves that are there already, such as those of another table, keep their colours.
-    first = sum(line.get_label() not in (_LLOYD_MAX, _SHANNON) for line in axes.lines)
+    first = sum(_KIND in str(line.get_label()) for line in axes.lines)
     widths: set[float] = set()
     for number, (label, rows) in enumerate(_curves(table).items(), start=first):
-        bits, low, middle, high = _quartiles(rows)
+        bits, effective, low, middle, high = _quartiles(rows)
         color = COLORS[number % len(COLORS)]
         # Its edge is what is left of the band at a single bit width, as the limits' points are.
         axes.fill_between(bits, low, high, color=color, alpha=0.2, linewidth=1)
         axes.plot(bits, middle, color=color, marker=MARKERS[number % len(MARKERS)],
                   label=f"{label}{_KIND}{_count(rows)}")  # fmt: skip
+        if np.isfinite(effective).any():  # without an entry in the legend, as of "_"
+            axes.plot(effective, middle, color=color, lw=0.8, ls="-.", marker=".", ms=4,
+                      label=f"_{label} over effective bits")  # fmt: skip
         widths.update(bits.tolist())
     draw_limits(axes, sorted(width for width in widths if width > 0))
     axes.set_yscale("log")
@@ -95,7 +100,7 @@ def _draw(axes: Any, table: Any) -> None:
     whole = bool((drawn == np.rint(drawn)).all())
     steps = [1, 2, 5, 10]
     axes.xaxis.set_major_locator(MaxNLocator(integer=whole, steps=steps, min_n_ticks=1))
-    axes.set_xlabel("bits per element (payload)")
+    axes.set_xlabel("bits per element: payload (thick), effective (thin)")
     axes.set_ylabel("relative mean squared error")
     axes.grid(True, which="major", alpha=0.3)
 
@@ -199,14 +204,15 @@ def _count(rows: Sequence[Any]) -> str:
 
 
 def _quartiles(rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
-    """Bits per element, and the quartiles of the error: (points,) each."""
-    points = sorted(
-        (
-            np.mean([row.payload_bits for row in group]),
-            *np.quantile([row.relative_mse for row in group], (0.25, 0.5, 0.75)),
-        )
-        for group in _by_bits(rows)
-    )
-    bits, low, middle, high = np.array(points).T
+    """Payload and effective bits per element, and the quartiles of the error: (points,) each."""
+    points = []
+    for group in _by_bits(rows):
+        payload = np.mean([row.payload_bits for row in group])
+        sizes = [row.size or 1 for row in group]  # as in the overall rows
+        effective = np.average([row.effective_bits for row in group], weights=sizes)
+        errors = [row.relative_mse for row in group]
+        points.append((payload, effective, *np.quantile(errors, (0.25, 0.5, 0.75))))
+    points.sort()
+    bits, effective, low, middle, high = np.array(points).T
     # An exact approximation has no place on a logarithmic axis: the band goes on to its end.
-    return bits, low, np.where(middle > 0, middle, np.nan), high
+    return bits, effective, low, np.where(middle > 0, middle, np.nan), high

@@ -269,7 +269,8 @@ class ErrorTable:
 
         Shows the median over the arrays and the range between their quartiles for each solver,
         beside what is best for Gaussian samples: Lloyd-Max with 2^bits free levels, and Shannon's
-        bound 4^-bits.
+        bound 4^-bits. These are over the payload bits; thin curves have the medians over the
+        effective bits of all arrays together.
 
         Parameters
         ----------

@@ -399,6 +399,14 @@ class BinaryCode:
         """``x @ code`` for x of shape (..., m), as ``x @ code.dequantize()``."""
         return _from_left(x, self)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # Without it NumPy would make a 0-d array of objects, even where nobody asked for objects.
+        if dtype != np.dtype(object):
+            raise TypeError("a BinaryCode is no array: pass code.dequantize()")
+        array = np.empty((), object)
+        array[()] = self
+        return array
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
@@ -800,7 +808,7 @@ class BinaryCode:
     # ------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the code to a file: as ``.safetensors`` if its name ends so, else as ``.npz``.
+        """Write the code to a file: ``.npz`` or ``.safetensors``, as its name ends.
 
         The arrays are ``scales``, ``planes``, ``bits`` and, if the code has them, ``shift`` and
         ``tables``; nothing is pickled. A bit map is packed to its entropy, and only the signs that
@@ -822,10 +830,15 @@ class BinaryCode:
 
         Raises
         ------
+        FileNotFoundError
+            If there is no such folder.
         ValueError
-            If there are more than 16 levels, or far more elements than the file has bits: none of
-            2^32 elements have a level, say. If `path` is a folder or a device.
+            If the name of the file ends otherwise. If there are more than 16 levels, or far more
+            elements than the file has bits: none of 2^32 elements have a level, say. If `path` is
+            a folder or a device.
         """
+        if not os.fspath(path).endswith((".npz", ".safetensors")):
+            raise ValueError(f"path must end on .npz or .safetensors, got {os.fspath(path)!r}")
         from cubin.codes import files  # here, since zipfile and json take long to import
 
         with libraries.current_device(self._planes, self._library):
@@ -879,12 +892,14 @@ class BinaryCode:
         Raises
         ------
         TypeError
-            If a value is no BinaryCode, or a name no string.
+            If `codes` is no mapping, a value no BinaryCode, or a name no string.
         ValueError
             As from `save`, or if the name of the file ends otherwise.
         """
         if not os.fspath(path).endswith(".safetensors"):
             raise ValueError(f"path must end on .safetensors, got {os.fspath(path)!r}")
+        if not isinstance(codes, Mapping):
+            raise TypeError(f"codes must map names to codes, got {type(codes).__qualname__}")
         for name, code in codes.items():
             if not isinstance(name, str) or not isinstance(code, BinaryCode):
                 raise TypeError(f"codes must map names to codes, got {name!r}: {type(code)}")

@@ -373,7 +373,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise ValueError(f"path must be that of a regular file, got {path!r}")
     _remove_abandoned(folder)
     # Until it has the permissions of the old file, only its owner can read it.
-    with _new_part(folder, 0o600 if old else 0o666) as file:
+    try:
+        part = _new_part(folder, 0o600 if old else 0o666)
+    except OSError as error:  # which names a file that nobody asked for
+        raise OSError(error.errno, error.strerror, path) from error
+    with part as file:
         try:
             yield file
             file.flush()

@@ -19,13 +19,14 @@ def as_floats(name: str, value: object) -> Array:
     if floats.is_float(array.dtype):
         return array
     wanted = f"{name} must be float16, bfloat16, float32 or float64"
-    if hasattr(value, "dequantize"):
-        raise TypeError(f"{wanted}, got a {type(value).__qualname__}: pass {name}.dequantize()")
     if array.dtype.kind in "OSU" and not hasattr(value, "dtype"):  # no numbers at all
         raise TypeError(f"{wanted}, got {type(value).__qualname__}")
     if array.dtype.kind == "c":
         raise TypeError(f"{wanted}, got {array.dtype}: pass its real part, or the imaginary one")
-    raise TypeError(f"{wanted}, got {array.dtype}: cast it first, e.g. {name}.astype('float32')")
+    if array.dtype.names:
+        raise TypeError(f"{wanted}, got the fields {array.dtype.names}: pass one of them")
+    cast = f"{name}.astype('float32')" if hasattr(value, "astype") else f"numpy.float32({name})"
+    raise TypeError(f"{wanted}, got {array.dtype}: cast it first, e.g. {cast}")
 
 
 def as_host_array(name: str, value: Any) -> np.ndarray:
@@ -41,6 +42,8 @@ def as_host_array(name: str, value: Any) -> np.ndarray:
     if type(value) is np.ndarray and value.dtype.isnative:
         return value
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if hasattr(value, "dequantize"):
+        raise TypeError(f"{name} is a {type(value).__qualname__}: pass {name}.dequantize()")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be lost: use {name}.filled()")
     if kind.startswith("dask."):

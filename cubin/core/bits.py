@@ -53,11 +53,14 @@ class Bits(NamedTuple):
         return Bits(values, values, self.levels)
 
 
-def as_bits(value: object, x: Array, *, limit: int = MAX_BITS, look: bool = False) -> Bits:
+def as_bits(
+    value: object, x: Array, *, limit: int = MAX_BITS, of: str = "", look: bool = False
+) -> Bits:
     """`value` as the bits of the elements of `x`. A map may be a view of `value`.
 
     With `look`, the values of a map on a device are checked, which synchronises. Without, they are
-    not: the map counts as clipped to 0 .. `limit`, and `levels` is `limit`.
+    not: the map counts as clipped to 0 .. `limit`, and `levels` is `limit`. Messages say what the
+    limit is `of`.
 
     Raises
     ------
@@ -66,7 +69,7 @@ def as_bits(value: object, x: Array, *, limit: int = MAX_BITS, look: bool = Fals
     ValueError
         If a value lies outside 0 .. `limit`, or the map does not broadcast to x's shape.
     """
-    entries, levels = as_entries(value, x.shape, x, limit=limit, look=look)
+    entries, levels = as_entries(value, x.shape, x, limit=limit, of=of, look=look)
     return Bits(entries, _spread(entries, x), levels)
 
 
@@ -77,7 +80,13 @@ def _spread(entries: Any, x: Array) -> Any:
 
 
 def as_entries(
-    value: object, shape: tuple[int, ...], x: Array, *, limit: int = MAX_BITS, look: bool = False
+    value: object,
+    shape: tuple[int, ...],
+    x: Array,
+    *,
+    limit: int = MAX_BITS,
+    of: str = "",
+    look: bool = False,
 ) -> tuple[Any, int]:
     """The entries and levels of `Bits`, for an array of shape `shape` in the library of `x`.
 
@@ -85,7 +94,7 @@ def as_entries(
     """
     if type(value) is int:
         if not 0 <= value <= limit:
-            raise ValueError(f"bits must lie in 0 .. {limit}, got {value}")
+            raise ValueError(f"bits must lie in 0 .. {limit}{of}, got {value}")
         return np.uint8(value), value
     if libraries.on_device(value):
         bits: Any = libraries.aligned(value)
@@ -111,7 +120,7 @@ def as_entries(
         high = int(unsigned.max()) if bits.size else 0
         low, high = (int(bits.min()), int(bits.max())) if high > limit else (0, high)
     if low < 0 or high > limit:
-        raise ValueError(f"bits must lie in 0 .. {limit}, got {low if low < 0 else high}")
+        raise ValueError(f"bits must lie in 0 .. {limit}{of}, got {low if low < 0 else high}")
     if libraries.on_device(bits):
         return bits.astype(np.uint8, copy=False), high
     if bits.ndim == 0:

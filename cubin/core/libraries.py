@@ -372,6 +372,8 @@ def _refused(torch: Any, name: str, tensor: Any) -> str:
         return f"{name} is a quantized tensor: pass {name}.dequantize()"
     if tensor.layout is not torch.strided:
         return f"{name} is a tensor of layout {tensor.layout}: pass {name}.to_dense()"
+    if tensor.is_complex():
+        return f"{name} is a tensor of {tensor.dtype}: pass its real part, or the imaginary one"
     if tensor.is_neg():
         return f"{name} is negated lazily: pass {name}.resolve_neg()"
     if tensor.device.type not in ("cpu", "cuda"):
@@ -700,9 +702,10 @@ def across(
     if "x" in ours:
         x = ours["x"]
         if not library.is_floating(x):
-            raise TypeError(
-                f"x must be floating point, got {x.dtype}: cast it first, e.g. {library.cast}"
-            )
+            parts = "complex" in str(x.dtype)
+            what = "pass its real part, or the imaginary one"
+            what = what if parts else f"cast it first, e.g. {library.cast}"
+            raise TypeError(f"x must be floating point, got {x.dtype}: {what}")
         if (gradient or adjoint) and library.records(x):
             if views.get("out") is not None:
                 raise TypeError(

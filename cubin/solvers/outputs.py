@@ -257,7 +257,7 @@ def solve(
     random, xp = np.random.default_rng(0), libraries.library(weights)
     levels = best.scales.shape[1]
     shifted = starts[0].shift is not None
-    for _ in range(RESTARTS):
+    for _ in progress.over(range(RESTARTS), "starts", "start"):
         drawn = np.exp(SPREAD * random.standard_normal((*best.scales.shape[:2], 1)))
         shift = best.shift if shifted else None
         _search(best, lines_of(best.scales * xp.asarray(drawn), shift), None)

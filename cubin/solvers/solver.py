@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cubin.core import arrays
 from cubin.core.bits import MAX_BITS
@@ -27,6 +27,12 @@ class Solver(NamedTuple):
     most_bits: int
     refit: bool = False
     iterations: int | None = 0
+
+    @property
+    def limit(self) -> dict[str, Any]:
+        """The arguments of `as_bits` that say how many levels there may be, and why."""
+        of = f" with solver={self.name!r}" if self.most_bits < MAX_BITS else ""
+        return {"limit": self.most_bits, "of": of}
 
 
 SOLVERS = {

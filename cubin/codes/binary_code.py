@@ -808,7 +808,7 @@ class BinaryCode:
     # ------------------------------------------------------------ files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the code to a file: ``.npz`` or ``.safetensors``, as its name ends.
+        """Write the code to a file: ``.safetensors`` if its name ends so, else ``.npz``.
 
         The arrays are ``scales``, ``planes``, ``bits`` and, if the code has them, ``shift`` and
         ``tables``; nothing is pickled. A bit map is packed to its entropy, and only the signs that
@@ -833,11 +833,11 @@ class BinaryCode:
         FileNotFoundError
             If there is no such folder.
         ValueError
-            If the name of the file ends otherwise. If there are more than 16 levels, or far more
+            If the name of the file ends on anything else. If there are more than 16 levels, or far more
             elements than the file has bits: none of 2^32 elements have a level, say. If `path` is
             a folder or a device.
         """
-        if not os.fspath(path).endswith((".npz", ".safetensors")):
+        if os.path.splitext(os.fspath(path))[1] not in ("", ".npz", ".safetensors"):
             raise ValueError(f"path must end on .npz or .safetensors, got {os.fspath(path)!r}")
         from cubin.codes import files  # here, since zipfile and json take long to import
 

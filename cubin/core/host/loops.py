@@ -69,7 +69,20 @@ class _Cache(FunctionCache):
 
 def loop(function: Callable[..., Any]) -> Any:
     """Compile a function for the types that it is called with, and keep the result on disk."""
-    compiled: Any = numba.njit(nogil=True)(function)
+    return _kept(function, nogil=True)
+
+
+def inner_loop(function: Callable[..., Any]) -> Any:
+    """The same for a function that loops alone call, and that allocates nothing.
+
+    Numba then makes no form that Python can call, and counts no references.
+    """
+    return _kept(function, no_cpython_wrapper=True, _nrt=False)
+
+
+def _kept(function: Callable[..., Any], **options: bool) -> Any:
+    njit: Any = numba.njit  # its annotations lack some options
+    compiled = njit(no_cfunc_wrapper=True, **options)(function)
     with contextlib.suppress(RuntimeError):  # no folder to keep the cache in can be written
         compiled._cache = _Cache(function)
     return compiled

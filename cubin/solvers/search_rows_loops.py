@@ -22,16 +22,13 @@ from cubin.codes.levels import pack_codes
 from cubin.core import floats, memory
 from cubin.core.floats import as_integers
 from cubin.core.host.loops import (
+    bare_loop,
     in_work_dtype,
     inner_loop,
-    loop,
     map_of,
     part,
     read_only,
     sum_in_lanes,
-)
-from cubin.core.host.loops import (
-    uncounted as _uncounted,
 )
 from cubin.core.libraries import Array
 from cubin.solvers import codebook_loops, search, search_rows, sorted_rows_loops
@@ -39,9 +36,6 @@ from cubin.solvers.codebook_loops import Book, count, hand_out, set_nearest, spl
 from cubin.solvers.codebook_loops import solve as solve_equations
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import relative_weights
-
-uncounted: Any = _uncounted
-"""As a function of any arrays: Numba's decorator hides its types."""
 
 CHUNK = 1 << 12
 """Elements that stay in the first-level cache while they are compared with all edges in turn."""
@@ -481,7 +475,7 @@ def _solve_together(
             break
 
 
-@loop
+@bare_loop
 def _solve_rows(
     x: Array, words: Array, bits: Array, weight: Any, weight_words: Any, refit: bool,
     iterations: int, scales: Array, units: Array, inverse: Array, lower: Array, codes: Array,
@@ -517,8 +511,6 @@ def _solve_rows(
         Whether rows are short, with magnitudes side by side. None if not: Numba compiles one of the
         two ways alone.
     """
-    x, words, bits = uncounted(x, words, bits)
-    scales, inverse, lower, codes = uncounted(scales, inverse, lower, codes)
     n, kind, lanes = x.shape[1], inverse.dtype.type, count(book.lanes)
     mapped, stored = bits.shape[1] > 0, space.m.shape[1] >= _padded(n)
     space.starts[:, :-1], space.starts[:, -1] = 0, _padded(n)

@@ -18,7 +18,7 @@ import numpy as np
 from numba.extending import overload
 
 from cubin.core import memory
-from cubin.core.host.loops import loop, part
+from cubin.core.host.loops import inner_loop, part
 from cubin.core.libraries import Array
 from cubin.solvers.codebook import DEPENDENT
 
@@ -123,7 +123,7 @@ def rounded_down_by_type(value: Any, like: Any) -> Callable[..., Any]:
     return single if like.dtype == numba.types.float32 else double
 
 
-@loop
+@inner_loop
 def solve(book: Book, levels: int) -> None:
     """Write the least-squares scales of the first `levels` levels, and their gain.
 
@@ -187,7 +187,7 @@ def _set_sums(scales: Array, levels: int, sums: Array, lanes: int) -> None:
                 sums[half + number, k] = total + scale
 
 
-@loop
+@inner_loop
 def set_nearest(sizes: Array, levels: int, book: Book) -> None:
     """Write the cells in which each magnitude takes the nearest sum of `levels` levels.
 
@@ -224,7 +224,7 @@ def set_nearest(sizes: Array, levels: int, book: Book) -> None:
             lower[cell, k] = rounded_down(middle, lower)
 
 
-@loop
+@inner_loop
 def split(level: int, book: Book) -> None:
     """Write the cells of ``level + 1`` levels.
 
@@ -247,7 +247,7 @@ def split(level: int, book: Book) -> None:
             codes[2 * at + 1, k] = codes[at, k] | np.uint16(1 << level)
 
 
-@loop
+@inner_loop
 def hand_out(book: Book, mapped: bool, scales: Array, lower: Array, codes: Array) -> None:
     """Write the scales of rows made positive, and the cells with codes changed accordingly.
 

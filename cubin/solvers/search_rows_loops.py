@@ -22,15 +22,13 @@ from cubin.codes.levels import pack_codes
 from cubin.core import floats, memory
 from cubin.core.floats import as_integers
 from cubin.core.host.loops import (
+    bare_loop,
     in_work_dtype,
-    loop,
+    inner_loop,
     map_of,
     part,
     read_only,
     sum_in_lanes,
-)
-from cubin.core.host.loops import (
-    uncounted as _uncounted,
 )
 from cubin.core.libraries import Array
 from cubin.solvers import codebook_loops, search, search_rows, sorted_rows_loops
@@ -38,9 +36,6 @@ from cubin.solvers.codebook_loops import Book, count, hand_out, set_nearest, spl
 from cubin.solvers.codebook_loops import solve as solve_equations
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import relative_weights
-
-uncounted: Any = _uncounted
-"""As a function of any arrays: Numba's decorator hides its types."""
 
 CHUNK = 1 << 12
 """Elements that stay in the first-level cache while they are compared with all edges in turn."""
@@ -81,8 +76,9 @@ class Space(NamedTuple):
     m : array in the work dtype
         Magnitudes, those with few bits first. What fills up the columns lies below all edges. Of
         shape (lanes, room), or (room, lanes) where rows are short.
-    weight, weighted : array in the work dtype
-        The importance of these elements, and that times their magnitudes.
+    weight, weighted : array in the work dtype, or None
+        The importance of these elements, and that times their magnitudes. None where there is no
+        importance: Numba then compiles nothing that works on it.
     starts : array of int64, shape (lanes, levels + 1)
         Where in `m` the elements of each number of bits start, and where the last ones stop. All
         have the highest number where there is no map.
@@ -100,8 +96,8 @@ class Space(NamedTuple):
     """
 
     m: Array
-    weight: Array
-    weighted: Array
+    weight: Any
+    weighted: Any
     starts: Array
     number: Array
     total: Array
@@ -124,11 +120,8 @@ def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: 
         elif not weighted and n > LONGEST_KEPT:
             room = CHUNK
         elements = (lanes, room)
-    weights = elements if weighted else (0, 0)
     arrays: dict[str, tuple[tuple[int, ...], Any]] = {
         "m": (elements, kind),
-        "weight": (weights, kind),
-        "weighted": (weights, kind),
         "starts": ((lanes, levels + 1), np.int64),
         "number": ((1 << levels, lanes), np.float64),
         "total": ((1 << levels, lanes), np.float64),
@@ -138,7 +131,10 @@ def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: 
         "rising": ((lanes,), np.bool_),
         "factors": ((2, lanes), kind),
     }
-    return Space(**{name: memory.scratch(f"search {name}", *of) for name, of in arrays.items()})
+    if weighted:
+        arrays |= {"weight": (elements, kind), "weighted": (elements, kind)}
+    found = {name: memory.scratch(f"search {name}", *of) for name, of in arrays.items()}
+    return Space(**{"weight": None, "weighted": None} | found)
 
 
 # ---------------------------------------------------------------- sums
@@ -160,7 +156,7 @@ def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
     return m.size - below
 
 
-@loop
+@inner_loop
 def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
     """The sum of the values of elements whose magnitudes lie above an edge; `sums` is scratch."""
     zero, n = m.dtype.type(0), m.size // 4
@@ -174,8 +170,8 @@ def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
 
 @part
 def _add_up(
-    x: Array, factor: float, bits: Array, space: Space, book: Book, lane: int, levels: int,
-    step: int,
+    x: Array, factor: float, bits: Array, weight: Any, space: Space, book: Book, lane: int,
+    levels: int, step: int,
 ) -> None:  # fmt: skip
     """Write the numbers and totals of a row's magnitudes above the lower edges of cells.
 
@@ -184,13 +180,13 @@ def _add_up(
     last level count.
     """
     m, starts = space.m[lane], space.starts[lane]
-    weighted = len(space.weight) > 0
+    number_above, total_above, lower = space.number, space.total, book.lower
     first_cell = 1 if levels > 1 else 0
     for depth in range(levels if step > 1 else 1, starts.size):
         base, cells = 1 << (depth - 1), 1 << (min(depth, levels) - 1)
         stop = starts[depth]
         for cell in range(first_cell, cells, step):
-            space.number[base + cell, lane], space.total[base + cell, lane] = 0, 0
+            number_above[base + cell, lane] = total_above[base + cell, lane] = 0
         for start in range(starts[depth - 1], stop, CHUNK):
             end = min(start + CHUNK, stop)
             sums = space.of_four[: (end - start) // 4]
@@ -200,21 +196,25 @@ def _add_up(
             else:
                 chunk = m[start:end]
             for cell in range(first_cell, cells, step):
-                edge = book.lower[cells + cell, lane]
-                if weighted:
-                    weight, product = space.weight[lane, start:end], space.weighted[lane, start:end]
-                    number = _chosen_sum(chunk, edge, weight, sums)
-                    total = _chosen_sum(chunk, edge, product, sums)
-                else:
+                edge = lower[cells + cell, lane]
+                if weight is None:
                     number = np.float64(_sums_of_four(chunk, edge, sums))
                     total = sum_in_lanes(sums, sums.size)
-                space.number[base + cell, lane] += number
-                space.total[base + cell, lane] += total
+                else:
+                    number = _chosen_sum(chunk, edge, space.weight[lane, start:end], sums)
+                    total = _chosen_sum(chunk, edge, space.weighted[lane, start:end], sums)
+                number_above[base + cell, lane] += number
+                total_above[base + cell, lane] += total
 
 
-@loop
-def _add_up_beside(space: Space, book: Book, levels: int, step: int) -> None:
-    """The same for all lanes of short rows, four columns at a time."""
+@inner_loop
+def _add_up_beside(
+    space: Space, weight: Any, weighted: Any, book: Book, levels: int, step: int
+) -> None:
+    """The same for all lanes of short rows, four columns at a time.
+
+    `weight` and `weighted` are those of `space`.
+    """
     m, starts, lanes = space.m, space.starts[0], count(book.lanes)
     first_cell, zero = 1 if levels > 1 else 0, m.dtype.type(0)
     for depth in range(levels if step > 1 else 1, starts.size):
@@ -226,18 +226,18 @@ def _add_up_beside(space: Space, book: Book, levels: int, step: int) -> None:
                 number[k] = total[k] = 0
             for j in range(starts[depth - 1], starts[depth], 4):
                 a, b, c, d = m[j], m[j + 1], m[j + 2], m[j + 3]
-                if len(space.weight):
-                    _add_chosen(a, b, c, d, edge, space.weight[j : j + 4], lanes, number)
-                    _add_chosen(a, b, c, d, edge, space.weighted[j : j + 4], lanes, total)
-                    continue
-                for k in range(lanes):
-                    e = edge[k]
-                    above = np.int32(np.int32(a[k] > e) + np.int32(b[k] > e))
-                    above = np.int32(above + np.int32(c[k] > e) + np.int32(d[k] > e))
-                    first = (a[k] if a[k] > e else zero) + (b[k] if b[k] > e else zero)
-                    second = (c[k] if c[k] > e else zero) + (d[k] if d[k] > e else zero)
-                    number[k] += above
-                    total[k] += first + second
+                if weight is None:
+                    for k in range(lanes):
+                        e = edge[k]
+                        above = np.int32(np.int32(a[k] > e) + np.int32(b[k] > e))
+                        above = np.int32(above + np.int32(c[k] > e) + np.int32(d[k] > e))
+                        first = (a[k] if a[k] > e else zero) + (b[k] if b[k] > e else zero)
+                        second = (c[k] if c[k] > e else zero) + (d[k] if d[k] > e else zero)
+                        number[k] += above
+                        total[k] += first + second
+                else:
+                    _add_chosen(a, b, c, d, edge, weight[j : j + 4], lanes, number)
+                    _add_chosen(a, b, c, d, edge, weighted[j : j + 4], lanes, total)
 
 
 @part
@@ -257,7 +257,7 @@ def _add_chosen(
 # ---------------------------------------------------------------- least squares
 
 
-@loop
+@inner_loop
 def _set_equations(space: Space, book: Book, lowest: int, levels: int) -> None:
     """Write the normal equations of the first `levels` levels.
 
@@ -294,7 +294,7 @@ def _set_equations(space: Space, book: Book, lowest: int, levels: int) -> None:
                         equations[j, i, k] += mass[k] if alike else -mass[k]
 
 
-@part
+@inner_loop
 def _set_mean(book: Book, level: int) -> None:
     """Write the greedy scale of a level: the mean of its signs times the residuals before it."""
     equations, scales, lanes = book.equations, book.fitted, count(book.lanes)
@@ -309,7 +309,7 @@ def _set_mean(book: Book, level: int) -> None:
         scales[level, k] = np.divide(scales[level, k], number if number > 0 else 1.0)
 
 
-@part
+@inner_loop
 def _move_sums(space: Space, book: Book, level: int) -> None:
     """Move the numbers and totals above the edges of `level` levels to where `split` puts them."""
     cells, lanes = 1 << (level - 1), count(book.lanes)
@@ -321,7 +321,7 @@ def _move_sums(space: Space, book: Book, level: int) -> None:
                 space.total[base + 2 * cell, k] = space.total[base + cell, k]
 
 
-@part
+@inner_loop
 def _keep_better(space: Space, book: Book, levels: int) -> bool:
     """Keep the sizes of the scales of rows whose gain rose; return whether any did."""
     any_rose = False
@@ -339,7 +339,7 @@ def _keep_better(space: Space, book: Book, levels: int) -> bool:
 # ---------------------------------------------------------------- rows
 
 
-@loop
+@inner_loop
 def _unit(words: Array, bits: Array) -> float:
     """A power of two near the largest magnitude of a row: 0 for zeros, NaN if it is not finite.
 
@@ -362,7 +362,7 @@ def _unit(words: Array, bits: Array) -> float:
     return np.nan if exponent == largest else unit
 
 
-@loop
+@inner_loop
 def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
     """Write |x| * factor of the elements of `depth` bits, or of all where there is no map.
 
@@ -382,13 +382,13 @@ def _take(x: Array, factor: float, bits: Array, depth: int, m: Array) -> int:
 
 @part
 def _arrange(
-    x: Array, factor: float, bits: Array, weight: Array, weight_factor: float, space: Space,
-    lane: int,
+    x: Array, factor: float, bits: Array, weight: Any, row: int, weight_factor: float,
+    space: Space, lane: int,
 ) -> None:  # fmt: skip
     """Write the magnitudes and importance of a row, by numbers of bits.
 
     Elements without bits are left out. `factor` is 0 where the row counts as zeros, and
-    `weight_factor` where it counts as unweighted.
+    `weight_factor` where it counts as unweighted. `weight` is that of all rows.
     """
     m, starts = space.m[lane], space.starts[lane]
     levels = starts.size - 1
@@ -397,10 +397,10 @@ def _arrange(
         at = begin + _take(x, factor, bits, depth, m[begin:])
         end = begin + _padded(at - begin)
         m[at:end] = BELOW
-        if weight.size:
+        if weight is not None:
             own, weighted = space.weight[lane], space.weighted[lane]
             if weight_factor > 0:
-                _take(weight, weight_factor, bits, depth, own[begin:])
+                _take(weight[row], weight_factor, bits, depth, own[begin:])
             else:
                 own[begin:at] = 1
             own[at:end] = 0
@@ -409,25 +409,26 @@ def _arrange(
         starts[depth] = end
 
 
-@loop
-def _arrange_beside(x: Array, bits: Array, weight: Array, space: Space) -> None:
+@inner_loop
+def _arrange_beside(
+    x: Array, bits: Array, weight: Any, own_weight: Any, weighted: Any, space: Space
+) -> None:
     """The same for all lanes of short rows, with room for all elements at each number of bits.
 
-    There, those of other numbers of bits lie below all edges.
+    There, those of other numbers of bits lie below all edges. `own_weight` and `weighted` are those
+    of `space`.
     """
-    x, bits, weight = uncounted(x, bits, weight)
-    space = Space(*uncounted(*space))
     m, (factor, weight_factor) = space.m, (space.factors[0], space.factors[1])
     below, one = m.dtype.type(BELOW), m.dtype.type(1)
-    mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
+    mapped = bits.shape[1] > 0
     (lanes, n), levels, begin = x.shape, space.starts.shape[1] - 1, 0
     for depth in range(1 if mapped else levels, levels + 1):
         for j in range(n):
             to = m[begin + j]
             for k in range(lanes):
                 to[k] = abs(x[k, j]) * factor[k] if factor[k] > 0 else factor[k]
-            if weighted:
-                own, product = space.weight[begin + j], space.weighted[begin + j]
+            if weight is not None:
+                own, product = own_weight[begin + j], weighted[begin + j]
                 for k in range(lanes):
                     own[k] = weight[k, j] * weight_factor[k] if weight_factor[k] > 0 else one
                     product[k] = own[k] * to[k]
@@ -441,8 +442,9 @@ def _arrange_beside(x: Array, bits: Array, weight: Array, space: Space) -> None:
 
 @part
 def _solve_together(
-    x: Array, factor: float, bits: Array, space: Space, book: Book, refit: bool, iterations: int
-) -> None:
+    x: Array, factor: float, bits: Array, weight: Any, space: Space, book: Book, refit: bool,
+    iterations: int, beside: Any,
+) -> None:  # fmt: skip
     """Write the cells and scales of rows; `x`, `factor` and `bits` are those of a single one."""
     levels = len(book.fitted)
     lowest = 1 if bits.size else levels
@@ -456,13 +458,14 @@ def _solve_together(
         elif not adding:
             for depth in range(lowest, levels + 1):
                 set_nearest(space.sizes, depth, book)
-        if x.size <= SHORT:
-            _add_up_beside(space, book, reached, 2 if adding else 1)
-        else:
+        added = 2 if adding else 1
+        if beside is None:
             for lane in range(count(book.lanes)):
                 # A row that did not get better keeps its cells.
                 if space.rising[lane]:
-                    _add_up(x, factor, bits, space, book, lane, reached, 2 if adding else 1)
+                    _add_up(x, factor, bits, weight, space, book, lane, reached, added)
+        else:
+            _add_up_beside(space, space.weight, space.weighted, book, reached, added)
         _set_equations(space, book, lowest, reached)
         if reached < levels and not refit:
             _set_mean(book, step)
@@ -472,11 +475,11 @@ def _solve_together(
             break
 
 
-@loop
+@bare_loop
 def _solve_rows(
-    x: Array, words: Array, bits: Array, weight: Array, weight_words: Array, refit: bool,
+    x: Array, words: Array, bits: Array, weight: Any, weight_words: Any, refit: bool,
     iterations: int, scales: Array, units: Array, inverse: Array, lower: Array, codes: Array,
-    space: Space, book: Book,
+    space: Space, book: Book, beside: Any,
 ) -> None:  # fmt: skip
     """Solve rows.
 
@@ -486,7 +489,7 @@ def _solve_rows(
     words : array of uint32 or uint64, shape (rows, n)
         The bit patterns of `x`.
     bits : array of uint8, shape (rows, n), or (rows, 0) where there is no map
-    weight, weight_words : array, shape (rows, n) or (rows, 0)
+    weight, weight_words : array, shape (rows, n), or None
         The importance, in the dtype of x, and its bit patterns. A row of zeros counts as
         unweighted.
     refit : bool
@@ -504,45 +507,47 @@ def _solve_rows(
         The cells of all levels, or with a map those of every number of levels.
     space : Space
     book : Book
+    beside : True or None
+        Whether rows are short, with magnitudes side by side. None if not: Numba compiles one of the
+        two ways alone.
     """
-    x, words, bits, weight, weight_words = uncounted(x, words, bits, weight, weight_words)
-    scales, inverse, lower, codes = uncounted(scales, inverse, lower, codes)
-    arrays = uncounted(*book[:-1])
-    space, book = Space(*uncounted(*space)), Book(*(arrays + (book.lanes,)))  # noqa: RUF005
     n, kind, lanes = x.shape[1], inverse.dtype.type, count(book.lanes)
-    mapped, weighted = bits.shape[1] > 0, weight.shape[1] > 0
-    stored = space.m.shape[1] >= _padded(n)
+    mapped, stored = bits.shape[1] > 0, space.m.shape[1] >= _padded(n)
     space.starts[:, :-1], space.starts[:, -1] = 0, _padded(n)
     for following in range(0, len(x), lanes):
         # The last ones are as many: some rows are solved twice.
         start, factor = min(following, len(x) - lanes), kind(0)
         for lane in range(lanes):
             row = start + lane
-            own, own_bits, own_weight = x[row], bits[row], weight[row]
+            own, own_bits = x[row], bits[row]
             unit, weight_unit = _unit(words[row], own_bits), 0.0
-            if weighted:
+            if weight is not None:
                 weight_unit = _unit(weight_words[row], own_bits)
             # A row that is not finite counts as zeros.
             factor = kind(1 / unit if unit > 0 else 0)
             weight_factor = kind(1 / weight_unit if weight_unit > 0 else 0)
             space.factors[0, lane], space.factors[1, lane] = factor, weight_factor
-            if n > SHORT and stored:
-                _arrange(own, factor, own_bits, own_weight, weight_factor, space, lane)
+            if beside is None and stored:
+                _arrange(own, factor, own_bits, weight, row, weight_factor, space, lane)
             units[row], inverse[row] = unit, factor if unit > 0 else 1
         rows = slice(start, start + lanes)
-        if n <= SHORT:
-            _arrange_beside(x[rows], bits[rows], weight[rows], space)
-        _solve_together(x[start], factor, bits[start], space, book, refit, iterations)
+        if beside is not None:
+            if weight is None:
+                _arrange_beside(x[rows], bits[rows], None, None, None, space)
+            else:
+                of_rows = weight[rows]
+                _arrange_beside(x[rows], bits[rows], of_rows, space.weight, space.weighted, space)
+        _solve_together(
+            x[start], factor, bits[start], weight, space, book, refit, iterations, beside
+        )
         hand_out(book, mapped, scales[rows], lower[rows], codes[rows])
 
 
 # ---------------------------------------------------------------- as the solvers are called
 
 
-def _weight(importance: Array | None, bits: Any, x: Array) -> Array:
+def _weight(importance: Array, bits: Any, x: Array) -> Array:
     """The importance in the dtype of x. Where that might overflow, it is divided by its size."""
-    if importance is None:
-        return read_only(np.empty((len(x), 0), x.dtype))
     if floats.work_dtype(importance.dtype) == x.dtype:
         return in_work_dtype(importance)
     return read_only(relative_weights(np, importance, bits).astype(x.dtype))
@@ -555,7 +560,7 @@ class Lookup(sorted_rows_loops.Lookup):
         self, x: Array, bits: Any, levels: int, importance: Array | None, solver: Solver
     ) -> None:
         work = in_work_dtype(x)
-        weight = _weight(importance, bits, work)
+        weight = None if importance is None else _weight(importance, bits, work)
         of_elements = map_of(bits, len(x))
         scales = self._allocate(work, bits, levels)
         units = np.empty((len(x), 1))
@@ -563,9 +568,10 @@ class Lookup(sorted_rows_loops.Lookup):
         space = _space(x.shape[1], levels, work.dtype, self._mapped, importance is not None, lanes)
         book = codebook_loops.book(levels, work.dtype, lanes)
         _solve_rows(
-            work, as_integers(work), of_elements, weight, as_integers(weight), solver.refit,
-            search.limit(solver), scales, units[:, 0], self._inverse, self._lower, self._codes,
-            space, book,
+            work, as_integers(work), of_elements, weight,
+            None if weight is None else as_integers(weight), solver.refit, search.limit(solver),
+            scales, units[:, 0], self._inverse, self._lower, self._codes, space, book,
+            True if work.shape[1] <= SHORT else None,
         )  # fmt: skip
         scales *= units
         self._keep(scales)

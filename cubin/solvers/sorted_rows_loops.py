@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubin.core.floats import as_integers
-from cubin.core.host.loops import in_work_dtype, loop, part, read_only, store, target
+from cubin.core.host.loops import in_work_dtype, inner_loop, loop, part, read_only, store, target
 from cubin.core.host.loops import (
     uncounted as _uncounted,
 )
@@ -235,7 +235,7 @@ class Space(NamedTuple):
     target: Array
 
 
-@loop
+@inner_loop
 def _set_signs(code: int, signs: Array, products: Array, at: int, levels: int) -> None:
     """Write the signs of a code and their products."""
     for i in range(levels):
@@ -265,7 +265,7 @@ def _space(levels: int, book: Book) -> Space:
     )
 
 
-@loop
+@inner_loop
 def _find_positions(values: Array, start: int, stop: int, lower: Array, positions: Array) -> None:
     """Write where in the row the elements of each cell start, and where the last ones stop.
 
@@ -289,7 +289,7 @@ def _find_positions(values: Array, start: int, stop: int, lower: Array, position
             positions[cell] = at + one if values[at] <= lower[cell] else at
 
 
-@loop
+@inner_loop
 def _add_cells(row: Row, space: Space, codes: Array, levels: int) -> float:
     """Write the share of some cells in the normal equations; return their elements' weight."""
     positions, first, mass = space.positions, row.first, row.mass
@@ -317,7 +317,7 @@ def _add_cells(row: Row, space: Space, codes: Array, levels: int) -> float:
     return total
 
 
-@loop
+@inner_loop
 def _fit(row: Row, space: Space, levels: int, highest: int) -> float:
     """Write the least-squares scales of the cells with up to `levels` levels; return their gain.
 
@@ -350,12 +350,12 @@ def _fit(row: Row, space: Space, levels: int, highest: int) -> float:
 # ---------------------------------------------------------------- cells
 
 
-@loop
+@inner_loop
 def _signed(value: float, code: int, level: int) -> float:
     return value if code >> level & 1 else -value
 
 
-@loop
+@inner_loop
 def _set_all_nearest(scales: Array, levels: int, row: Row, space: Space) -> None:
     """Write the nearest cells for every number of levels that the elements of a row may have."""
     mapped = len(row.starts) > 2
@@ -363,7 +363,7 @@ def _set_all_nearest(scales: Array, levels: int, row: Row, space: Space) -> None
         set_nearest(scales, reached, space.book)
 
 
-@loop
+@inner_loop
 def _mean_residual(row: Row, space: Space, level: int, highest: int) -> float:
     """The mean magnitude of the residual before `level`, over the elements that have this level.
 
@@ -395,7 +395,7 @@ def _mean_residual(row: Row, space: Space, level: int, highest: int) -> float:
 # ---------------------------------------------------------------- solvers
 
 
-@loop
+@inner_loop
 def _successive(row: Row, space: Space, levels: int, highest: int, refit: bool) -> float:
     """Write the cells and scales of levels that are added one by one, as `search` does.
 
@@ -414,20 +414,20 @@ def _successive(row: Row, space: Space, levels: int, highest: int, refit: bool) 
     return gain
 
 
-@loop
+@inner_loop
 def _copy(scales: Array, levels: int, target: Array) -> None:
     for level in range(levels):
         target[level, 0] = scales[level, 0]
 
 
-@loop
+@inner_loop
 def _take_sizes(space: Space, levels: int, scales: Array) -> None:
     """Write the sizes of the scales that were fitted last."""
     for level in range(levels):
         scales[level, 0] = abs(space.book.fitted[level, 0])
 
 
-@loop
+@inner_loop
 def _alternate(
     row: Row, space: Space, levels: int, highest: int, iterations: int, scales: Array, gain: float
 ) -> float:
@@ -446,7 +446,7 @@ def _alternate(
     return gain
 
 
-@loop
+@inner_loop
 def _set_best_pair(row: Row, pair: Array) -> None:
     """The two scales of the least error for elements of 1 or 2 bits.
 
@@ -486,7 +486,7 @@ def _set_best_pair(row: Row, pair: Array) -> None:
                 pair[0, 0], pair[1, 0] = abs(initial), abs(second)
 
 
-@loop
+@inner_loop
 def _set_start(row: Row, number: int, levels: int, mean: float, best: Array, start: Array) -> bool:
     """Write the start of the search with this number to `start`; return whether there is one.
 
@@ -507,7 +507,7 @@ def _set_start(row: Row, number: int, levels: int, mean: float, best: Array, sta
     return bool(_NORMAL[levels, 0] > 0)
 
 
-@loop
+@inner_loop
 def _search(
     row: Row, space: Space, levels: int, iterations: int, best: Array, trial: Array, leader: Array
 ) -> None:
@@ -639,7 +639,7 @@ def _of_eight(x: Array, factor: float, lower: Array, table: Array, mirror: Any, 
         y[j] = mirror - entry if x[j] <= 0 else entry
 
 
-@loop
+@inner_loop
 def _find_cells(m: Array, size: int, lower: Array, cells: Array) -> None:
     """Write the cells of magnitudes by bisection; all take a step before any takes the next one."""
     step = np.uint32(len(lower) >> 1)
@@ -652,7 +652,7 @@ def _find_cells(m: Array, size: int, lower: Array, cells: Array) -> None:
         step >>= np.uint32(1)
 
 
-@loop
+@inner_loop
 def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
     """The same by counting the edges below each magnitude, four at a time."""
     for j in range(size):
@@ -668,7 +668,7 @@ def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
             cells[j] = np.int32(np.int32(cells[j]) + above)
 
 
-@loop
+@inner_loop
 def _find_cells_by_bits(m: Array, bits: Array, levels: int, lower: Array, cells: Array) -> None:
     """The same by bisection where each element has its number of bits."""
     for j in range(bits.size):

@@ -69,7 +69,25 @@ class _Cache(FunctionCache):
 
 def loop(function: Callable[..., Any]) -> Any:
     """Compile a function for the types that it is called with, and keep the result on disk."""
-    compiled: Any = numba.njit(nogil=True)(function)
+    return _kept(function, nogil=True)
+
+
+def bare_loop(function: Callable[..., Any]) -> Any:
+    """The same for a function that allocates nothing: Numba then counts no references.
+
+    Counting takes longer than the work on a short row.
+    """
+    return _kept(function, nogil=True, _nrt=False)
+
+
+def inner_loop(function: Callable[..., Any]) -> Any:
+    """A bare loop that other loops alone call: Numba makes no form of it that Python can call."""
+    return _kept(function, no_cpython_wrapper=True, _nrt=False)
+
+
+def _kept(function: Callable[..., Any], **options: bool) -> Any:
+    njit: Any = numba.njit  # its annotations lack some options
+    compiled = njit(no_cfunc_wrapper=True, **options)(function)
     with contextlib.suppress(RuntimeError):  # no folder to keep the cache in can be written
         compiled._cache = _Cache(function)
     return compiled

@@ -384,7 +384,7 @@ def test_links_in_a_circle_and_what_is_no_file(codes, tmp_path):
 
 
 def test_names_of_another_format_and_missing_folders(codes, tmp_path):
-    for name in ("code.pt", "code", "model.layers.0", "code.NPZ"):
+    for name in ("code.pt", "model.layers.0", "code.NPZ"):
         with pytest.raises(ValueError, match=rf"end on \.npz or \.safetensors, got .*{name}"):
             codes[0].save(tmp_path / name)
     for name in ("no/code.npz", "no/code.safetensors"):
@@ -392,6 +392,8 @@ def test_names_of_another_format_and_missing_folders(codes, tmp_path):
             codes[0].save(tmp_path / name)
         assert caught.value.filename == str(tmp_path / name)
     assert not list(tmp_path.iterdir())
+    codes[0].save(tmp_path / "code")
+    assert zipfile.is_zipfile(tmp_path / "code")
 
 
 def test_a_code_is_no_array(codes):

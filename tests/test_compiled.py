@@ -620,8 +620,8 @@ loops = {
     greedy_loops._approximate_rows: (
         x, bits, np.ones((2, 2), f), m, read_only(m), *scratch(f), np.ones((2, 9), f)),
     planes_loops._sum_levels: (
-        np.ones(32, np.uint8), 16, 2, 8, read_only(np.ones(2, f)), 1, 0, 64, False, 1, 64,
-        bits[0, :0], np.ones(64, f), 64),
+        np.ones(32, np.uint8), 16, 2, 8, read_only(np.ones(2, f)), 1, 0, 64, 64, False, False, 1,
+        64, bits[0, :0], np.ones(64, f), 64, m[0, :0], x[0, :0]),
     products_loops._look_up: (
         read_only(np.ones(256, np.uint8)), 0, 32, 64, read_only(np.ones((1, 1, 32), f)),
         read_only(np.ones((1, 64), f)), False, np.ones(64, f), np.ones((16, 16), f),

@@ -724,7 +724,7 @@ def test_arguments_of_other_kinds(rng):
         code = cubin.quantize(x, 3, precisions=precisions)
         assert code.precisions == (1, 3)
         assert all(type(p) is int for p in code.precisions)
-    with pytest.raises(ValueError, match=r"0 \.\. 8, got 9"):
+    with pytest.raises(ValueError, match=r"0 \.\. 8 with solver='optimal', got 9"):
         cubin.quantize(x, 9, solver="optimal", precisions=(1, 9))
     assert cubin.quantize(x, 16, precisions=(1, 16)).precisions == (1, 16)
 

@@ -833,9 +833,9 @@ class BinaryCode:
         FileNotFoundError
             If there is no such folder.
         ValueError
-            If the name of the file ends on anything else. If there are more than 16 levels, or far more
-            elements than the file has bits: none of 2^32 elements have a level, say. If `path` is
-            a folder or a device.
+            If the name of the file ends on anything else. If there are more than 16 levels, or far
+            more elements than the file has bits: none of 2^32 elements have a level, say. If `path`
+            is a folder or a device.
         """
         if os.path.splitext(os.fspath(path))[1] not in ("", ".npz", ".safetensors"):
             raise ValueError(f"path must end on .npz or .safetensors, got {os.fspath(path)!r}")

@@ -41,8 +41,11 @@ is a progress bar."""
 DEVICE_SIGNS = 1 << 25
 """Signs that a device holds at a time before they are packed: 32 MB."""
 
-SORTING = 1 << 5
-"""The work of a search that sorts rows, on each element."""
+SORTING = 1 << 4
+"""The work of a search that sorts rows, on each element: `blocks.threads` says what work is."""
+
+ROW = 1 << 7
+"""The work of passes on whole rows on each row, beside that on its elements."""
 
 LINES_AT_ONCE = 1 << 18
 """Elements of a block of lines on the host."""
@@ -139,8 +142,8 @@ def whole_rows(
         task(_ALL, *(_side_by_side(a, rows) for a in inputs))
         return
     # Rows are read for each level, and once more to write.
-    itemsize, work = floats.work_dtype(inputs[0].dtype).itemsize, static[0] + 1
-    block = blocks.rows_block(out.size, itemsize, out.size * work)
+    itemsize, work = floats.work_dtype(inputs[0].dtype).itemsize, _work(rows, static[0] + 1)
+    block = blocks.rows_block(out.size, itemsize, work)
     arrays = [a for a in (*inputs, out) if not isinstance(a, np.generic)]
     if rows.in_order and all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
         # Rows that lie one after the other are cut as they are: threads start sooner.
@@ -154,7 +157,7 @@ def whole_rows(
 
         step = max(1, block // rows.length)
         cuts = [slice(start, start + step) for start in range(0, rows.count, step)]
-        blocks.each(run, cuts, out.size * work)
+        blocks.each(run, cuts, work)
         return
     parts = list(_blocks_of_rows(rows, block, _together(rows, inputs[0])))
     _over(parts, task, rows, inputs, work=work)
@@ -202,13 +205,13 @@ def for_each_whole_rows(
         finish(part, signs)
 
     if not libraries.on_device(x):
-        itemsize, work = floats.work_dtype(x.dtype).itemsize, levels // 2 + 1
+        itemsize, work = floats.work_dtype(x.dtype).itemsize, _work(rows, levels // 2 + 1)
         # Rows that fill bytes of planes, in order, are neither copied nor unpacked on the way.
         in_order = x.flags.c_contiguous and rows.in_order
         room = memory.SCRATCH // levels
         if in_order and (rows.length % 8 == 0 or rows.split == rows.shape):
             room *= 8
-        size = min(blocks.rows_block(x.size, itemsize, x.size * work), room)
+        size = min(blocks.rows_block(x.size, itemsize, work), room)
         # In steps of eight rows, so that blocks of columns do not share bytes.
         together = max(_together(rows, x), 8 if size >= 8 * rows.length else 1)
         parts = list(_blocks_of_rows(rows, size, together))
@@ -425,16 +428,18 @@ def for_each_searched(
     """
     device = any(map(libraries.on_device, inputs))
     block = SEARCHED_ON_DEVICE if device else SEARCHED
+    size = rows.count * rows.length
+    work = size * SORTING
     if compiled:
-        block = blocks.sorted_block(rows.count * rows.length, rows.count * rows.length * SORTING)
+        block = blocks.sorted_block(size, work)
     # Long rows come one by one, as in `for_each_part`, which cuts them into pieces.
     rows_at_once = 1 if is_long(rows, inputs[0]) else block // max(rows.length, states)
     parts = list(_blocks_of_rows(rows, rows_at_once * rows.length))
-    if len(parts) > 1 and rows.count * rows.length * states >= LONG_SEARCH:
+    if len(parts) > 1 and size * states >= LONG_SEARCH:
         with progress.counted(task, name, "block", len(parts)) as task:
-            _over(parts, task, rows, inputs, device, work=SORTING)
+            _over(parts, task, rows, inputs, device, work)
     else:
-        _over(parts, task, rows, inputs, device, work=SORTING)
+        _over(parts, task, rows, inputs, device, work)
 
 
 def row_slices(x: Array) -> list[slice]:
@@ -544,11 +549,11 @@ def _over(
     rows: Rows,
     inputs: Sequence[Any],
     device: bool = False,
-    work: int = 1,
+    work: int | None = None,
 ) -> None:
     """Call ``task(part, *inputs)`` for all parts, each input as (rows, n).
 
-    `work` is roughly how many times as long a task takes as one that reads and writes once.
+    `work` is that of `blocks.threads`, the elements if it is not given.
     """
     size = rows.count * rows.length
 
@@ -574,7 +579,12 @@ def _over(
             flat.append(flattened(cut, rows.flat_shape(cut.shape)))
         task(part, *flat)
 
-    blocks.each(run, parts, size * work)
+    blocks.each(run, parts, size if work is None else work)
+
+
+def _work(rows: Rows, passes: int) -> int:
+    """The work of so many passes on whole rows."""
+    return rows.count * (rows.length * passes + ROW)
 
 
 def _together(rows: Rows, x: Array) -> int:

@@ -32,9 +32,9 @@ BLOCK = 1 << 17
 PIECE = 1 << 18
 """Elements of a piece of a row that is longer than a block."""
 
-SHARE = 1 << 21
-"""The least work of a thread. As many elements are read and written in about 0.5 ms, and waking a
-thread takes 0.1 to 0.2 ms."""
+SHARE = 1 << 20
+"""The least work of a thread. As many elements are read and written in about 0.3 ms, and waking a
+thread takes up to 0.2 ms."""
 
 COMPILED = 1 << 6
 """Elements from which on compiled loops are faster, once Numba is loaded."""

@@ -264,18 +264,21 @@ def for_each_lines(
     With `at_once` blocks have so many whole lines. With `least` there is a block for each thread,
     of at least so many. `work` is that of `blocks.threads`, the elements if it is not given.
     """
-    size = lines.count * lines.length
+    size, whole = lines.count * lines.length, slice(0, lines.length)
     work = size if work is None else work
-    if libraries.on_device(x) or not size:
-        if size:
-            task(slice(0, lines.count), slice(0, lines.length))
+    if not size:
+        return
+    if libraries.on_device(x):
+        task(slice(0, lines.count), whole)
+        return
+    if max(size, work) <= blocks.BLOCK:
+        blocks.alone(task, slice(0, lines.count), whole)
         return
     if least is not None:
-        whole = slice(0, lines.length)
         parts = [(share, whole) for share in blocks.shares(lines.count, least, work)]
     elif at_once is not None or lines.length <= blocks.BLOCK:
         step = at_once or max(1, max(LINES_AT_ONCE, blocks.elements_block(size)) // lines.length)
-        parts = [(slice(start, min(start + step, lines.count)), slice(0, lines.length))
+        parts = [(slice(start, min(start + step, lines.count)), whole)
                  for start in range(0, lines.count, step)]  # fmt: skip
     else:
         unit = math.lcm(8, run)

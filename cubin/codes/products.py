@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cubin.codes.decoding import Decoding
-from cubin.codes.planes import sum_planes
+from cubin.codes.planes import sum_planes, turn_lines
 from cubin.core import conversions, libraries, memory, passes
 from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
@@ -258,12 +258,14 @@ def between(one: Decoding, other: Decoding, dtype: Any) -> Array:
         for p in range(one.levels):
             for q in range(other.levels):
                 if counted:
-                    dots = (cut.stop - cut.start) - 2.0 * _counts(words[0][p], words[1][q])
+                    found = _counts(words[0][p], words[1][q])
                 else:
-                    dots = _dots(signs[0][p][:, cut], signs[1][q][:, cut])
+                    found = _dots(signs[0][p][:, cut], signs[1][q][:, cut])
                 a_scale = scales[0][p][:, one.place(cut.start), None]
                 b_scale = scales[1][q][:, other.place(cut.start)]
-                total += a_scale * b_scale * dots
+                for rows in passes.row_slices(total):  # what they take stays in the cache
+                    dots = (cut.stop - cut.start) - 2.0 * found[rows] if counted else found[rows]
+                    total[rows] += a_scale[rows] * b_scale * dots
     return conversions.rounded(total, dtype)
 
 
@@ -302,7 +304,9 @@ def _words(of: Decoding, cut: slice) -> Array:
     xp: Any = libraries.library(of.planes)
     held = of.planes[: of.levels, cut.start // 8 : -(-cut.stop // 8)].transpose(0, 2, 1)
     words = xp.zeros((*held.shape[:2], -(-held.shape[2] // 8) * 8), np.uint8)
-    words[..., : held.shape[2]] = held
+    if held.size:
+        turn = passes.form(turn_lines, words)
+        turn(held, planes=words[..., : held.shape[2]])  # with lines and bytes in each other's place
     return words.view(np.uint64)
 
 

@@ -39,7 +39,7 @@ LEAST = 1 << 7
 """The fewest lines that a thread takes, for all of which sums of x are made; or rows of x, for all
 of which lines are decoded."""
 
-STEPS = 1 << 5
+STEPS = 1 << 3
 """Elements, times rows and levels, that take as long as reading and writing an element."""
 
 EXACT = 1 << 23

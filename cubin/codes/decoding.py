@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cubin.codes.planes import pack_signs, sum_planes
+from cubin.codes.planes import pack_signs, place_of, sum_planes, turn_lines
 from cubin.core import conversions, floats, libraries, passes
 from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
@@ -151,8 +151,7 @@ class Decoding:
 
     def place(self, elements: Any) -> Any:
         """The numbers, within a line, of the scales of some elements."""
-        of_period = -(-self.period // self.run)
-        return elements // self.period * of_period + elements % self.period // self.run
+        return place_of(elements, self.run, self.period)
 
     def bits(self, lines: slice, elements: slice | None = None) -> Any:
         """The bits of some elements: a uint8 scalar, or an array of shape (lines, n)."""
@@ -342,11 +341,21 @@ def unpacked(planes: Array, bits: Any, shape: tuple[int, ...]) -> Array:
                 bit = plane.T[:, :, None] >> xp.arange(8, dtype=np.uint8) & 1
                 bit = bit.reshape(lines.count, -1)[:, : lines.length]
             else:
-                held = np.ascontiguousarray(plane.T)
+                (held,) = bytes_of_lines(plane[None], len(plane))
                 bit = np.unpackbits(held, 1, lines.length, bitorder="little")
             sign = (bit.reshape(shape) * 2).view(np.int8) - 1
             signs[level] = sign * (xp.asarray(bits) > level)
     return signs
+
+
+def bytes_of_lines(planes: Array, width: int) -> Array:
+    """The bytes of each line side by side, (levels, lines, width), filled up with zeros."""
+    held = planes.swapaxes(1, 2)
+    found = libraries.library(planes).zeros((*held.shape[:2], width), np.uint8)
+    if held.size:
+        turn = passes.form(turn_lines, found)
+        turn(held, planes=found[..., : held.shape[2]])  # with lines and bytes in each other's place
+    return found
 
 
 def joined_planes(

@@ -102,11 +102,15 @@ SHORT = 1 << 5
 """Elements of a run from which on NumPy's broadcasting along it is faster than copies of scales."""
 
 
+def place_of(elements: Any, run: int, period: int) -> Any:
+    """The numbers of the runs that elements of a line lie in; see `sum_planes`."""
+    return elements // period * -(-period // run) + elements % period // run
+
+
 @lru_cache(maxsize=8)
 def places_of(length: int, run: int, period: int) -> np.ndarray:
-    """The numbers of the runs that the elements of a line lie in; see `sum_planes`."""
-    elements = np.arange(length, dtype=np.int64)
-    return elements // period * -(-period // run) + elements % period // run
+    """The same of all elements of a line."""
+    return place_of(np.arange(length, dtype=np.int64), run, period)
 
 
 @raw(

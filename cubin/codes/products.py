@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cubin.codes.decoding import Decoding
-from cubin.codes.planes import sum_planes, turn_lines
+from cubin.codes.decoding import Decoding, bytes_of_lines
+from cubin.codes.planes import sum_planes
 from cubin.core import conversions, libraries, memory, passes
 from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
@@ -301,13 +301,8 @@ def _cuts(length: int, *codes: Decoding) -> list[slice]:
 
 def _words(of: Decoding, cut: slice) -> Array:
     """The bits of some elements, (levels, lines, words), filled up with zeros."""
-    xp: Any = libraries.library(of.planes)
-    held = of.planes[: of.levels, cut.start // 8 : -(-cut.stop // 8)].transpose(0, 2, 1)
-    words = xp.zeros((*held.shape[:2], -(-held.shape[2] // 8) * 8), np.uint8)
-    if held.size:
-        turn = passes.form(turn_lines, words)
-        turn(held, planes=words[..., : held.shape[2]])  # with lines and bytes in each other's place
-    return words.view(np.uint64)
+    held = of.planes[: of.levels, cut.start // 8 : -(-cut.stop // 8)]
+    return bytes_of_lines(held, -(-held.shape[1] // 8) * 8).view(np.uint64)
 
 
 def _counts(a: Array, b: Array) -> Array:

@@ -702,10 +702,10 @@ def across(
     if "x" in ours:
         x = ours["x"]
         if not library.is_floating(x):
-            parts = "complex" in str(x.dtype)
-            what = "pass its real part, or the imaginary one"
-            what = what if parts else f"cast it first, e.g. {library.cast}"
-            raise TypeError(f"x must be floating point, got {x.dtype}: {what}")
+            advice = f"cast it first, e.g. {library.cast}"
+            if "complex" in str(x.dtype):
+                advice = "pass its real part, or the imaginary one"
+            raise TypeError(f"x must be floating point, got {x.dtype}: {advice}")
         if (gradient or adjoint) and library.records(x):
             if views.get("out") is not None:
                 raise TypeError(

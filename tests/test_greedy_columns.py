@@ -20,7 +20,7 @@ pytest.importorskip("numba")
 
 from cubin.codes import levels_loops, planes_loops
 from cubin.core.host import loops
-from cubin.solvers import greedy_columns_loops, greedy_loops
+from cubin.solvers import greedy_loops
 
 DTYPES = ["float16", "float32", "float64"]
 SHAPES = [(16, 2), (17, 130), (70, 27), (131, 1025), (1100, 8)]
@@ -29,13 +29,6 @@ SHAPES = [(16, 2), (17, 130), (70, 27), (131, 1025), (1100, 8)]
 @pytest.fixture(autouse=True)
 def loops_for_any_size(monkeypatch):
     monkeypatch.setattr(blocks, "COMPILED", 0)
-
-
-@pytest.fixture(params=[False, True], ids=["kept", "read again"])
-def keeping(request, monkeypatch):
-    """Bands that are copied, and bands that are read at every level."""
-    if request.param:
-        monkeypatch.setattr(greedy_columns_loops, "KEPT", 0)
 
 
 def side_by_side(rows, n, dtype, lead=()):
@@ -73,7 +66,6 @@ def map_of(rng, shape, levels, kind):
 @pytest.mark.parametrize("kind", ["number", "columns", "wide"])
 @pytest.mark.parametrize("levels", few([1, 2, 3, 4, 5, 8, 16], 2, 3, 5))
 @pytest.mark.parametrize("shape", few(SHAPES, (17, 130), (131, 1025)))
-@pytest.mark.usefixtures("keeping")
 def test_columns_equal_the_bodies(rng, dtype, kind, levels, shape):
     x, bits = sample(rng, shape, dtype), map_of(rng, shape, levels, kind)
     assert loops.beside(x)

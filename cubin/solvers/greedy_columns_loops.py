@@ -15,6 +15,7 @@ from cubin.codes.sign_bits_loops import write_bits
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
     beside,
+    inner_loop,
     lines,
     lines_in_work_dtype,
     loop,
@@ -28,92 +29,100 @@ from cubin.core.host.loops import (
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, COLUMNS, LANES, SHORT
 
-BAND = (64, CHUNK)
-"""The fewest and the most rows of a band: 64 of float32 are four lines of the cache, which follow
-each other."""
-
-COPIED = 1 << 17
-"""Elements of a band of rows that are short: 512 KB of float32, which the second-level cache holds.
-With a map there are four times as many, since a line of it has a quarter of the bytes."""
-
-KEPT = 1 << 19
-"""Elements of the largest band that is copied, and gone through in the copy at every level. What
-is larger than that is read from its place at every level."""
+WIDTH = 1 << 8
+"""Rows of a band: their elements in a line are a run of 1 KB of float32. Shorter runs are read, and
+above all written, more slowly."""
 
 # ---------------------------------------------------------------- sums
 
 
-@loop
-def _load(x: Array, first: int, width: int, band: Array) -> None:
-    """Copy `width` rows from `first` on, which become the lines of `band` in turn."""
-    for e in range(len(x)):
-        source, into = x[e, first : first + width], band[e * width : (e + 1) * width]
-        for j in range(width):
-            into[j] = source[j]
+@part
+def _left(number: float, a: float, b: float, c: float) -> float:
+    return abs(abs(abs(abs(number) - a) - b) - c)
 
 
-@loop
-def _keep(x: Array, taken: Array, m: Array) -> None:
-    """Write ``||x| - taken|``, the residuals' magnitudes after a level of the scales `taken`."""
-    width = taken.size
-    for start in range(0, m.size, width):
-        source, left = x[start : start + width], m[start : start + width]
-        for j in range(width):
-            left[j] = abs(abs(source[j]) - taken[j])
+@part
+def _three(scales: Array, level: int, end: int, first: int, none: Array) -> tuple[Array, ...]:
+    """The scales of three levels from `level` on; `none`, which are 0, for those from `end` on."""
+    stop = first + none.size
+    return (
+        scales[level, first:stop] if level < end else none,
+        scales[level + 1, first:stop] if level + 1 < end else none,
+        scales[level + 2, first:stop] if level + 2 < end else none,
+    )
 
 
-@loop
-def _keep_in_place(m: Array, taken: Array) -> None:
-    width = taken.size
-    for start in range(0, m.size, width):
-        left = m[start : start + width]
-        for j in range(width):
-            left[j] = abs(abs(left[j]) - taken[j])
+@inner_loop
+def _leave(x: Array, scales: Array, first: int, level: int, none: Array, left: Array) -> None:
+    """Write the magnitudes of what the first levels leave of some neighbours in a line."""
+    a, b, c = _three(scales, 0, level, first, none)
+    for j in range(left.size):
+        left[j] = _left(x[j], a[j], b[j], c[j])
+    for before in range(3, level, 3):
+        a, b, c = _three(scales, before, level, first, none)
+        for j in range(left.size):
+            left[j] = _left(left[j], a[j], b[j], c[j])
 
 
-@loop
-def _keep_coded_in_place(
-    m: Array, taken: Array, bits: Array, first: int, level: int, counts: Array
+@inner_loop
+def _leave_coded(
+    x: Array, bits: Array, level: int, taken: tuple[Array, ...], left: Array, counts: Array
 ) -> None:
-    """The same for elements with a code at a level, else 0. Adds how many have one to `counts`."""
-    width, number, zero = taken.size, np.int32(level), m.dtype.type(0)
-    for e in range(len(bits)):
-        depths, left = bits[e, first : first + width], m[e * width : (e + 1) * width]
-        for j in range(width):
-            magnitude = abs(abs(left[j]) - taken[j])
-            coded = np.int32(depths[j]) > number
-            left[j] = magnitude if coded else zero
-            counts[j] = np.int32(counts[j] + coded)
+    """Write what three levels leave of elements with a code at a level, else 0, and count them."""
+    one, two, three = taken
+    number, zero = np.int32(level), left.dtype.type(0)
+    for j in range(left.size):
+        magnitude, coded = _left(x[j], one[j], two[j], three[j]), np.int32(bits[j]) > number
+        left[j] = magnitude if coded else zero
+        counts[j] = np.int32(counts[j] + coded)
 
 
-@part
-def _add_columns(m: Array, taken: Array, turns: int, sums: Array) -> None:
-    """`loops._add_columns` for each row of a band: sixteen lines of it are added to one."""
-    width, n = taken.size, turns * taken.size
-    for start in range(0, n, width):
-        i = m[start:]
-        for j in range(width):
-            a = taken[j]
-            r = abs(abs(i[j]) - a) + abs(abs(i[j + 8 * n]) - a)
-            s = abs(abs(i[j + 4 * n]) - a) + abs(abs(i[j + 12 * n]) - a)
-            t = abs(abs(i[j + 2 * n]) - a) + abs(abs(i[j + 10 * n]) - a)
-            u = abs(abs(i[j + 6 * n]) - a) + abs(abs(i[j + 14 * n]) - a)
-            even = (r + s) + (t + u)
-            r = abs(abs(i[j + n]) - a) + abs(abs(i[j + 9 * n]) - a)
-            s = abs(abs(i[j + 5 * n]) - a) + abs(abs(i[j + 13 * n]) - a)
-            t = abs(abs(i[j + 3 * n]) - a) + abs(abs(i[j + 11 * n]) - a)
-            u = abs(abs(i[j + 7 * n]) - a) + abs(abs(i[j + 15 * n]) - a)
-            sums[start + j] = even + ((r + s) + (t + u))
+@inner_loop
+def _keep_coded(bits: Array, level: int, left: Array, counts: Array) -> None:
+    """Leave 0 of elements without a code at a level, and count the others."""
+    number, zero = np.int32(level), left.dtype.type(0)
+    for j in range(left.size):
+        coded = np.int32(bits[j]) > number
+        left[j] = left[j] if coded else zero
+        counts[j] = np.int32(counts[j] + coded)
 
 
-@part
-def _add_lanes(sums: Array, width: int, lanes: Array) -> None:
-    """`loops.sum_in_lanes` for each row of a band: the first `width` lanes become the sums."""
-    lanes[:] = 0
-    for start in range(0, sums.size, LANES * width):
-        numbers = sums[start : min(start + LANES * width, sums.size)]
-        for j in range(numbers.size):
-            lanes[j] += np.float64(numbers[j])
+@inner_loop
+def _add_columns(m: Array, at: int, n: int, taken: tuple[Array, ...], sums: Array) -> None:
+    """`loops._add_columns`, of what three levels leave, for each row of a band: the columns are
+    lines, n numbers apart.
+
+    Each line is cut out: LLVM makes no vectors of reads whose index may be negative.
+    """
+    one, two, three = taken
+    d, e, f, g = m[at:], m[at + n :], m[at + 2 * n :], m[at + 3 * n :]
+    h, i, k, o = m[at + 4 * n :], m[at + 5 * n :], m[at + 6 * n :], m[at + 7 * n :]
+    at += 8 * n
+    dd, ee, ff, gg = m[at:], m[at + n :], m[at + 2 * n :], m[at + 3 * n :]
+    hh, ii, kk, oo = m[at + 4 * n :], m[at + 5 * n :], m[at + 6 * n :], m[at + 7 * n :]
+    for j in range(sums.size):
+        a, b, c = one[j], two[j], three[j]
+        r = _left(d[j], a, b, c) + _left(dd[j], a, b, c)
+        s = _left(h[j], a, b, c) + _left(hh[j], a, b, c)
+        t = _left(f[j], a, b, c) + _left(ff[j], a, b, c)
+        u = _left(k[j], a, b, c) + _left(kk[j], a, b, c)
+        even = (r + s) + (t + u)
+        r = _left(e[j], a, b, c) + _left(ee[j], a, b, c)
+        s = _left(i[j], a, b, c) + _left(ii[j], a, b, c)
+        t = _left(g[j], a, b, c) + _left(gg[j], a, b, c)
+        u = _left(o[j], a, b, c) + _left(oo[j], a, b, c)
+        sums[j] = even + ((r + s) + (t + u))
+
+
+@inner_loop
+def _add_lanes(sums: Array, lanes: Array) -> None:
+    for j in range(sums.size):
+        lanes[j] += np.float64(sums[j])
+
+
+@inner_loop
+def _add_pairs(lanes: Array, width: int) -> None:
+    """Add the lanes of each row in pairs: the first `width` numbers become the sums."""
     for apart in (1, 2, 4):
         for start in range(0, LANES * width, 2 * apart * width):
             one, other = lanes[start:], lanes[start + apart * width :]
@@ -123,100 +132,101 @@ def _add_lanes(sums: Array, width: int, lanes: Array) -> None:
 
 @loop
 def _add_chunk(
-    m: Array, taken: Array, chunk: Array, sums: Array, lanes: Array, totals: Array
-) -> None:
-    """Add the sum of ``||m| - taken|`` over a chunk of each row to `totals`."""
-    m, taken, sums, lanes = uncounted(m, taken, sums, lanes)
-    width = taken.size
-    size = m.size // width
+    x: Array, bits: Array, start: int, size: int, first: int, scales: Array, level: int,
+    none: Array, left: Array, magnitudes: Array, chunk: Array, sums: Array, lanes: Array,
+    totals: Array, counts: Array,
+) -> None:  # fmt: skip
+    """Add the sums of what the first levels leave of a chunk of each row of a band to `totals`.
+
+    With a map only elements with a code at `level` count, whose number is added to `counts`.
+    `magnitudes` is `left`, read-only.
+    """
+    x, bits, scales, none, left = uncounted(x, bits, scales, none, left)
+    magnitudes, sums, lanes = uncounted(magnitudes, sums, lanes)
+    flat, pitch, width, stop = x.reshape(-1), x.shape[1], none.size, first + none.size
+    mapped = bits.shape[1] > 0
     turns = size // COLUMNS if size >= SHORT else 0
-    _add_columns(m, taken, turns, sums)
-    added = turns * COLUMNS
-    rest = sums[turns * width : (turns + size - added) * width]
-    _keep(m[added * width :], taken, rest)
-    _add_lanes(sums[: (turns + size - added) * width], width, lanes)
+    # The last scales, up to three, are taken off in the sums.
+    before = max(0, level - 1) // 3 * 3
+    taken = _three(scales, before, level, first, none)
+    zeros = (none, none, none)
+    lanes[:] = 0
+    count = size - (COLUMNS - 1) * turns
+    for number in range(count):
+        lane = number % LANES
+        into = sums[lane * width : (lane + 1) * width]
+        if number < turns and before == 0 and not mapped:
+            _add_columns(flat, (start + number) * pitch + first, turns * pitch, taken, into)
+        else:
+            # The numbers after the columns are single ones.
+            several = number < turns
+            line = start + number + (0 if several else (COLUMNS - 1) * turns)
+            for column in range(COLUMNS if several else 1):
+                at = line + column * turns
+                of_line = left[column * width : (column + 1) * width] if several else into
+                source, depths = x[at, first:stop], bits[at, first:stop]
+                if mapped and before == 0:
+                    _leave_coded(source, depths, level, taken, of_line, counts)
+                elif mapped:
+                    _leave(source, scales, first, level, none, of_line)
+                    _keep_coded(depths, level, of_line, counts)
+                else:
+                    _leave(source, scales, first, before if several else level, none, of_line)
+            if several:
+                _add_columns(magnitudes, 0, width, zeros if mapped else taken, into)
+        if lane == LANES - 1 or number == count - 1:
+            _add_lanes(sums[: (lane + 1) * width], lanes)
+    _add_pairs(lanes, width)
     for j in range(width):
         if lanes[j] == np.inf:  # the loop for one row deals with overflow
             row = chunk[:size]
             for e in range(size):
-                row[e] = m[e * width + j]
-            lanes[j] = sum_in_sixteenths(row, taken[j], sums)
-    for j in range(width):
+                of_one = row[e : e + 1]
+                _leave(x[start + e, first + j :], scales, first + j, level, none, of_one)
+                if mapped and bits[start + e, first + j] <= level:
+                    row[e] = x.dtype.type(0)
+            lanes[j] = sum_in_sixteenths(row, x.dtype.type(0), sums)
         totals[j] += lanes[j]
 
 
 # ---------------------------------------------------------------- scales
 
 
-@loop
+@part
 def _find_scales(
-    x: Array, bits: Array, first: int, levels: int, scales: Array, none: Array, kept: bool,
-    band: Array, m: Array, chunk: Array, sums: Array, lanes: Array, totals: Array, counts: Array,
+    x: Array, bits: Array, first: int, levels: int, scales: Array, none: Array, left: Array,
+    magnitudes: Array, chunk: Array, sums: Array, lanes: Array, totals: Array, counts: Array,
 ) -> None:  # fmt: skip
-    """Write the scales, (levels, rows), of the rows of a band, which begins with row `first`.
-
-    If they are `kept`, all their elements are in `band` afterwards.
-    """
-    width, mapped, last = none.size, bits.shape[1] > 0, levels - 1
+    """Write the scales, (levels, rows), of the rows of a band, which begins with row `first`."""
     for level in range(levels):
         totals[:] = 0
         counts[:] = 0
         for start in range(0, len(x), CHUNK):
-            stop = min(start + CHUNK, len(x))
-            at, size = start * width if kept else 0, (stop - start) * width
-            source, left = band[at : at + size], m[at : at + size]
-            taken = scales[level - 1, first : first + width] if level else none
-            if level == 0 or not kept:
-                _load(x[start:stop], first, width, source)
-            if not kept:
-                for before in range(level - 1):
-                    _keep_in_place(source, scales[before, first : first + width])
-                left = source
-            if mapped:
-                if kept and level == 0:
-                    _keep(source, none, left)
-                _keep_coded_in_place(left, taken, bits[start:stop], first, level, counts)
-                taken = none
-            elif kept and 0 < level < last:  # the magnitudes are needed again
-                if level == 1:
-                    _keep(source, taken, left)
-                else:
-                    _keep_in_place(left, taken)
-                taken = none
-            elif level < 2:
-                left = source
-            _add_chunk(left, taken, chunk, sums, lanes, totals)
-        for j in range(width):
-            count = counts[j] if mapped else len(x)
+            size = min(CHUNK, len(x) - start)
+            _add_chunk(x, bits, start, size, first, scales, level, none, left, magnitudes, chunk,
+                       sums, lanes, totals, counts)  # fmt: skip
+        for j in range(none.size):
+            count = counts[j] if bits.shape[1] else len(x)
             mean = x.dtype.type(totals[j] / count) if count else x.dtype.type(0)
             scales[level, first + j] = mean
 
 
 @loop
 def _level_sums(
-    x: Array, bits: Array, scales: Array, band: Array, none: Array, chunk: Array, sums: Array,
-    lanes: Array, totals: Array, counts: Array,
+    x: Array, bits: Array, scales: Array, levels: int, none: Array, left: Array, magnitudes: Array,
+    chunk: Array, sums: Array, lanes: Array, totals: Array, counts: Array,
 ) -> None:  # fmt: skip
     """Write the sums of the residuals' magnitudes in a piece of each row, (rows,), and how many
     elements count: with a map only those with a code at the next level."""
-    x, bits, scales, none = uncounted(x, bits, scales, none)
-    band, chunk, sums, lanes = uncounted(band, chunk, sums, lanes)
     totals[:] = 0
     counts[:] = 0
-    for first in range(0, scales.shape[1], none.size):
-        width = min(none.size, scales.shape[1] - first)
+    for first in range(0, totals.size, none.size):
+        width = min(none.size, totals.size - first)
         total, count = totals[first : first + width], counts[first : first + width]
         for start in range(0, len(x), CHUNK):
-            stop = min(start + CHUNK, len(x))
-            left = band[: (stop - start) * width]
-            _load(x[start:stop], first, width, left)
-            for level in range(len(scales)):
-                _keep_in_place(left, scales[level, first : first + width])
-            if bits.shape[1]:
-                _keep_coded_in_place(
-                    left, none[:width], bits[start:stop], first, len(scales), count
-                )
-            _add_chunk(left, none[:width], chunk, sums, lanes, total)
+            size = min(CHUNK, len(x) - start)
+            _add_chunk(x, bits, start, size, first, scales, levels, none[:width], left, magnitudes,
+                       chunk, sums, lanes[: LANES * width], total, count)  # fmt: skip
     if not bits.shape[1]:
         counts[:] = len(x)
 
@@ -304,29 +314,27 @@ def _add_coded_two(
         n[j] = left + step(left, b[j])
 
 
-@loop
+@inner_loop
 def _write(
-    x: Array, at: int, pitch: int, bits: Array, first: int, scales: Array, stored: Array,
-    rounded: bool, n: Array, y: Array,
+    x: Array, bits: Array, first: int, scales: Array, stored: Array, rounded: bool, n: Array,
+    y: Array,
 ) -> None:  # fmt: skip
-    """Write the sums of scale * sign for the rows of a band. A line of it is at every multiple of
-    `pitch` in `x`, the first at `at`.
+    """Write the sums of scale * sign for the rows of a band, which begins with row `first`.
 
     The number of levels is even: the last may have scales of 0, which change nothing. Storing may
     have `rounded` the scales. There is room for a line of the band in `n`.
     """
     x, bits, scales, stored, n, y = uncounted(x, bits, scales, stored, n, y)
-    stop, width = first + n.size, n.size
-    mapped = bits.shape[1] > 0
+    stop, mapped = first + n.size, bits.shape[1] > 0
     if len(scales) == 2 and not (mapped or rounded):
         a, b = scales[0, first:stop], scales[1, first:stop]
         for e in range(len(y)):
-            _write_two(x[at + e * pitch : at + e * pitch + width], a, b, y[e, first:stop])
+            _write_two(x[e, first:stop], a, b, y[e, first:stop])
     elif len(scales) == 4 and not rounded:
         a, b = scales[0, first:stop], scales[1, first:stop]
         c, d = scales[2, first:stop], scales[3, first:stop]
         for e in range(len(y)):
-            source, values = x[at + e * pitch : at + e * pitch + width], y[e, first:stop]
+            source, values = x[e, first:stop], y[e, first:stop]
             if mapped:
                 _write_coded_four(source, bits[e, first:stop], a, b, c, d, values)
             else:
@@ -334,7 +342,7 @@ def _write(
     else:
         for e in range(len(y)):
             values = y[e, first:stop]
-            negate(x[at + e * pitch : at + e * pitch + width], n)
+            negate(x[e, first:stop], n)
             values[:] = 0
             for level in range(0, len(scales), 2):
                 a, b = scales[level, first:stop], scales[level + 1, first:stop]
@@ -345,20 +353,21 @@ def _write(
                     _add_two(n, a, b, p, q, values)
 
 
-@loop
-def _pack(
-    x: Array, at: int, pitch: int, bits: Array, first: int, width: int, scales: Array, signs: Array
-) -> None:
-    """Write the signs for the rows of a band as bits."""
+@inner_loop
+def _pack_rows(x: Array, bits: Array, scales: Array, signs: Array) -> None:
+    """Write the signs as bits, (levels, n, bytes)."""
     x, bits, scales, signs = uncounted(x, bits, scales, signs)
     levels, lines, bytes_of_line = signs.shape
-    depths, factors, packed = bits.reshape(-1), scales.reshape(-1), signs.reshape(-1)
-    for e in range(lines):
-        write_bits(
-            x, at + e * pitch, width, depths, e * bits.shape[1] + first, factors, first,
-            scales.shape[1], True, levels, packed, e * bytes_of_line + first // 8,
-            lines * bytes_of_line,
-        )  # fmt: skip
+    elements, depths = x.reshape(-1), bits.reshape(-1)
+    factors, packed = scales.reshape(-1), signs.reshape(-1)
+    for first in range(0, scales.shape[1], CHUNK):
+        width = min(CHUNK, scales.shape[1] - first)
+        for e in range(lines):
+            write_bits(
+                elements, e * x.shape[1] + first, width, depths, e * bits.shape[1] + first, factors,
+                first, scales.shape[1], True, levels, packed, e * bytes_of_line + first // 8,
+                lines * bytes_of_line,
+            )  # fmt: skip
 
 
 @loop
@@ -367,32 +376,27 @@ def _write_rows(
 ) -> None:
     for first in range(0, scales.shape[1], chunk.size):
         n = chunk[: min(chunk.size, scales.shape[1] - first)]
-        _write(x.reshape(-1), first, x.shape[1], bits, first, scales, stored, rounded, n, y)
+        _write(x, bits, first, scales, stored, rounded, n, y)
 
 
 @loop
 def _solve_rows(
-    x: Array, bits: Array, levels: int, scales: Array, kept: bool, band: Array,
-    copied: Array, m: Array,
-    none: Array, chunk: Array, sums: Array, lanes: Array, totals: Array, counts: Array, y: Array,
-    signs: Array,
+    x: Array, bits: Array, levels: int, scales: Array, none: Array, left: Array,
+    magnitudes: Array, chunk: Array, sums: Array, lanes: Array, totals: Array, counts: Array,
+    y: Array, signs: Array,
 ) -> None:  # fmt: skip
     """Write the scales of whole rows, and their approximations or signs: what is not empty.
 
-    Signs are bits, (levels, n, bytes): a band begins at a byte. `copied` is `band`, read-only.
+    `magnitudes` is `left`, read-only.
     """
     for first in range(0, scales.shape[1], none.size):
         width = min(none.size, scales.shape[1] - first)
-        _find_scales(x, bits, first, levels, scales, none[:width], kept, band, m, chunk, sums,
-                     lanes, totals[:width], counts[:width])  # fmt: skip
-        source, at, pitch = x.reshape(-1), first, x.shape[1]
-        if kept:
-            source, at, pitch = copied, 0, width
-        n = chunk[:width]
-        if len(y):
-            _write(source, at, pitch, bits, first, scales, scales, False, n, y)
-        else:
-            _pack(source, at, pitch, bits, first, width, scales, signs)
+        _find_scales(x, bits, first, levels, scales, none[:width], left, magnitudes, chunk, sums,
+                     lanes[: LANES * width], totals[:width], counts[:width])  # fmt: skip
+    if len(y):
+        _write_rows(x, bits, scales, scales, False, chunk, y)
+    else:
+        _pack_rows(x, bits, scales, signs)
 
 
 @loop
@@ -429,12 +433,9 @@ def _even(levels: int) -> int:
 
 def level_sums(x: Array, bits: Array, *scales: Array, total: Array, count: Array) -> None:
     """`greedy.level_sums`."""
-    wide, stacked = lines_in_work_dtype(x), _stack(scales, x)
-    totals, counts = np.empty(len(x)), np.empty(len(x), np.int32)
-    width = _width(len(x), min(len(wide), CHUNK), np.ndim(bits) > 0)
-    band = memory.scratch("band", (min(len(wide), CHUNK) * width,), wide.dtype)
-    _level_sums(wide, map_lines(bits, len(wide)), stacked[: len(scales)], band,
-                *_scratch(width, wide.dtype), totals, counts)  # fmt: skip
+    wide, totals, counts = lines_in_work_dtype(x), np.empty(len(x)), np.empty(len(x), np.int32)
+    _level_sums(wide, map_lines(bits, len(wide)), _stack(scales, x), len(scales),
+                *_scratch(len(x), wide.dtype), totals, counts)  # fmt: skip
     total[...], count[...] = totals[:, None], counts[:, None]
 
 
@@ -477,16 +478,10 @@ def _solve(x: Array, rows: int, bits: Array, levels: int, y: Array, signs: Array
 
     Their approximation or their signs are written, if there is room for them.
     """
-    scales = np.zeros((_even(levels), rows), x.dtype)
-    n, mapped = len(x), bits.shape[1] > 0
-    width = _width(rows, n, mapped)
-    kept = n * width <= KEPT
-    band = memory.scratch("band", ((n if kept else min(n, CHUNK)) * width,), x.dtype)
-    marked = kept and (levels > 2 or mapped)
-    m = memory.scratch("magnitudes", (n * width if marked else 0,), x.dtype)
+    scales, width = np.zeros((_even(levels), rows), x.dtype), min(rows, WIDTH)
     _solve_rows(
-        x, bits, levels, scales, kept, band, read_only(band), m, *_scratch(width, x.dtype),
-        np.empty(width), np.empty(width, np.int32), y, signs,
+        x, bits, levels, scales, *_scratch(rows, x.dtype), np.empty(width),
+        np.empty(width, np.int32), y, signs,
     )  # fmt: skip
     return scales
 
@@ -501,19 +496,17 @@ def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
     store_lines(values, y)
 
 
-def _width(rows: int, n: int, mapped: bool) -> int:
-    """Rows of a band."""
-    (least, most), copied = BAND, 4 * COPIED if mapped else COPIED
-    return min(rows, max(least, min(copied // n // least * least, most)))
-
-
-def _scratch(width: int, dtype: Any) -> tuple[Array, ...]:
-    """Zeros for each row of a band; and scratch for a chunk of one row, for the sums of a chunk of
-    each, and for their lanes."""
+def _scratch(rows: int, dtype: Any) -> tuple[Array, ...]:
+    """What loops on bands of some rows need: zeros for each row; room for a number of each column,
+    the same read-only, for a chunk of one row, for a number of each lane, and for the lanes."""
+    width = min(rows, WIDTH)
+    left = memory.scratch("columns of rows", (COLUMNS * width,), dtype)
     return (
         np.zeros(width, dtype),
+        left,
+        read_only(left),
         memory.scratch("chunk", (CHUNK,), dtype),
-        memory.scratch("sums of rows", ((CHUNK // COLUMNS + SHORT) * width,), dtype),
+        memory.scratch("sums of rows", (LANES * width + SHORT + CHUNK // COLUMNS,), dtype),
         memory.scratch("lanes of rows", (LANES * width,), np.float64),
     )
 

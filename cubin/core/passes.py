@@ -210,7 +210,7 @@ def for_each_whole_rows(
         # Rows that fill bytes of planes, in order or side by side, are not unpacked on the way.
         run = rows.length if rows.in_order else rows.shape[-1]
         if x.flags.c_contiguous and (rows.in_order or together > 1):
-            room *= 8 if run % 8 == 0 or rows.split == rows.shape else 1
+            room = 2 * memory.SCRATCH if run % 8 == 0 or rows.split == rows.shape else room
         size = min(blocks.rows_block(x.size, itemsize, work), room)
         # In steps of eight rows, so that blocks of columns do not share bytes.
         together = max(together, 8 if size >= 8 * rows.length else 1)

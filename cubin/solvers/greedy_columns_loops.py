@@ -65,26 +65,30 @@ def _leave(x: Array, scales: Array, first: int, level: int, none: Array, left: A
 
 
 @inner_loop
-def _leave_coded(
-    x: Array, bits: Array, level: int, taken: tuple[Array, ...], left: Array, counts: Array
-) -> None:
-    """Write what three levels leave of elements with a code at a level, else 0, and count them."""
+def _leave_coded(x: Array, bits: Array, level: int, taken: tuple[Array, ...], left: Array) -> None:
+    """Write what three levels leave of elements with a code at a level, else 0."""
     one, two, three = taken
     number, zero = np.int32(level), left.dtype.type(0)
     for j in range(left.size):
-        magnitude, coded = _left(x[j], one[j], two[j], three[j]), np.int32(bits[j]) > number
-        left[j] = magnitude if coded else zero
-        counts[j] = np.int32(counts[j] + coded)
+        magnitude = _left(x[j], one[j], two[j], three[j])
+        left[j] = magnitude if np.int32(bits[j]) > number else zero
 
 
 @inner_loop
-def _keep_coded(bits: Array, level: int, left: Array, counts: Array) -> None:
-    """Leave 0 of elements without a code at a level, and count the others."""
+def _keep_coded(bits: Array, level: int, left: Array) -> None:
+    """Leave 0 of elements without a code at a level."""
     number, zero = np.int32(level), left.dtype.type(0)
     for j in range(left.size):
-        coded = np.int32(bits[j]) > number
-        left[j] = left[j] if coded else zero
-        counts[j] = np.int32(counts[j] + coded)
+        left[j] = left[j] if np.int32(bits[j]) > number else zero
+
+
+@inner_loop
+def _count_coded(bits: Array, first: int, level: int, counts: Array) -> None:
+    """Add how many elements of each row of a band have a code at a level to `counts`."""
+    for e in range(len(bits)):
+        depths = bits[e, first : first + counts.size]
+        for j in range(counts.size):
+            counts[j] = np.int32(counts[j] + np.int32(np.int32(depths[j]) > np.int32(level)))
 
 
 @inner_loop
@@ -166,16 +170,18 @@ def _add_chunk(
                 of_line = left[column * width : (column + 1) * width] if several else into
                 source, depths = x[at, first:stop], bits[at, first:stop]
                 if mapped and before == 0:
-                    _leave_coded(source, depths, level, taken, of_line, counts)
+                    _leave_coded(source, depths, level, taken, of_line)
                 elif mapped:
                     _leave(source, scales, first, level, none, of_line)
-                    _keep_coded(depths, level, of_line, counts)
+                    _keep_coded(depths, level, of_line)
                 else:
                     _leave(source, scales, first, before if several else level, none, of_line)
             if several:
                 _add_columns(magnitudes, 0, width, zeros if mapped else taken, into)
         if lane == LANES - 1 or number == count - 1:
             _add_lanes(sums[: (lane + 1) * width], lanes)
+    if mapped:
+        _count_coded(bits[start : start + size], first, level, counts)
     _add_pairs(lanes, width)
     for j in range(width):
         if lanes[j] == np.inf:  # the loop for one row deals with overflow

@@ -207,10 +207,11 @@ def for_each_whole_rows(
     if not libraries.on_device(x):
         itemsize, work = floats.work_dtype(x.dtype).itemsize, _work(rows, levels // 2 + 1)
         together, room = _together(rows, x), memory.SCRATCH // levels
-        # Rows that fill bytes of planes, in order or side by side, are not unpacked on the way.
-        run = rows.length if rows.in_order else rows.shape[-1]
-        if x.flags.c_contiguous and (rows.in_order or together > 1):
-            room = 2 * memory.SCRATCH if run % 8 == 0 or rows.split == rows.shape else room
+        # Rows that fill bytes of planes, in order, are neither copied nor unpacked on the way. Those
+        # that lie side by side are read much faster where many are.
+        in_order = x.flags.c_contiguous and rows.in_order
+        if together > 1 or (in_order and (rows.length % 8 == 0 or rows.split == rows.shape)):
+            room *= 8
         size = min(blocks.rows_block(x.size, itemsize, work), room)
         # In steps of eight rows, so that blocks of columns do not share bytes.
         together = max(together, 8 if size >= 8 * rows.length else 1)

@@ -207,8 +207,8 @@ def for_each_whole_rows(
     if not libraries.on_device(x):
         itemsize, work = floats.work_dtype(x.dtype).itemsize, _work(rows, levels // 2 + 1)
         together, room = _together(rows, x), memory.SCRATCH // levels
-        # Rows that fill bytes of planes, in order, are neither copied nor unpacked on the way. Those
-        # that lie side by side are read much faster where many are.
+        # Rows that fill bytes of planes, in order, are neither copied nor unpacked on the way.
+        # Those that lie side by side are, but many of them are read much faster.
         in_order = x.flags.c_contiguous and rows.in_order
         if together > 1 or (in_order and (rows.length % 8 == 0 or rows.split == rows.shape)):
             room *= 8

@@ -81,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
         print("  ".join(left + right))
     print(
-        f"{total['tensors']} tensors, {size:,} weights: {total['payload_bits']:.3f} payload bits, "
+        f"{len(listed)} tensor{'s' * (len(listed) != 1)}, {size:,} weights: "
+        f"{total['payload_bits']:.3f} payload bits, "
         f"{total['effective_bits']:.3f} effective bits, {total['file_bits']:.3f} bits in the file "
         f"of {nbytes:,} bytes"
         + (f"; relative MSE {total['relative_mse']:.3e}" if tensors is not None else "")
@@ -97,7 +98,7 @@ def mean(known: list[dict[str, Any]], listed: list[StoredCode], name: str) -> fl
 
 def cells(one: dict[str, Any]) -> list[str]:
     known = [
-        one["name"],
+        one["name"] or "(no name)",
         "x".join(map(str, one["shape"])),
         ",".join(map(str, one["precisions"] or [one["bits"]])),
         f"{one['payload_bits']:.3f}",

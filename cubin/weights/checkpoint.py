@@ -290,8 +290,9 @@ def tensors_of(path: Path, labels: Mapping[Path, str]) -> Iterator[Weight]:
             f"{path}: reading it needs {error.name}: pip install {error.name}"
         ) from error
     except Exception as error:
+        problem = first_line(error) if path.stat().st_size else "it is empty"
         raise WeightsError(
-            f"{path}: not a sound {path.suffix.lower()} file ({first_line(error)}); save it again"
+            f"{path}: not a sound {path.suffix.lower()} file ({problem}); save it again"
         ) from error
 
 

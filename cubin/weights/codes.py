@@ -172,7 +172,9 @@ def stored_codes(path: str | os.PathLike[str]) -> list[StoredCode]:
         layouts = json.loads(metadata["codes"])
         return [stored_code(path, name, layout, entries) for name, layout in layouts.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is no intact file of codes: {error}") from error
+        name = os.fspath(path)
+        advice = "; cubin.BinaryCode.load reads .npz files" if str(name).endswith(".npz") else ""
+        raise ValueError(f"{name!r} is no intact file of codes: {error}{advice}") from error
 
 
 def stored_code(

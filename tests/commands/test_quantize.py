@@ -123,6 +123,16 @@ def test_show(net, tmp_path, capsys):
     assert "rel. MSE" in capsys.readouterr().out
 
 
+def test_show_of_a_single_code(tmp_path, capsys):
+    out = tmp_path / "c.safetensors"
+    cubin.quantize(np.ones((3, 4)), 2).save(out)
+    assert run("show", out) == 0
+    head, line, total = capsys.readouterr().out.splitlines()
+    assert line.startswith("(no name)")
+    assert len(head) == len(line)
+    assert total.startswith("1 tensor, 12 weights")
+
+
 def test_show_of_groups_with_the_weights(net, tmp_path, capsys):
     path, _ = net
     out = tmp_path / "c.safetensors"
@@ -135,6 +145,8 @@ def test_show_of_groups_with_the_weights(net, tmp_path, capsys):
     [
         ("show none.safetensors", "none.safetensors"),
         ("show net.npz", "no intact file of codes: it is no .safetensors file"),
+        ("show net.npz", "cubin.BinaryCode.load reads .npz files"),
+        ("quantize empty.pt --bits 1 --output d.safetensors", "(it is empty)"),
         ("show c.safetensors --weights other.npz", "no tensor 'a'"),
         ("quantize net.npz --bits 17 --output d.safetensors", "17"),
         ("quantize net.npz --bits 1 --map budget:1.4 --output d.safetensors", "--bits"),
@@ -154,6 +166,7 @@ def test_errors_are_one_line(net, tmp_path, monkeypatch, capsys, arguments, prob
     run("quantize", "net.npz", "--bits", 1, "--output", "c.safetensors")
     np.savez("other.npz", z=np.ones((2, 2)))
     np.save("nan.npy", np.full((3, 4), np.nan))
+    (tmp_path / "empty.pt").touch()
     capsys.readouterr()
     assert run(*arguments.split()) == 2
     [line] = capsys.readouterr().err.splitlines()

@@ -275,6 +275,8 @@ def expression(inputs: Inputs, machine: Host | Device) -> Call | None:
     """The cell in NumPy or CuPy."""
     xp, cell, view = machine.library, inputs.cell, inputs.view
     x, bits, name = inputs.x, inputs.bits, cell.operation
+    if cell.uneven:
+        return None
     if name in ("multibit", "quantize"):
         own = view(bits) if cell.map else bits
         function = peers.array_greedy if name == "multibit" else peers.array_encode
@@ -311,7 +313,7 @@ def in_torch(inputs: Inputs, machine: Host | Device) -> tuple[Callable[..., Any]
     """The cell in PyTorch: a function, and what it takes."""
     torch, cell, view, tensor = machine.torch, inputs.cell, inputs.view, machine.tensor
     name, base = cell.operation, Cell(cell.operation, cell.shape)
-    if torch is None or cell.dtype == "bfloat16":
+    if torch is None or cell.dtype == "bfloat16" or cell.uneven:
         return None
     x = tensor(inputs.x)
     bits = tensor(inputs.bits) if cell.map else cell.bits

@@ -47,10 +47,11 @@ OPERATIONS = (
 )  # fmt: skip
 LAYOUTS = (
     "per tensor", "axis 0", "axis 1", "groups of 16", "groups of 32", "groups of 128",
-    "Fortran order", "transposed view",
+    "groups of 27", "groups of 100", "Fortran order", "transposed view",
 )  # fmt: skip
 """`Fortran order` has scales along axis 0, across the order of the memory. A transposed view has
-them along its last axis, so that its rows lie in order."""
+them along its last axis, so that its rows lie in order. Groups of 27 and 100 do not divide the
+rows of the base points: the last of a row is shorter."""
 
 ITEM = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 """Bytes of an element, by dtype."""
@@ -106,6 +107,11 @@ class Cell:
         return int(self.layout.split()[-1]) if self.layout.startswith("groups") else None
 
     @property
+    def uneven(self) -> bool:
+        """Whether the last group of a row is shorter."""
+        return self.group is not None and self.shape[-1] % self.group > 0
+
+    @property
     def axis(self) -> int | None:
         """The axis whose indices have scales of their own."""
         if self.group or self.layout == "per tensor":
@@ -122,7 +128,7 @@ class Cell:
     @property
     def rows(self) -> int:
         if self.group:
-            return self.size // self.group
+            return self.size // self.shape[-1] * -(-self.shape[-1] // self.group)
         return 1 if self.axis is None or not self.shape else self.shape[self.axis]
 
     @property
@@ -235,7 +241,7 @@ def neighbours(base: Cell) -> Iterator[tuple[str, str, Cell]]:
         other = replace(base, layout=layout)
         if operation in ELEMENTWISE and layout not in ("Fortran order", "transposed view"):
             continue
-        if not other.group or length % other.group == 0:
+        if not other.group or length >= other.group:
             yield "layout", layout, other
     if operation in ELEMENTWISE:
         yield "dtype", "float16", replace(base, dtype="float16")

@@ -24,6 +24,8 @@ SHAPES = {
     "groups of 16": (6, 32),
     "groups of 32": (6, 32),
     "groups of 128": (2, 256),
+    "groups of 27": (6, 54),
+    "groups of 100": (2, 300),
 }
 """The shape for each layout of a small cell; (6, 40) elsewhere."""
 
@@ -106,7 +108,7 @@ def test_random_cells_are_legal(whole):
         if one.factor == "random":
             assert 0 < cell.size <= 1 << 22
         if cell.group:
-            assert cell.shape[-1] % cell.group == 0
+            assert cell.shape[-1] >= cell.group
         if cell.importance:
             assert grid.SOLVERS[cell.operation] != "greedy"
 
@@ -132,11 +134,20 @@ def test_rows_of_layouts():
     assert Cell("multibit", (4, 8, 3, 3), "axis 1").granularity == {"channel_axis": 1}
     assert Cell("multibit", (8, 4), "transposed view").rows == 4
     assert Cell("multibit", (4, 32), "groups of 16").rows == 8
+    assert not Cell("multibit", (4, 32), "groups of 16").uneven
+    assert Cell("multibit", (4, 32), "groups of 27").rows == 8
+    assert Cell("multibit", (4, 32), "groups of 27").uneven
     assert Cell("multibit", (4, 8), "per tensor").granularity == {}
     assert Cell("multibit", (4, 8), "per tensor").rows == 1
 
 
 # ---------------------------------------------------------------- peers
+
+
+def test_groups_that_do_not_divide_have_no_peer():
+    cell = Cell("quantize", (4, 40), "groups of 27")
+    timing = benchmark.measure(cell, benchmark.Host(), benchmark.Compiler(0), 1)
+    assert set(timing.samples) == {"seconds", "copy"}
 
 
 @pytest.mark.parametrize(

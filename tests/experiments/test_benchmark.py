@@ -381,7 +381,10 @@ def test_processes_of_their_own():
     imported = benchmark.measure(
         Cell("import", ()), benchmark.Host(False), benchmark.Compiler(0), 1
     )
-    assert imported.samples["seconds"] > imported.samples["expression"]
+    assert {name: len(taken) for name, taken in imported.samples.items()} == {
+        "seconds": 1, "expression": 1,
+    }  # fmt: skip
+    assert min(map(min, imported.samples.values())) > 0
 
 
 @pytest.mark.exhaustive

@@ -42,6 +42,9 @@ _PERMUTE = {
 _FUSED = bool(_REGISTER) and "+fma" in _FEATURES
 """Whether there are instructions that multiply and add."""
 
+STEPS = max(products.STEPS, _REGISTER // 2)
+"""`products.STEPS`: a longer register looks up more sums at a time."""
+
 _FEW_FOR_BLAS = 4 * FEW
 """What `FEW` is where only BLAS takes more: it decodes maps, and packs what it multiplies."""
 

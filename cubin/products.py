@@ -61,7 +61,7 @@ def linear(x: Array | BinaryCode, code: BinaryCode) -> Array:
     -------
     array, shape (..., m) or (b, m)
         In the dtype of `x`. For two codes the sums of signs are exact integers, which are scaled in
-        float64.
+        float64; where scales change sooner than every eight elements, all of it is in float64.
 
     Raises
     ------

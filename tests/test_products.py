@@ -74,7 +74,7 @@ def test_linear_in_loops(given, levels, batch, rng, monkeypatch):
 
     monkeypatch.setattr(blocks, "pays", lambda size: True)
     monkeypatch.setattr(arithmetic, "LEAST", 100)
-    monkeypatch.setattr(arithmetic, "STEPS", 1)
+    monkeypatch.setattr(loops, "STEPS", 1)
     monkeypatch.setattr(loops, "_TOTALS", 1)  # a few rows at a time
     monkeypatch.setattr(blocks, "_workers", lambda: 3)
     monkeypatch.setattr(blocks, "SHARE", 1)
@@ -160,7 +160,7 @@ def test_threads_share_lines_or_rows(shape, given, form, rng, monkeypatch):
     monkeypatch.setattr(loops, "by_lines", lambda x, decoding: multiply)
     monkeypatch.setattr(blocks, "pays", lambda size: True)
     monkeypatch.setattr(arithmetic, "LEAST", 8)
-    monkeypatch.setattr(arithmetic, "STEPS", 1)
+    monkeypatch.setattr(loops, "STEPS", 1)
     monkeypatch.setattr(blocks, "SHARE", 1)
     w = rng.normal(size=(shape[0], 24 * 29)).astype(np.float32)
     bits = rng.integers(0, 3, w.shape) if form == "looked up, map" else 3
@@ -242,9 +242,29 @@ def test_products_of_codes_are_exact(given, mapped, xp, host, rng):
     np.testing.assert_array_equal(found, values[0] @ values[1].T)
 
 
-def test_counts_in_loops(rng):
+@pytest.mark.parametrize("given", [{}, {"channel_axis": 0}, {"group_size": 64}], ids=str)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_products_of_codes_in_blocks(given, mapped, rng, monkeypatch):
+    """Some rows at a time, and lines by threads: each has the bits that it has alone."""
+    from cubin.core.host import blocks
+
+    shape = (300, 192)
+    one = cubin.quantize(rng.normal(size=(50, 192)), 2, **given)
+    bits = rng.integers(0, 3, shape) if mapped else 2
+    other = cubin.quantize(rng.normal(size=shape), bits, **given)
+    whole = products.linear(one, other)
+    np.testing.assert_allclose(whole, one.dequantize() @ other.dequantize().T, atol=1e-11)
+    monkeypatch.setattr(blocks, "BLOCK", 2000)
+    monkeypatch.setattr(blocks, "SHARE", 1)
+    monkeypatch.setattr(blocks, "_workers", lambda: 2)
+    np.testing.assert_array_equal(products.linear(one, other), whole)
+    np.testing.assert_array_equal(products.linear(one[7:9], other), whole[7:9])
+
+
+@pytest.mark.parametrize("width", [0, 1, 5, 8, 19])
+def test_counts_in_loops(width, rng):
     loops = pytest.importorskip("cubin.codes.products_loops")
-    a, b = (rng.integers(0, 2**63, (n, 5)).astype(np.uint64) for n in (3, 130))
+    a, b = (rng.integers(0, 2**63, (n, width)).astype(np.uint64) for n in (3, 130))
     expected = np.array([[sum(int(v ^ w).bit_count() for v, w in zip(p, q, strict=True)) for q in b]
                          for p in a])  # fmt: skip
     for count in (arithmetic.count_unequal, loops.count_unequal):

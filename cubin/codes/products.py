@@ -7,7 +7,7 @@ of lines are decoded and multiplied, by compiled loops or by BLAS: every tile th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,8 @@ def _to_lines(x: Array, decoding: Decoding) -> Array:
     y = xp.zeros((len(x), lines.count), x.dtype)
     if not (y.size and lines.length):
         return y
-    on = _forms(x, decoding).by_lines(x, decoding) if decoding.even else None
+    forms = _forms(x, decoding)
+    on = forms.by_lines(x, decoding) if decoding.even else None
     if on is not None:
         rows = Lines(len(x), (lines.length,))
         most, other = (lines, rows) if lines.count >= rows.count else (rows, lines)
@@ -182,7 +183,7 @@ def _to_lines(x: Array, decoding: Decoding) -> Array:
                x[of_rows], y=y[of_rows, of_lines])  # fmt: skip
 
         if levels:
-            work = most.count * other.count * levels * lines.length // STEPS
+            work = most.count * other.count * levels * lines.length // forms.STEPS
             passes.for_each_lines(task, most, 1, x, least=LEAST, work=work)
         if decoding.shifted:
             with np.errstate(all="ignore"):  # x may not be finite
@@ -241,32 +242,63 @@ def _tiles(decoding: Decoding, x: Array) -> Any:
 def between(one: Decoding, other: Decoding, dtype: Any) -> Array:
     """``values @ other_values.T`` of two codes of lines of one length: exact sums of signs, scaled.
 
-    Signs are compared by XOR and counted, in runs that share their scales in both codes.
+    Signs are compared by XOR and counted, in runs that share their scales in both codes. Where
+    these are shorter than a byte, one code is decoded in float64, and multiplied with the other.
     """
     one, other = one.as_levels(), other.as_levels()
     length = one.lines.length
     xp: Any = libraries.library(one.planes)
-    total = xp.zeros((one.lines.count, other.lines.count), np.float64)
-    if not (total.size and length):
-        return conversions.rounded(total, dtype)
+    y = xp.zeros((one.lines.count, other.lines.count), dtype)
+    if not (y.size and length):
+        return y
     cuts = _cuts(length, one, other)
+    if length < 8 * len(cuts):
+        for cut, tile in _tiles(one.in_dtype(np.dtype(np.float64)), xp.empty(0)):
+            y[cut] = conversions.rounded(to_lines(tile, other), dtype)
+        return y
     counted = not (one.mapped or other.mapped) and all(cut.start % 8 == 0 for cut in cuts)
-    scales = [of.scales(slice(0, of.lines.count)).astype(np.float64) for of in (one, other)]
-    signs = [] if counted else [[of.signs(at) for at in range(of.levels)] for of in (one, other)]
-    for cut in cuts:
-        words = [_words(of, cut) for of in (one, other)] if counted else []
-        for p in range(one.levels):
-            for q in range(other.levels):
-                if counted:
-                    found = _counts(words[0][p], words[1][q])
-                else:
-                    found = _dots(signs[0][p][:, cut], signs[1][q][:, cut])
-                a_scale = scales[0][p][:, one.place(cut.start), None]
-                b_scale = scales[1][q][:, other.place(cut.start)]
-                for rows in passes.row_slices(total):  # what they take stays in the cache
-                    dots = (cut.stop - cut.start) - 2.0 * found[rows] if counted else found[rows]
-                    total[rows] += a_scale[rows] * b_scale * dots
-    return conversions.rounded(total, dtype)
+    if counted:
+        held = [[_words(of, cut) for of in (one, other)] for cut in cuts]
+    else:
+        signs = [[of.signs(at) for at in range(of.levels)] for of in (one, other)]
+        held = [[[sign[:, cut] for sign in of] for of in signs] for cut in cuts]
+    words = -(-length // 64)
+    work = y.size * words * one.levels * other.levels
+    on = passes.form(count_unequal, one.planes, work)
+
+    scales, others = (of.scales(slice(0, of.lines.count)).astype(np.float64) for of in (one, other))
+    if scales.shape[1] == 1:
+        scales = scales.repeat(len(y), axis=1)
+
+    def add_up(rows: slice, lines: slice, at_once: Sequence[slice]) -> None:
+        shape = y[rows, lines].shape
+        total, of_lines = xp.zeros(shape, np.float64), lines if others.shape[1] > 1 else slice(1)
+        for cut, (a, b) in zip(cuts, held, strict=True):
+            at, of = one.place(cut.start), other.place(cut.start)
+            for p in range(one.levels):
+                own = scales[p, rows, at, None]
+                for q in range(other.levels):
+                    if counted:
+                        found = xp.empty(shape, np.int32)
+                        on(a[p][rows], b[q][lines], counts=found)
+                        found = (cut.stop - cut.start) - 2.0 * found
+                    else:
+                        found = _dots(a[p], b[q])
+                    for some in at_once:
+                        total[some] += own[some] * others[q, of_lines, of] * found[some]
+        y[rows, lines] = conversions.rounded(total, dtype)
+
+    def task(lines: slice, elements: slice) -> None:
+        for rows in passes.row_slices(y[:, lines]):
+            add_up(rows, lines, [slice(None)])
+
+    # What some rows take stays in the cache. BLAS gets all of them.
+    if counted:
+        lines = Lines(other.lines.count, (words,))
+        passes.for_each_lines(task, lines, 1, one.planes, least=LEAST, work=work)
+    else:
+        add_up(slice(0, len(y)), slice(0, other.lines.count), passes.row_slices(y))
+    return y
 
 
 def signs_to_lines(signs: list[Array], scales: Array, decoding: Decoding) -> Array:
@@ -303,20 +335,6 @@ def _words(of: Decoding, cut: slice) -> Array:
     """The bits of some elements, (levels, lines, words), filled up with zeros."""
     held = of.planes[: of.levels, cut.start // 8 : -(-cut.stop // 8)]
     return bytes_of_lines(held, -(-held.shape[1] // 8) * 8).view(np.uint64)
-
-
-def _counts(a: Array, b: Array) -> Array:
-    xp: Any = libraries.library(a)
-    a, b = xp.ascontiguousarray(a), xp.ascontiguousarray(b)
-    counts = xp.empty((len(a), len(b)), np.int32)
-    work = counts.size * a.shape[1]
-    on = passes.form(count_unequal, a, work)
-
-    def task(cut: slice, elements: slice) -> None:
-        on(a, b[cut], counts=counts[:, cut])
-
-    passes.for_each_lines(task, Lines(len(b), (a.shape[1],)), 1, a, least=LEAST, work=work)
-    return counts
 
 
 def _dots(a: Array, b: Array) -> Array:

@@ -8,7 +8,7 @@ are multiplied with decoded tiles, whose lines lie side by side as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,18 @@ _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 _REGISTER = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 0
 """Bytes of a register in which an instruction looks numbers up, eight or more at a time."""
 
+_PERMUTE = {
+    (8, 32): "llvm.x86.avx2.permd",
+    (16, 32): "llvm.x86.avx512.permvar.si.512",
+    (8, 64): "llvm.x86.avx512.permvar.di.512",
+}
+"""These instructions, by the numbers of a register and their bits."""
+
 _FUSED = bool(_REGISTER) and "+fma" in _FEATURES
 """Whether there are instructions that multiply and add."""
+
+STEPS = max(products.STEPS, _REGISTER // 2)
+"""`products.STEPS`: a longer register looks up more sums at a time."""
 
 _FEW_FOR_BLAS = 4 * FEW
 """What `FEW` is where only BLAS takes more: it decodes maps, and packs what it multiplies."""
@@ -100,61 +110,70 @@ def _add_one_by_one(flat: Array, at: int, table: Array, total: Array) -> None:
         total[i] += table[held[i]]
 
 
-def _adder(count: int) -> Any:
-    """The same for `count` bytes, 1 or 8, of at least `_LANES` lines, by the tables of halves.
+def _every(builder: Any, number: Any, lanes: int) -> Any:
+    """A vector of the same number in all lanes."""
+    vector = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    vector = builder.insert_element(vector, number, ir.IntType(64)(0))
+    order = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    return builder.shuffle_vector(vector, vector, order)
 
-    It is written in LLVM's instructions, so that the tables stay in registers.
+
+def _adder(count: int) -> Any:
+    """The same for `count` bytes, 1 or 8, of at least `_LANES` lines, by the elements of x.
+
+    It is written in LLVM's instructions, so that the sums of four elements stay in registers. Where
+    a register has eight numbers, it has the sums in which the fourth element counts negative. The
+    others are the negated sums of the opposite signs.
     """
 
     @intrinsic
-    def add(context: Any, flat: Any, at: Any, step: Any, tables: Any, total: Any) -> Any:
-        size = total.dtype.bitwidth // 8
-        lanes = max(_REGISTER, 32) // size
-        integer, place = ir.IntType(8 * size), ir.IntType(64)
-        integers = ir.VectorType(integer, lanes)
+    def add(context: Any, flat: Any, at: Any, step: Any, x: Any, total: Any) -> Any:
+        bits = total.dtype.bitwidth
+        lanes = 8 * _REGISTER // bits
+        halved = lanes == 8
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            planes, sums, totals = (
+            if lanes not in (8, 16):  # then it is never called
+                return context.get_dummy_value()
+            planes, values, totals = (
                 context.make_array(signature.args[k])(context, builder, arguments[k])
                 for k in (0, 3, 4)
             )
             _, start, pitch, _, _ = arguments
+            place, integer = ir.IntType(64), ir.IntType(bits)
             numbers = ir.VectorType(context.get_value_type(total.dtype), lanes)
+            integers, eight = ir.VectorType(integer, lanes), ir.VectorType(ir.IntType(8), lanes)
+            permute = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(integers, [integers] * 2), _PERMUTE[lanes, bits]
+            )
 
-            def vector(array: Any, at: Any, kind: Any, align: int) -> tuple[Any, Any]:
-                address = builder.bitcast(builder.gep(array.data, [at]), kind.as_pointer())
-                return address, builder.load(address, align=align)
+            def constant(of_lanes: Sequence[int]) -> Any:
+                return ir.Constant(integers, list(of_lanes))
 
-            def constant(value: Any) -> Any:
-                return ir.Constant(integers, value)
+            def table(element: int) -> Any:
+                """The sums of four elements of x, with the bits of a lane as signs."""
+                signed = []
+                for t in range(4):
+                    value = builder.load(builder.gep(values.data, [place(element + t)]))
+                    same = builder.bitcast(_every(builder, value, lanes), integers)
+                    flips = constant([(~lane >> t & 1) << bits - 1 for lane in range(lanes)])
+                    signed.append(builder.bitcast(builder.xor(same, flips), numbers))
+                a, b, c, d = signed
+                sums = builder.fadd(builder.fadd(c, d), builder.fadd(a, b))
+                sums = builder.bitcast(sums, integers)
+                # The bits beside the sign with which `looked_up` will join it.
+                beside = constant([lane << bits - 4 for lane in range(lanes)])
+                return builder.xor(sums, beside) if halved else sums
 
-            def looked_up(number: int, index: Any) -> Any:
-                """Entries of a table. LLVM makes one instruction of the loop over lanes."""
-                within = builder.and_(index, constant(lanes - 1))
-                found = []
-                for of_table in parts[number]:
-                    result = ir.Constant(numbers, ir.Undefined)
-                    for lane in map(place, range(lanes)):
-                        chosen = builder.extract_element(within, lane)
-                        chosen = builder.extract_element(of_table, chosen)
-                        result = builder.insert_element(result, chosen, lane)
-                    found.append(result)
-                bit = lanes
-                while len(found) > 1:
-                    upper = builder.icmp_unsigned(
-                        "!=", builder.and_(index, constant(bit)), constant(0)
-                    )
-                    pairs = zip(found[1::2], found[::2], strict=True)
-                    found = [builder.select(upper, high, low) for high, low in pairs]
-                    bit *= 2
-                return found[0]
+            def looked_up(table: Any, index: Any) -> Any:
+                """Entries of a table, by the low bits of `index`."""
+                found = builder.call(permute, [table, index])
+                if halved:
+                    signs = builder.shl(index, constant([bits - 4] * lanes))
+                    found = builder.xor(found, signs)
+                return builder.bitcast(found, numbers)
 
-            # A table of 16 entries, in as many registers as it takes.
-            parts = [
-                [vector(sums, place(16 * number + entry), numbers, size)[1]
-                 for entry in range(0, 16, lanes)]
-                for number in range(2 * count)
-            ]  # fmt: skip
+            tables = [table(4 * number) for number in range(2 * count)]
             (length,) = cgutils.unpack_tuple(builder, totals.shape, 1)
             width = place(lanes)
             steps = builder.udiv(builder.add(length, place(lanes - 1)), width)
@@ -166,29 +185,31 @@ def _adder(count: int) -> Any:
                 found = []
                 for column in range(count):
                     byte = builder.add(start, builder.mul(pitch, place(column)))
-                    byte = builder.add(byte, line)
-                    _, held = vector(planes, byte, ir.VectorType(ir.IntType(8), lanes), 1)
+                    where = builder.gep(planes.data, [builder.add(byte, line)])
+                    held = builder.load(builder.bitcast(where, eight.as_pointer()), align=1)
+                    if halved:  # where the fourth sign is positive, the other three are turned
+                        word = builder.bitcast(held, place)
+                        fourth = builder.and_(word, place(0x8888888888888888))
+                        others = builder.sub(fourth, builder.lshr(fourth, place(3)))
+                        held = builder.bitcast(builder.xor(word, others), eight)
                     index = builder.zext(held, integers)
-                    upper = looked_up(2 * column + 1, builder.lshr(index, constant(4)))
-                    lower = looked_up(2 * column, builder.and_(index, constant(15)))
-                    found.append(builder.fadd(upper, lower))
+                    upper = builder.lshr(index, constant([4] * lanes))
+                    upper = looked_up(tables[2 * column + 1], upper)
+                    found.append(builder.fadd(upper, looked_up(tables[2 * column], index)))
                 while len(found) > 1:
                     pairs = zip(found[::2], found[1::2], strict=True)
                     found = [builder.fadd(one, other) for one, other in pairs]
-                address, before = vector(totals, line, numbers, size)
-                done = builder.trunc(builder.sub(wanted, line), ir.IntType(32))
-                done = builder.insert_element(
-                    ir.Constant(ir.VectorType(ir.IntType(32), lanes), ir.Undefined), done, place(0)
-                )
-                order = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-                done = builder.shuffle_vector(done, done, order)
-                numbered = ir.Constant(done.type, list(range(lanes)))
-                new = builder.icmp_unsigned(">=", numbered, done)
-                added = builder.fadd(before, found[0])
-                builder.store(builder.select(new, added, before), address, align=size)
+                where = builder.gep(totals.data, [line])
+                where = builder.bitcast(where, numbers.as_pointer())
+                done = _every(builder, builder.trunc(builder.sub(wanted, line), integer), lanes)
+                new = builder.icmp_unsigned(">=", constant(range(lanes)), done)
+                # All lanes are stored: AMD's processors take long to store some of them.
+                added = builder.select(new, found[0], ir.Constant(numbers, None))
+                before = builder.load(where, align=bits // 8)
+                builder.store(builder.fadd(before, added), where, align=bits // 8)
             return context.get_dummy_value()
 
-        return types.void(flat, types.intp, types.intp, tables, total), generate
+        return types.void(flat, types.intp, types.intp, x, total), generate
 
     return add
 
@@ -205,8 +226,8 @@ def _add_strip(
     levels, lines = totals.shape
     one_by_one = lines < _LANES or 8 * segment.itemsize > _REGISTER
     count = segment.size >> 3
-    _fill(segment, halves)
     if one_by_one:
+        _fill(segment, halves)
         for c in range(count):
             _join(halves[2 * c : 2 * c + 2], tables[c])
     for level in range(levels):
@@ -214,13 +235,13 @@ def _add_strip(
         if count == 8 and one_by_one:
             _add_eight_one_by_one(flat, byte, byte_step, tables, total)
         elif count == 8:
-            _add_eight(flat, byte, byte_step, halves, total)
+            _add_eight(flat, byte, byte_step, segment, total)
         else:
             for c in range(count):
                 if one_by_one:
                     _add_one_by_one(flat, byte, tables[c], total)
                 else:
-                    _add_one(flat, byte, 0, halves[2 * c :], total)
+                    _add_one(flat, byte, 0, segment[8 * c :], total)
                 byte += byte_step
 
 
@@ -455,7 +476,6 @@ def _adder_of_products(columns: int) -> Any:
             _, count, line, _, first, start, _ = arguments
             number = context.get_value_type(tile.dtype)
             vector = ir.VectorType(number, lanes)
-            every = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
             fused = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(vector, [vector] * 3),
                 f"llvm.fma.v{lanes}f{8 * size}",
@@ -472,9 +492,7 @@ def _adder_of_products(columns: int) -> Any:
                 element = builder.add(start, turn.index)
                 for r, of_row in enumerate(held):
                     at = _address(builder, rows, number, builder.add(first, place(r)), element)
-                    same = ir.Constant(vector, ir.Undefined)
-                    same = builder.insert_element(same, builder.load(at), place(0))
-                    same = builder.shuffle_vector(same, same, every)
+                    same = _every(builder, builder.load(at), lanes)
                     for value, total in zip(of_lines, of_row, strict=True):
                         added = builder.call(fused, [value, same, builder.load(total)])
                         builder.store(added, total)

@@ -296,16 +296,13 @@ def _approximate_narrow_rows(
     """
     for start in range(0, len(x), len(m)):
         count, depths = min(len(m), len(x) - start), bits[start : start + len(m)]
-        for row in range(count):
-            widen(x[start + row], words[row], ieee)
+        widen(x[start : start + count].reshape(-1), words[:count].reshape(-1), ieee)
         fitted = scales[:count]
         _find_scales(wide[:count], depths, fitted, m, magnitudes, sums)
-        for row in range(count):
-            narrow(scale_words[row], halves, ieee)
-            widen(halves, stored_words[row], ieee)
+        narrow(scale_words.reshape(-1), halves, ieee)
+        widen(halves, stored_words.reshape(-1), ieee)
         _write_rows(wide[:count], depths, fitted, stored[:count], True, chunk, values[:count])
-        for row in range(count):
-            narrow(value_words[row], y[start + row], ieee)
+        narrow(value_words[:count].reshape(-1), y[start : start + count].reshape(-1), ieee)
 
 
 # ---------------------------------------------------------------- codes
@@ -404,7 +401,7 @@ def _approximate_narrow(x: Array, bits: Array, levels: int, y: Array) -> None:
     result = y if y.flags.carray else np.empty(y.shape, y.dtype)
     _approximate_narrow_rows(
         half, map_of(bits, len(x)), x.dtype == np.float16, read_only(wide), wide.view(np.uint32),
-        scales, read_only(scales.view(np.uint32)), np.empty(levels, np.uint16), stored,
+        scales, read_only(scales.view(np.uint32)), np.empty(scales.size, np.uint16), stored,
         stored.view(np.uint32), m, magnitudes, *scratch(np.float32), values,
         read_only(values.view(np.uint32)), result.view(np.uint16),
     )  # fmt: skip

@@ -152,25 +152,45 @@ def prefetch(context: Any, array: Any, start: Any, count: Any) -> Any:
 # `fastmath`), so that all processors round the same way.
 
 
-@part
-def _add_columns(m: Array, taken: float, n: int, sums: Array) -> None:
-    """Add up `COLUMNS` columns of n residuals: the first half and the second half, then the halves
-    of that, and so on.
+@intrinsic
+def _add_columns(context: Any, m: Any, taken: Any, n: Any, sums: Any) -> Any:
+    """Write the sums of `COLUMNS` columns of n residuals ``||m| - taken|``: of the first half and
+    the second half, then of the halves of that, and so on.
 
-    The magnitude of a residual is written out each time: Numba takes long to inline a function.
+    LLVM makes vectors of long columns alone. There are at least eight residuals in one: the last
+    eight may be added up twice.
     """
-    a = taken
-    for j in range(n):
-        r = abs(abs(m[j]) - a) + abs(abs(m[j + 8 * n]) - a)
-        s = abs(abs(m[j + 4 * n]) - a) + abs(abs(m[j + 12 * n]) - a)
-        t = abs(abs(m[j + 2 * n]) - a) + abs(abs(m[j + 10 * n]) - a)
-        u = abs(abs(m[j + 6 * n]) - a) + abs(abs(m[j + 14 * n]) - a)
-        even = (r + s) + (t + u)
-        r = abs(abs(m[j + n]) - a) + abs(abs(m[j + 9 * n]) - a)
-        s = abs(abs(m[j + 5 * n]) - a) + abs(abs(m[j + 13 * n]) - a)
-        t = abs(abs(m[j + 3 * n]) - a) + abs(abs(m[j + 11 * n]) - a)
-        u = abs(abs(m[j + 7 * n]) - a) + abs(abs(m[j + 15 * n]) - a)
-        sums[j] = even + ((r + s) + (t + u))
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, target = (context.make_array(signature.args[position])(
+            context, builder, arguments[position]).data for position in (0, 3))  # fmt: skip
+        number = context.get_value_type(m.dtype)
+        vector, size, word = ir.VectorType(number, LANES), m.dtype.bitwidth // 8, ir.IntType(64)
+        letters = f"v{LANES}f{8 * size}"
+        declared = ir.FunctionType(vector, [vector])
+        fabs = cgutils.get_or_insert_function(builder.module, declared, f"llvm.fabs.{letters}")
+        empty, one = ir.Constant(vector, ir.Undefined), ir.IntType(32)
+        scale = builder.insert_element(empty, arguments[1], one(0))
+        scale = builder.shuffle_vector(scale, empty, ir.VectorType(one, LANES)(None))
+
+        def place(array: Any, at: Any) -> Any:
+            return builder.bitcast(builder.gep(array, [at]), vector.as_pointer())
+
+        def total(at: Any, column: int, step: int) -> Any:
+            if step < COLUMNS:
+                other = column + step
+                return builder.fadd(total(at, column, 2 * step), total(at, other, 2 * step))
+            at = builder.add(at, builder.mul(arguments[2], word(column)))
+            left = builder.call(fabs, [builder.load(place(data, at), align=size)])
+            return builder.call(fabs, [builder.fsub(left, scale)])
+
+        last = builder.sub(arguments[2], word(LANES))
+        with cgutils.for_range_slice(builder, word(0), arguments[2], word(LANES)) as (at, _):
+            at = builder.select(builder.icmp_signed("<", at, last), at, last)
+            builder.store(total(at, 0, 1), place(target, at), align=size)
+        return context.get_dummy_value()
+
+    return numba.void(m, m.dtype, numba.int64, sums), generate
 
 
 def _in_lanes(

@@ -593,7 +593,7 @@ def test_results_do_not_depend_on_threads(monkeypatch, rng):
 
 # Of these even an instruction set of 2013 has vectors, of eight numbers.
 VECTORS = {
-    greedy_loops._approximate_rows: {"vaddps", "vsubps", "vblendvps"},
+    greedy_loops._approximate_rows: {"vaddps", "vsubps", "vorps"},
     planes_loops._sum_levels: {"vaddps", "vblendvps"},
     products_loops._look_up: {"vpermd"},
     products_loops._multiply: {"vfmadd213ps"},
@@ -618,7 +618,7 @@ x, bits = read_only(np.ones((2, 9), f)), read_only(np.ones((2, 9), np.uint8))
 m, half = np.ones((2, 9), f), read_only(np.ones(9, np.uint16))
 loops = {
     greedy_loops._approximate_rows: (
-        x, bits, np.ones((2, 2), f), m, read_only(m), *scratch(f), np.ones((2, 9), f)),
+        x, bits, np.ones((2, 2), f), m, read_only(m), scratch(f)[1], np.ones((2, 9), f)),
     planes_loops._sum_levels: (
         np.ones(32, np.uint8), 16, 2, 8, read_only(np.ones(2, f)), 1, 0, 64, 64, False, False, 1,
         64, bits[0, :0], np.ones(64, f), 64, m[0, :0], x[0, :0]),
@@ -648,6 +648,29 @@ for loop, arguments in loops.items():
     found = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
     for one, wanted in VECTORS.items():
         assert wanted <= found[one.py_func.__name__]
+
+
+@pytest.mark.parametrize("n", [1, 7, 15, 16, 17, 27, 33, 64, 100])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_lies_around_a_result_stays(rng, n, mapped):
+    """Whole words are written, also at the ends of rows, but not beyond the last row."""
+    x = rng.normal(size=(70, n)).astype(np.float32)
+    bits = rng.integers(0, 4, x.shape) if mapped else 3
+    around = np.full((x.shape[0] + 40, n), 9, np.float32)
+    out = around[20:-20]
+    assert cubin.multibit(x, bits, channel_axis=0, out=out) is out
+    assert (around[:20] == 9).all()
+    assert (around[-20:] == 9).all()
+    code = cubin.quantize(x, bits, channel_axis=0)
+    np.testing.assert_array_equal(out, code.dequantize())
+    values = np.full_like(around, 9)
+    planes_loops.sum_planes(
+        code.planes, np.broadcast_to(code.bits, x.shape) if mapped else np.uint8(3),
+        code.scales[:, :, None], 0, n, n, y=values[20:-20],
+    )  # fmt: skip
+    np.testing.assert_array_equal(values[20:-20], out)
+    assert (values[:20] == 9).all()
+    assert (values[-20:] == 9).all()
 
 
 def test_a_row_that_is_not_aligned(rng):

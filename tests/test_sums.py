@@ -142,9 +142,12 @@ def test_what_lies_between_float16_is_rounded_as_numpy_does():
     near = np.arange(-2, 3).astype(np.uint32)[:, None]
     for halfway in (0, 1 << 12):
         tried = (words + np.uint32(halfway) + near).ravel()
-        with np.errstate(all="ignore"):
-            expected = tried.view(np.float32).astype(np.float16).view(np.uint16)
-        np.testing.assert_array_equal(narrowed(tried), expected)
+        # Without NaN, processors that have an instruction for this use it.
+        numbers = tried[~np.isnan(tried.view(np.float32))]
+        for some in (tried, numbers):
+            with np.errstate(all="ignore"):
+                expected = some.view(np.float32).astype(np.float16).view(np.uint16)
+            np.testing.assert_array_equal(narrowed(some), expected)
 
 
 @needs_numba

@@ -324,26 +324,30 @@ def _sum_levels(
         stretch = size = length
     if wide.size:
         numbers, several = widened, 1
-    for line in range(lines):
+    # Where a line has one run, those of all lines are written at once, else those of a stretch.
+    at_once = lines if size == length and not wide.size else 1
+    steps = (8 * pitch, apart, length, y_pitch) if at_once > 1 else (size, 1, size, size)
+    for line in range(0, lines, at_once):
         place, from_level = line * apart, of_level
         if wide.size:
             if apart or line == 0:
                 _widen(scales, place, of_level, levels + shifted, run, period, length, wide)
             place, from_level = 0, wide.size // (levels + shifted)
-        # What follows in memory is written later: a whole word is faster than a part of one.
-        room = y.size - line * y_pitch if y_pitch == length else length
-        for first in range(0, length, stretch):
-            end = min(first + stretch, length)
-            for start in range(first, end, size):
+        room = y.size if y_pitch == length else line * y_pitch + length
+        start = 0
+        while start < length:
+            end = min(start + stretch, length)
+            while start < end:
                 count = min(size, end - start)
-                words = -(-count // WORD) * WORD
-                count = words if words <= room - start else count
+                times = max(at_once, (end - start) // count)
                 write_sums(
-                    held, 8 * line * pitch + start, step, levels, numbers, place, from_level,
-                    several, shifted, bits, line * length + start, y, line * y_pitch + start,
-                    count,
+                    held, (8 * line * pitch + start, steps[0]), step, levels, numbers,
+                    (place, steps[1]), from_level, several, shifted, bits,
+                    (line * length + start, steps[2]), y, (line * y_pitch + start, steps[3]),
+                    count, times, room,
                 )  # fmt: skip
-                place += 1
+                place += times
+                start = end - (end - start) % count
 
 
 @loop

@@ -1,4 +1,5 @@
-"""Instructions that make bits of signs, and sums of bits: a word of elements at a time, in vectors.
+"""Instructions that make bits of signs, sums of bits, and greedy's values: a word of elements at a
+time, in vectors.
 
 LLVM makes no such loops itself. A word of bits is what a comparison of vectors gives, or what
 selects the numbers of a vector.
@@ -19,41 +20,44 @@ WORD = 32
 """Elements of a word: they stay in registers for all levels. So many numbers of float32 are two
 registers of 512 bits, or four of 256."""
 
+FEWER = WORD // 2
+"""Elements at a time where no bits are written: in short rows fewer lanes are idle."""
+
 WITHIN_WORDS = (1, 8, 16, 32)
 """Runs of elements with the same scale of which a word has one or more."""
 
 _SIZE, _INDEX, _BYTE, _WORD = (ir.IntType(bits) for bits in (64, 32, 8, WORD))
-_NUMBERS = ir.VectorType(_INDEX, WORD)
 
 
 class _Vectors:
-    """Instructions on vectors of `WORD` numbers; of fewer, where there is a `mask`."""
+    """Instructions on vectors of `width` numbers; of fewer, where there is a `mask`."""
 
-    def __init__(self, builder: Any) -> None:
-        self._builder = builder
+    def __init__(self, builder: Any, width: int = WORD) -> None:
+        self._builder, self.width = builder, width
+        self._numbers = ir.VectorType(_INDEX, width)
 
     def spread(self, value: Any) -> Any:
         """A vector of one number."""
-        empty = ir.Constant(ir.VectorType(value.type, WORD), ir.Undefined)
+        empty = ir.Constant(ir.VectorType(value.type, self.width), ir.Undefined)
         first = self._builder.insert_element(empty, value, _INDEX(0))
-        return self._builder.shuffle_vector(first, empty, ir.Constant(_NUMBERS, None))
+        return self._builder.shuffle_vector(first, empty, ir.Constant(self._numbers, None))
 
     def repeat(self, data: Any, start: Any, run: int) -> Any:
         """Numbers of an array, from `start` on, `run` times each."""
-        kind = ir.VectorType(data.type.pointee, WORD // run)
+        kind = ir.VectorType(data.type.pointee, self.width // run)
         where = self._builder.bitcast(self._builder.gep(data, [start]), kind.as_pointer())
         found = self._builder.load(where, align=_bytes(kind.element))
-        numbers = ir.Constant(_NUMBERS, [lane // run for lane in range(WORD)])
+        numbers = ir.Constant(self._numbers, [lane // run for lane in range(self.width)])
         return self._builder.shuffle_vector(found, ir.Constant(kind, ir.Undefined), numbers)
 
     def below(self, count: Any) -> Any:
         """A mask of the first `count` lanes."""
-        numbers = ir.Constant(_NUMBERS, [*range(WORD)])
+        numbers = ir.Constant(self._numbers, [*range(self.width)])
         return self._builder.icmp_signed("<", numbers, self.spread(count))
 
     def load(self, data: Any, start: Any, mask: Any) -> Any:
         """Numbers of an array, from `start` on; 0 beyond the mask."""
-        kind = ir.VectorType(data.type.pointee, WORD)
+        kind = ir.VectorType(data.type.pointee, self.width)
         where = self._builder.bitcast(self._builder.gep(data, [start]), kind.as_pointer())
         if mask is None:
             return self._builder.load(where, align=_bytes(kind.element))
@@ -73,7 +77,7 @@ class _Vectors:
     def _call(self, name: str, result: Any, given: tuple[Any, ...], kind: Any) -> Any:
         letters = {"float": "f32", "double": "f64", "i8": "i8"}[str(kind.element)]
         declared = ir.FunctionType(result, [value.type for value in given])
-        name = f"llvm.{name}.v{WORD}{letters}.p0"
+        name = f"llvm.{name}.v{self.width}{letters}.p0"
         found = cgutils.get_or_insert_function(self._builder.module, declared, name)
         return self._builder.call(found, given)
 
@@ -83,17 +87,43 @@ def _bytes(number: Any) -> int:
     return {"float": 4, "double": 8, "i8": 1}[str(number)]
 
 
-def _for_each_word(builder: Any, size: Any, work: Callable[[Any, Any, Any], None]) -> None:
+def _for_each_word(
+    builder: Any, size: Any, work: Callable[[Any, Any, Any], None], width: int = WORD
+) -> None:
     """Instructions that do ``work(start, mask, count)`` for words that tile `size` elements.
 
     In the last one, which may be shorter, there is a mask of `count` elements, else None.
     """
-    whole = builder.and_(size, _SIZE(-WORD))
-    with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(WORD)) as (start, _):
+    whole = builder.and_(size, _SIZE(-width))
+    with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(width)) as (start, _):
         work(start, None, None)
     count = builder.sub(size, whole)
     with builder.if_then(builder.icmp_signed(">", count, _SIZE(0))):
-        work(whole, _Vectors(builder).below(builder.trunc(count, _INDEX)), count)
+        work(whole, _Vectors(builder, width).below(builder.trunc(count, _INDEX)), count)
+
+
+def _for_each_run(
+    builder: Any,
+    runs: Any,
+    size: Any,
+    room: Any,
+    begin: Any,
+    step: Any,
+    work: Callable[..., None],
+    width: int = WORD,
+) -> None:
+    """Instructions that do ``work(run, start, mask, count)`` for the words of so many runs.
+
+    A run has `size` elements, and begins at a multiple of `step` after `begin`. Its last word is a
+    whole one where that ends within `room`: the elements beyond the run are written later, and a
+    part of a word takes longer.
+    """
+    up = builder.and_(builder.add(size, _SIZE(width - 1)), _SIZE(-width))
+    last = builder.sub(room, builder.add(begin, up))
+    with cgutils.for_range(builder, runs) as turn:
+        fits = builder.icmp_signed("<=", builder.mul(turn.index, step), last)
+        count = builder.select(fits, up, size)
+        _for_each_word(builder, count, lambda *word: work(turn.index, *word), width)
 
 
 def _either(builder: Any, condition: Any, work: Callable[[bool], None]) -> None:
@@ -181,6 +211,7 @@ def write_bits(
 def write_sums(
     context: Any, held: Any, at: Any, apart: Any, levels: Any, scales: Any, place: Any,
     of_level: Any, run: Any, shifted: Any, bits: Any, first: Any, y: Any, begin: Any, size: Any,
+    times: Any, room: Any,
 ) -> Any:  # fmt: skip
     """Write the sums of scale * sign over some levels to `size` elements of `y` from `begin` on.
 
@@ -189,6 +220,10 @@ def write_sums(
     is among `WITHIN_WORDS` so many elements have the same scale, and the next ones the one beside
     it; numbers of a whole word are read. Else all have the same. `bits` is a map, in which the
     first element has the number `first`, or empty.
+
+    All this is done some `times`. So `at`, `place`, `first` and `begin` are pairs: the number, and
+    what is added to it each time. Whole words are written as far as there is `room` in `y`: what
+    lies beyond the elements is written the next time.
 
     If they are `shifted`, sums begin with a shift, which follows the scales of the last level. What
     additions round away is added at the end: Knuth's sum of two. Eight bytes of `held` are read
@@ -200,9 +235,10 @@ def write_sums(
             context.make_array(signature.args[number])(context, builder, arguments[number])
             for number in (0, 4, 9, 11)
         )
-        at, apart, levels = arguments[1:4]
-        place, of_level, run, shifted = arguments[5:9]
-        first, (begin, size) = arguments[10], arguments[12:]
+        apart, levels = arguments[2:4]
+        of_level, run, shifted = arguments[6:9]
+        size, times, room = arguments[13:]
+        pairs = [cgutils.unpack_tuple(builder, arguments[number], 2) for number in (1, 5, 10, 12)]
         vectors = _Vectors(builder)
         zeros = ir.Constant(ir.VectorType(target.data.type.pointee, WORD), None)
 
@@ -213,7 +249,12 @@ def write_sums(
             found = builder.trunc(found, ir.IntType(WORD))
             return builder.bitcast(found, ir.VectorType(ir.IntType(1), WORD))
 
-        def work(mapped: bool, shifted: bool, run: int, start: Any, mask: Any, _: Any) -> None:
+        def work(
+            mapped: bool, shifted: bool, run: int, turn: Any, start: Any, mask: Any, _: Any
+        ) -> None:
+            at, place, first, begin = (
+                builder.add(one, builder.mul(turn, step)) for one, step in pairs
+            )
             own = vectors.load(depths.data, builder.add(first, start), mask) if mapped else None
 
             def scale_of(level: Any) -> Any:
@@ -253,7 +294,11 @@ def write_sums(
 
         def words(mapped: bool, shifted: bool, *runs: int) -> None:
             if len(runs) == 1:
-                _for_each_word(builder, size, lambda *word: work(mapped, shifted, *runs, *word))
+                first, step = pairs[-1]
+                _for_each_run(
+                    builder, times, size, room, first, step,
+                    lambda *word: work(mapped, shifted, *runs, *word),
+                )  # fmt: skip
                 return
             one, *others = runs
             _either(
@@ -269,6 +314,63 @@ def write_sums(
         ))  # fmt: skip
         return context.get_dummy_value()
 
-    number, flag = types.intp, types.boolean
-    levels_of = (held, number, number, number, scales, number, number, number, flag)
-    return types.none(*levels_of, bits, number, y, number, number), generate
+    number, flag, pair = types.intp, types.boolean, types.UniTuple(types.intp, 2)
+    levels_of = (held, pair, number, number, scales, pair, number, number, flag)
+    return types.none(*levels_of, bits, pair, y, pair, number, number, number), generate
+
+
+@intrinsic
+def write_values(context: Any, x: Any, bits: Any, scales: Any, stored: Any, y: Any) -> Any:
+    """Write the greedy sums of scale * sign over the levels of rows, with the scales as `stored`.
+
+    The signs follow from `scales`. `x` and `y` are (rows, n), scales (rows, levels). `bits` is a
+    map, or has no columns.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        elements, depths, factors, rounded, target = (
+            context.make_array(kind)(context, builder, array)
+            for kind, array in zip(signature.args, arguments, strict=True)
+        )
+        (rows, size), (_, coded), (_, levels) = (
+            cgutils.unpack_tuple(builder, array.shape, 2) for array in (elements, depths, factors)
+        )
+        vectors, number = _Vectors(builder, FEWER), elements.data.type.pointee
+        zeros = ir.Constant(ir.VectorType(number, FEWER), None)
+        size_of = 8 * _bytes(number)
+        words, numbers = (ir.VectorType(ir.IntType(width), FEWER) for width in (size_of, 32))
+        top = ir.Constant(words, [1 << (size_of - 1)] * FEWER)
+
+        def work(mapped: bool, row: Any, start: Any, mask: Any, _: Any) -> None:
+            at, place = builder.add(builder.mul(row, size), start), builder.mul(row, levels)
+            # Its sign bit is set exactly where the residual is greater than 0: it is never -0.0.
+            values = vectors.load(elements.data, at, mask)
+            left = cgutils.alloca_once_value(builder, builder.fsub(zeros, values))
+            total = cgutils.alloca_once_value(builder, zeros)
+            own = vectors.load(depths.data, at, mask) if mapped else None
+            own = builder.zext(own, numbers) if mapped else None
+            with cgutils.for_range(builder, levels) as turn:
+                n, number = builder.load(left), builder.add(place, turn.index)
+                sign = builder.and_(builder.bitcast(n, words), top)
+
+                def signed(array: Any) -> Any:
+                    scale = vectors.spread(builder.load(builder.gep(array.data, [number])))
+                    scale = builder.or_(builder.bitcast(scale, words), sign)
+                    return builder.bitcast(scale, zeros.type)
+
+                step = signed(rounded)
+                if mapped:
+                    level = vectors.spread(builder.trunc(turn.index, _INDEX))
+                    step = builder.select(builder.icmp_signed(">", own, level), step, zeros)
+                builder.store(builder.fsub(builder.load(total), step), total)
+                builder.store(builder.fsub(n, signed(factors)), left)
+            vectors.store(builder.load(total), target.data, at, mask)
+
+        mapped, none = builder.icmp_signed(">", coded, _SIZE(0)), _SIZE(0)
+        _either(builder, mapped, lambda mapped: _for_each_run(
+            builder, rows, size, builder.mul(rows, size), none, size,
+            lambda *word: work(mapped, *word), FEWER
+        ))  # fmt: skip
+        return context.get_dummy_value()
+
+    return types.none(x, bits, scales, stored, y), generate

@@ -275,15 +275,18 @@ def for_each_lines(
     if max(size, work) <= blocks.BLOCK:
         blocks.alone(task, slice(0, lines.count), whole)
         return
+    block = blocks.elements_block(size)
+    # What is narrowed lies in scratch before.
+    longest = blocks.BLOCK if floats.is_narrow(x.dtype) else block
     if least is not None:
         parts = [(share, whole) for share in blocks.shares(lines.count, least, work)]
-    elif at_once is not None or lines.length <= blocks.BLOCK:
-        step = at_once or max(1, max(LINES_AT_ONCE, blocks.elements_block(size)) // lines.length)
+    elif at_once is not None or lines.length <= longest:
+        step = at_once or max(1, max(LINES_AT_ONCE, block) // lines.length)
         parts = [(slice(start, min(start + step, lines.count)), whole)
                  for start in range(0, lines.count, step)]  # fmt: skip
     else:
         unit = math.lcm(8, run)
-        step = max(1, blocks.BLOCK // unit) * unit
+        step = max(1, longest // unit) * unit
         cuts = [slice(start, min(start + step, lines.length))
                 for start in range(0, lines.length, step)]  # fmt: skip
         parts = [(slice(line, line + 1), cut) for line in range(lines.count) for cut in cuts]

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from cubin.codes.sign_bits_loops import write_bits
+from cubin.codes.sign_bits_loops import write_bits, write_values
 from cubin.core import floats, memory
 from cubin.core.host.loops import (
+    bare_loop,
     beside,
     coded_residual_sum,
     in_rows,
@@ -38,7 +39,7 @@ from cubin.core.host.loops import (
 from cubin.core.libraries import Array
 from cubin.core.sums import CHUNK, SHORT
 from cubin.solvers import greedy_columns_loops as columns
-from cubin.solvers.greedy_columns_loops import negate, step
+from cubin.solvers.greedy_columns_loops import negate
 
 TOGETHER = 1 << 15
 """Elements of the rows that take turns at each level, so that one row's memory is read while
@@ -139,156 +140,28 @@ def _level_sums(
 
 # ---------------------------------------------------------------- approximations
 
-# These work on the negated residual, n = 0 - r. It is never -0.0: n < 0 exactly where r > 0.
 
-
-@part
-def _write_one(x: Array, a: float, y: Array) -> None:
-    zero = x.dtype.type(0)
-    for j in range(y.size):
-        y[j] = zero + step(zero - x[j], a)
-
-
-@part
-def _write_two(x: Array, a: float, b: float, y: Array) -> None:
-    zero = x.dtype.type(0)
-    for j in range(y.size):
-        n = zero - x[j]
-        first = step(n, a)
-        y[j] = zero + first + step(n + first, b)
-
-
-@part
-def _write_three(x: Array, a: float, b: float, c: float, y: Array) -> None:
-    zero = x.dtype.type(0)
-    for j in range(y.size):
-        n = zero - x[j]
-        first = step(n, a)
-        n += first
-        second = step(n, b)
-        y[j] = zero + first + second + step(n + second, c)
-
-
-@part
-def _write_four(x: Array, a: float, b: float, c: float, d: float, y: Array) -> None:
-    zero = x.dtype.type(0)
-    for j in range(y.size):
-        n = zero - x[j]
-        first = step(n, a)
-        n += first
-        second = step(n, b)
-        n += second
-        third = step(n, c)
-        y[j] = zero + first + second + third + step(n + third, d)
-
-
-@part
-def _add_four(n: Array, scales: Array, stored: Array, first: int, y: Array) -> None:
-    """Add four levels to `y`. Levels beyond the last have the scale 0, which changes nothing."""
-    a, b, c, d = _four(scales, first)
-    p, q, r, s = _four(stored, first)
-    for j in range(y.size):
-        left, total = n[j], y[j]
-        total += step(left, p)
-        left += step(left, a)
-        total += step(left, q)
-        left += step(left, b)
-        total += step(left, r)
-        left += step(left, c)
-        total += step(left, s)
-        n[j], y[j] = left + step(left, d), total
-
-
-@part
-def _add_coded_four(
-    n: Array, bits: Array, scales: Array, stored: Array, first: int, y: Array
-) -> None:
-    """The same where each element has its number of bits."""
-    a, b, c, d = _four(scales, first)
-    p, q, r, s = _four(stored, first)
-    zero, start = y.dtype.type(0), np.int32(first)
-    for j in range(y.size):
-        left, total, more = n[j], y[j], np.int32(np.int32(bits[j]) - start)
-        total += step(left, p) if more > np.int32(0) else zero
-        left += step(left, a)
-        total += step(left, q) if more > np.int32(1) else zero
-        left += step(left, b)
-        total += step(left, r) if more > np.int32(2) else zero
-        left += step(left, c)
-        total += step(left, s) if more > np.int32(3) else zero
-        n[j], y[j] = left + step(left, d), total
-
-
-@part
-def _four(scales: Array, first: int) -> tuple[float, float, float, float]:
-    zero, levels = scales.dtype.type(0), scales.size
-    return (
-        scales[first],
-        scales[first + 1] if first + 1 < levels else zero,
-        scales[first + 2] if first + 2 < levels else zero,
-        scales[first + 3] if first + 3 < levels else zero,
-    )
-
-
-@part
-def _write(
-    x: Array, bits: Array, scales: Array, stored: Array, plain: bool, chunk: Array, y: Array
-) -> None:
-    """Write the sum of scale * sign over the levels of a row, with the scales as stored.
-
-    `plain` says that there is no map and that storing rounds no scale. Then up to four levels take
-    one pass. A single level needs its stored scale alone.
-    """
-    s, levels = scales, scales.size
-    if levels == 1 and not bits.size:
-        _write_one(x, stored[0], y)
-    elif plain and levels == 2:
-        _write_two(x, s[0], s[1], y)
-    elif plain and levels == 3:
-        _write_three(x, s[0], s[1], s[2], y)
-    elif plain and levels == 4:
-        _write_four(x, s[0], s[1], s[2], s[3], y)
-    else:
-        for start in range(0, x.size, CHUNK):
-            values, depths = y[start : start + CHUNK], bits[start : start + CHUNK]
-            n = chunk[: values.size]
-            negate(x[start : start + CHUNK], n)
-            values[:] = 0
-            for first in range(0, levels, 4):
-                if bits.size:
-                    _add_coded_four(n, depths, scales, stored, first, values)
-                else:
-                    _add_four(n, scales, stored, first, values)
-
-
-@loop
-def _write_rows(
-    x: Array, bits: Array, scales: Array, stored: Array, rounded: bool, chunk: Array, y: Array
-) -> None:
-    x, bits, scales, stored = uncounted(x, bits, scales, stored)
-    chunk, y = uncounted(chunk, y)
-    plain = not (bits.size or rounded)
-    for row in range(len(x)):
-        _write(x[row], bits[row], scales[row], stored[row], plain, chunk, y[row])
+@bare_loop
+def _write_rows(x: Array, bits: Array, scales: Array, stored: Array, y: Array) -> None:
+    write_values(x, bits, scales, stored, y)
 
 
 @loop
 def _approximate_rows(
-    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, chunk: Array, sums: Array,
-    y: Array,
-) -> None:  # fmt: skip
+    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, sums: Array, y: Array
+) -> None:
     for start in range(0, len(x), len(m)):
         stop = start + len(m)
         group, depths, fitted = x[start:stop], bits[start:stop], scales[start:stop]
         _find_scales(group, depths, fitted, m, magnitudes, sums)
-        _write_rows(group, depths, fitted, fitted, False, chunk, y[start:stop])
+        _write_rows(group, depths, fitted, fitted, y[start:stop])
 
 
 @loop
 def _approximate_narrow_rows(
     x: Array, bits: Array, ieee: bool, wide: Array, words: Array, scales: Array, scale_words: Array,
-    halves: Array, stored: Array, stored_words: Array, m: Array, magnitudes: Array, chunk: Array,
-    sums: Array, values: Array, value_words: Array, y: Array,
+    halves: Array, stored: Array, stored_words: Array, m: Array, magnitudes: Array, sums: Array,
+    values: Array, value_words: Array, y: Array,
 ) -> None:  # fmt: skip
     """The same for float16 and bfloat16 as bit patterns, a few rows at a time.
 
@@ -296,16 +169,13 @@ def _approximate_narrow_rows(
     """
     for start in range(0, len(x), len(m)):
         count, depths = min(len(m), len(x) - start), bits[start : start + len(m)]
-        for row in range(count):
-            widen(x[start + row], words[row], ieee)
+        widen(x[start : start + count].reshape(-1), words[:count].reshape(-1), ieee)
         fitted = scales[:count]
         _find_scales(wide[:count], depths, fitted, m, magnitudes, sums)
-        for row in range(count):
-            narrow(scale_words[row], halves, ieee)
-            widen(halves, stored_words[row], ieee)
-        _write_rows(wide[:count], depths, fitted, stored[:count], True, chunk, values[:count])
-        for row in range(count):
-            narrow(value_words[row], y[start + row], ieee)
+        narrow(scale_words.reshape(-1), halves, ieee)
+        widen(halves, stored_words.reshape(-1), ieee)
+        _write_rows(wide[:count], depths, fitted, stored[:count], values[:count])
+        narrow(value_words[:count].reshape(-1), y[start : start + count].reshape(-1), ieee)
 
 
 # ---------------------------------------------------------------- codes
@@ -391,7 +261,8 @@ def approximate_rows(x: Array, bits: Array, levels: int, *, y: Array) -> None:
     wide = in_work_dtype(x)
     depths = map_of(bits, len(x))
     values, scales = target(y, wide), np.empty((len(x), levels), wide.dtype)
-    _approximate_rows(wide, depths, scales, *_rows(wide), *scratch(wide.dtype), values)
+    _, sums = scratch(wide.dtype)
+    _approximate_rows(wide, depths, scales, *_rows(wide), sums, values)
     store(values, y)
 
 
@@ -401,11 +272,12 @@ def _approximate_narrow(x: Array, bits: Array, levels: int, y: Array) -> None:
     wide = memory.scratch("widened rows", m.shape, np.float32)
     values = memory.scratch("values of rows", m.shape, np.float32)
     scales, stored = np.empty((2, len(m), levels), np.float32)
+    _, sums = scratch(np.float32)
     result = y if y.flags.carray else np.empty(y.shape, y.dtype)
     _approximate_narrow_rows(
         half, map_of(bits, len(x)), x.dtype == np.float16, read_only(wide), wide.view(np.uint32),
-        scales, read_only(scales.view(np.uint32)), np.empty(levels, np.uint16), stored,
-        stored.view(np.uint32), m, magnitudes, *scratch(np.float32), values,
+        scales, read_only(scales.view(np.uint32)), np.empty(scales.size, np.uint16), stored,
+        stored.view(np.uint32), m, magnitudes, sums, values,
         read_only(values.view(np.uint32)), result.view(np.uint16),
     )  # fmt: skip
     if result is not y:
@@ -414,8 +286,7 @@ def _approximate_narrow(x: Array, bits: Array, levels: int, y: Array) -> None:
 
 def _write_levels(x: Array, bits: Array, scales: Array, y: Array) -> None:
     values, stored = target(y, x), scales.astype(y.dtype).astype(x.dtype)
-    chunk, _ = scratch(x.dtype)
-    _write_rows(x, bits, scales, stored, y.dtype != x.dtype, chunk, values)
+    _write_rows(x, bits, scales, stored, values)
     store(values, y)
 
 

@@ -13,7 +13,6 @@ from cubin.core import arrays, conversions, floats, libraries
 from cubin.core.arrays import as_integer, is_real
 from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
-from cubin.core.rows import rows_of
 
 
 def uniform(shape: int | tuple[int, ...], bits: int) -> np.ndarray:
@@ -286,7 +285,8 @@ def ranked(x: Array, key: Key, counts: Mapping[int, int]) -> Array:
     ranks = np.cumsum([counts[width] for width in widths])[:-1].tolist()
 
     def go_over(look: Callable[[Array], None]) -> None:
-        parts.over_tiles(lambda of_rows, x: look(key(x)), rows_of(x.shape), x)
+        for chunk in parts.in_order(x):
+            look(key(chunk))
 
     bounds = selection.bounds(go_over, ranks)
     left = [bound.left for bound in bounds]

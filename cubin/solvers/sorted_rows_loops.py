@@ -656,16 +656,15 @@ def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
 
 
 @inner_loop
-def _set_tree(lower: Array, tree: Array) -> None:
-    """Write the edges of cells in the order in which bisection meets them.
+def _set_tree(lower: Array, begin: int, cells: int, trees: Array) -> None:
+    """Write the edges of the cells from `begin` on in the order in which bisection meets them.
 
     It begins at entry 1, and goes on from entry i to 2 i, or to 2 i + 1 if the magnitude is larger.
     """
-    cells = step = lower.size
-    at = 1
+    step, at = cells, begin + 1
     while step > 1:
-        for cell in range(step >> 1, cells, step):
-            tree[at] = lower[cell]
+        for cell in range(begin + (step >> 1), begin + cells, step):
+            trees[at] = lower[cell]
             at += 1
         step >>= 1
 
@@ -712,11 +711,10 @@ def _look_up(
         if mapped:
             trees[0] = row_lower[0]
             for depth in range(levels):
-                own = slice(1 << depth, 2 << depth)
-                _set_tree(row_lower[own], trees[own])
+                _set_tree(row_lower, 1 << depth, 1 << depth, trees)
             _bisect(x[row], factor, bits[row], trees, row_table, mirrors, y[row])
         elif cells > COUNTED:
-            _set_tree(row_lower, trees)
+            _set_tree(row_lower, 0, cells, trees)
             _bisect(x[row], factor, bits[:0, 0], trees, row_table, mirrors, y[row])
         elif cells > SELECTED:
             for start in range(0, x.shape[1], CHUNK):

@@ -158,3 +158,24 @@ def test_any_float32_is_narrowed_as_numpy_does(words):
     with np.errstate(all="ignore"):
         expected = words.view(np.float32).astype(np.float16).view(np.uint16)
     np.testing.assert_array_equal(narrowed(words), expected)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 32, 64, 96, 160, 1024, 4096])
+@pytest.mark.parametrize("edge", [-1.0, 0.5, 9.0])
+def test_what_lies_above_an_edge(rng, dtype, size, edge):
+    """Four columns in pairs, then eight lanes: the order that the solvers' loops add in."""
+    m = np.abs(rng.normal(size=size)).astype(dtype)
+    m[5::7] = 0.5  # on the edge, which is not above it
+    values = (rng.uniform(size=size) * np.exp(3 * rng.normal(size=size))).astype(dtype)
+    a, b, c, d = np.where(m > edge, values, 0).astype(dtype).reshape(4, -1)
+    lanes = np.zeros(LANES)
+    for turn in ((a + b) + (c + d)).astype(np.float64).reshape(-1, LANES):
+        lanes += turn
+    while lanes.size > 1:
+        lanes = lanes[::2] + lanes[1::2]
+    found = loops.numba.njit(lambda m, edge, values: loops.sum_above(m, edge, values))(
+        m, m.dtype.type(edge), values
+    )
+    assert found == (lanes[0], (m > edge).sum())

@@ -9,6 +9,7 @@ is searched for over the scales that it is made from, a few numbers, not over th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -448,6 +449,17 @@ class _Search:
         """The number of elements that the magnitudes stand for."""
         return float(libraries.library(self.m).broadcast_to(self.weights, self.m.shape).sum())
 
+    @functools.cached_property
+    def least(self) -> tuple[Array, list[Array]]:
+        """What the levels that all elements have leave, and their scales: the same in all maps."""
+        m, weights, fitted = self.m, libraries.library(self.m).asarray(self.weights), []
+        number = libraries.library(m).broadcast_to(weights, m.shape).sum(axis=1, keepdims=True)
+        for _ in range(self.low):
+            total = (m * weights).sum(axis=1, keepdims=True, dtype=np.float64)
+            fitted.append((total / libraries.library(m).maximum(number, 1)).astype(m.dtype))
+            m = abs(m - fitted[-1])
+        return m, fitted
+
     def at(self, scales: list[Array], price: float) -> _State:
         """The best map for given scales at a price."""
         gains = gains_of(self.m, scales, self.low, self.high)
@@ -456,8 +468,9 @@ class _Search:
 
     def cost(self, scales: list[Array], bits: Array, price: float) -> _State:
         """A map that is made from some scales, with its greedy scales."""
-        xp, m, weights, fitted = libraries.library(self.m), self.m, self.weights, []
-        for level in range(self.high):
+        xp, weights, (m, fitted) = libraries.library(self.m), self.weights, self.least
+        fitted = list(fitted)
+        for level in range(self.low, self.high):
             coded = bits > level
             number = (weights * coded).sum(axis=1, keepdims=True)
             total = (m * coded * weights).sum(axis=1, keepdims=True, dtype=np.float64)
@@ -487,13 +500,18 @@ def hull(curve: list[Array]) -> Array:
     """
     xp = libraries.library(curve[0])
     steps = len(curve) - 1
-    falls = xp.full((steps, *curve[0].shape), np.inf, curve[0].dtype)
+    falls = xp.empty((steps, *curve[0].shape), curve[0].dtype)
     for s in range(steps):
         steepest = None
         for t in range(steps, s, -1):
-            slope = (curve[s] - curve[t]) / (t - s)
+            slope = curve[s] - curve[t]
+            if t - s > 1:
+                slope /= t - s
             steepest = slope if steepest is None else xp.maximum(steepest, slope, out=steepest)
-            xp.minimum(falls[t - 1], steepest, out=falls[t - 1])
+            if s:
+                xp.minimum(falls[t - 1], steepest, out=falls[t - 1])
+            else:
+                falls[t - 1] = steepest
     return falls
 
 

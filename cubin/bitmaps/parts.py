@@ -16,8 +16,9 @@ from cubin.core.libraries import Array
 from cubin.core.rows import Rows
 from cubin.solvers import greedy
 
-TILE = 1 << 13
-"""Elements of a tile: several arrays of that size fit the second-level cache."""
+TILE = 1 << 16
+"""Elements of a tile. Several arrays of that size fit the second-level cache; between the steps on
+smaller ones, threads would wait for each other."""
 
 
 def in_order(x: Array) -> Iterator[Array]:

@@ -86,7 +86,7 @@ def leading_bits(numbers: Array) -> Array:
     """
     with np.errstate(over="ignore"):
         # Adding 0 makes -0.0 the 0.0 that it equals.
-        rounded = numbers.ravel().astype(np.float32) + np.float32(0)
+        rounded = numbers.ravel().astype(np.float32, copy=False) + np.float32(0)
     bits = rounded.view(np.int32)
     # Negative numbers are in reverse order.
     bits ^= (bits >> 31) & 0x7FFFFFFF

@@ -28,7 +28,7 @@ from cubin.core.host.loops import (
     map_of,
     part,
     read_only,
-    sum_in_lanes,
+    sum_above,
 )
 from cubin.core.libraries import Array
 from cubin.solvers import codebook_loops, search, search_rows, sorted_rows_loops
@@ -83,7 +83,6 @@ class Space(NamedTuple):
         Where in `m` the elements of each number of bits start, and where the last ones stop. All
         have the highest number where there is no map.
     number, total : array of float64, shape (2^levels, lanes)
-    of_four : array in the work dtype, shape (CHUNK / 4,)
     sizes : array of float64, shape (levels, lanes)
         The best scales so far, of which none is negative.
     best : array of float64, shape (lanes,)
@@ -101,7 +100,6 @@ class Space(NamedTuple):
     starts: Array
     number: Array
     total: Array
-    of_four: Array
     sizes: Array
     best: Array
     rising: Array
@@ -125,7 +123,6 @@ def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: 
         "starts": ((lanes, levels + 1), np.int64),
         "number": ((1 << levels, lanes), np.float64),
         "total": ((1 << levels, lanes), np.float64),
-        "of_four": ((CHUNK // 4,), kind),
         "sizes": ((levels, lanes), np.float64),
         "best": ((lanes,), np.float64),
         "rising": ((lanes,), np.bool_),
@@ -138,34 +135,6 @@ def _space(n: int, levels: int, kind: Any, mapped: bool, weighted: bool, lanes: 
 
 
 # ---------------------------------------------------------------- sums
-
-
-@part
-def _sums_of_four(m: Array, edge: float, sums: Array) -> int:
-    """Write the sums, four magnitudes each, of those above an edge; return their number.
-
-    Four are added in the work dtype, in pairs, so that equal numbers do not round.
-    """
-    zero, below, n = m.dtype.type(0), np.int32(0), sums.size
-    for j in range(n):
-        a, b, c, d = m[j], m[j + n], m[j + 2 * n], m[j + 3 * n]
-        below = np.int32(below + (a <= edge) + (b <= edge) + (c <= edge) + (d <= edge))
-        first = (zero if a <= edge else a) + (zero if b <= edge else b)
-        second = (zero if c <= edge else c) + (zero if d <= edge else d)
-        sums[j] = first + second
-    return m.size - below
-
-
-@inner_loop
-def _chosen_sum(m: Array, edge: float, values: Array, sums: Array) -> float:
-    """The sum of the values of elements whose magnitudes lie above an edge; `sums` is scratch."""
-    zero, n = m.dtype.type(0), m.size // 4
-    for j in range(n):
-        a, b, c, d = values[j], values[j + n], values[j + 2 * n], values[j + 3 * n]
-        first = (zero if m[j] <= edge else a) + (zero if m[j + n] <= edge else b)
-        second = (zero if m[j + 2 * n] <= edge else c) + (zero if m[j + 3 * n] <= edge else d)
-        sums[j] = first + second
-    return sum_in_lanes(sums, n)
 
 
 @part
@@ -189,7 +158,6 @@ def _add_up(
             number_above[base + cell, lane] = total_above[base + cell, lane] = 0
         for start in range(starts[depth - 1], stop, CHUNK):
             end = min(start + CHUNK, stop)
-            sums = space.of_four[: (end - start) // 4]
             if m.size < stop:
                 chunk = m[: end - start]
                 chunk[_take(x[start : start + CHUNK], factor, bits, depth, chunk) :] = BELOW
@@ -198,11 +166,11 @@ def _add_up(
             for cell in range(first_cell, cells, step):
                 edge = lower[cells + cell, lane]
                 if weight is None:
-                    number = np.float64(_sums_of_four(chunk, edge, sums))
-                    total = sum_in_lanes(sums, sums.size)
+                    total, above = sum_above(chunk, edge, chunk)
+                    number = np.float64(above)
                 else:
-                    number = _chosen_sum(chunk, edge, space.weight[lane, start:end], sums)
-                    total = _chosen_sum(chunk, edge, space.weighted[lane, start:end], sums)
+                    number, _ = sum_above(chunk, edge, space.weight[lane, start:end])
+                    total, _ = sum_above(chunk, edge, space.weighted[lane, start:end])
                 number_above[base + cell, lane] += number
                 total_above[base + cell, lane] += total
 

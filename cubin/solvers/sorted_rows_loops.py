@@ -269,24 +269,24 @@ def _space(levels: int, book: Book) -> Space:
 def _find_positions(values: Array, start: int, stop: int, lower: Array, positions: Array) -> None:
     """Write where in the row the elements of each cell start, and where the last ones stop.
 
-    This is a bisection for every edge. All edges take a step before any takes the next one, so that
-    the processor works on several at once.
+    This is a bisection for every edge, of elements as many as a power of two: the first comparison
+    chooses between those at the start and those at the end. Then what a comparison gives is a bit
+    of the position, which needs no branch. Processors work on several edges at once. Were they in
+    the inner loop, LLVM would read with vectors of addresses, which takes five times as long.
     """
-    cells, one = len(lower), np.uint64(1)
+    cells, one, steps = len(lower), np.uint64(1), np.uint64(0)
     positions[0], positions[cells] = start, stop
+    while np.uint64(stop - start) >> steps > one:
+        steps += one
+    last = np.uint64(stop) - (one << steps)
     for cell in range(1, cells):
-        positions[cell] = np.uint64(start)
-    left = np.uint64(stop - start)
-    while left > one:
-        half = left >> one
-        for cell in range(1, cells):
-            at = positions[cell] + half
-            positions[cell] = at if values[at - one] <= lower[cell] else positions[cell]
-        left -= half
-    if left:
-        for cell in range(1, cells):
-            at = positions[cell]
-            positions[cell] = at + one if values[at] <= lower[cell] else at
+        # The element before the position: one before the first, modulo 2^64, is none.
+        edge, step = lower[cell], steps
+        before = last if values[last] <= edge else np.uint64(start) - one
+        while step:
+            step -= one
+            before += np.uint64(values[before + (one << step)] <= edge) << step
+        positions[cell] = before + one
 
 
 @inner_loop
@@ -640,21 +640,8 @@ def _of_eight(x: Array, factor: float, lower: Array, table: Array, mirror: Any, 
 
 
 @inner_loop
-def _find_cells(m: Array, size: int, lower: Array, cells: Array) -> None:
-    """Write the cells of magnitudes by bisection; all take a step before any takes the next one."""
-    step = np.uint32(len(lower) >> 1)
-    for j in range(size):
-        cells[j] = 0
-    while step:
-        for j in range(size):
-            at = cells[j] + step
-            cells[j] = at if m[j] > lower[at] else cells[j]
-        step >>= np.uint32(1)
-
-
-@inner_loop
 def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
-    """The same by counting the edges below each magnitude, four at a time."""
+    """Write the cells of magnitudes by counting the edges below each, four at a time."""
     for j in range(size):
         cells[j] = 0
     for first in range(0, len(lower), 4):
@@ -669,15 +656,40 @@ def _count_edges(m: Array, size: int, lower: Array, cells: Array) -> None:
 
 
 @inner_loop
-def _find_cells_by_bits(m: Array, bits: Array, levels: int, lower: Array, cells: Array) -> None:
-    """The same by bisection where each element has its number of bits."""
-    for j in range(bits.size):
-        cells[j] = np.uint32(1) << bits[j] >> 1
-    for number in range(2, levels + 1):
-        for j in range(bits.size):
-            # The step of an element that has too few levels is 0.
-            at = cells[j] + (np.uint32(1) << bits[j] >> number)
-            cells[j] = at if m[j] > lower[at] else cells[j]
+def _set_tree(lower: Array, begin: int, cells: int, trees: Array) -> None:
+    """Write the edges of the cells from `begin` on in the order in which bisection meets them.
+
+    It begins at entry 1, and goes on from entry i to 2 i, or to 2 i + 1 if the magnitude is larger.
+    """
+    step, at = cells, begin + 1
+    while step > 1:
+        for cell in range(begin + (step >> 1), begin + cells, step):
+            trees[at] = lower[cell]
+            at += 1
+        step >>= 1
+
+
+@inner_loop
+def _bisect(
+    x: Array, factor: float, bits: Array, trees: Array, table: Array, mirrors: Array, y: Array
+) -> None:
+    """`_look_up` for a row of many cells, or with a map: `trees` are those of the row.
+
+    With a map, the tree of d bits begins at entry 2^(d-1), as its cells do. So every bisection ends
+    on the number of a cell. All elements take as many steps, and those after the last edge are
+    undone: processors would predict their number badly. So they would a choice between two halves.
+    """
+    levels, mapped = len(mirrors) - 1, bits.size > 0
+    steps, one = levels - 1, np.uint64(1)
+    for j in range(x.size):
+        m, depth = abs(x[j]) * factor, np.uint64(bits[j] if mapped else levels)
+        begin, at = one << depth >> one if mapped else np.uint64(0), one
+        for _ in range(steps):
+            at += at + np.uint64(m > trees[begin + at])
+        at = at >> np.uint64(levels) - depth if mapped else at - np.uint64(table.size)
+        # Both are read before the choice: a choice between reads would be a branch, too.
+        value, mirror = table[at], mirrors[depth]
+        y[j] = mirror - value if x[j] <= 0 else value
 
 
 @loop
@@ -692,37 +704,31 @@ def _look_up(
     """
     x, bits, lower, table, y = uncounted(x, bits, lower, table, y)
     levels, mapped, cells = len(mirrors) - 1, len(bits) > 0, table.shape[1]
-    m, at = np.empty(CHUNK, x.dtype), np.empty(CHUNK, np.uint32)
+    m, at, trees = np.empty(CHUNK, x.dtype), np.empty(CHUNK, np.uint32), np.empty(cells, x.dtype)
     mirror_of_all = mirrors[levels]
     for row in range(len(x)):
         row_lower, row_table, factor = lower[row], table[row], inverse[row]
-        if cells <= SELECTED and not mapped:
-            if cells > 4:
-                _of_eight(x[row], factor, row_lower, row_table, mirror_of_all, y[row])
-            else:
-                _of_four(x[row], factor, row_lower, row_table, mirror_of_all, y[row])
-            continue
-        for start in range(0, x.shape[1], CHUNK):
-            elements, entries = x[row, start : start + CHUNK], y[row, start : start + CHUNK]
-            size = elements.size
-            for j in range(size):
-                m[j] = abs(elements[j]) * factor
-            if mapped:
-                depths = bits[row, start : start + size]
-                _find_cells_by_bits(m, depths, levels, row_lower, at)
-                for j in range(size):
-                    # Both are read before the choice: a choice between reads would be a branch,
-                    # which processors predict badly on random signs.
-                    value, mirror = row_table[at[j]], mirrors[depths[j]]
-                    entries[j] = mirror - value if elements[j] <= 0 else value
-            else:
-                if cells <= COUNTED:
-                    _count_edges(m, size, row_lower, at)
-                else:
-                    _find_cells(m, size, row_lower, at)
-                for j in range(size):
+        if mapped:
+            trees[0] = row_lower[0]
+            for depth in range(levels):
+                _set_tree(row_lower, 1 << depth, 1 << depth, trees)
+            _bisect(x[row], factor, bits[row], trees, row_table, mirrors, y[row])
+        elif cells > COUNTED:
+            _set_tree(row_lower, 0, cells, trees)
+            _bisect(x[row], factor, bits[:0, 0], trees, row_table, mirrors, y[row])
+        elif cells > SELECTED:
+            for start in range(0, x.shape[1], CHUNK):
+                elements, entries = x[row, start : start + CHUNK], y[row, start : start + CHUNK]
+                for j in range(elements.size):
+                    m[j] = abs(elements[j]) * factor
+                _count_edges(m, elements.size, row_lower, at)
+                for j in range(elements.size):
                     value = row_table[at[j]]
                     entries[j] = mirror_of_all - value if elements[j] <= 0 else value
+        elif cells > 4:
+            _of_eight(x[row], factor, row_lower, row_table, mirror_of_all, y[row])
+        else:
+            _of_four(x[row], factor, row_lower, row_table, mirror_of_all, y[row])
 
 
 # ---------------------------------------------------------------- as the solvers are called

@@ -193,6 +193,28 @@ def _add_columns(context: Any, m: Any, taken: Any, n: Any, sums: Any) -> Any:
     return numba.void(m, m.dtype, numba.int64, sums), generate
 
 
+def _spread(builder: Any, value: Any, width: int = LANES) -> Any:
+    """A vector of one value."""
+    empty = ir.Constant(ir.VectorType(value.type, width), ir.Undefined)
+    first = builder.insert_element(empty, value, ir.IntType(32)(0))
+    every = ir.Constant(ir.VectorType(ir.IntType(32), width), None)
+    return builder.shuffle_vector(first, empty, every)
+
+
+def _in_pairs(builder: Any, vector: Any, plus: Any) -> Any:
+    """The sum of the lanes of a vector, in pairs."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        half = ir.VectorType(ir.IntType(32), width)
+        even, odd = (half(list(range(first, 2 * width, 2))) for first in (0, 1))
+        vector = plus(
+            builder.shuffle_vector(vector, vector, even),
+            builder.shuffle_vector(vector, vector, odd),
+        )
+    return builder.extract_element(vector, ir.IntType(32)(0))
+
+
 def _in_lanes(
     context: Any, builder: Any, kinds: Any, numbers: Any, size: Any, taken: Any = None,
     bits: Any = None, level: Any = None,
@@ -206,12 +228,7 @@ def _in_lanes(
     last numbers, which do not fill the lanes, are read with a mask.
     """
     word, none = ir.IntType(64), ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
-    wide = ir.VectorType(ir.DoubleType(), LANES)
-
-    def spread(value: Any) -> Any:
-        empty = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-        first = builder.insert_element(empty, value, ir.IntType(32)(0))
-        return builder.shuffle_vector(first, empty, none)
+    wide, spread = ir.VectorType(ir.DoubleType(), LANES), functools.partial(_spread, builder)
 
     def view(position: int, array: Any) -> Any:
         return context.make_array(kinds[position])(context, builder, array)
@@ -258,18 +275,6 @@ def _in_lanes(
             more = builder.zext(coded, none.type)
             builder.store(builder.add(builder.load(counts), more), counts)
 
-    def total(vector: Any, plus: Any) -> Any:
-        width = LANES
-        while width > 1:
-            width //= 2
-            half = ir.VectorType(ir.IntType(32), width)
-            even, odd = (half(list(range(first, 2 * width, 2))) for first in (0, 1))
-            vector = plus(
-                builder.shuffle_vector(vector, vector, even),
-                builder.shuffle_vector(vector, vector, odd),
-            )
-        return builder.extract_element(vector, ir.IntType(32)(0))
-
     lanes, counts = (cgutils.alloca_once_value(builder, kind(None)) for kind in (wide, none.type))
     whole = builder.and_(size, word(-LANES))
     with cgutils.for_range_slice(builder, word(0), whole, word(LANES)) as (start, _):
@@ -277,8 +282,8 @@ def _in_lanes(
     rest, lane = builder.sub(size, whole), ir.Constant(ir.VectorType(word, LANES), [*range(LANES)])
     with builder.if_then(builder.icmp_signed(">", rest, word(0))):
         add(whole, builder.icmp_signed("<", lane, spread(rest)))
-    count = size if bits is None else total(builder.load(counts), builder.add)
-    return total(builder.load(lanes), builder.fadd), count
+    count = size if bits is None else _in_pairs(builder, builder.load(counts), builder.add)
+    return _in_pairs(builder, builder.load(lanes), builder.fadd), count
 
 
 @intrinsic
@@ -311,6 +316,68 @@ def coded_residual_sum(context: Any, x: Any, size: Any, taken: Any, bits: Any, l
         return context.make_tuple(builder, result, found)
 
     return result(x, numba.int64, taken, bits, numba.uint8), generate
+
+
+@intrinsic
+def sum_above(context: Any, m: Any, edge: Any, values: Any) -> Any:
+    """The sum of the values of elements whose magnitudes `m` lie above an edge, and their number.
+
+    The elements, a multiple of 32, are four columns, which are added in pairs in the work dtype.
+    What this gives goes to eight lanes in turn. LLVM would store it first, and make vectors of half
+    the size: this takes half to two thirds of the time where there are vectors of 64 bytes.
+    """
+    size, width = m.dtype.bitwidth // 8, 512 // m.dtype.bitwidth
+    number, word = ir.IntType(32), ir.IntType(64)
+    numbers, wide = ir.VectorType(number, width), ir.VectorType(ir.DoubleType(), LANES)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = context.get_value_type(m.dtype)
+        magnitudes, chosen = (
+            context.make_array(array)(context, builder, argument)
+            for array, argument in ((m, arguments[0]), (values, arguments[2]))
+        )
+        (elements,) = cgutils.unpack_tuple(builder, magnitudes.shape, 1)
+        column = builder.lshr(elements, word(2))
+        lanes, counts = (cgutils.alloca_once_value(builder, of(None)) for of in (wide, numbers))
+
+        def add(start: Any, width: int) -> None:
+            vector, found = ir.VectorType(kind, width), []
+
+            def load(array: Any, at: Any) -> Any:
+                where = builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer())
+                return builder.load(where, align=size)
+
+            for turn in range(4):
+                at = builder.add(start, builder.mul(column, word(turn)))
+                spread = _spread(builder, arguments[1], width)
+                above = builder.fcmp_ordered(">", load(magnitudes, at), spread)
+                found.append(builder.select(above, load(chosen, at), vector(None)))
+                # As many as there are counters.
+                every = ir.Constant(numbers, [*range(numbers.count)])
+                above = builder.shuffle_vector(above, above.type(None), every)
+                less = builder.sub(builder.load(counts), builder.sext(above, numbers))
+                builder.store(less, counts)
+            a, b, c, d = found
+            sums = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+            for first in range(0, width, LANES):
+                eight = ir.Constant(ir.VectorType(number, LANES), [*range(first, first + LANES)])
+                some = builder.shuffle_vector(sums, sums, eight)
+                some = some if some.type == wide else builder.fpext(some, wide)
+                builder.store(builder.fadd(builder.load(lanes), some), lanes)
+
+        whole = builder.and_(column, word(-width))
+        with cgutils.for_range_slice(builder, word(0), whole, word(width)) as (start, _):
+            add(start, width)
+        with builder.if_then(builder.icmp_signed("<", whole, column)):
+            add(whole, LANES)
+        declared = ir.FunctionType(number, [numbers])
+        name = f"llvm.vector.reduce.add.v{width}i32"
+        add_up = cgutils.get_or_insert_function(builder.module, declared, name)
+        count = builder.call(add_up, [builder.load(counts)])
+        total = _in_pairs(builder, builder.load(lanes), builder.fadd)
+        return context.make_tuple(builder, signature.return_type, (total, count))
+
+    return numba.types.Tuple((numba.float64, numba.int32))(m, m.dtype, values), generate
 
 
 @part

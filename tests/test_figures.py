@@ -29,7 +29,7 @@ from tests.test_multibit import TOLERANCE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-BENCHMARK = RESULTS / "benchmark" / "2026-11-29-amd-epyc-2-cores"
+BENCHMARK = RESULTS / "benchmark" / "2026-11-29-intel-xeon-2-cores"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -693,7 +693,7 @@ def sentences():
             ),
         ],
         "docs/performance.md": [
-            ("recorded on {} cores of an {} (", machine(BENCHMARK / "benchmark")),
+            ("recorded on {} cores of an {} ([data", machine(BENCHMARK / "benchmark")),
             *times(TIMED),
             *others(),
             ("{} of {} cells take longer than {} times their fastest peer", cells_behind()),
@@ -859,7 +859,7 @@ def sentences():
             *scheduled(),
         ],
         "docs/codes.md": [
-            ("float32 on {} cores of an {} (", machine(RESULTS / "products")),
+            ("float32 on {} cores of an {} ([data]", machine(RESULTS / "products")),
             *products(),
         ],
         "docs/conventions.md": [
@@ -899,13 +899,13 @@ def sentences():
 
 CLAIMS = {
     "docs/codes.md": {
-        "Many rows take about as long as with floats. Integers of 8 bits are faster where": (
+        "about as long as with floats. From 8 rows on integers of 8 bits are faster": (
             lambda: all(
                 1 / 1.15 < speed_up(label, 512) < 1.15 for label in list(BESIDE)[:4]
             )
             and all(
                 speed_up("PyTorch, int8", batch) > speed_up(label, batch)
-                for batch in BATCHES for label in list(BESIDE)[:5]
+                for batch in BATCHES[1:] for label in list(BESIDE)[:5]
             )
         ),
     },

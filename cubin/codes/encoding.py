@@ -72,9 +72,17 @@ class Encoding:
         scales : list of array, shape (rows, 1)
             All scales of a row: one for each level, if it has no more.
         """
+        self._set_scales(part, scales)
+        self.pack(part, code, bits)
+
+    def store_bits(self, part: Part, signs: Array, scales: list[Array]) -> None:
+        """The same on the host for signs as bits, (levels, rows, bytes), 1 for +1."""
+        self._set_scales(part, scales)
+        self._place_bits(part, signs)
+
+    def _set_scales(self, part: Part, scales: list[Array]) -> None:
         for number, scale in enumerate(scales):
             self.scales[number, part.rows] = scale[:, 0]
-        self.pack(part, code, bits)
 
     def pack(self, part: Part, code: Array, bits: Any) -> None:
         """Write the signs of a part alone."""

@@ -47,6 +47,9 @@ SORTING = 1 << 4
 ROW = 1 << 7
 """The work of passes on whole rows on each row, beside that on its elements."""
 
+SIGNS_AT_ONCE = 1 << 20
+"""Elements of a part on the host whose signs are packed: runs of many bytes are placed faster."""
+
 LINES_AT_ONCE = 1 << 18
 """Elements of a block of lines on the host."""
 

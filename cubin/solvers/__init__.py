@@ -62,16 +62,7 @@ def encode(
     if primitive is not None and passes.takes_whole_rows(primitive, rows, x, bits):
         encoding.fill(primitive, (x, bits.values), *static)
     elif solver.name == "greedy":
-        scales = greedy.row_scales(x, bits, rows)
-        find_codes = passes.form(greedy.codes, x)
-
-        def pack(part: Part, x: Array, bits: Any) -> None:
-            code = libraries.result_like(x, np.uint16)
-            of_part = [scale[part.rows] for scale in scales]
-            find_codes(x, bits, *of_part, code=code)
-            encoding.store(part, code, bits, of_part)
-
-        passes.for_each_part(pack, rows, x, bits.values)
+        _pack_greedily(encoding, x, bits, rows)
     else:
 
         def hand_over(part: Part, lookup: Lookup, x: Array, bits: Any) -> None:
@@ -79,6 +70,32 @@ def encode(
 
         _search(x, bits, rows, solver, importance, hand_over)
     return conversions.rounded(encoding.scales, x.dtype), encoding.planes
+
+
+def _pack_greedily(encoding: Encoding, x: Array, bits: Bits, rows: Rows) -> None:
+    """Fill an encoding with the greedy codes of rows that are too long to be read once."""
+    scales = greedy.row_scales(x, bits, rows)
+    find_codes = passes.form(greedy.codes, x)
+
+    def pack(part: Part, x: Array, bits: Any) -> None:
+        code = libraries.result_like(x, np.uint16)
+        of_part = [scale[part.rows] for scale in scales]
+        find_codes(x, bits, *of_part, code=code)
+        encoding.store(part, code, bits, of_part)
+
+    # Loops write bits of elements that lie in order, and need no codes.
+    loops = passes.search_loops(greedy, x, x.size)
+    if loops is None or not (scales and rows.in_order and x.flags.c_contiguous):
+        passes.for_each_part(pack, rows, x, bits.values)
+        return
+
+    def write(part: Part, x: Array, bits: Any) -> None:
+        signs = passes.scratch("signs", (len(scales), len(x), -(-x.shape[1] // 8)), np.uint8, x)
+        of_part = [scale[part.rows] for scale in scales]
+        loops.write_signs(x, bits, *of_part, signs=signs)
+        encoding.store_bits(part, signs, of_part)
+
+    passes.for_each_part(write, rows, x, bits.values, size=passes.SIGNS_AT_ONCE)
 
 
 def _simplest(solver: Solver, bits: Bits, importance: Array | None) -> Solver:

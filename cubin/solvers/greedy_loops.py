@@ -200,6 +200,18 @@ def _encode_rows(
             )  # fmt: skip
 
 
+@loop
+def _write_signs(x: Array, bits: Array, scales: Array, signs: Array) -> None:
+    levels, rows, width = signs.shape
+    elements, depths = x.reshape(-1), bits.reshape(-1)
+    found, packed = scales.reshape(-1), signs.reshape(-1)
+    for row in range(rows):
+        write_bits(
+            elements, row * x.shape[1], x.shape[1], depths, row * bits.shape[1], found,
+            row * levels, 1, False, levels, packed, row * width, rows * width,
+        )  # fmt: skip
+
+
 @part
 def _set_bits(n: Array, bits: Array, level: int, scale: float, code: Array) -> None:
     """Set bit `level` of a code to the sign, and take the level off the negated residual."""
@@ -300,6 +312,12 @@ def encode_rows(x: Array, bits: Array, levels: int, *, scales: Array, signs: Arr
     by_row, (_, sums) = memory.scratch("scales", (len(x), levels), wide.dtype), scratch(wide.dtype)
     _encode_rows(wide, depths, by_row, *_rows(wide), sums, signs)
     scales[...] = by_row.T[:, :, None]
+
+
+def write_signs(x: Array, bits: Array, *scales: Array, signs: Array) -> None:
+    """Write the signs of rows as bits, (levels, rows, bytes), 1 for +1; scales are (rows, 1)."""
+    wide = in_work_dtype(x)
+    _write_signs(wide, map_of(bits, len(x)), _stack(scales, wide), signs)
 
 
 def codes(x: Array, bits: Array, *scales: Array, code: Array) -> None:

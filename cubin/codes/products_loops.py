@@ -21,7 +21,7 @@ from cubin.codes import planes_loops, products
 from cubin.codes.decoding import Decoding
 from cubin.codes.products import FEW, multiply_tiles
 from cubin.core import memory
-from cubin.core.host.loops import in_rows, intrinsic, loop, part, read_only, uncounted
+from cubin.core.host.loops import in_rows, intrinsic, loop, part, read_only, spread, uncounted
 from cubin.core.libraries import Array
 
 _STRIP = 64
@@ -110,14 +110,6 @@ def _add_one_by_one(flat: Array, at: int, table: Array, total: Array) -> None:
         total[i] += table[held[i]]
 
 
-def _every(builder: Any, number: Any, lanes: int) -> Any:
-    """A vector of the same number in all lanes."""
-    vector = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
-    vector = builder.insert_element(vector, number, ir.IntType(64)(0))
-    order = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-    return builder.shuffle_vector(vector, vector, order)
-
-
 def _adder(count: int) -> Any:
     """The same for `count` bytes, 1 or 8, of at least `_LANES` lines, by the elements of x.
 
@@ -155,7 +147,7 @@ def _adder(count: int) -> Any:
                 signed = []
                 for t in range(4):
                     value = builder.load(builder.gep(values.data, [place(element + t)]))
-                    same = builder.bitcast(_every(builder, value, lanes), integers)
+                    same = builder.bitcast(spread(builder, value, lanes), integers)
                     flips = constant([(~lane >> t & 1) << bits - 1 for lane in range(lanes)])
                     signed.append(builder.bitcast(builder.xor(same, flips), numbers))
                 a, b, c, d = signed
@@ -201,7 +193,7 @@ def _adder(count: int) -> Any:
                     found = [builder.fadd(one, other) for one, other in pairs]
                 where = builder.gep(totals.data, [line])
                 where = builder.bitcast(where, numbers.as_pointer())
-                done = _every(builder, builder.trunc(builder.sub(wanted, line), integer), lanes)
+                done = spread(builder, builder.trunc(builder.sub(wanted, line), integer), lanes)
                 new = builder.icmp_unsigned(">=", constant(range(lanes)), done)
                 # All lanes are stored: AMD's processors take long to store some of them.
                 added = builder.select(new, found[0], ir.Constant(numbers, None))
@@ -492,7 +484,7 @@ def _adder_of_products(columns: int) -> Any:
                 element = builder.add(start, turn.index)
                 for r, of_row in enumerate(held):
                     at = _address(builder, rows, number, builder.add(first, place(r)), element)
-                    same = _every(builder, builder.load(at), lanes)
+                    same = spread(builder, builder.load(at), lanes)
                     for value, total in zip(of_lines, of_row, strict=True):
                         added = builder.call(fused, [value, same, builder.load(total)])
                         builder.store(added, total)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from cubin.core.host.loops import intrinsic
+from cubin.core.host.loops import intrinsic, spread
 
 WORD = 32
 """Elements of a word: they stay in registers for all levels. So many numbers of float32 are two
@@ -38,9 +38,7 @@ class _Vectors:
 
     def spread(self, value: Any) -> Any:
         """A vector of one number."""
-        empty = ir.Constant(ir.VectorType(value.type, self.width), ir.Undefined)
-        first = self._builder.insert_element(empty, value, _INDEX(0))
-        return self._builder.shuffle_vector(first, empty, ir.Constant(self._numbers, None))
+        return spread(self._builder, value, self.width)
 
     def repeat(self, data: Any, start: Any, run: int) -> Any:
         """Numbers of an array, from `start` on, `run` times each."""

@@ -75,6 +75,18 @@ def encode(
 def _pack_greedily(encoding: Encoding, x: Array, bits: Bits, rows: Rows) -> None:
     """Fill an encoding with the greedy codes of rows that are too long to be read once."""
     scales = greedy.row_scales(x, bits, rows)
+    # Loops write bits of elements that lie in order, and need no codes.
+    loops = passes.search_loops(greedy, x, x.size)
+    if loops is not None and scales and rows.in_order and x.flags.c_contiguous:
+
+        def write(part: Part, x: Array, bits: Any) -> None:
+            signs = passes.scratch("signs", (len(scales), len(x), -(-x.shape[1] // 8)), np.uint8, x)
+            of_part = [scale[part.rows] for scale in scales]
+            loops.write_signs(x, bits, *of_part, signs=signs)
+            encoding.store_bits(part, signs, of_part)
+
+        passes.for_each_part(write, rows, x, bits.values, size=passes.SIGNS_AT_ONCE)
+        return
     find_codes = passes.form(greedy.codes, x)
 
     def pack(part: Part, x: Array, bits: Any) -> None:
@@ -83,19 +95,7 @@ def _pack_greedily(encoding: Encoding, x: Array, bits: Bits, rows: Rows) -> None
         find_codes(x, bits, *of_part, code=code)
         encoding.store(part, code, bits, of_part)
 
-    # Loops write bits of elements that lie in order, and need no codes.
-    loops = passes.search_loops(greedy, x, x.size)
-    if loops is None or not (scales and rows.in_order and x.flags.c_contiguous):
-        passes.for_each_part(pack, rows, x, bits.values)
-        return
-
-    def write(part: Part, x: Array, bits: Any) -> None:
-        signs = passes.scratch("signs", (len(scales), len(x), -(-x.shape[1] // 8)), np.uint8, x)
-        of_part = [scale[part.rows] for scale in scales]
-        loops.write_signs(x, bits, *of_part, signs=signs)
-        encoding.store_bits(part, signs, of_part)
-
-    passes.for_each_part(write, rows, x, bits.values, size=passes.SIGNS_AT_ONCE)
+    passes.for_each_part(pack, rows, x, bits.values)
 
 
 def _simplest(solver: Solver, bits: Bits, importance: Array | None) -> Solver:

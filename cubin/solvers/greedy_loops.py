@@ -181,35 +181,34 @@ def _approximate_narrow_rows(
 # ---------------------------------------------------------------- codes
 
 
-@loop
-def _encode_rows(
-    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, sums: Array, signs: Array
-) -> None:
-    """Write the scales and the signs as bits, (levels, rows, bytes)."""
-    x, bits, scales, m, signs = uncounted(x, bits, scales, m, signs)
+@part
+def _pack_rows(x: Array, bits: Array, scales: Array, start: int, stop: int, signs: Array) -> None:
+    """Write the signs of some rows as bits, (levels, rows, bytes)."""
     levels, rows, width = signs.shape
     elements, depths = x.reshape(-1), bits.reshape(-1)
     found, packed = scales.reshape(-1), signs.reshape(-1)
-    for start in range(0, rows, len(m)):
-        stop = min(start + len(m), rows)
-        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, magnitudes, sums)
-        for row in range(start, stop):
-            write_bits(
-                elements, row * x.shape[1], x.shape[1], depths, row * bits.shape[1], found,
-                row * levels, 1, False, levels, packed, row * width, rows * width,
-            )  # fmt: skip
-
-
-@loop
-def _write_signs(x: Array, bits: Array, scales: Array, signs: Array) -> None:
-    levels, rows, width = signs.shape
-    elements, depths = x.reshape(-1), bits.reshape(-1)
-    found, packed = scales.reshape(-1), signs.reshape(-1)
-    for row in range(rows):
+    for row in range(start, stop):
         write_bits(
             elements, row * x.shape[1], x.shape[1], depths, row * bits.shape[1], found,
             row * levels, 1, False, levels, packed, row * width, rows * width,
         )  # fmt: skip
+
+
+@loop
+def _encode_rows(
+    x: Array, bits: Array, scales: Array, m: Array, magnitudes: Array, sums: Array, signs: Array
+) -> None:
+    """Write the scales and the signs of rows."""
+    x, bits, scales, m, signs = uncounted(x, bits, scales, m, signs)
+    for start in range(0, len(x), len(m)):
+        stop = min(start + len(m), len(x))
+        _find_scales(x[start:stop], bits[start:stop], scales[start:stop], m, magnitudes, sums)
+        _pack_rows(x, bits, scales, start, stop, signs)
+
+
+@loop
+def _write_signs(x: Array, bits: Array, scales: Array, signs: Array) -> None:
+    _pack_rows(x, bits, scales, 0, len(x), signs)
 
 
 @part

@@ -290,7 +290,8 @@ def tensors_of(path: Path, labels: Mapping[Path, str]) -> Iterator[Weight]:
             f"{path}: reading it needs {error.name}: pip install {error.name}"
         ) from error
     except Exception as error:
-        problem = first_line(error) if path.stat().st_size else "it is empty"
+        empty = path.is_file() and not path.stat().st_size
+        problem = "it is empty" if empty else first_line(error)
         raise WeightsError(
             f"{path}: not a sound {path.suffix.lower()} file ({problem}); save it again"
         ) from error

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
 
-from cubin.weights import Weights, WeightsError, channel_rows
+from cubin.weights import Weights, WeightsError, channel_rows, checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = ["float16", "float32", "float64"]
@@ -978,6 +978,13 @@ def test_file_that_is_not_what_its_name_says(tmp_path, kind, content):
     with pytest.raises(WeightsError) as error:
         Weights([path])
     assert_one_line(error, f"not a sound {kind} file")
+
+
+def test_file_that_went_away(tmp_path):
+    path = tmp_path / "net.npz"
+    with pytest.raises(WeightsError) as error:
+        list(checkpoint.tensors_of(path, {path: ""}))
+    assert_one_line(error, "not a sound .npz file")
 
 
 @pytest.mark.parametrize("kind", [".npy", ".npz", ".safetensors", ".onnx"])

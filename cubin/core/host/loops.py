@@ -169,9 +169,7 @@ def _add_columns(context: Any, m: Any, taken: Any, n: Any, sums: Any) -> Any:
         letters = f"v{LANES}f{8 * size}"
         declared = ir.FunctionType(vector, [vector])
         fabs = cgutils.get_or_insert_function(builder.module, declared, f"llvm.fabs.{letters}")
-        empty, one = ir.Constant(vector, ir.Undefined), ir.IntType(32)
-        scale = builder.insert_element(empty, arguments[1], one(0))
-        scale = builder.shuffle_vector(scale, empty, ir.VectorType(one, LANES)(None))
+        scale = spread(builder, arguments[1])
 
         def place(array: Any, at: Any) -> Any:
             return builder.bitcast(builder.gep(array, [at]), vector.as_pointer())
@@ -193,7 +191,7 @@ def _add_columns(context: Any, m: Any, taken: Any, n: Any, sums: Any) -> Any:
     return numba.void(m, m.dtype, numba.int64, sums), generate
 
 
-def _spread(builder: Any, value: Any, width: int = LANES) -> Any:
+def spread(builder: Any, value: Any, width: int = LANES) -> Any:
     """A vector of one value."""
     empty = ir.Constant(ir.VectorType(value.type, width), ir.Undefined)
     first = builder.insert_element(empty, value, ir.IntType(32)(0))
@@ -228,7 +226,7 @@ def _in_lanes(
     last numbers, which do not fill the lanes, are read with a mask.
     """
     word, none = ir.IntType(64), ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
-    wide, spread = ir.VectorType(ir.DoubleType(), LANES), functools.partial(_spread, builder)
+    wide = ir.VectorType(ir.DoubleType(), LANES)
 
     def view(position: int, array: Any) -> Any:
         return context.make_array(kinds[position])(context, builder, array)
@@ -259,12 +257,12 @@ def _in_lanes(
             scales = view(2, taken)
             (levels,) = cgutils.unpack_tuple(builder, scales.shape, 1)
             with cgutils.for_range(builder, levels) as turn:
-                scale = spread(builder.load(builder.gep(scales.data, [turn.index])))
+                scale = spread(builder, builder.load(builder.gep(scales.data, [turn.index])))
                 found = builder.fsub(builder.load(left), scale)
                 builder.store(function("fabs", found.type, found), left)
             found = builder.load(left)
         if bits is not None:
-            coded = builder.icmp_unsigned(">", load(3, bits, start, mask), spread(level))
+            coded = builder.icmp_unsigned(">", load(3, bits, start, mask), spread(builder, level))
             coded = coded if mask is None else builder.and_(coded, mask)
         if coded is not None:
             found = builder.select(coded, found, zeros)
@@ -281,7 +279,7 @@ def _in_lanes(
         add(start)
     rest, lane = builder.sub(size, whole), ir.Constant(ir.VectorType(word, LANES), [*range(LANES)])
     with builder.if_then(builder.icmp_signed(">", rest, word(0))):
-        add(whole, builder.icmp_signed("<", lane, spread(rest)))
+        add(whole, builder.icmp_signed("<", lane, spread(builder, rest)))
     count = size if bits is None else _in_pairs(builder, builder.load(counts), builder.add)
     return _in_pairs(builder, builder.load(lanes), builder.fadd), count
 
@@ -349,8 +347,8 @@ def sum_above(context: Any, m: Any, edge: Any, values: Any) -> Any:
 
             for turn in range(4):
                 at = builder.add(start, builder.mul(column, word(turn)))
-                spread = _spread(builder, arguments[1], width)
-                above = builder.fcmp_ordered(">", load(magnitudes, at), spread)
+                limit = spread(builder, arguments[1], width)
+                above = builder.fcmp_ordered(">", load(magnitudes, at), limit)
                 found.append(builder.select(above, load(chosen, at), vector(None)))
                 # As many as there are counters.
                 every = ir.Constant(numbers, [*range(numbers.count)])

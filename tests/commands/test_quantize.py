@@ -146,7 +146,7 @@ def test_show_of_groups_with_the_weights(net, tmp_path, capsys):
         ("show none.safetensors", "none.safetensors"),
         ("show net.npz", "no intact file of codes: it is no .safetensors file"),
         ("show net.npz", "cubin.BinaryCode.load reads .npz files"),
-        ("quantize empty.pt --bits 1 --output d.safetensors", "(it is empty)"),
+        ("quantize empty.npz --bits 1 --output d.safetensors", "(it is empty)"),
         ("show c.safetensors --weights other.npz", "no tensor 'a'"),
         ("quantize net.npz --bits 17 --output d.safetensors", "17"),
         ("quantize net.npz --bits 1 --map budget:1.4 --output d.safetensors", "--bits"),
@@ -166,7 +166,7 @@ def test_errors_are_one_line(net, tmp_path, monkeypatch, capsys, arguments, prob
     run("quantize", "net.npz", "--bits", 1, "--output", "c.safetensors")
     np.savez("other.npz", z=np.ones((2, 2)))
     np.save("nan.npy", np.full((3, 4), np.nan))
-    (tmp_path / "empty.pt").touch()
+    (tmp_path / "empty.npz").touch()
     capsys.readouterr()
     assert run(*arguments.split()) == 2
     [line] = capsys.readouterr().err.splitlines()

@@ -37,6 +37,9 @@ FILLED = 8
 LONG = 1 << 7
 """Elements of runs from which on a scale is not written out for each of them."""
 
+WIDE = 1 << 11
+"""Elements of a line whose scales are written out at a time: those of all levels stay in the cache."""
+
 NARROWED = 1 << 16
 """Sums that are narrowed to float16 or bfloat16 at a time. They stay in the cache."""
 
@@ -280,25 +283,34 @@ def _fill(context: Any, numbers: Any, at: Any, value: Any) -> Any:
 
 @part
 def _widen(
-    scales: Array, place: int, of_level: int, levels: int, run: int, period: int, length: int,
-    wide: Array,
+    scales: Array, place: int, of_level: int, levels: int, run: int, period: int, first: int,
+    stop: int, wide: Array,
 ) -> None:  # fmt: skip
-    """Write the scale of each element of a line at some levels. Arguments as for `_sum_levels`.
+    """Write the scales at some levels of the elements of a line from `first` to `stop`.
 
-    What is written beyond a run is overwritten by the next one. A range with a step would divide.
+    The other arguments are those of `_sum_levels`. What is written beyond a run is overwritten by
+    the next one. A range with a step would divide.
     """
+    room, begun, within = wide.size // levels, 0, 0
+    if first:  # a division takes longer than the scales of a short run
+        begun = first // period
+        within = first - begun * period
+        place += begun * -(-period // run) + within // run
+        begun, within = begun * period, within % run
     for level in range(levels):
-        number, into = place + level * of_level, level * (wide.size // levels)
-        start, end = 0, min(period, length)
-        while start < length:
-            scale, stop = scales[number], min(start + run, end)
-            while start < stop:
+        number, into = place + level * of_level, level * room - first
+        start, end = first, min(begun + period, stop)
+        run_end = min(first + run - within, end)
+        while start < stop:
+            scale = scales[number]
+            while start < run_end:
                 _fill(wide, into + start, scale)
                 start += FILLED
             number += 1
-            start = stop
-            if stop == end:
-                end = min(end + period, length)
+            start = run_end
+            if start == end:
+                end = min(end + period, stop)
+            run_end = min(start + run, end)
 
 
 @loop
@@ -314,29 +326,32 @@ def _sum_levels(
     `of_level` further. Runs begin anew after each `period`; or they lie `within` words, one after
     the other. If they are `shifted`, shifts follow like a level. Sums of a line begin at multiples
     of `y_pitch`. There may be a map of `bits`. `wide`, which also comes read-only, has room for the
-    scales of the elements of a line, or is empty.
+    scales of some elements of a line, and a word beyond, or is empty.
     """
     held, scales, bits, y = uncounted(held, scales, bits, y)
     wide, widened = uncounted(wide, widened)
     several = run if within else 0
     numbers, stretch, size = scales, period, run
-    if several or wide.size:
+    if several:
         stretch = size = length
+    from_level = of_level
     if wide.size:
-        numbers, several = widened, 1
+        numbers, several, from_level = widened, 1, wide.size // (levels + shifted)
+        stretch = size = min(length, from_level - WORD)
     # Where a line has one run, those of all lines are written at once, else those of a stretch.
     at_once = lines if size == length and not wide.size else 1
     steps = (8 * pitch, apart, length, y_pitch) if at_once > 1 else (size, 1, size, size)
     for line in range(0, lines, at_once):
-        place, from_level = line * apart, of_level
-        if wide.size:
-            if apart or line == 0:
-                _widen(scales, place, of_level, levels + shifted, run, period, length, wide)
-            place, from_level = 0, wide.size // (levels + shifted)
+        place = line * apart
         room = y.size if y_pitch == length else line * y_pitch + length
         start = 0
         while start < length:
             end = min(start + stretch, length)
+            if wide.size:
+                if apart or line == 0 or stretch < length:
+                    _widen(scales, line * apart, of_level, levels + shifted, run, period, start,
+                           end, wide)  # fmt: skip
+                place = 0
             while start < end:
                 count = min(size, end - start)
                 times = max(at_once, (end - start) // count)
@@ -451,8 +466,9 @@ def sum_planes(
         found, length, period, pitch = 1, count * n, count * n, count * n
     if scaled == 1 == runs:
         run, within = length, False
-    wide = memory.scratch("wide", (levels + shifted, (length + WORD) if short else 0), scales.dtype)
-    wide[:, length:] = 0
+    room = min(length, WIDE) + WORD if short else 0
+    wide = memory.scratch("wide", (levels + shifted, room), scales.dtype)
+    wide[:, -WORD:] = 0
     widened = wide.reshape(-1), read_only(wide.reshape(-1))
     apart, depths = runs if scaled > 1 else 0, map_of(bits, 0).reshape(-1)
     layout, scales = (held, step, levels, width), read_only(padded)

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cubin.core import arrays, libraries
+from cubin.core import arrays, libraries, passes
 from cubin.core.libraries import Array
+from cubin.core.primitives import elementwise
 from cubin.core.rows import Section
 
 MAX_BITS = 16
 """The most levels of an element."""
+
+
+@elementwise(
+    "I integers, uint8 most",
+    "uint8 bits",
+    "bits = integers < most ? integers : most",
+    types=[{"I": "uint16"}, {"I": "uint32"}, {"I": "uint64"}],
+    looped=True,
+)
+def at_most(integers: np.ndarray, most: np.ndarray, *, bits: np.ndarray) -> None:
+    """Integers without a sign as bytes, larger ones as `most`."""
+    np.minimum(integers, most, out=bits, casting="unsafe")
 
 
 class Bits(NamedTuple):
@@ -56,7 +68,7 @@ class Bits(NamedTuple):
 def as_bits(
     value: object, x: Array, *, limit: int = MAX_BITS, of: str = "", look: bool = False
 ) -> Bits:
-    """`value` as the bits of the elements of `x`. A map may be a view of `value`.
+    """`value` as the bits of the elements of `x`. A map of uint8 is `value` itself, or a view.
 
     With `look`, the values of a map on a device are checked, which synchronises. Without, they are
     not: the map counts as clipped to 0 .. `limit`, and `levels` is `limit`. Messages say what the
@@ -114,26 +126,29 @@ def as_entries(
         return clipped, limit
     if bits.ndim == 0 and not libraries.on_device(bits):
         low = high = int(bits)
+        found = np.uint8(high if 0 <= high <= limit else 0)
     else:
-        # Read as unsigned numbers, negative ones are the largest: one pass over the map is enough.
-        unsigned = bits.view(bits.dtype.str.replace("i", "u"))
-        high = int(unsigned.max()) if bits.size else 0
+        found = _as_bytes(bits, limit + 1)
+        high = int(found.max()) if bits.size else 0
         low, high = (int(bits.min()), int(bits.max())) if high > limit else (0, high)
     if low < 0 or high > limit:
         raise ValueError(f"bits must lie in 0 .. {limit}{of}, got {low if low < 0 else high}")
-    if libraries.on_device(bits):
-        return bits.astype(np.uint8, copy=False), high
-    if bits.ndim == 0:
-        return np.uint8(high), high
-    return libraries.library(x).asarray(_low_bytes(bits)), high
+    if libraries.on_device(bits) or bits.ndim == 0:
+        return found, high
+    return libraries.library(x).asarray(found), high
 
 
-def _low_bytes(integers: np.ndarray) -> np.ndarray:
-    """The lowest byte of each integer: a view, since a copy of a large map would take memory."""
-    size = integers.itemsize
-    offset = 0 if sys.byteorder == "little" else size - 1
-    low = {"names": ["low"], "formats": [np.uint8], "offsets": [offset], "itemsize": size}
-    return integers.view(np.dtype(low))["low"]  # type: ignore[call-overload]
+def _as_bytes(integers: Array, most: int) -> Array:
+    """A map as uint8, negative numbers and those above `most` as `most`; itself if it is uint8."""
+    if integers.dtype == np.uint8:
+        return integers
+    # Read without their signs, negative numbers are the largest.
+    unsigned = integers.view(integers.dtype.str.replace("i", "u"))
+    if integers.itemsize == 1:
+        return unsigned
+    found = libraries.library(integers).empty_like(unsigned, dtype=np.uint8)
+    passes.elements(at_most, unsigned, np.uint8(most), bits=found)
+    return found
 
 
 def as_precisions(value: Any, entries: Any) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubin.core import floats, libraries, memory, progress, teams
-from cubin.core.bits import Bits
 from cubin.core.host import blocks
 from cubin.core.libraries import Array
 from cubin.core.lines import Lines
@@ -95,17 +94,17 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any, x: Array) -> Array:
 # ---------------------------------------------------------------- whole rows
 
 
-def takes_whole_rows(primitive: Raw, rows: Rows, x: Array, bits: Bits) -> bool:
-    """Whether `whole_rows` can run a primitive on `x`.
+def takes_whole_rows(primitive: Raw, rows: Rows, x: Array, levels: int, mapped: bool) -> bool:
+    """Whether `whole_rows` can run a primitive on `x`, for so many levels, perhaps with a map.
 
     On a device a team of threads must hold a row, on the host a block of the cache. On the host a
     primitive with `loops_from` runs in its loops alone: where they are not used, sorting the rows
     is the faster way.
     """
-    if not x.size or not bits.levels:
+    if not x.size or not levels:
         return False
     if libraries.on_device(x):
-        return primitive.launch.takes(rows.length, x.dtype, bits.levels, bits.mapped)
+        return primitive.launch.takes(rows.length, x.dtype, levels, mapped)
     on = form(primitive, x, rows.size)
     if on is primitive.function:
         return rows.length <= blocks.BLOCK and primitive.loops_from is None
@@ -566,15 +565,8 @@ def _over(
     `work` is that of `blocks.threads`, the elements if it is not given.
     """
     size = rows.count * rows.length
-
-    def gathered(array: Array) -> Array:
-        # In a map of wider integers the low bytes lie apart. They are gathered once here, and not
-        # at every level.
-        apart = array.dtype.char == "B" and not (device or blocks.is_ready(size))
-        return np.ascontiguousarray(array) if apart else array
-
     if len(parts) == 1 and parts[0].block == (...,):
-        flat = [a if isinstance(a, np.generic) else rows.flat(gathered(a)) for a in inputs]
+        flat = [a if isinstance(a, np.generic) else rows.flat(a) for a in inputs]
         blocks.each(lambda part: task(part, *flat), parts, size)
         return
     views = [a if isinstance(a, np.generic) else rows.view(a) for a in inputs]
@@ -585,7 +577,7 @@ def _over(
             if isinstance(view, np.generic):
                 flat.append(view)
                 continue
-            cut = gathered(view[part.block])
+            cut = view[part.block]
             flat.append(flattened(cut, rows.flat_shape(cut.shape)))
         task(part, *flat)
 

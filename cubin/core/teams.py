@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cubin.core import libraries
-from cubin.core.bits import MAX_BITS
 from cubin.core.libraries import Array
 from cubin.core.primitives import C_TYPES, Launch, source
 
@@ -119,7 +118,7 @@ class RowLaunch(NamedTuple):
     """
 
     room: Room
-    most_levels: int = MAX_BITS
+    most_levels: int
     passes_levels: bool = False
 
     def takes(self, length: int, dtype: np.dtype[Any], levels: int, mapped: bool) -> bool:

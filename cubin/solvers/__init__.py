@@ -37,7 +37,9 @@ def approximate(
     solver = _simplest(solver, bits, importance)
     primitives = (greedy.approximate_rows, search_rows.reconstruct_rows)
     primitive, static = _on_whole_rows(solver, bits, importance, *primitives)
-    if primitive is not None and passes.takes_whole_rows(primitive, rows, x, bits):
+    if primitive is not None and passes.takes_whole_rows(
+        primitive, rows, x, bits.levels, bits.mapped
+    ):
         passes.whole_rows(primitive, rows, (x, bits.values), *static, out=y)
     elif solver.name == "greedy":
         scales = greedy.row_scales(x, bits, rows)
@@ -59,7 +61,9 @@ def encode(
     encoding = Encoding(x, bits.levels, rows)
     primitives = (greedy.encode_rows, search_rows.solve_rows)
     primitive, static = _on_whole_rows(solver, bits, importance, *primitives)
-    if primitive is not None and passes.takes_whole_rows(primitive, rows, x, bits):
+    if primitive is not None and passes.takes_whole_rows(
+        primitive, rows, x, bits.levels, bits.mapped
+    ):
         encoding.fill(primitive, (x, bits.values), *static)
     elif solver.name == "greedy":
         _pack_greedily(encoding, x, bits, rows)

@@ -13,7 +13,7 @@ import numpy as np
 
 from cubin.codes.levels import pack_mask
 from cubin.core import floats, libraries, memory, passes, teams
-from cubin.core.bits import Bits
+from cubin.core.bits import MAX_BITS, Bits
 from cubin.core.floats import as_integers, in_work_dtype, where
 from cubin.core.libraries import Array
 from cubin.core.primitives import FLOATS, elementwise, raw, reduction, source
@@ -157,7 +157,7 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
     "T y",
     code=_ROWS_CUDA,
     preamble=teams.CUDA,
-    launch=teams.RowLaunch(teams.GREEDY, passes_levels=True),
+    launch=teams.RowLaunch(teams.GREEDY, MAX_BITS, passes_levels=True),
     types=FLOATS,
     looped=True,
 )
@@ -171,7 +171,7 @@ def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndar
     "W scales, int8 signs",
     code=_ROWS_CUDA,
     preamble=teams.CUDA,
-    launch=teams.RowLaunch(teams.GREEDY, passes_levels=True),
+    launch=teams.RowLaunch(teams.GREEDY, MAX_BITS, passes_levels=True),
     types=FLOATS,
     looped=True,
 )

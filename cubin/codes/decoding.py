@@ -230,7 +230,8 @@ class Decoding:
         least = None if y.flags.c_contiguous else BESIDE
         several = not self.even and self.period < self.lines.length
         unit = self.period if several else self.run if math.prod(self._runs) > 1 else 1
-        passes.for_each_lines(task, self.lines, unit, y, least=least)
+        work = passes.work_on(y.size * (self.levels + 1) // 4)
+        passes.for_each_lines(task, self.lines, unit, y, least=least, work=work)
 
 
 class _Layout(NamedTuple):

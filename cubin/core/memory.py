@@ -36,6 +36,9 @@ HEADER = 64
 SCRATCH = 1 << 19
 """Elements of the largest scratch array that a thread keeps for its next block."""
 
+KEPT = 1 << 19
+"""Bytes of scratch that each of several threads keeps for its next task."""
+
 LINE = 64
 """Bytes of a cache line."""
 
@@ -191,8 +194,12 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def forget_scratch() -> None:
-    """Drop the scratch of this thread."""
-    _scratch.__dict__.clear()
+    """Drop the scratch of this thread where it is large: that of many threads is too much to keep.
+
+    Little is kept, since the system has to clear new memory, which takes longer than a short task.
+    """
+    if sum(found.base.nbytes for found in _scratch.__dict__.values()) > KEPT:
+        _scratch.__dict__.clear()
 
 
 _scratch = threading.local()

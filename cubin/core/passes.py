@@ -43,8 +43,8 @@ DEVICE_SIGNS = 1 << 25
 SORTING = 1 << 4
 """The work of a search that sorts rows, on each element: `blocks.threads` says what work is."""
 
-ROW = 1 << 7
-"""The work of passes on whole rows on each row, beside that on its elements."""
+BODY = 2
+"""The work of NumPy's bodies on each element."""
 
 SIGNS_AT_ONCE = 1 << 20
 """Elements of a part on the host whose signs are packed: runs of many bytes are placed faster."""
@@ -143,8 +143,8 @@ def whole_rows(
     if device:
         task(_ALL, *(_side_by_side(a, rows) for a in inputs))
         return
-    # Rows are read for each level, and once more to write.
-    itemsize, work = floats.work_dtype(inputs[0].dtype).itemsize, _work(rows, static[0] + 1)
+    itemsize = floats.work_dtype(inputs[0].dtype).itemsize
+    work = _work_on_rows(primitive, rows, on, static[0])
     block = blocks.rows_block(out.size, itemsize, work)
     arrays = [a for a in (*inputs, out) if not isinstance(a, np.generic)]
     if rows.in_order and all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
@@ -207,7 +207,8 @@ def for_each_whole_rows(
         finish(part, signs)
 
     if not libraries.on_device(x):
-        itemsize, work = floats.work_dtype(x.dtype).itemsize, _work(rows, levels // 2 + 1)
+        itemsize = floats.work_dtype(x.dtype).itemsize
+        work = _work_on_rows(primitive, rows, on, levels)
         together, room = _together(rows, x), memory.SCRATCH // levels
         # Rows that fill bytes of planes, in order, are neither copied nor unpacked on the way.
         # Those that lie side by side are, but many of them are read much faster.
@@ -265,10 +266,11 @@ def for_each_lines(
     On a device there is a single block. On the host they fit the cache, and several threads take
     them. A block of a long line begins at a byte, and with a run of `run` elements.
     With `at_once` blocks have so many whole lines. With `least` there is a block for each thread,
-    of at least so many. `work` is that of `blocks.threads`, the elements if it is not given.
+    of at least so many. `work` is that of `blocks.threads`; if it is not given, what a form that
+    goes through the elements once takes.
     """
     size, whole = lines.count * lines.length, slice(0, lines.length)
-    work = size if work is None else work
+    work = work_on(size) if work is None else work
     if not size:
         return
     if libraries.on_device(x):
@@ -323,7 +325,7 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
         blocks.alone(on, *spread, **outputs)
         return
     # Loops wait for memory: their work is the bytes moved, in float32 read and written.
-    work = sum(a.nbytes for a in (*inputs, *outputs.values())) // 8 if looped else size
+    work = sum(a.nbytes for a in (*inputs, *outputs.values())) // 8 if looped else size * BODY
 
     def run(block: blocks.Block) -> None:
         cut = [a[block] if np.ndim(a) else a for a in spread]
@@ -562,12 +564,13 @@ def _over(
 ) -> None:
     """Call ``task(part, *inputs)`` for all parts, each input as (rows, n).
 
-    `work` is that of `blocks.threads`, the elements if it is not given.
+    `work` is that of `blocks.threads`. If it is not given, the task goes through the elements once.
     """
     size = rows.count * rows.length
+    work = work_on(size) if work is None else work
     if len(parts) == 1 and parts[0].block == (...,):
         flat = [a if isinstance(a, np.generic) else rows.flat(a) for a in inputs]
-        blocks.each(lambda part: task(part, *flat), parts, size)
+        blocks.each(lambda part: task(part, *flat), parts, work)
         return
     views = [a if isinstance(a, np.generic) else rows.view(a) for a in inputs]
 
@@ -581,12 +584,19 @@ def _over(
             flat.append(flattened(cut, rows.flat_shape(cut.shape)))
         task(part, *flat)
 
-    blocks.each(run, parts, size if work is None else work)
+    blocks.each(run, parts, work)
 
 
-def _work(rows: Rows, passes: int) -> int:
-    """The work of so many passes on whole rows."""
-    return rows.count * (rows.length * passes + ROW)
+def work_on(size: int) -> int:
+    """The work of a form that goes through so many elements once, for `blocks.threads`."""
+    return size if blocks.is_ready(size) else size * BODY
+
+
+def _work_on_rows(primitive: Raw, rows: Rows, on: Callable[..., None], levels: int) -> int:
+    """The work of a form of a primitive on whole rows."""
+    if on is primitive.function:
+        return rows.count * rows.length * levels * BODY
+    return rows.count * primitive.row_work(rows.length, levels)
 
 
 def _together(rows: Rows, x: Array) -> int:

@@ -278,15 +278,18 @@ class Raw(Primitive):
 
     The first parameters of the template are pointers to the declared inputs and outputs, in order,
     without the static ones. `launch` gives the rest: it gets all arguments of a call, outputs last,
-    and returns a `Launch`.
+    and returns a `Launch`. Where the primitive is one on whole rows, ``row_work(length, levels)`` is
+    the work of its loop on each: `blocks.threads` says what work is.
     """
 
     def __init__(
-        self, *arguments: Any, code: str, launch: Any, loops_from: int | None = None
-    ) -> None:
+        self, *arguments: Any, code: str, launch: Any, loops_from: int | None = None,
+        row_work: Any = None,
+    ) -> None:  # fmt: skip
         self.code = code
         self.launch = launch
         self.loops_from = loops_from
+        self.row_work = row_work
         super().__init__(*arguments)
         self._modules: dict[tuple[Any, tuple[Any, ...]], Any] = {}
 
@@ -380,16 +383,17 @@ def raw(
     preamble: str = "",
     looped: bool = False,
     loops_from: int | None = None,
+    row_work: Callable[[int, int], int] | None = None,
 ) -> Callable[[Callable[..., None]], Raw]:
     """Make a function a primitive whose kernel is the template ``cubin_<function>`` in `code`.
 
-    `launch` and `loops_from` are those of `Raw` and `Primitive`.
+    `launch`, `row_work` and `loops_from` are those of `Raw` and `Primitive`.
     """
 
     def decorate(function: Callable[..., None]) -> Raw:
         return Raw(
             function, inputs, outputs, types, preamble, looped, code=code, launch=launch,
-            loops_from=loops_from,
+            loops_from=loops_from, row_work=row_work,
         )  # fmt: skip
 
     return decorate

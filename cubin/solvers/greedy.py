@@ -152,12 +152,18 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
         np.subtract(opposite, np.copysign(scale, opposite, out=step), out=opposite)
 
 
+def _row_work(length: int, levels: int) -> int:
+    """The work of the loops on a row: half of it for each level, and half to write it."""
+    return (length + 32) * (levels + 1) // 2
+
+
 @raw(
     "T x, uint8 bits, static int levels",
     "T y",
     code=_ROWS_CUDA,
     preamble=teams.CUDA,
     launch=teams.RowLaunch(teams.GREEDY, MAX_BITS, passes_levels=True),
+    row_work=_row_work,
     types=FLOATS,
     looped=True,
 )
@@ -172,6 +178,7 @@ def approximate_rows(x: np.ndarray, bits: np.ndarray, levels: int, *, y: np.ndar
     code=_ROWS_CUDA,
     preamble=teams.CUDA,
     launch=teams.RowLaunch(teams.GREEDY, MAX_BITS, passes_levels=True),
+    row_work=_row_work,
     types=FLOATS,
     looped=True,
 )

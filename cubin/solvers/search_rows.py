@@ -49,6 +49,11 @@ def compares(levels: int, iterations: int, more: bool) -> bool:
     return rounds << (levels - 1) <= (EDGES_WITH_MORE if more else EDGES)
 
 
+def _row_work(length: int, levels: int) -> int:
+    """The work of the loops on a row, and on the edges between its codes."""
+    return length * (levels + 1) + (64 << levels)
+
+
 @raw(
     "T x, uint8 bits, static int levels, static bool refit, static int iterations",
     "T y",
@@ -56,6 +61,7 @@ def compares(levels: int, iterations: int, more: bool) -> bool:
     launch=teams.RowLaunch(ROOM, MAX_LEVELS),
     looped=True,
     loops_from=LOOPS_FROM,
+    row_work=_row_work,
     types=FLOATS,
     preamble=teams.CUDA,
 )
@@ -74,6 +80,7 @@ def reconstruct_rows(
     launch=teams.RowLaunch(ROOM, MAX_LEVELS),
     looped=True,
     loops_from=LOOPS_FROM,
+    row_work=_row_work,
     types=FLOATS,
     preamble=teams.CUDA,
 )

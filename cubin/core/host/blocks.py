@@ -33,8 +33,11 @@ PIECE = 1 << 18
 """Elements of a piece of a row that is longer than a block."""
 
 SHARE = 1 << 20
-"""The least work of a thread. As many elements are read and written in about 0.3 ms, and waking a
-thread takes up to 0.2 ms."""
+"""The least work of a thread. As many elements are read and written in 0.2 to 0.3 ms."""
+
+ALONE = 4
+"""Shares of work below which one thread does all. To wake another takes 0.1 ms, to see its end 0.06
+ms, and with both the caches of two cores have to fill."""
 
 COMPILED = 1 << 6
 """Elements from which on compiled loops are faster, once Numba is loaded."""
@@ -134,7 +137,7 @@ def shares(count: int, least: int, work: int) -> list[slice]:
 def threads(work: int) -> int:
     """How many threads share `work`: as many elements, read and written, would take as long."""
     number = work // SHARE
-    return 1 if number < 2 or _thread.works else min(_workers(), number)
+    return 1 if number < ALONE or _thread.works else min(_workers(), number)
 
 
 def each(task: Callable[[Any], None], blocks: Sequence[Any], work: int) -> None:
@@ -163,7 +166,7 @@ def each(task: Callable[[Any], None], blocks: Sequence[Any], work: int) -> None:
             stop()
         finally:
             _thread.works = False
-            memory.forget_scratch()  # that of all threads together would be too much to keep
+            memory.forget_scratch()
 
     def stop() -> None:
         for share in shares:

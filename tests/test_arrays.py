@@ -141,15 +141,22 @@ def test_views_of_rows_share_memory():
         assert np.shares_memory(rows_of(x.shape, **granularity).view(x[::-1]), x)
 
 
-def test_maps_are_not_copied():
-    x = np.zeros((3, 4))
+@pytest.mark.parametrize("size", [3, 300])
+def test_maps_become_bytes(size):
+    """Those of bytes are not copied, others keep their order."""
+    x = np.zeros((size, 4))
     for dtype in "bBhHiIlLqQ":
-        bits = np.arange(12, dtype=dtype).reshape(4, 3).T[::-1]
+        bits = (np.arange(4 * size) % 12).astype(dtype).reshape(4, size).T[::-1]
         checked = as_bits(bits, x)
         found = checked.values
         assert (found.dtype, checked.levels) == (np.uint8, 11)
-        assert np.shares_memory(found, bits)
+        assert np.shares_memory(found, bits) == (bits.itemsize == 1)
+        assert found.strides[0] < found.strides[1] or bits.itemsize == 1
         np.testing.assert_array_equal(found, bits)
+        for wrong in {17, np.iinfo(dtype).min, np.iinfo(dtype).max} - {0}:
+            bits[-1, 0] = wrong
+            with pytest.raises(ValueError, match=f"0 .. 16, got {wrong}$"):
+                as_bits(bits, x)
 
 
 @pytest.mark.kernels

@@ -42,9 +42,10 @@ def test_every_task_runs_once_on_several_threads(monkeypatch, workers, count):
     assert sorted(done) == list(range(count))
 
 
-@pytest.mark.parametrize(("work", "expected"), [(0, 1), (19, 1), (20, 2), (30, 3), (99, 3)])
+@pytest.mark.parametrize(("work", "expected"), [(0, 1), (39, 1), (40, 4), (59, 5), (99, 5)])
 def test_each_thread_has_a_share_of_the_work(monkeypatch, work, expected):
-    monkeypatch.setattr(blocks, "_workers", lambda: 3)
+    """One thread is alone up to a few shares."""
+    monkeypatch.setattr(blocks, "_workers", lambda: 5)
     monkeypatch.setattr(blocks, "SHARE", 10)
     names = set()
     together = threading.Barrier(expected)
@@ -54,7 +55,7 @@ def test_each_thread_has_a_share_of_the_work(monkeypatch, work, expected):
             names.add(threading.get_ident())
             together.wait(timeout=20)
 
-    blocks.each(task, range(3), work)
+    blocks.each(task, range(5), work)
     assert len(names) == expected
 
 
@@ -333,16 +334,18 @@ def test_the_interpreter_ends(code):
     assert done.stderr == ""
 
 
-def test_threads_keep_no_memory_of_blocks(monkeypatch):
+@pytest.mark.parametrize(("size", "stays"), [(1000, True), (memory.KEPT // 4, False)])
+def test_threads_keep_little_memory(monkeypatch, size, stays):
     monkeypatch.setattr(blocks, "_workers", lambda: 3)
+    memory.forget_scratch()
     kept, together = [], threading.Barrier(3)
 
     def task(_):
-        kept.append(weakref.ref(memory.scratch("test", (1000,), np.float32).base))
+        kept.append(weakref.ref(memory.scratch("test", (size,), np.float32).base))
         together.wait(timeout=20)
 
     blocks.each(task, range(3), WORK)
-    assert [memory() for memory in kept] == [None] * 3
+    assert [memory() is not None for memory in kept] == [stays] * 3
 
 
 def test_tasks_do_not_warn():

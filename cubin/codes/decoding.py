@@ -211,9 +211,10 @@ class Decoding:
 
         They begin at a whole byte, with a run, and with a period where a line has several.
         """
-        start, stop = (
-            (0, self.lines.length) if elements is None else (elements.start, elements.stop)
-        )
+        start, stop = 0, self.lines.length
+        if elements is not None:
+            start, stop = elements.start, elements.stop
+            elements = elements if stop - start < self.lines.length else None
         planes = self.planes[:, start // 8 : -(-stop // 8), lines]
         on = passes.form(sum_planes, self.planes)
         scales, shift = self.scales(lines, elements), self.shift(lines, elements)

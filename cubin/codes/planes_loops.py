@@ -6,6 +6,8 @@ the way, sixteen lines by sixteen bytes at a time, or eight by eight where there
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -412,12 +414,39 @@ def turned(scales: Array, levels: int) -> Array:
     return found
 
 
+_NO_MAP = read_only(np.empty(0, np.uint8))
+
+
+@functools.cache
+def _no_scales(dtype: Any) -> tuple[Array, Array]:
+    """Room for no scales, also read-only."""
+    return np.empty(0, dtype), read_only(np.empty(0, dtype))
+
+
+def _in_order(scales: Array, shift: Any, levels: int, words: bool) -> Array:
+    """The scales of some levels, and the shift, one after the other, read-only.
+
+    Where `words` of them are read, a word follows.
+    """
+    shifted = isinstance(shift, np.ndarray)
+    if not (shifted or words) and scales.flags.c_contiguous and scales.flags.aligned:
+        return read_only(scales[:levels].reshape(-1))
+    size = math.prod(scales.shape[1:])
+    padded = memory.scratch("scales", ((levels + shifted) * size + WORD,), scales.dtype)
+    of_levels = padded[:-WORD].reshape(levels + shifted, *scales.shape[1:])
+    of_levels[:levels] = scales[:levels]
+    if shifted:
+        of_levels[levels] = shift
+    padded[-WORD:] = 0
+    return read_only(padded)
+
+
 def sum_planes(
     planes: Array, bits: Any, scales: Array, shift: Any, run: int, period: int, *, y: Array
 ) -> None:
     """`planes.sum_planes`."""
     (levels, width, count), n = planes.shape, y.shape[1]
-    mapped, shifted = np.ndim(bits) > 0, np.ndim(shift) > 0
+    mapped, shifted = isinstance(bits, np.ndarray), isinstance(shift, np.ndarray)
     levels = levels if mapped else min(levels, int(bits))
     if not y.size or not (levels or shifted):
         y[...] = 0
@@ -449,11 +478,6 @@ def sum_planes(
         return
     _, scaled, runs = scales.shape
     of_level, even = scaled * runs, runs * run == n
-    padded = memory.scratch("scales", ((levels + shifted) * of_level + WORD,), scales.dtype)
-    of_levels = padded[:-WORD].reshape(levels + shifted, scaled, runs)
-    of_levels[:levels] = scales[:levels]
-    of_levels[levels:] = shift
-    padded[-WORD:] = 0
     step = count * width + SLACK
     held = memory.scratch("planes", (levels * step,), np.uint8)
     _turn(read_only(flat(planes)), level_step, byte_step, width, count, held, step, width, levels)
@@ -466,21 +490,24 @@ def sum_planes(
         found, length, period, pitch = 1, count * n, count * n, count * n
     if scaled == 1 == runs:
         run, within = length, False
-    room = min(length, WIDE) + WORD if short else 0
-    wide = memory.scratch("wide", (levels + shifted, room), scales.dtype)
-    wide[:, -WORD:] = 0
-    widened = wide.reshape(-1), read_only(wide.reshape(-1))
-    apart, depths = runs if scaled > 1 else 0, map_of(bits, 0).reshape(-1)
-    layout, scales = (held, step, levels, width), read_only(padded)
+    wide = _no_scales(scales.dtype)
+    if short:
+        scratch = memory.scratch("wide", (levels + shifted, min(length, WIDE) + WORD), scales.dtype)
+        scratch[:, -WORD:] = 0
+        wide = scratch.reshape(-1), read_only(scratch.reshape(-1))
+    apart, depths = runs if scaled > 1 else 0, _NO_MAP
+    if mapped:
+        depths = map_of(bits, 0).reshape(-1)
+    layout, numbers = (held, step, levels, width), _in_order(scales, shift, levels, within)
     if not narrows:
-        _sum_levels(*layout, scales, of_level, apart, run, period, within, shifted, found, length,
-                    depths, flat(y), pitch, *widened)  # fmt: skip
+        _sum_levels(*layout, numbers, of_level, apart, run, period, within, shifted, found, length,
+                    depths, flat(y), pitch, *wide)  # fmt: skip
         return
     at_once = max(1, NARROWED // n)
     for line in range(0, count, at_once):
         half = y[line : line + at_once]
         values = memory.scratch("values", half.shape, np.float32)
-        _sum_levels(held[line * width :], *layout[1:], scales[line * apart :], of_level, apart, run,
-                    period, within, shifted, len(half), n, depths[line * n :], flat(values), n,
-                    *widened)  # fmt: skip
+        _sum_levels(held[line * width :], *layout[1:], numbers[line * apart :], of_level, apart,
+                    run, period, within, shifted, len(half), n, depths[line * n :], flat(values), n,
+                    *wide)  # fmt: skip
         store(values, half)

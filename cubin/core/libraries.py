@@ -102,12 +102,16 @@ def result_like(x: Array, dtype: Any) -> Array:
         return result(x.shape, dtype, x)
     if on_device(x):
         return library(x).empty_like(x, dtype)
+    if x.flags.f_contiguous:
+        return memory.empty(x.shape[::-1], dtype).T
     order = memory_order(x)
     return memory.empty(tuple(x.shape[axis] for axis in order), dtype).transpose(np.argsort(order))
 
 
 def memory_order(x: Array) -> list[int]:
     """The axes by their strides, the longest first: NumPy's order K."""
+    if x.flags.f_contiguous:
+        return list(range(x.ndim))[::-1]
     return sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
 
 

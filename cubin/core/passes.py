@@ -317,7 +317,8 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     if not all(a.flags.carray for a in outputs.values()):
         on = primitive.function  # loops write nothing else
     looped, shape = on is not primitive.function, output.shape
-    spread = [np.broadcast_to(a, shape) if np.shape(a) not in ((), shape) else a for a in inputs]
+    spread = [np.broadcast_to(a, shape) if isinstance(a, np.ndarray) and a.shape != shape else a
+              for a in inputs]  # fmt: skip
     if size <= blocks.BLOCK and looped:
         on(*spread, **outputs)
         return
@@ -328,7 +329,7 @@ def elements(primitive: Elementwise, *inputs: Any, **outputs: Array) -> None:
     work = sum(a.nbytes for a in (*inputs, *outputs.values())) // 8 if looped else size * BODY
 
     def run(block: blocks.Block) -> None:
-        cut = [a[block] if np.ndim(a) else a for a in spread]
+        cut = [a[block] if isinstance(a, np.ndarray) else a for a in spread]
         on(*cut, **{name: a[block] for name, a in outputs.items()})
 
     blocks.each(run, list(blocks.tile(shape, blocks.elements_block(size, work))), work)
@@ -350,9 +351,11 @@ def is_finite(x: Array) -> bool:
 
 def _turned(array: Any, order: Sequence[int]) -> Any:
     """An array that broadcasts to ``len(order)`` axes, with these in another order."""
-    if not np.ndim(array):
+    if isinstance(array, np.generic) or not array.ndim:
         return array
-    return array.reshape((1,) * (len(order) - array.ndim) + array.shape).transpose(order)
+    if array.ndim < len(order):
+        array = array.reshape((1,) * (len(order) - array.ndim) + array.shape)
+    return array.transpose(order)
 
 
 def _side_by_side(array: Any, rows: Rows) -> Any:

@@ -87,7 +87,8 @@ class Rows:
         if array.flags.c_contiguous or self.split != self.shape:
             return self
         inner = sorted(self.order[count:], key=lambda axis: -abs(array.strides[axis]))
-        return dataclasses.replace(self, order=(*self.order[:count], *inner))
+        order = (*self.order[:count], *inner)
+        return self if order == self.order else dataclasses.replace(self, order=order)
 
     @cached_property
     def sections(self) -> tuple[Section, ...]:

@@ -92,7 +92,7 @@ def signs(x: Array, *, y: Array) -> None:
 
 def inside(x: Array, bound: Array, *, mask: Array) -> None:
     """`signs.inside`."""
-    if np.ndim(bound):
+    if isinstance(bound, np.ndarray):
         _inside_map(_flat(in_work_dtype(x)), _flat(bound), mask.reshape(-1))
         return
     word = _flat(as_integers(x))
@@ -105,7 +105,7 @@ inside_bits = inside
 
 def gradient_inside(x: Array, bits: Array, gy: Array, *, gx: Array) -> None:
     """`signs.gradient_inside`."""
-    narrow, mapped, dtype = floats.is_narrow(x.dtype), np.ndim(bits) > 0, x.dtype
+    narrow, mapped, dtype = floats.is_narrow(x.dtype), isinstance(bits, np.ndarray), x.dtype
     if narrow:  # only x is computed with, and not even that for one bound
         x, gy, gx = in_work_dtype(x) if mapped else as_integers(x), as_integers(gy), as_integers(gx)
     x, gy, gx = _flat(x), _flat(gy), gx.reshape(-1)

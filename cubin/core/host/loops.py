@@ -699,6 +699,8 @@ def lines(x: Array) -> Array:
     wherever a line ends.
     """
     pitch = x.strides[-1] // x.itemsize
+    if pitch == x.shape[-2]:
+        return x.swapaxes(-2, -1)
     shape = (*x.shape[:-2], x.shape[-1], pitch)
     steps = (*x.strides[:-2], x.strides[-1], x.itemsize)
     return np.lib.stride_tricks.as_strided(x, shape, steps)
@@ -734,14 +736,14 @@ def store_lines(values: Array, y: Array) -> None:
 
 def map_lines(bits: Array, n: int) -> Array:
     """A bit map, (rows, n), as lines; of no columns where `bits` is one number."""
-    if not np.ndim(bits):
+    if not isinstance(bits, np.ndarray):
         return _no_map(n)
     return read_only(lines(bits) if beside(bits) else np.ascontiguousarray(bits.T))
 
 
 def map_of(bits: Array, rows: int) -> Array:
     """A bit map as loops take it, (rows, n); of no columns where `bits` is one number."""
-    return read_only(in_rows(bits)) if np.ndim(bits) else _no_map(rows)
+    return read_only(in_rows(bits)) if isinstance(bits, np.ndarray) else _no_map(rows)
 
 
 @functools.lru_cache(maxsize=1 << 8)

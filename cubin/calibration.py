@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 
+from cubin.codes.files import replacing
 from cubin.core import arrays, conversions, libraries
 from cubin.core.libraries import Array
 from cubin.core.windows import patches
@@ -277,13 +278,22 @@ class Gram:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a ``.npz`` file, which `load` reads. Nothing in it is pickled.
 
+        A file of that name is replaced once all is written, and stays as it is if that fails.
+
         Parameters
         ----------
         path : str or path
             Written as it is, without a suffix being added.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        ValueError
+            If there is something at `path` that is no regular file.
         """
         total = np.zeros((self.n, self.n)) if self._sum is None else libraries.to_host(self._sum)
-        with open(path, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, sum=total, count=np.int64(self.count))
 
     @classmethod

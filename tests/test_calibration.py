@@ -242,6 +242,24 @@ def test_files(tmp_path, rng):
         cubin.Gram.load(tmp_path / "none")
 
 
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "gram"
+    cubin.Gram(2).add(np.eye(2)).save(path)
+
+    def half(file, **members):
+        file.write(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(np, "savez", half)
+    with pytest.raises(OSError, match="full"):
+        cubin.Gram(2).add(np.ones((3, 2))).save(path)
+    monkeypatch.undo()
+    assert cubin.Gram.load(path).count == 2
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="regular file"):
+        cubin.Gram(2).save(tmp_path)
+
+
 def test_damaged_files_are_refused(tmp_path, rng):
     path = tmp_path / "gram.npz"
     cubin.Gram(3).add(rng.standard_normal((4, 3))).save(path)

@@ -39,8 +39,9 @@ FILLED = 8
 LONG = 1 << 7
 """Elements of runs from which on a scale is not written out for each of them."""
 
-WIDE = 1 << 11
-"""Elements of a line whose scales are written out at a time: those of all levels stay in the cache."""
+WIDE = (1 << 11, 1 << 16)
+"""Elements of a line whose scales are written out at a time, so that those of all levels stay in the
+cache; and the same where all lines share their scales, which are then written out once."""
 
 NARROWED = 1 << 16
 """Sums that are narrowed to float16 or bfloat16 at a time. They stay in the cache."""
@@ -492,7 +493,8 @@ def sum_planes(
         run, within = length, False
     wide = _no_scales(scales.dtype)
     if short:
-        scratch = memory.scratch("wide", (levels + shifted, min(length, WIDE) + WORD), scales.dtype)
+        room = min(length, WIDE[scaled == 1]) + WORD
+        scratch = memory.scratch("wide", (levels + shifted, room), scales.dtype)
         scratch[:, -WORD:] = 0
         wide = scratch.reshape(-1), read_only(scratch.reshape(-1))
     apart, depths = runs if scaled > 1 else 0, _NO_MAP

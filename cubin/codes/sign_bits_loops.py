@@ -136,7 +136,7 @@ def _either(builder: Any, condition: Any, work: Callable[[bool], None]) -> None:
 @intrinsic
 def write_bits(
     context: Any, x: Any, begin: Any, size: Any, bits: Any, first: Any, scales: Any, place: Any,
-    of_level: Any, each: Any, levels: Any, signs: Any, at: Any, apart: Any,
+    of_level: Any, each: Any, levels: Any, signs: Any, at: Any, apart: Any, room: Any,
 ) -> Any:  # fmt: skip
     """Write the greedy signs of `size` elements of `x` from `begin` on as bits, 1 for +1.
 
@@ -144,6 +144,9 @@ def write_bits(
     bit. Bits beyond the last element are 0. The first element's scale has the number `place`, that
     of the next level `of_level` further: all elements have the same, or `each` its own, side by
     side. `bits` is a map, in which the first element has the number `first`, or empty.
+
+    Whole words are written as far as there is `room`, in bytes: those beyond the elements get zeros,
+    and what belongs there is written later.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -151,27 +154,33 @@ def write_bits(
             context.make_array(signature.args[number])(context, builder, arguments[number])
             for number in (0, 3, 5, 10)
         )
-        (begin, size), first, (at, apart) = arguments[1:3], arguments[4], arguments[11:]
+        (begin, size), first, (at, apart, room) = arguments[1:3], arguments[4], arguments[11:]
         place, of_level, each, levels = arguments[6:10]
         vectors = _Vectors(builder)
         zeros = ir.Constant(ir.VectorType(elements.data.type.pointee, WORD), None)
 
-        def write(signs: Any, byte: Any, count: Any) -> None:
+        def write(signs: Any, byte: Any, fits: Any, count: Any) -> None:
             found, where = builder.bitcast(signs, _WORD), builder.gep(target.data, [byte])
             if count is None:
                 builder.store(found, builder.bitcast(where, _WORD.as_pointer()), align=1)
                 return
-            builder.store(builder.trunc(found, _BYTE), where)
-            for first in range(8, WORD, 8):  # byte by byte, which is faster than a mask
-                with builder.if_then(builder.icmp_signed(">", count, _SIZE(first))):
-                    value = builder.trunc(builder.lshr(found, _WORD(first)), _BYTE)
-                    builder.store(value, builder.gep(where, [_SIZE(first // 8)]))
+            with builder.if_else(fits) as (holds, fails):
+                with holds:
+                    builder.store(found, builder.bitcast(where, _WORD.as_pointer()), align=1)
+                with fails:
+                    builder.store(builder.trunc(found, _BYTE), where)
+                    for first in range(8, WORD, 8):  # byte by byte, which is faster than a mask
+                        with builder.if_then(builder.icmp_signed(">", count, _SIZE(first))):
+                            value = builder.trunc(builder.lshr(found, _WORD(first)), _BYTE)
+                            builder.store(value, builder.gep(where, [_SIZE(first // 8)]))
 
         def work(mapped: bool, each: bool, start: Any, mask: Any, count: Any) -> None:
             # Less than 0 exactly where the residual is greater: it is never -0.0.
             values = vectors.load(elements.data, builder.add(begin, start), mask)
             left = cgutils.alloca_once_value(builder, builder.fsub(zeros, values))
-            byte = builder.add(at, builder.lshr(start, _SIZE(3)))
+            done = builder.lshr(start, _SIZE(3))
+            byte = builder.add(at, done)
+            fits = builder.icmp_signed(">=", builder.sub(room, done), _SIZE(WORD // 8))
             own = vectors.load(depths.data, builder.add(first, start), mask) if mapped else None
             with cgutils.for_range(builder, levels) as turn:
                 n = builder.load(left)
@@ -181,7 +190,7 @@ def write_bits(
                     signs = builder.and_(signs, builder.icmp_unsigned(">", own, level))
                 if mask is not None:
                     signs = builder.and_(signs, mask)
-                write(signs, builder.add(byte, builder.mul(turn.index, apart)), count)
+                write(signs, builder.add(byte, builder.mul(turn.index, apart)), fits, count)
                 number = builder.add(place, builder.mul(turn.index, of_level))
                 if each:
                     scale = vectors.load(factors.data, builder.add(number, start), mask)
@@ -202,7 +211,7 @@ def write_bits(
 
     number, flag = types.intp, types.boolean
     elements = (x, number, number, bits, number, scales, number, number, flag)
-    return types.none(*elements, number, signs, number, number), generate
+    return types.none(*elements, number, signs, number, number, number), generate
 
 
 @intrinsic

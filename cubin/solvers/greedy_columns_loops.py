@@ -372,7 +372,7 @@ def _pack_rows(x: Array, bits: Array, scales: Array, signs: Array) -> None:
             write_bits(
                 elements, e * x.shape[1] + first, width, depths, e * bits.shape[1] + first, factors,
                 first, scales.shape[1], True, levels, packed, e * bytes_of_line + first // 8,
-                lines * bytes_of_line,
+                lines * bytes_of_line, 0,
             )  # fmt: skip
 
 

@@ -191,6 +191,7 @@ def _pack_rows(x: Array, bits: Array, scales: Array, start: int, stop: int, sign
         write_bits(
             elements, row * x.shape[1], x.shape[1], depths, row * bits.shape[1], found,
             row * levels, 1, False, levels, packed, row * width, rows * width,
+            (rows - row) * width,
         )  # fmt: skip
 
 

@@ -40,8 +40,8 @@ LONG = 1 << 7
 """Elements of runs from which on a scale is not written out for each of them."""
 
 WIDE = (1 << 11, 1 << 16)
-"""Elements of a line whose scales are written out at a time, so that those of all levels stay in the
-cache; and the same where all lines share their scales, which are then written out once."""
+"""The most elements of a line whose scales are written out at a time: those of all levels stay in
+the cache. Where all lines share their scales, these are written out once, and more of them."""
 
 NARROWED = 1 << 16
 """Sums that are narrowed to float16 or bfloat16 at a time. They stay in the cache."""

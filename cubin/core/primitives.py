@@ -278,8 +278,8 @@ class Raw(Primitive):
 
     The first parameters of the template are pointers to the declared inputs and outputs, in order,
     without the static ones. `launch` gives the rest: it gets all arguments of a call, outputs last,
-    and returns a `Launch`. Where the primitive is one on whole rows, ``row_work(length, levels)`` is
-    the work of its loop on each: `blocks.threads` says what work is.
+    and returns a `Launch`. Where the primitive is one on whole rows, ``row_work(length, levels)``
+    is the work of its loop on each: `blocks.threads` says what work is.
     """
 
     def __init__(

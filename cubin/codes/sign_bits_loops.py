@@ -145,8 +145,8 @@ def write_bits(
     of the next level `of_level` further: all elements have the same, or `each` its own, side by
     side. `bits` is a map, in which the first element has the number `first`, or empty.
 
-    Whole words are written as far as there is `room`, in bytes. Those beyond the elements get zeros:
-    what belongs there is written later.
+    Whole words are written as far as there is `room`, in bytes. Beyond the elements they have
+    zeros: what belongs there is written later.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -44,7 +44,7 @@ SORTING = 1 << 4
 """The work of a search that sorts rows, on each element: `blocks.threads` says what work is."""
 
 BODY = 2
-"""The work of NumPy's bodies on each element."""
+"""How many times the work of a compiled loop that of a NumPy body is."""
 
 SIGNS_AT_ONCE = 1 << 20
 """Elements of a part on the host whose signs are packed: runs of many bytes are placed faster."""

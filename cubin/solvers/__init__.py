@@ -36,10 +36,8 @@ def approximate(
     """
     solver = _simplest(solver, bits, importance)
     primitives = (greedy.approximate_rows, search_rows.reconstruct_rows)
-    primitive, static = _on_whole_rows(solver, bits, importance, *primitives)
-    if primitive is not None and passes.takes_whole_rows(
-        primitive, rows, x, bits.levels, bits.mapped
-    ):
+    primitive, static = _on_whole_rows(x, bits, rows, solver, importance, *primitives)
+    if primitive is not None:
         passes.whole_rows(primitive, rows, (x, bits.values), *static, out=y)
     elif solver.name == "greedy":
         scales = greedy.row_scales(x, bits, rows)
@@ -60,10 +58,8 @@ def encode(
     solver = _simplest(solver, bits, importance)
     encoding = Encoding(x, bits.levels, rows)
     primitives = (greedy.encode_rows, search_rows.solve_rows)
-    primitive, static = _on_whole_rows(solver, bits, importance, *primitives)
-    if primitive is not None and passes.takes_whole_rows(
-        primitive, rows, x, bits.levels, bits.mapped
-    ):
+    primitive, static = _on_whole_rows(x, bits, rows, solver, importance, *primitives)
+    if primitive is not None:
         encoding.fill(primitive, (x, bits.values), *static)
     elif solver.name == "greedy":
         _pack_greedily(encoding, x, bits, rows)
@@ -112,17 +108,22 @@ def _simplest(solver: Solver, bits: Bits, importance: Array | None) -> Solver:
 
 
 def _on_whole_rows(
-    solver: Solver, bits: Bits, importance: Array | None, greedily: Raw, searching: Raw
-) -> tuple[Raw | None, tuple[int, ...]]:
+    x: Array, bits: Bits, rows: Rows, solver: Solver, importance: Array | None, greedily: Raw,
+    searching: Raw,
+) -> tuple[Raw | None, tuple[int, ...]]:  # fmt: skip
     """The primitive on whole rows that does what a solver does, or None, and its static arguments.
 
     `greedily` is the primitive of the greedy solver, `searching` that of the refitting ones.
     """
-    if solver.name == "greedy":
-        return greedily, (bits.levels,)
-    if solver.name == "optimal" or importance is not None or bits.levels > search_rows.MAX_LEVELS:
-        return None, ()
-    return searching, (bits.levels, solver.refit, search.limit(solver))
+    primitive: Raw = greedily
+    static: tuple[int, ...] = (bits.levels,)
+    if solver.name != "greedy":
+        most = 0 if solver.name == "optimal" or importance is not None else search_rows.MAX_LEVELS
+        if bits.levels > most:
+            return None, ()
+        primitive, static = searching, (bits.levels, solver.refit, search.limit(solver))
+    takes = passes.takes_whole_rows(primitive, rows, x, bits.levels, bits.mapped)
+    return primitive if takes else None, static
 
 
 def _loops(x: Array, bits: Bits, rows: Rows, solver: Solver, importance: Array | None) -> Any:

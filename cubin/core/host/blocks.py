@@ -36,8 +36,8 @@ SHARE = 1 << 20
 """The least work of a thread. As many elements are read and written in 0.2 to 0.3 ms."""
 
 ALONE = 4
-"""Shares of work below which one thread does all. To wake another takes 0.1 ms, to see its end 0.06
-ms, and with both the caches of two cores have to fill."""
+"""Shares of work below which one thread does all. It takes 0.1 ms to wake another and 0.06 ms to
+see its end, and the caches of its core have to fill."""
 
 COMPILED = 1 << 6
 """Elements from which on compiled loops are faster, once Numba is loaded."""

@@ -17,8 +17,8 @@ from cubin.codes import planes as code_planes
 from cubin.codes import planes_loops, products_loops
 from cubin.codes.levels import decode, level_signs
 from cubin.codes.planes import pack_signs, sum_planes
-from cubin.core import floats, signs_loops
-from cubin.core.bits import as_bits
+from cubin.core import bits_loops, floats, signs_loops
+from cubin.core.bits import as_bits, at_most
 from cubin.core.floats import as_integers
 from cubin.core.host import blocks
 from cubin.core.rows import rows_of
@@ -393,6 +393,19 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["u2", "u4", "u8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_integers_at_most(rng, dtype, order):
+    top = np.iinfo(dtype).max
+    integers = rng.choice(np.array([0, 1, 16, 17, 18, 255, 256, 257, top - 1, top], dtype), (9, 30))
+    integers = np.asarray(integers, order=order)
+    expected = [[min(int(number), 17) for number in row] for row in integers]
+    for form in (at_most.function, bits_loops.at_most):
+        found = np.full(integers.shape, 99, np.uint8)
+        form(integers, np.uint8(17), bits=found)
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("shape", [(6, 5, 80), (300, 5, 80)])
 @pytest.mark.parametrize("of_map", [(1, 5, 80), (5, 1), (80,), (1, 1, 1)])
 def test_masks_by_maps_that_broadcast(rng, shape, of_map):
@@ -673,6 +686,23 @@ def test_what_lies_around_a_result_stays(rng, n, mapped):
     assert (values[-20:] == 9).all()
 
 
+@pytest.mark.parametrize("n", [*range(1, 34), 63, 100])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_lies_around_signs_stays(rng, n, mapped):
+    """The same for the bytes of signs: those of each level, and after the last row of the last."""
+    x, levels = rng.normal(size=(37, n)).astype(np.float32), 3
+    bits = rng.integers(0, levels + 1, x.shape).astype(np.uint8) if mapped else np.uint8(levels)
+    size = levels * len(x) * -(-n // 8)
+    found = []
+    for encode in (greedy.encode_rows.function, greedy_loops.encode_rows):
+        around = np.full(size + 16, 0xA5, np.uint8)
+        signs = around[8:-8].reshape(levels, len(x), -1)
+        encode(x, bits, levels, scales=np.empty((levels, len(x), 1), np.float32), signs=signs)
+        found.append(around)
+    np.testing.assert_array_equal(*found)
+    assert (found[0][[*range(8), *range(-8, 0)]] == 0xA5).all()
+
+
 def test_a_row_that_is_not_aligned(rng):
     x = rng.normal(size=(5, 300)).astype(np.float32)
     around = np.empty(x.nbytes + 1, np.uint8)
@@ -753,8 +783,10 @@ def test_sums_of_planes_with_runs(rng, dtype, run, lines):
 @pytest.mark.parametrize("dtype", ["float16", *WORK])
 @pytest.mark.parametrize("run", [1, 3, 8, 9, 27, 32, 48, 129])
 @pytest.mark.parametrize(("n", "period"), [(7, 7), (39, 39), (333, 333), (222, 37), (800, 100)])
-def test_sums_of_planes_whose_last_runs_are_shorter(rng, dtype, run, n, period):
+@pytest.mark.parametrize("wide", [planes_loops.WIDE, (64, 96)], ids=["lines", "pieces"])
+def test_sums_of_planes_whose_last_runs_are_shorter(rng, monkeypatch, dtype, run, n, period, wide):
     """Runs that begin anew with every period, in rows, in columns, and in a part of an array."""
+    monkeypatch.setattr(planes_loops, "WIDE", wide)
     work, lines, levels = floats.work_dtype(np.dtype(dtype)), 19, 3
     run = min(run, period)
     place = np.arange(n) // period * -(-period // run) + np.arange(n) % period // run

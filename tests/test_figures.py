@@ -29,7 +29,7 @@ from tests.test_multibit import TOLERANCE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-BENCHMARK = RESULTS / "benchmark" / "2026-11-29-intel-xeon-2-cores"
+BENCHMARK = RESULTS / "benchmark" / "2026-11-30-amd-epyc-2-cores"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

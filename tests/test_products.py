@@ -178,7 +178,7 @@ def test_many_rows_are_looked_up_decoded_or_left_to_blas(rng, monkeypatch):
     loops = pytest.importorskip("cubin.codes.products_loops")
     from cubin.codes.binary_code import decoding_of
 
-    monkeypatch.setattr(loops, "_REGISTER", 64)
+    monkeypatch.setattr(loops, "REGISTER", 64)
     monkeypatch.setattr(loops, "_FUSED", True)
     w = rng.normal(size=(4096, 24)).astype(np.float32)
 

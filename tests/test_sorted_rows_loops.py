@@ -23,6 +23,7 @@ from tests.exhaustive import few
 
 loops = pytest.importorskip("cubin.solvers.sorted_rows_loops")
 search_rows_loops = pytest.importorskip("cubin.solvers.search_rows_loops")
+lookup_loops = pytest.importorskip("cubin.solvers.lookup_loops")
 
 ALTERNATING = [solvers.solver_of("alternating", n) for n in (0, 1, 2, None)]
 SOLVERS = [solvers.SOLVERS["refined"], *ALTERNATING, solvers.SOLVERS["optimal"]]
@@ -486,3 +487,26 @@ def test_without_numba_results_are_the_same(monkeypatch, rng, solver):
     found = cubin.quantize(x, 7, **options)
     monkeypatch.setattr(blocks, "_numba_works", lambda: False)
     assert cubin.quantize(x, 7, **options) == found
+
+
+@pytest.mark.skipif(not lookup_loops.NUMBERS, reason="the processor permutes no registers")
+@pytest.mark.parametrize("n", [16, 17, 47, 300])
+@pytest.mark.parametrize("levels", range(1, 9))
+@pytest.mark.parametrize("mapped", [False, True])
+def test_cells_are_found_in_registers_as_one_by_one(rng, monkeypatch, n, levels, mapped):
+    x = rng.normal(size=(9, n)).astype(np.float32)
+    x[1:4, 2:5] = 0, -0.0, 1e-42
+    x[5], x[6, 3], x[7, 1] = 0, np.nan, -np.inf
+    bits = rng.integers(0, levels + 1, x.shape).astype(np.uint8) if mapped else np.uint8(levels)
+    lookup = loops.Lookup(x, bits, levels, None, solvers.SOLVERS["refined"])
+    found = []
+    for most in (lookup_loops.MOST, 0):
+        monkeypatch.setattr(loops, "MOST", most)
+        for dtype in (np.float32, np.float16):
+            y = np.full((11, n), 7, dtype)
+            lookup.approximate(x, bits, y[1:-1])
+            assert (y[[0, -1]] == 7).all()
+            found.append(y.view(np.uint32 if dtype == np.float32 else np.uint16))
+        found.append(lookup.codes(x, bits))
+    for one, other in zip(found[:3], found[3:], strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -15,34 +15,32 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 
 from cubin.codes import planes_loops, products
 from cubin.codes.decoding import Decoding
 from cubin.codes.products import FEW, multiply_tiles
 from cubin.core import memory
-from cubin.core.host.loops import in_rows, intrinsic, loop, part, read_only, spread, uncounted
+from cubin.core.host.loops import (
+    FEATURES,
+    PERMUTE,
+    REGISTER,
+    in_rows,
+    intrinsic,
+    loop,
+    part,
+    read_only,
+    spread,
+    uncounted,
+)
 from cubin.core.libraries import Array
 
 _STRIP = 64
 """Bytes of a line whose sums are added up in the work dtype. Their totals are added in float64."""
 
-_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-
-_REGISTER = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 0
-"""Bytes of a register in which an instruction looks numbers up, eight or more at a time."""
-
-_PERMUTE = {
-    (8, 32): "llvm.x86.avx2.permd",
-    (16, 32): "llvm.x86.avx512.permvar.si.512",
-    (8, 64): "llvm.x86.avx512.permvar.di.512",
-}
-"""These instructions, by the numbers of a register and their bits."""
-
-_FUSED = bool(_REGISTER) and "+fma" in _FEATURES
+_FUSED = bool(REGISTER) and "+fma" in FEATURES
 """Whether there are instructions that multiply and add."""
 
-STEPS = max(products.STEPS, _REGISTER // 2)
+STEPS = max(products.STEPS, REGISTER // 2)
 """`products.STEPS`: a longer register looks up more sums at a time."""
 
 _FEW_FOR_BLAS = 4 * FEW
@@ -121,7 +119,7 @@ def _adder(count: int) -> Any:
     @intrinsic
     def add(context: Any, flat: Any, at: Any, step: Any, x: Any, total: Any) -> Any:
         bits = total.dtype.bitwidth
-        lanes = 8 * _REGISTER // bits
+        lanes = 8 * REGISTER // bits
         halved = lanes == 8
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -136,7 +134,7 @@ def _adder(count: int) -> Any:
             numbers = ir.VectorType(context.get_value_type(total.dtype), lanes)
             integers, eight = ir.VectorType(integer, lanes), ir.VectorType(ir.IntType(8), lanes)
             permute = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(integers, [integers] * 2), _PERMUTE[lanes, bits]
+                builder.module, ir.FunctionType(integers, [integers] * 2), PERMUTE[lanes, bits]
             )
 
             def constant(of_lanes: Sequence[int]) -> Any:
@@ -216,7 +214,7 @@ def _add_strip(
 ) -> None:  # fmt: skip
     """Add the sums of up to eight bytes of each line to the totals of each level."""
     levels, lines = totals.shape
-    one_by_one = lines < _LANES or 8 * segment.itemsize > _REGISTER
+    one_by_one = lines < _LANES or 8 * segment.itemsize > REGISTER
     count = segment.size >> 3
     if one_by_one:
         _fill(segment, halves)
@@ -305,7 +303,7 @@ def by_lines(x: Array, decoding: Decoding) -> Callable[..., None] | None:
     short = not decoding.shared and decoding.run < min(_SHORT, decoding.lines.length)
     # The signs that a map leaves out are looked up, too. And sums have to be made.
     levels = decoding.levels * (2 if decoding.mapped else 1) * (1 + _MADE / decoding.lines.count)
-    free = 0 if short else _REGISTER // x.itemsize // _LANES
+    free = 0 if short else REGISTER // x.itemsize // _LANES
     if len(x) * (levels - free) <= (FEW if decoded or short else _FEW_FOR_BLAS):
         return multiply_lines
     return multiply_decoded if decoded else None
@@ -379,10 +377,10 @@ total."""
 _COLUMNS = 3
 """Registers of neighbouring lines that are multiplied at a time."""
 
-_GROUP = 8 if _REGISTER == 64 else 4
+_GROUP = 8 if REGISTER == 64 else 4
 """Rows of x that are multiplied at a time: 24 of 32 registers hold sums, or 12 of 16."""
 
-_WIDE = 11 * _COLUMNS * _REGISTER
+_WIDE = 11 * _COLUMNS * REGISTER
 """The most bytes of an element of all lines of a tile. This is no power of two: elements that lie
 so far apart would fall into the same few places of the cache."""
 
@@ -413,7 +411,7 @@ def _decode_bytes(
     bytes of a level are loaded once for all eight.
     """
     size = tile.dtype.bitwidth // 8
-    lanes, place = _REGISTER // size, ir.IntType(64)
+    lanes, place = REGISTER // size, ir.IntType(64)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         planes, factors, values = (
@@ -458,7 +456,7 @@ def _adder_of_products(columns: int) -> Any:
         context: Any, tile: Any, count: Any, line: Any, x: Any, row: Any, start: Any, totals: Any
     ) -> Any:
         size = tile.dtype.bitwidth // 8
-        lanes, place = _REGISTER // size, ir.IntType(64)
+        lanes, place = REGISTER // size, ir.IntType(64)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             values, rows, sums = (
@@ -542,7 +540,7 @@ def multiply_decoded(planes: Array, bits: Any, scales: Array, x: Array, *, y: Ar
     A tile of lines lies in the cache, and serves all rows of x. It is not packed anew, as BLAS
     would do. Nor do threads wait for those of BLAS, which spin on for a while after each product.
     """
-    lanes = _REGISTER // x.itemsize
+    lanes = REGISTER // x.itemsize
     levels, lines = min(len(planes), int(bits)), planes.shape[2]
     run = x.shape[1] // scales.shape[2]
     planes = planes[:levels] if planes.strides[2] == 1 else np.ascontiguousarray(planes[:levels])

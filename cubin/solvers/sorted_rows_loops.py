@@ -25,6 +25,7 @@ from cubin.solvers import codebook_loops, search
 from cubin.solvers.codebook import DEPENDENT
 from cubin.solvers.codebook_loops import Book, hand_out, set_nearest, split
 from cubin.solvers.codebook_loops import solve as solve_equations
+from cubin.solvers.lookup_loops import MOST, NUMBERS, find_in_registers
 from cubin.solvers.search import ADDED, NORMAL, NORMAL_MEAN, SCREENED, SETTLED
 from cubin.solvers.solver import Solver
 from cubin.solvers.sorted_rows import power_of_two, relative_weights
@@ -592,16 +593,15 @@ def solve(
 @loop
 def _tabulate(codes: Array, scales: Array, mapped: bool, values: Array) -> None:
     """Write the values of codes, with scales of shape (levels, rows)."""
-    levels = len(scales)
+    codes, values = uncounted(codes, values)
     for row in range(len(codes)):
-        depth = 0 if mapped else levels
-        for cell in range(codes.shape[1]):
-            if mapped and cell == 1 << depth:
-                depth += 1
-            value, code = values.dtype.type(0), codes[row, cell]
-            for level in range(depth):
-                value += _signed(scales[level, row], code, level)
-            values[row, cell] = value
+        values[row] = 0
+        for level in range(len(scales)):
+            # With a map, cells from here on have this level.
+            first = 1 << level if mapped else 0
+            scale, code, into = scales[level, row], codes[row, first:], values[row, first:]
+            for cell in range(into.size):
+                into[cell] += _signed(scale, code[cell], level)
 
 
 @part
@@ -731,7 +731,38 @@ def _look_up(
             _of_four(x[row], factor, row_lower, row_table, mirror_of_all, y[row])
 
 
+@loop
+def _look_up_in_registers(
+    x: Array, bits: Array, inverse: Array, lower: Array, table: Array, words: Array,
+    mirrors: Array, mirror_words: Array, y: Array,
+) -> None:  # fmt: skip
+    """`_look_up`, mostly in registers: there the entries and mirrors are words of 32 bits."""
+    x, bits, lower, table, y = uncounted(x, bits, lower, table, y)
+    levels, cells, whole = len(mirrors) - 1, table.shape[1], x.shape[1] // NUMBERS * NUMBERS
+    trees, entries = np.zeros(max(cells, NUMBERS), x.dtype), np.zeros(words.shape[1], words.dtype)
+    none = np.empty(0, bits.dtype)
+    for row in range(len(x)):
+        own = none
+        if len(bits) > 0:
+            own = bits[row]
+            trees[0] = lower[row, 0]
+            for depth in range(levels):
+                _set_tree(lower[row], 1 << depth, 1 << depth, trees)
+        else:
+            _set_tree(lower[row], 0, cells, trees)
+        entries[:] = words[row]
+        find_in_registers(x[row], inverse[row], own, trees, entries, mirror_words, levels, y[row])
+        if whole < x.shape[1]:
+            _bisect(x[row, whole:], inverse[row], own[whole:], trees, table[row], mirrors,
+                    y[row, whole:])  # fmt: skip
+
+
 # ---------------------------------------------------------------- as the solvers are called
+
+
+def _words(table: Array) -> Array:
+    """The entries of a table as words of 32 bits: float32 as it is, integers widened."""
+    return table.view(np.uint32) if table.dtype == np.float32 else table
 
 
 class Lookup:
@@ -805,7 +836,17 @@ class Lookup:
         store(result, y)
 
     def _look_up(self, x: Array, bits: Any, table: Array, mirrors: Array, y: Array) -> None:
-        _look_up(read_only(x), self._map(bits), self._inverse, self._lower, table, mirrors, y)
+        cells, depths = table.shape[1], self._map(bits)
+        arguments = (read_only(x), depths, self._inverse, self._lower, table)
+        several = cells > SELECTED or self._mapped
+        if not (x.dtype == np.float32 and several and cells <= MOST and x.shape[1] >= NUMBERS):
+            _look_up(*arguments, mirrors, y)
+            return
+        words = np.zeros((len(table), max(cells, NUMBERS)), np.uint32)
+        words[:, :cells] = _words(table)
+        mirror_words = np.zeros(NUMBERS, np.uint32)
+        mirror_words[: mirrors.size] = _words(mirrors)
+        _look_up_in_registers(*arguments, words, mirrors, mirror_words, y)
 
     def _map(self, bits: Any) -> Array:
         return np.array(bits, np.uint8, order="C") if self._mapped else np.empty((0, 0), np.uint8)

@@ -145,6 +145,19 @@ def prefetch(context: Any, array: Any, start: Any, count: Any) -> Any:
     return numba.void(array, numba.int64, numba.int64), generate
 
 
+FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+"""What instructions the processor has, as LLVM names it."""
+
+REGISTER = 64 if "+avx512f" in FEATURES else 32 if "+avx2" in FEATURES else 0
+"""Bytes of a register in which an instruction looks numbers up, eight or more at a time."""
+
+PERMUTE = {
+    (8, 32): "llvm.x86.avx2.permd",
+    (16, 32): "llvm.x86.avx512.permvar.si.512",
+    (8, 64): "llvm.x86.avx512.permvar.di.512",
+}
+"""These instructions, by the numbers of a register and their bits."""
+
 # ---------------------------------------------------------------- sums
 
 # These do what `cubin.core.sums` does, operation by operation. Each loop has numbers of one width
@@ -482,7 +495,7 @@ def widen_float16(half: Array, words: Array) -> None:
         words[j] = np.uint32(magnitude | np.uint32((word & 0x8000) << 16))
 
 
-_CONVERTS = "+f16c" in cpu_target.target_context.codegen().magic_tuple()[2]
+_CONVERTS = "+f16c" in FEATURES
 """Whether the processor has an instruction that rounds to float16. On others LLVM would call a
 function that is not there."""
 

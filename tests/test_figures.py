@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import cubin
 from cubin.core import memory, teams
 from cubin.core.host import blocks
 from cubin.solvers import search_rows
@@ -897,6 +898,13 @@ def sentences():
     }
 
 
+def of_a_gaussian(solver, bits):
+    """The relative squared error of rows of normal samples."""
+    x = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
+    approx = cubin.multibit(x, bits, channel_axis=0, solver=solver)
+    return cubin.errors.relative_mse(x, approx)
+
+
 CLAIMS = {
     "docs/codes.md": {
         "about as long as with floats. From 8 rows on integers of 8 bits are faster": (
@@ -926,6 +934,9 @@ CLAIMS = {
         ),
     },
     "docs/solvers.md": {
+        "On a Gaussian at 8 bits two iterations of `alternating` leave more error than `refined`": (
+            lambda: of_a_gaussian("alternating", 8) > of_a_gaussian("refined", 8)
+        ),
         "On these weights `alternating` and `optimal` at 3 bits have a smaller median error than "
         "`greedy` at 4 bits; `refined` does not.": lambda: (
             all(median(solver, 3) < median("greedy", 4) for solver in SOLVERS[2:])

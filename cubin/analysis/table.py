@@ -323,7 +323,7 @@ def _footer(skipped: Sequence[tuple[str, str]]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in skipped:
         names.setdefault(reason, []).append(name)
-    lines = [f"Skipped {_counted(len(skipped), 'array')}:"]
+    lines = [f"Skipped {counted(len(skipped), 'array')}:"]
     for reason in list(names)[:_REASONS_SHOWN]:
         listed = ", ".join(names[reason][:_NAMES_SHOWN])
         others = len(names[reason]) - _NAMES_SHOWN
@@ -333,8 +333,9 @@ def _footer(skipped: Sequence[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
+def counted(number: int, noun: str) -> str:
+    """A number of things, whose noun takes an s."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

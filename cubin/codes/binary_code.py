@@ -516,7 +516,8 @@ class BinaryCode:
             If the array has a rank below 2, or the slice a step.
         """
         if not isinstance(lines, slice):
-            raise TypeError(f"a code takes a slice of its first axis, got {lines!r}")
+            one = f": pass [{lines}:{lines + 1}]" if isinstance(lines, int) and lines >= 0 else ""
+            raise TypeError(f"a code takes a slice of its first axis, got {lines!r}{one}")
         if len(self.shape) < 2:
             raise ValueError(f"a code of shape {self.shape} is one line, which cannot be cut")
         start, stop, step = lines.indices(self.shape[0])
@@ -765,7 +766,8 @@ class BinaryCode:
             raise ValueError(
                 "Q1_0 has 1 bit, whole groups of 128 and float16 scales, got a code of "
                 f"{self._scales.dtype} and shape {self.shape} with bits "
-                f"{np.shape(self._bits) or self._bits} and group_size={self.group_size}"
+                f"{np.shape(self._bits) or self._bits} and group_size={self.group_size}: "
+                "quantize(x.astype(np.float16), 1, group_size=128) makes one"
             )
         if self._shift is not None:
             raise ValueError("Q1_0 has no shift, but this code has one")

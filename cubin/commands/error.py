@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cubin.analysis.measure import Sweep, UnfitError, cuts_of, entry_of
 from cubin.analysis.processes import Processes
 from cubin.analysis.sweep import entry, sweep_of
-from cubin.analysis.table import ErrorRow, ErrorTable
+from cubin.analysis.table import ErrorRow, ErrorTable, counted
 from cubin.analysis.tasks import Outcome, outcomes
 from cubin.codes.files import replacing
 from cubin.commands.arguments import UsageError, array_library, make_folder
@@ -234,8 +234,9 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.tensors:,} tensors of {self.weights:,} weights, in {self.parts:,} parts; "
-            f"{self.passes} approximations of each: {self.weights * self.passes:,} in all.\n"
+            f"{counted(self.tensors, 'tensor')} of {counted(self.weights, 'weight')}, in "
+            f"{counted(self.parts, 'part')}; {counted(self.passes, 'approximation')} of each: "
+            f"{self.weights * self.passes:,} in all.\n"
             f"Peak memory: about {self.peak_bytes / 2**30:.2f} GiB in all processes."
         )
 
@@ -346,6 +347,8 @@ def run(arguments: argparse.Namespace) -> int:
             number = fingerprint(options, weights.files, described)
             path = arguments.output / "results.jsonl"
             journal = stack.enter_context(Journal(path, options, number))
+            if journal.lines:
+                print(f"{len(journal.lines):,} of them are in {path} already.", file=sys.stderr)
         executor = stack.enter_context(executor_of(arguments.workers, arguments.scheduler, library))
         table = measure(chosen, sweep, omissions, executor, journal)
     count = len({row.name for row in table.rows})

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cubin.analysis.table import counted
 from cubin.weights import NotFiniteError, Weight, Weights, WeightsError
 
 LISTED = 8
@@ -81,7 +82,8 @@ class Omissions:
         lines = []
         if self.skipped:
             listed = self.skipped if verbose else self.skipped[:LISTED]
-            lines.append(f"Skipped {len(self.skipped)} weight tensors that cannot be used:")
+            what = counted(len(self.skipped), "weight tensor")
+            lines.append(f"Skipped {what} that cannot be used:")
             lines += [f"  {described(tensor)}" for tensor in listed]
             if len(listed) < len(self.skipped):
                 lines.append(f"  and {len(self.skipped) - len(listed)} more (--verbose)")
@@ -92,7 +94,7 @@ class Omissions:
             else:
                 counts = Counter((kind(tensor.dtype), tensor.reason) for tensor in self.left_out)
                 lines += [
-                    f"  {count} other {noun}: {reason}"
+                    f"  {counted(count, f'other {noun}')}: {reason}"
                     for (noun, reason), count in counts.most_common(LISTED)
                 ]
                 if len(counts) > LISTED:
@@ -112,8 +114,8 @@ class Omissions:
 
 def kind(dtype: str) -> str:
     if not dtype:
-        return "files"
-    return f"{'float' if dtype.startswith(('float', 'bfloat')) else dtype} tensors"
+        return "file"
+    return f"{'float' if dtype.startswith(('float', 'bfloat')) else dtype} tensor"
 
 
 def described(tensor: Weight) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cubin import errors
+from cubin.analysis.table import counted
 from cubin.commands.arguments import UsageError
 from cubin.commands.error import Chosen
 from cubin.weights import Weights
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
         print("  ".join(left + right))
     print(
-        f"{len(listed)} tensor{'s' * (len(listed) != 1)}, {size:,} weights: "
+        f"{counted(len(listed), 'tensor')}, {counted(size, 'weight')}: "
         f"{total['payload_bits']:.3f} payload bits, "
         f"{total['effective_bits']:.3f} effective bits, {total['file_bits']:.3f} bits in the file "
         f"of {nbytes:,} bytes"

@@ -115,11 +115,13 @@ def as_entries(
         bits = arrays.as_host_array("bits", value)
     if bits.dtype.kind not in "iu":
         named = type(value).__qualname__ if bits.dtype.kind in "OSU" else bits.dtype
-        mean = arrays.is_real(value) and value % 1 > 0  # type: ignore[operator]
-        raise TypeError(
-            f"bits must be an integer or an integer array, got {value if mean else named}"
-            + (": a map has such a mean, see cubin.bitmaps.budget" if mean else "")
-        )
+        hint = ""
+        if arrays.is_real(value) and np.isfinite(value):  # type: ignore[call-overload]
+            named = value
+            hint = f": pass {value:.0f}"
+            if value % 1:  # type: ignore[operator]
+                hint = ": a map has such a mean, see cubin.bitmaps.budget"
+        raise TypeError(f"bits must be an integer or an integer array, got {named}{hint}")
     arrays.check_broadcasts("bits", bits, shape)
     if libraries.on_device(bits) and not look:
         clipped = bits if bits.dtype == np.uint8 else bits.clip(0, limit).astype(np.uint8)

@@ -93,7 +93,7 @@ def allocate(
     1.5
     """
     low, high = patterns.as_range(min_bits, max_bits)
-    mean = patterns.as_mean(mean_bits, low, high)
+    mean = patterns.as_mean(mean_bits, low, high, patterns.BOUNDS)
     if not isinstance(arrays, Mapping):
         raise TypeError(f"arrays must map names to arrays, got {type(arrays).__qualname__}")
     weights = {} if importance is None else importance

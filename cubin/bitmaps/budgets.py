@@ -132,7 +132,7 @@ def budget(
     """
     x = arrays.as_floats("x", x)
     low, high = patterns.as_range(min_bits, max_bits)
-    mean = patterns.as_mean(mean_bits, low, high)
+    mean = patterns.as_mean(mean_bits, low, high, patterns.BOUNDS)
     rows = rows_of(x.shape, channel_axis, group_size)
     with libraries.current_device(x):
         whole = _Whole(x, rows, low, high, round(mean * x.size), patterns.exponent(x))

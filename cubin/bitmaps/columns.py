@@ -76,7 +76,7 @@ def columns(
     array([[1, 1, 2, 1]], dtype=int8)
     """
     low, high = patterns.as_range(min_bits, max_bits)
-    mean = patterns.as_mean(mean_bits, low, high)
+    mean = patterns.as_mean(mean_bits, low, high, patterns.BOUNDS)
     w = arrays.as_floats("w", w)
     matrix = matrix_for(gram, w, "w")
     xp = libraries.library(w)

@@ -365,10 +365,14 @@ def as_range(min_bits: object, max_bits: object) -> tuple[int, int]:
     return low, high
 
 
-def as_mean(value: Any, low: int, high: int) -> float:
+BOUNDS = ": min_bits and max_bits set the bounds"
+"""What messages of functions with such arguments add."""
+
+
+def as_mean(value: Any, low: int, high: int, hint: str = "") -> float:
     """`value` as a mean number of bits between `low` and `high`."""
     if not is_real(value):
         raise TypeError(f"mean_bits must be a real number, got {type(value).__qualname__}")
     if not low <= value <= high:
-        raise ValueError(f"mean_bits must lie in {low} .. {high}, got {value}")
+        raise ValueError(f"mean_bits must lie in {low} .. {high}, got {value}{hint}")
     return float(value)

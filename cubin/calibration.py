@@ -7,7 +7,6 @@ import os
 
 import numpy as np
 
-from cubin.codes.files import replacing
 from cubin.core import arrays, conversions, libraries
 from cubin.core.libraries import Array
 from cubin.core.windows import patches
@@ -292,6 +291,8 @@ class Gram:
         ValueError
             If there is something at `path` that is no regular file.
         """
+        from cubin.codes.files import replacing  # here, since zipfile and json take long to import
+
         total = np.zeros((self.n, self.n)) if self._sum is None else libraries.to_host(self._sum)
         with replacing(path) as file:
             np.savez(file, sum=total, count=np.int64(self.count))

@@ -40,8 +40,9 @@ LONG = 1 << 7
 """Elements of runs from which on a scale is not written out for each of them."""
 
 WIDE = (1 << 11, 1 << 16)
-"""The most elements of a line whose scales are written out at a time: those of all levels stay in
-the cache. Where all lines share their scales, these are written out once, and more of them."""
+"""The most elements of a line whose scales are written out at a time, so that those of all levels
+stay in the cache; and the most where all lines share their scales. Those of a whole line are then
+written out once for all lines."""
 
 NARROWED = 1 << 16
 """Sums that are narrowed to float16 or bfloat16 at a time. They stay in the cache."""
@@ -291,8 +292,9 @@ def _widen(
 ) -> None:  # fmt: skip
     """Write the scales at some levels of the elements of a line from `first` to `stop`.
 
-    The other arguments are those of `_sum_levels`. What is written beyond a run is overwritten by
-    the next one. A range with a step would divide.
+    The first scale of the line has the number `place`. A shift counts as a level. The rest is as
+    for `_sum_levels`. What is written beyond a run is overwritten by the next one. A range with a
+    step would divide to find its length: hence `while`.
     """
     room, begun, within = wide.size // levels, 0, 0
     if first:  # a division takes longer than the scales of a short run

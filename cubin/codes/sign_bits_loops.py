@@ -145,8 +145,9 @@ def write_bits(
     of the next level `of_level` further: all elements have the same, or `each` its own, side by
     side. `bits` is a map, in which the first element has the number `first`, or empty.
 
-    Whole words are written as far as there is `room`, in bytes. Beyond the elements they have
-    zeros: what belongs there is written later.
+    The last word is written whole if there are four bytes of `room` for it, which counts from `at`:
+    beyond the elements it has zeros, and what belongs there is written later. Else its bytes are
+    written one by one.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

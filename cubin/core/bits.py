@@ -34,7 +34,7 @@ class Bits(NamedTuple):
     Attributes
     ----------
     entries : uint8 scalar, or uint8 array that broadcasts to x's shape
-        The number for all elements, or the map as it was given.
+        The number for all elements, or the map in the shape in which it was given.
     values : uint8 scalar, or uint8 array of x's shape
         The number for each element: a view of the entries, broadcast.
     levels : int
@@ -68,7 +68,7 @@ class Bits(NamedTuple):
 def as_bits(
     value: object, x: Array, *, limit: int = MAX_BITS, of: str = "", look: bool = False
 ) -> Bits:
-    """`value` as the bits of the elements of `x`. A map of uint8 is `value` itself, or a view.
+    """`value` as the bits of the elements of `x`. A map of bytes is a view of `value`.
 
     With `look`, the values of a map on a device are checked, which synchronises. Without, they are
     not: the map counts as clipped to 0 .. `limit`, and `levels` is `limit`. Messages say what the
@@ -128,7 +128,7 @@ def as_entries(
         return clipped, limit
     if bits.ndim == 0 and not libraries.on_device(bits):
         low = high = int(bits)
-        found = np.uint8(high if 0 <= high <= limit else 0)
+        found = np.uint8(min(max(0, high), limit))
     else:
         found = _as_bytes(bits, limit + 1)
         high = int(found.max()) if bits.size else 0
@@ -141,16 +141,17 @@ def as_entries(
 
 
 def _as_bytes(integers: Array, most: int) -> Array:
-    """A map as uint8, negative numbers and those above `most` as `most`; itself if it is uint8."""
-    if integers.dtype == np.uint8:
-        return integers
+    """A map as uint8, negative numbers and those above `most` as `most`; a view if it is bytes."""
     # Read without their signs, negative numbers are the largest.
     unsigned = integers.view(integers.dtype.str.replace("i", "u"))
     if integers.itemsize == 1:
         return unsigned
-    found = libraries.library(integers).empty_like(unsigned, dtype=np.uint8)
+    xp: Any = libraries.library(integers)
+    # What is broadcast is converted once.
+    unsigned = unsigned[tuple(slice(None if step else 1) for step in integers.strides)]
+    found = xp.empty_like(unsigned, dtype=np.uint8)
     passes.elements(at_most, unsigned, np.uint8(most), bits=found)
-    return found
+    return found if found.shape == integers.shape else xp.broadcast_to(found, integers.shape)
 
 
 def as_precisions(value: Any, entries: Any) -> tuple[int, ...]:

@@ -194,9 +194,9 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def forget_scratch() -> None:
-    """Drop the scratch of this thread where it is large: that of many threads is too much to keep.
+    """Drop the scratch of this thread where it is more than `KEPT`: too much for many threads.
 
-    Little is kept, since the system has to clear new memory, which takes longer than a short task.
+    What is less stays: the system has to clear new memory, and a short task takes less than that.
     """
     if sum(found.base.nbytes for found in _scratch.__dict__.values()) > KEPT:
         _scratch.__dict__.clear()

@@ -279,7 +279,7 @@ def for_each_lines(
     if max(size, work) <= blocks.BLOCK:
         blocks.alone(task, slice(0, lines.count), whole)
         return
-    block = blocks.elements_block(size)
+    block = blocks.elements_block(size, work)
     # What is narrowed lies in scratch before.
     longest = blocks.BLOCK if floats.is_narrow(x.dtype) else block
     if least is not None:
@@ -385,13 +385,15 @@ def elements_of_rows(
     name = primitive.outputs[-1][1]
     view = rows.view(out)
     compiled = on is not primitive.function and not floats.is_narrow(out.dtype)
-    size = blocks.elements_block(rows.size) if compiled else blocks.BLOCK
+    levels = len(scales)
+    work = _work_on_levels(rows, levels)
+    size = blocks.elements_block(rows.size, work) if compiled else blocks.BLOCK
 
     def task(part: Part, *flat: Any) -> None:
         of_part = [scale[part.rows] for scale in scales]
         write(lambda y: on(*flat, *of_part, **{name: y}), view[part.block], flat[0].shape)
 
-    for_each_part(task, rows, *inputs, size=size)
+    for_each_part(task, rows, *inputs, size=size, levels=levels)
 
 
 def for_each_part(
@@ -400,20 +402,21 @@ def for_each_part(
     *inputs: Any,
     one_by_one: bool = False,
     size: int = blocks.BLOCK,
+    levels: int = 1,
 ) -> None:
     """Call ``task(part, *inputs)`` for parts that tile the rows, each input as (rows, n).
 
     On a device there is a single part. On the host parts are blocks that fit the cache, and several
     threads take them. An input is an array of the rows' shape, or a scalar, which is passed on.
     Blocks have about `size` elements: whole rows, or pieces of long ones. Pieces of long rows that
-    lie side by side come together, or else `one_by_one`.
+    lie side by side come together, or else `one_by_one`. The task has so many `levels`.
     """
     device = any(map(libraries.on_device, inputs))
     if device:
         parts = [_ALL]
     else:
         parts = list(_parts(rows, 1 if one_by_one else _together(rows, inputs[0]), size))
-    _over(parts, task, rows, inputs, device)
+    _over(parts, task, rows, inputs, device, _work_on_levels(rows, levels))
 
 
 def search_loops(module: ModuleType, x: Array, steps: int | None = None) -> Any:
@@ -503,8 +506,10 @@ def partial_results(
     # Bodies add the elements of one long row more exactly than those of rows side by side. Loops
     # read every row once, so that larger blocks of them, of which there are fewer, are faster.
     body = on is primitive.function
-    size = blocks.BLOCK if body else blocks.elements_block(rows.size)
-    for_each_part(reduce, rows, *inputs, one_by_one=body, size=size)
+    levels = len(scales) + 1
+    work = _work_on_levels(rows, levels)
+    size = blocks.BLOCK if body else blocks.elements_block(rows.size, work)
+    for_each_part(reduce, rows, *inputs, one_by_one=body, size=size, levels=levels)
     return results
 
 
@@ -593,6 +598,11 @@ def _over(
 def work_on(size: int) -> int:
     """The work of a form that goes through so many elements once, for `blocks.threads`."""
     return size if blocks.is_ready(size) else size * BODY
+
+
+def _work_on_levels(rows: Rows, levels: int) -> int:
+    """The work of so many levels: each is half that of reading and writing the elements."""
+    return work_on(rows.count * rows.length * (levels + 1) // 2)
 
 
 def _work_on_rows(primitive: Raw, rows: Rows, on: Callable[..., None], levels: int) -> int:

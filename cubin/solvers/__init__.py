@@ -85,7 +85,8 @@ def _pack_greedily(encoding: Encoding, x: Array, bits: Bits, rows: Rows) -> None
             loops.write_signs(x, bits, *of_part, signs=signs)
             encoding.store_bits(part, signs, of_part)
 
-        passes.for_each_part(write, rows, x, bits.values, size=passes.SIGNS_AT_ONCE)
+        size, levels = passes.SIGNS_AT_ONCE, len(scales)
+        passes.for_each_part(write, rows, x, bits.values, size=size, levels=levels)
         return
     find_codes = passes.form(greedy.codes, x)
 
@@ -95,7 +96,7 @@ def _pack_greedily(encoding: Encoding, x: Array, bits: Bits, rows: Rows) -> None
         find_codes(x, bits, *of_part, code=code)
         encoding.store(part, code, bits, of_part)
 
-    passes.for_each_part(pack, rows, x, bits.values)
+    passes.for_each_part(pack, rows, x, bits.values, levels=len(scales))
 
 
 def _simplest(solver: Solver, bits: Bits, importance: Array | None) -> Solver:

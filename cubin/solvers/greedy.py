@@ -153,7 +153,8 @@ def codes(x: np.ndarray, bits: np.ndarray, *scales: np.ndarray, code: np.ndarray
 
 
 def _row_work(length: int, levels: int) -> int:
-    """The work of the loops on a row: half of it for each level, and half to write it."""
+    """The work of the loops on a row: a level, or writing the result, is half that of reading and
+    writing its elements, and each row takes as long as some elements more."""
     return (length + 32) * (levels + 1) // 2
 
 

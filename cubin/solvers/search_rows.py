@@ -50,7 +50,8 @@ def compares(levels: int, iterations: int, more: bool) -> bool:
 
 
 def _row_work(length: int, levels: int) -> int:
-    """The work of the loops on a row, and on the edges between its codes."""
+    """The work of the loops on a row, as measured: that on its elements, and on the equations and
+    edges of its codes."""
     return length * (levels + 1) + (64 << levels)
 
 

@@ -156,7 +156,7 @@ def test_files_that_are_left_out_are_counted_apart_from_tensors(tmp_path, capsys
     assert run(tmp_path, *BITS) == 0
     printed = capsys.readouterr().out.splitlines()
     assert "  2 other files: codes of cubin, which are no weights" in printed
-    assert "  1 other float tensors: of rank 1" in printed
+    assert "  1 other float tensor: of rank 1" in printed
 
 
 # The same bits from everywhere

@@ -378,7 +378,7 @@ def test_the_footer_does_not_grow_with_the_arrays(weights):
     skipped = [(f"layer {i}", f"reason {i % 20}") for i in range(1000)]
     table = ErrorTable(error_per_bit_width(weights, bits=[1]).rows, skipped)
     assert len(str(table).splitlines()) < 20
-    assert "Skipped 1000 arrays:" in str(table)
+    assert "Skipped 1,000 arrays:" in str(table)
     assert "12 more reasons" in str(table)
 
 

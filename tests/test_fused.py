@@ -381,7 +381,7 @@ def test_rows_too_long_for_a_block_take_passes(device, rng):
     greedily(x, np.uint8(1), 1, rows, wanted)
     np.testing.assert_allclose(y.get(), wanted, rtol=1e-6)
     with pytest.raises(ValueError, match="no team holds 1 levels"):
-        teams.RowLaunch(teams.GREEDY)(device.asarray(x), np.uint8(1), 1, y)
+        teams.RowLaunch(teams.GREEDY, 16)(device.asarray(x), np.uint8(1), 1, y)
 
 
 @pytest.mark.kernels
@@ -479,9 +479,8 @@ def declare(inputs, outputs, code):
         """Nothing: only its parameters matter."""
 
     try:
-        return raw(inputs, outputs, code=code, launch=teams.RowLaunch(teams.GREEDY), types=FLOATS)(
-            halves
-        )
+        launch = teams.RowLaunch(teams.GREEDY, 16)
+        return raw(inputs, outputs, code=code, launch=launch, types=FLOATS)(halves)
     finally:
         primitives.REGISTRY.pop("halves", None)
 

@@ -401,7 +401,15 @@ def test_bits_that_are_not_integers(bits):
 
 @pytest.mark.parametrize(
     ("bits", "got"),
-    [(1.5, "1.5: a map"), (2.0, "float64"), ("2", "str"), (None, "NoneType"), ([None], "list")],
+    [
+        (1.5, "1.5: a map"),
+        (2.0, "2.0: pass 2"),
+        (np.array(2.5), "float64"),
+        (float("inf"), "float64"),
+        ("2", "str"),
+        (None, "NoneType"),
+        ([None], "list"),
+    ],
 )
 def test_bits_are_named_as_they_were_given(bits, got):
     with pytest.raises(TypeError, match=f"integer array, got {got}"):

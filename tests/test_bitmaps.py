@@ -377,7 +377,11 @@ def test_budget_does_not_depend_on_threads(monkeypatch, rng):
     ("options", "error", "message"),
     [
         ({"mean_bits": 0.9}, ValueError, r"mean_bits must lie in 1 \.\. 3, got 0.9"),
-        ({"mean_bits": 3.1}, ValueError, r"in 1 \.\. 3, got 3.1: min_bits and max"),
+        (
+            {"mean_bits": 3.1},
+            ValueError,
+            r"mean_bits must lie in 1 \.\. 3, got 3.1: min_bits and max_bits",
+        ),
         ({"mean_bits": math.nan}, ValueError, "mean_bits must lie in"),
         ({"mean_bits": "2"}, TypeError, "mean_bits must be a real number, got str"),
         ({"min_bits": 3, "max_bits": 2}, ValueError, "min_bits must not exceed max_bits"),

@@ -417,9 +417,6 @@ def turned(scales: Array, levels: int) -> Array:
     return found
 
 
-_NO_MAP = read_only(np.empty(0, np.uint8))
-
-
 @functools.cache
 def _no_scales(dtype: Any) -> tuple[Array, Array]:
     """Room for no scales, also read-only."""
@@ -499,9 +496,7 @@ def sum_planes(
         scratch = memory.scratch("wide", (levels + shifted, room), scales.dtype)
         scratch[:, -WORD:] = 0
         wide = scratch.reshape(-1), read_only(scratch.reshape(-1))
-    apart, depths = runs if scaled > 1 else 0, _NO_MAP
-    if mapped:
-        depths = map_of(bits, 0).reshape(-1)
+    apart, depths = runs if scaled > 1 else 0, map_of(bits, 0).reshape(-1)
     layout, numbers = (held, step, levels, width), _in_order(scales, shift, levels, within)
     if not narrows:
         _sum_levels(*layout, numbers, of_level, apart, run, period, within, shifted, found, length,

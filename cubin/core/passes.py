@@ -162,7 +162,7 @@ def whole_rows(
         blocks.each(run, cuts, work)
         return
     parts = list(_blocks_of_rows(rows, block, _together(rows, inputs[0])))
-    _over(parts, task, rows, inputs, work=work)
+    _over(parts, task, rows, inputs, False, work)
 
 
 def for_each_whole_rows(
@@ -219,7 +219,7 @@ def for_each_whole_rows(
         # In steps of eight rows, so that blocks of columns do not share bytes.
         together = max(together, 8 if size >= 8 * rows.length else 1)
         parts = list(_blocks_of_rows(rows, size, together))
-        _over(parts, task, rows, inputs, work=work)
+        _over(parts, task, rows, inputs, False, work)
         return
     xp = libraries.library(x)
     flat: list[Any] = [_side_by_side(a, rows) for a in inputs]
@@ -567,15 +567,13 @@ def _over(
     task: Callable[..., None],
     rows: Rows,
     inputs: Sequence[Any],
-    device: bool = False,
-    work: int | None = None,
+    device: bool,
+    work: int,
 ) -> None:
     """Call ``task(part, *inputs)`` for all parts, each input as (rows, n).
 
-    `work` is that of `blocks.threads`. If it is not given, the task goes through the elements once.
+    `work` is that of `blocks.threads`.
     """
-    size = rows.count * rows.length
-    work = work_on(size) if work is None else work
     if len(parts) == 1 and parts[0].block == (...,):
         flat = [a if isinstance(a, np.generic) else rows.flat(a) for a in inputs]
         blocks.each(lambda part: task(part, *flat), parts, work)

@@ -124,7 +124,7 @@ def find_in_registers(
                 builder.store(found, where, align=1)
 
         mapped = builder.icmp_signed(">", coded, word(0))
-        for registers in (1, 2, 4, 8):
+        for registers in (1, 2, 4, 8)[: (MOST // NUMBERS).bit_length()]:
             fills = builder.icmp_signed("==", held, word(registers * NUMBERS))
             with builder.if_then(fills), builder.if_else(mapped) as (holds, fails):
                 with holds:

@@ -670,6 +670,17 @@ def _set_tree(lower: Array, begin: int, cells: int, trees: Array) -> None:
 
 
 @inner_loop
+def _set_trees(lower: Array, mapped: bool, levels: int, cells: int, trees: Array) -> None:
+    """Write the tree of all cells of a row, or with a map one for each number of bits."""
+    if mapped:
+        trees[0] = lower[0]
+        for depth in range(levels):
+            _set_tree(lower, 1 << depth, 1 << depth, trees)
+    else:
+        _set_tree(lower, 0, cells, trees)
+
+
+@inner_loop
 def _bisect(
     x: Array, factor: float, bits: Array, trees: Array, table: Array, mirrors: Array, y: Array
 ) -> None:
@@ -708,14 +719,10 @@ def _look_up(
     mirror_of_all = mirrors[levels]
     for row in range(len(x)):
         row_lower, row_table, factor = lower[row], table[row], inverse[row]
-        if mapped:
-            trees[0] = row_lower[0]
-            for depth in range(levels):
-                _set_tree(row_lower, 1 << depth, 1 << depth, trees)
-            _bisect(x[row], factor, bits[row], trees, row_table, mirrors, y[row])
-        elif cells > COUNTED:
-            _set_tree(row_lower, 0, cells, trees)
-            _bisect(x[row], factor, bits[:0, 0], trees, row_table, mirrors, y[row])
+        if mapped or cells > COUNTED:
+            own = bits[row] if mapped else bits[:0, 0]
+            _set_trees(row_lower, mapped, levels, cells, trees)
+            _bisect(x[row], factor, own, trees, row_table, mirrors, y[row])
         elif cells > SELECTED:
             for start in range(0, x.shape[1], CHUNK):
                 elements, entries = x[row, start : start + CHUNK], y[row, start : start + CHUNK]
@@ -740,16 +747,10 @@ def _look_up_in_registers(
     x, bits, lower, table, y = uncounted(x, bits, lower, table, y)
     levels, cells, whole = len(mirrors) - 1, table.shape[1], x.shape[1] // NUMBERS * NUMBERS
     trees, entries = np.zeros(max(cells, NUMBERS), x.dtype), np.zeros(words.shape[1], words.dtype)
-    none = np.empty(0, bits.dtype)
+    mapped, none = len(bits) > 0, np.empty(0, bits.dtype)
     for row in range(len(x)):
-        own = none
-        if len(bits) > 0:
-            own = bits[row]
-            trees[0] = lower[row, 0]
-            for depth in range(levels):
-                _set_tree(lower[row], 1 << depth, 1 << depth, trees)
-        else:
-            _set_tree(lower[row], 0, cells, trees)
+        own = bits[row] if mapped else none
+        _set_trees(lower[row], mapped, levels, cells, trees)
         entries[:] = words[row]
         find_in_registers(x[row], inverse[row], own, trees, entries, mirror_words, levels, y[row])
         if whole < x.shape[1]:

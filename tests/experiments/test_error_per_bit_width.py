@@ -274,7 +274,7 @@ def test_table_figure_and_provenance(tmp_path, net, capsys):
     run(tmp_path, net, "--bits", "1,4", "--quick")
 
     printed = capsys.readouterr().out
-    for word in ("gaussian", "half", "fortran", "overall", "Laplace", "1 other float tensor"):
+    for word in ("gaussian", "half", "fortran", "overall", "Laplace", "1 other float tensor:"):
         assert word in printed
     out = tmp_path / "out"
     assert (out / f"{NAME}.png").read_bytes().startswith(b"\x89PNG")
